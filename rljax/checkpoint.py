@@ -1,0 +1,643 @@
+"""Saves the state of a run so that a killed run goes on as if nothing happened.
+
+A workdir holds
+
+  flags.json                the flags that the run was started with
+  checkpoints/<step>/state  every array: parameters, optimizer, controller, keys
+  checkpoints/<step>/meta   a small JSON object: step, place in the data, ...
+  checkpoints/<step>/checksums.json
+
+Orbax writes arrays from a thread while training goes on. A checkpoint is
+written under another name, gets the checksum of each of its files, and is then
+renamed in one operation: `checkpoints/<step>` is there whole or not at all,
+and what a disk did to it later is found out before it is loaded.
+
+With several processes, all call the same methods in the same order and see one
+file system; `workdir` is a path on it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+Tree = Any
+Workdir = str | os.PathLike[str]
+
+_CHECKSUMS = "checksums.json"
+_UNFINISHED = ".saving"
+_REMOVED = ".removed"
+_UNREADABLE = ".unreadable"
+
+
+class Checkpoints:
+  """The checkpoints of one run, which it alone writes.
+
+  Making one clears what a killed run left half-written. Use it in a `with`
+  block, or call `close`: the last save is only then certain to be on disk.
+
+  Attributes:
+    messages: what was cleared or skipped, in words, in the order it was met;
+      the same lines are logged as warnings.
+  """
+
+  def __init__(self, workdir: Workdir, *, keep: int = 2):
+    """Opens `<workdir>/checkpoints`.
+
+    Args:
+      workdir: folder of the run.
+      keep: how many checkpoints stay, the latest ones; >= 1.
+
+    Raises:
+      ValueError: if `keep` is not positive.
+    """
+    if keep < 1:
+      raise ValueError(f"keep must be positive, got {keep}.")
+    self.messages = []
+    self._folder = _folder(workdir)
+    self._keep = keep
+    self._saved = set()
+    self._thread = None
+    self._failure = None
+    if _is_first():
+      self._clear()
+
+  def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
+    """Starts to write a checkpoint and returns when its arrays are copied.
+
+    The caller may donate or overwrite `state` as soon as this returns. A save
+    that is still under way is waited for first; a step that this object has
+    already saved is not saved again.
+
+    Args:
+      step: number of finished updates, under which the checkpoint is filed.
+      state: pytree of jax arrays (typed keys too), numpy arrays and numbers.
+      meta: what is not an array: anything that `json` can write.
+
+    Raises:
+      ValueError: if an array is empty or is no array, or `meta` is not JSON.
+      OSError: if the save before this one failed.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    step = int(step)
+    if step in self._saved:
+      return
+    meta = _plain_json(dict(meta), "meta")
+    leaves = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
+      shape, dtype = _shape_and_dtype(_path(keys), leaf)
+      leaves[_path(keys)] = {"shape": shape, "dtype": dtype}
+    self.wait()
+    # Named by what it will become, so that the leftovers of a kill say so.
+    unfinished = self._folder / f"{step}{_UNFINISHED}"
+    if _is_first():
+      self._folder.mkdir(parents=True, exist_ok=True)
+    with _context():
+      response = ocp.save_checkpointables_async(
+        unfinished, {"state": jax.tree.map(_to_disk, state), "meta": meta}
+      )
+    self._saved.add(step)
+    self._thread = threading.Thread(
+      target=self._commit, args=(step, unfinished, response, leaves)
+    )
+    self._thread.start()
+
+  def restore_latest(
+    self, state_like: Tree
+  ) -> tuple[int, Tree, dict[str, Any]] | None:
+    """Loads the latest checkpoint that is whole.
+
+    One that is damaged is set aside under the name `<step>.unreadable`, with a
+    message, and the one before it is taken. The mesh may be another than the
+    one that saved.
+
+    Args:
+      state_like: the state of a fresh run. Each array comes back with the
+        sharding and dtype that it has here. A jax array that was not bound to
+        a device, or a weakly typed one, comes back so: otherwise the functions
+        that take it would be compiled twice.
+
+    Returns:
+      `(step, state, meta)`, or None if no checkpoint is left to go on from.
+
+    Raises:
+      ValueError: if the checkpoint is whole but holds other arrays than
+        `state_like`, naming them.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    self.wait()
+    step = _agree(self._latest_whole() if _is_first() else None)
+    if step is None:
+      return None
+    path = self._folder / str(step)
+    saved = json.loads((path / _CHECKSUMS).read_text())["leaves"]
+    self._compare(path, saved, state_like)
+    with _context():
+      loaded = ocp.load_checkpointables(
+        path, {"state": jax.tree.map(_wanted, state_like), "meta": None}
+      )
+    state = jax.tree.map(_from_disk, loaded["state"], state_like)
+    self._saved.add(step)
+    return step, state, loaded["meta"]
+
+  def all_steps(self) -> list[int]:
+    """Steps of the checkpoints on disk, the earliest first."""
+    return _steps(self._folder)
+
+  def wait(self) -> None:
+    """Returns when no save is under way, in any process.
+
+    Raises:
+      OSError: if the save failed.
+    """
+    if self._thread is None:
+      return
+    self._thread.join()
+    self._thread = None
+    # Before anything is raised, or the other processes would wait for ever.
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices("rljax checkpoint")
+    failure, self._failure = self._failure, None
+    if failure is not None:
+      raise OSError(f"a checkpoint could not be saved: {failure}") from failure
+
+  def close(self) -> None:
+    """Waits for the last save."""
+    self.wait()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self.close()
+
+  def _commit(self, step, unfinished, response, leaves):
+    """The end of a save, in its thread."""
+    try:
+      response.result()
+      if not _is_first():
+        return
+      checksums = {"files": _checksums(unfinished), "leaves": leaves}
+      with open(unfinished / _CHECKSUMS, "w") as file:
+        json.dump(checksums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+      final = self._folder / str(step)
+      if final.exists():
+        _remove(final)
+      os.rename(unfinished, final)
+      # Later steps, of a run that was begun anew here, are not ours to count.
+      done = [old for old in self.all_steps() if old <= step]
+      for old in done[: -self._keep]:
+        _remove(self._folder / str(old))
+    except BaseException as error:
+      self._saved.discard(step)
+      self._failure = error
+
+  def _clear(self):
+    """Deletes what a killed run left behind."""
+    if not self._folder.is_dir():
+      return
+    for path in sorted(self._folder.iterdir()):
+      match = re.match(rf"(\d+)({_UNFINISHED}|{_REMOVED})", path.name)
+      if not match:
+        continue
+      shutil.rmtree(path, ignore_errors=True)
+      if match[2] == _UNFINISHED:
+        self._say(
+          f"removed the unfinished checkpoint of step {match[1]}: the run was "
+          "stopped while writing it."
+        )
+
+  def _latest_whole(self):
+    """Step of the latest undamaged checkpoint; sets damaged ones aside."""
+    for step in reversed(self.all_steps()):
+      path = self._folder / str(step)
+      problem = _problem(path)
+      if problem is None:
+        return step
+      self._say(f"skipped the checkpoint of step {step}: {problem}.")
+      aside = path.with_name(path.name + _UNREADABLE)
+      shutil.rmtree(aside, ignore_errors=True)
+      os.rename(path, aside)
+    return None
+
+  def _compare(self, path, saved, state_like):
+    """Raises if the arrays on disk are not those of `state_like`."""
+    wanted = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state_like):
+      shape, dtype = _shape_and_dtype(_path(keys), leaf)
+      wanted[_path(keys)] = {"shape": shape, "dtype": dtype}
+    lines = []
+    for name in sorted(saved.keys() | wanted.keys()):
+      if name not in wanted:
+        lines.append(f"  {name}: saved, but this run has none")
+      elif name not in saved:
+        lines.append(f"  {name}: not saved, but this run has it")
+      elif saved[name]["shape"] != wanted[name]["shape"]:
+        lines.append(
+          f"  {name}: saved as {saved[name]['shape']}, in this run "
+          f"{wanted[name]['shape']}"
+        )
+      elif saved[name]["dtype"] != wanted[name]["dtype"]:
+        self._say(
+          f"{name} was saved as {saved[name]['dtype']} and is cast to "
+          f"{wanted[name]['dtype']}."
+        )
+    if lines:
+      shown = "\n".join(lines[:10])
+      if len(lines) > 10:
+        shown += f"\n  ... and {len(lines) - 10} more"
+      raise ValueError(
+        f"the checkpoint {path} is not of this model and optimizer:\n{shown}\n"
+        "Start with the flags that it was saved with, or another --workdir."
+      )
+
+  def _say(self, message):
+    self.messages.append(message)
+    logging.warning("%s", message)
+
+
+def restore_params(workdir: Workdir, step: int | None = None) -> dict[str, Any]:
+  """Reads the parameters of a run, whatever their shapes.
+
+  Only reads: the run may still be going on.
+
+  Args:
+    workdir: folder of the run that saved them.
+    step: which checkpoint; None is the latest that is whole.
+
+  Returns:
+    The entry "params" of the saved state: nested dicts of numpy arrays.
+
+  Raises:
+    ValueError: if there is no such checkpoint, naming the workdir.
+  """
+  from orbax.checkpoint import v1 as ocp
+
+  folder = _folder(workdir)
+  steps = _steps(folder)
+  if step is not None:
+    if step not in steps:
+      raise ValueError(
+        f"{workdir} has no checkpoint of step {step}; it has "
+        f"{steps or 'none at all'}."
+      )
+    steps = [step]
+  problems = ""
+  for candidate in reversed(steps):
+    path = folder / str(candidate)
+    problem = _problem(path)
+    if problem is not None:
+      problems += f" Step {candidate} is damaged: {problem}."
+      logging.warning("skipped %s: %s.", path, problem)
+      continue
+    saved = ocp.metadata(path, checkpointable_name="state").metadata
+    if not isinstance(saved, dict) or "params" not in saved:
+      raise ValueError(f'the state in {path} has no entry "params".')
+    # A placeholder with the shape and dtype of each array, but of no size.
+    wanted = jax.tree.map(
+      lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
+      saved["params"],
+    )
+    with _context(partial=True):
+      return ocp.load(path, {"params": wanted}, checkpointable_name="state")[
+        "params"
+      ]
+  raise ValueError(
+    f"{workdir} has no checkpoint to read parameters from.{problems}"
+  )
+
+
+def prepare_workdir(workdir: Workdir) -> None:
+  """Makes the folder of a run and proves that it can be written to.
+
+  Args:
+    workdir: the folder, which may exist.
+
+  Raises:
+    ValueError: if it cannot be made or written to, with the system's reason.
+  """
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir) as file:
+      file.write(b"x")
+  except OSError as error:
+    raise ValueError(
+      f"workdir {os.fspath(workdir)} cannot be written to: {error.strerror}; "
+      "choose another --workdir."
+    ) from error
+
+
+def write_flags(
+  workdir: Workdir, flags: Mapping[str, Any], ignore: Collection[str] = ()
+) -> None:
+  """Files the flags of a run, unless a run with other flags lives there.
+
+  Args:
+    workdir: folder of the run.
+    flags: name to value; anything that `json` can write.
+    ignore: names that may change between two starts of one run.
+
+  Raises:
+    ValueError: as `check_flags`.
+  """
+  check_flags(workdir, flags, ignore)
+  if _is_first():
+    text = json.dumps(
+      _plain_json(dict(flags), "flags"), indent=2, sort_keys=True
+    )
+    path = pathlib.Path(workdir) / "flags.json"
+    partial = path.with_name(".flags.json.partial")
+    partial.write_text(text + "\n")
+    os.replace(partial, path)
+
+
+def check_flags(
+  workdir: Workdir, flags: Mapping[str, Any], ignore: Collection[str] = ()
+) -> None:
+  """Holds the flags against those that the run in `workdir` began with.
+
+  Args:
+    workdir: folder of a run; one without flags passes.
+    flags: name to value.
+    ignore: names that may differ.
+
+  Raises:
+    ValueError: if any other flag differs, with a line for each.
+  """
+  path = pathlib.Path(workdir) / "flags.json"
+  if not path.exists():
+    return
+  try:
+    old = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} cannot be read ({error}); delete it if the run is yours, or "
+      "choose another --workdir."
+    ) from error
+  new = _plain_json(dict(flags), "flags")
+  lines = []
+  for name in sorted((old.keys() | new.keys()) - set(ignore)):
+    if name not in new:
+      lines.append(f"  {name}: was {_shown(old[name])}, now absent")
+    elif name not in old:
+      lines.append(f"  {name}: was absent, now {_shown(new[name])}")
+    elif old[name] != new[name]:
+      lines.append(
+        f"  {name}: was {_shown(old[name])}, now {_shown(new[name])}"
+      )
+  if lines:
+    raise ValueError(
+      f"{os.fspath(workdir)} belongs to a run with other flags:\n"
+      + "\n".join(lines)
+      + "\nGive the old flags to go on with it, or another --workdir."
+    )
+
+
+def fingerprint(tree: Tree) -> str:
+  """A name for the exact bits of a tree.
+
+  Args:
+    tree: arrays, typed keys among them, however they are sharded.
+
+  Returns:
+    SHA-256, in hexadecimal, of the path, dtype, shape and bytes of every leaf,
+    in the order of the paths.
+  """
+  leaves = {}
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    leaf = _to_disk(leaf)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      from jax.experimental import multihost_utils
+
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    leaves[_path(keys)] = np.asarray(leaf)
+  digest = hashlib.sha256()
+  for path in sorted(leaves):
+    leaf = leaves[path]
+    digest.update(f"{path} {leaf.dtype.name} {leaf.shape}\n".encode())
+    digest.update(leaf.tobytes())
+  return digest.hexdigest()
+
+
+class Preemption:
+  """Turns the signal that ends a machine into a clean stop.
+
+  Inside the `with` block the first SIGTERM or SIGINT sets `requested`, for the
+  loop to save and leave at the end of the step; a second one raises
+  KeyboardInterrupt at once. The handlers from before return at the end. Only
+  the main thread may enter.
+
+  Attributes:
+    requested: True once this process was asked to stop.
+  """
+
+  def __init__(self):
+    self.requested = False
+    self._previous = {}
+
+  def should_stop(self) -> bool:
+    """True, in every process at the same step, once any was asked to stop."""
+    if jax.process_count() == 1:
+      return self.requested
+    from jax.experimental import multihost_utils
+
+    return bool(
+      multihost_utils.process_allgather(np.array(self.requested)).any()
+    )
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *error):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number, frame):
+    del frame
+    if self.requested:
+      raise KeyboardInterrupt
+    self.requested = True
+    logging.warning(
+      "%s: stopping at the end of this step; once more to stop at once.",
+      signal.Signals(number).name,
+    )
+
+
+def _is_first():
+  return jax.process_index() == 0
+
+
+def _agree(step):
+  """The step that the first process found, in every process."""
+  if jax.process_count() == 1:
+    return step
+  from jax.experimental import multihost_utils
+
+  step = np.int32(-1 if step is None else step)
+  step = int(multihost_utils.broadcast_one_to_all(step))
+  return None if step < 0 else step
+
+
+def _folder(workdir):
+  # Orbax takes absolute paths alone.
+  return pathlib.Path(os.path.abspath(workdir)) / "checkpoints"
+
+
+def _steps(folder):
+  if not folder.is_dir():
+    return []
+  names = (path.name for path in folder.iterdir() if path.is_dir())
+  return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+
+
+def _remove(path):
+  """Deletes a folder, so that a kill cannot leave half of it in its place."""
+  gone = path.with_name(path.name + _REMOVED)
+  shutil.rmtree(gone, ignore_errors=True)
+  os.rename(path, gone)
+  shutil.rmtree(gone, ignore_errors=True)
+
+
+def _checksums(folder):
+  """`{file: [bytes, SHA-256]}` of every file below a folder."""
+  found = {}
+  for path in sorted(folder.rglob("*")):
+    if path.is_file():
+      with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+      name = path.relative_to(folder).as_posix()
+      found[name] = [path.stat().st_size, digest]
+  return found
+
+
+def _problem(path):
+  """What is wrong with a checkpoint, in words; None if it is whole."""
+  try:
+    expected = json.loads((path / _CHECKSUMS).read_text())["files"]
+  except FileNotFoundError:
+    return f"{_CHECKSUMS} is missing"
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    return f"{_CHECKSUMS} cannot be read ({error})"
+  for name, (size, digest) in expected.items():
+    try:
+      found = (path / name).stat().st_size
+      if found != size:
+        return f"{name} has {found} bytes, and had {size} when it was saved"
+      with open(path / name, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+          return f"{name} has changed since it was saved"
+    except OSError as error:
+      return f"{name} cannot be read ({error.strerror})"
+  return None
+
+
+@contextlib.contextmanager
+def _context(partial=False):
+  """Orbax with `meta` as a JSON file, and on request loading part of a tree."""
+  from orbax.checkpoint import v1 as ocp
+
+  registry = ocp.handlers.local_registry(include_global_registry=True)
+  registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  context.pytree.loading.partial_load = partial
+  with context:
+    yield
+
+
+def _path(keys):
+  return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _is_key(leaf):
+  dtype = getattr(leaf, "dtype", None)
+  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _shape_and_dtype(path, leaf):
+  """Of a leaf as it lies on disk: `([int, ...], name)`."""
+  if _is_key(leaf):
+    leaf = jax.eval_shape(jax.random.key_data, leaf)
+  elif not hasattr(leaf, "shape"):
+    if not isinstance(leaf, (bool, int, float)):
+      raise ValueError(
+        f'a checkpoint holds arrays and numbers, but "{path}" is a '
+        f"{type(leaf).__name__}."
+      )
+    leaf = np.asarray(leaf)
+  if 0 in leaf.shape:
+    raise ValueError(
+      f'a checkpoint holds no empty arrays, but "{path}" has shape '
+      f"{tuple(leaf.shape)}."
+    )
+  return list(leaf.shape), np.dtype(leaf.dtype).name
+
+
+def _to_disk(leaf):
+  """A leaf as Orbax takes it."""
+  if _is_key(leaf):
+    return jax.random.key_data(leaf)
+  return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _is_bound(like):
+  """Whether a leaf is a jax array that says where it lies."""
+  if isinstance(like, jax.ShapeDtypeStruct):
+    return like.sharding is not None
+  return isinstance(like, jax.Array) and like.committed
+
+
+def _wanted(like):
+  """What Orbax is asked for, for a leaf of the state to fill."""
+  data = jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
+  if _is_bound(like):
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=like.sharding)
+  data = data if hasattr(data, "shape") else np.asarray(data)
+  # A numpy array: of its shape and dtype, but taking no memory.
+  return np.broadcast_to(np.zeros((), data.dtype), data.shape)
+
+
+def _from_disk(data, like):
+  """Makes of a loaded leaf what `like` is."""
+  if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+    return data if hasattr(like, "shape") else type(like)(data.item())
+  if not _is_bound(like):
+    data = jax.numpy.asarray(data)
+  if _is_key(like):
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+  if getattr(like, "weak_type", False) and not data.shape:
+    weak = jax.numpy.asarray(data.item())
+    data = jax.device_put(weak, like.sharding) if _is_bound(like) else weak
+  return data
+
+
+def _plain_json(value, what):
+  """The value as it would come back from a JSON file."""
+  try:
+    return json.loads(json.dumps(value))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{what} must be JSON: {error}.") from error
+
+
+def _shown(value):
+  return json.dumps(value, ensure_ascii=False)
