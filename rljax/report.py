@@ -1,0 +1,339 @@
+"""Pictures and tables of what a run has written."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+Path = str | os.PathLike[str]
+Panels = Mapping[str, Sequence[str]]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without
+# the yellow that a white page swallows.
+COLOURS = (
+  "#0072B2",
+  "#D55E00",
+  "#009E73",
+  "#CC79A7",
+  "#E69F00",
+  "#56B4E9",
+  "#000000",
+)
+_STYLES = ("-", "--", ":", "-.")
+_MAX_POINTS = 400
+_PANEL_INCHES = (4.0, 2.6)
+_MAX_PANELS_ACROSS = 3
+_GREY = "#555555"
+
+
+def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Reads a `metrics.jsonl`, which may be being written.
+
+  Args:
+    path: the file; one that is not there holds nothing.
+
+  Returns:
+    For each metric its steps `[N]` int64 and values `[N]` float64, in order of
+    step. Nulls are left out, and so is a last line that is not yet whole.
+  """
+  found = {}
+  try:
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+  except FileNotFoundError:
+    return {}
+  for line in text.split("\n"):
+    try:
+      row = json.loads(line)
+    except ValueError:
+      continue
+    for name, value in row.items():
+      if name != "step" and value is not None:
+        found.setdefault(name, {})[row["step"]] = value
+  series = {}
+  for name, values in found.items():
+    steps = sorted(values)
+    series[name] = (
+      np.array(steps, np.int64),
+      np.array([values[step] for step in steps], np.float64),
+    )
+  return series
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+  """Mean of each value and its neighbours.
+
+    y_n = mean of x_k over |k - n| <= window // 2
+
+  Neighbours that do not exist are left out, so the line spans all of the data
+  and, unlike a running average of the past, does not lag behind it.
+
+  Args:
+    values: `[N]` float.
+    window: how many values count; 0 and 1 change nothing.
+
+  Returns:
+    `[N]` float64.
+  """
+  sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+  index = np.arange(len(values))
+  first = np.maximum(index - window // 2, 0)
+  last = np.minimum(index + window // 2 + 1, len(values))
+  return (sums[last] - sums[first]) / (last - first)
+
+
+def curves(metrics_path: Path, png_path: Path, panels: Panels) -> None:
+  """Draws the metrics of one run: faint points, and a smoothed line.
+
+  Metrics and panels of which nothing was recorded are left out; if that is
+  all of them, nothing is drawn. The picture replaces the old one whole.
+
+  Args:
+    metrics_path: a `metrics.jsonl`.
+    png_path: the picture.
+    panels: title of each panel to the metrics in it.
+  """
+  series = read_metrics(metrics_path)
+  panels = _present(panels, series)
+  if not panels:
+    return
+  figure, axes = _figure(len(panels))
+  for panel, (title, names) in zip(axes, panels.items(), strict=True):
+    for colour, name in zip(_cycle(COLOURS), names, strict=False):
+      steps, values = _thin(*series[name])
+      if len(steps) > 1:
+        panel.plot(
+          steps, values, ".", color=colour, markersize=3.5, alpha=0.3, mew=0
+        )
+      panel.plot(
+        steps,
+        smooth(values, len(values) // 20),
+        color=colour,
+        linewidth=1.5,
+        marker="o" if len(steps) < 12 else "",
+        markersize=3,
+        label=_label(name, names),
+      )
+    _finish(panel, title, legend=len(names) > 1)
+  _save(figure, png_path)
+
+
+def compare(
+  runs: Mapping[str, Sequence[Path]], png_path: Path, panels: Panels
+) -> None:
+  """Draws several arms of a study, each with all of its seeds.
+
+  An arm's line is the mean of its seeds after each was smoothed; the band goes
+  from the lowest seed to the highest. A step counts the seeds that have it.
+
+  Args:
+    runs: name of each arm to the `metrics.jsonl` of its seeds.
+    png_path: the picture.
+    panels: title of each panel to the metrics in it; a second metric in a
+      panel is dashed.
+  """
+  arms = {
+    arm: [read_metrics(path) for path in paths] for arm, paths in runs.items()
+  }
+  everything = {
+    name for seeds in arms.values() for seed in seeds for name in seed
+  }
+  panels = _present(panels, everything)
+  if not panels:
+    return
+  figure, axes = _figure(len(panels), legend_rows=1)
+  handles = {}
+  for panel, (title, names) in zip(axes, panels.items(), strict=True):
+    for colour, (arm, seeds) in zip(
+      _cycle(COLOURS), arms.items(), strict=False
+    ):
+      for style, name in zip(_cycle(_STYLES), names, strict=False):
+        found = [seed[name] for seed in seeds if name in seed]
+        if not found:
+          continue
+        steps, low, mean, high = _band(found)
+        if len(found) > 1:
+          panel.fill_between(
+            steps, low, high, color=colour, alpha=0.18, linewidth=0
+          )
+        (line,) = panel.plot(
+          steps,
+          mean,
+          style,
+          color=colour,
+          linewidth=1.6,
+          marker="o" if len(steps) < 12 else "",
+          markersize=3,
+        )
+        handles.setdefault(f"{arm} ({_seeds(len(seeds))})", line)
+    if len(names) > 1:
+      for style, name in zip(_cycle(_STYLES), names, strict=False):
+        panel.plot([], [], style, color=_GREY, label=_label(name, names))
+    _finish(panel, title, legend=len(names) > 1)
+  figure.legend(
+    handles.values(),
+    handles.keys(),
+    loc="outside upper center",
+    ncols=min(len(handles), 4),
+    frameon=False,
+    fontsize=10,
+  )
+  _save(figure, png_path)
+
+
+def samples_table(samples_path: Path, limit: int = 10):
+  """The last samples of a run, as a table for rich to print.
+
+  Args:
+    samples_path: a `samples.jsonl`.
+    limit: how many rows, from the end.
+
+  Returns:
+    A `rich.table.Table`: step, prompt, response, then the rest as it came; a
+    nested mapping, such as the parts of a score, has a column for each entry.
+
+  Raises:
+    ValueError: if there is no such file.
+  """
+  from rich import table, text
+
+  path = pathlib.Path(samples_path)
+  if not path.exists():
+    raise ValueError(f"{path} does not exist: the run has written no samples.")
+  rows = []
+  for line in path.read_text(encoding="utf-8").split("\n"):
+    try:
+      rows.append(_flat(json.loads(line)))
+    except ValueError:
+      continue
+  rows = rows[-limit:] if limit > 0 else []
+  first = ["step", "prompt", "response"]
+  names = [name for name in first if any(name in row for row in rows)]
+  for row in rows:
+    names += [name for name in row if name not in names]
+  numeric = {
+    name
+    for name in names
+    if all(isinstance(row.get(name, 0), (int, float)) for row in rows)
+  }
+  shown = table.Table(show_lines=True)
+  for name in names:
+    shown.add_column(
+      text.Text(name),
+      justify="right" if name in numeric else "left",
+      overflow="fold",
+      no_wrap=name in numeric,
+    )
+  for row in rows:
+    shown.add_row(*(text.Text(_cell(row.get(name, ""))) for name in names))
+  return shown
+
+
+def _cycle(items):
+  while True:
+    yield from items
+
+
+def _present(panels, names):
+  """The panels without what is not among `names`."""
+  kept = {
+    title: [name for name in wanted if name in names]
+    for title, wanted in panels.items()
+  }
+  return {title: wanted for title, wanted in kept.items() if wanted}
+
+
+def _label(name, names):
+  """A metric without the part of its name that the whole panel shares."""
+  shared = {other.rpartition("/")[0] for other in names}
+  return name.rpartition("/")[2] if len(shared) == 1 else name
+
+
+def _seeds(count):
+  return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _thin(steps, values):
+  """At most `_MAX_POINTS` points, each the mean of its neighbours."""
+  if len(steps) <= _MAX_POINTS:
+    return steps, values
+  edges = np.linspace(0, len(steps), _MAX_POINTS + 1).astype(int)[:-1]
+  counts = np.diff(np.append(edges, len(steps)))
+  return (
+    np.add.reduceat(steps, edges) / counts,
+    np.add.reduceat(values, edges) / counts,
+  )
+
+
+def _band(found):
+  """Steps, lowest, mean and highest of several seeds of one metric."""
+  smoothed = [
+    (steps, smooth(values, len(values) // 20)) for steps, values in found
+  ]
+  steps = np.unique(np.concatenate([steps for steps, _ in smoothed]))
+  values = np.full((len(smoothed), len(steps)), np.nan)
+  for row, (own_steps, own_values) in zip(values, smoothed, strict=True):
+    row[np.searchsorted(steps, own_steps)] = own_values
+  low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+  return steps, low, np.nanmean(values, axis=0), high
+
+
+def _figure(num_panels, legend_rows=0):
+  """A figure with so many panels, side by side and then below each other."""
+  # Through matplotlib's objects: pyplot keeps state that threads would share.
+  from matplotlib.backends import backend_agg
+  from matplotlib.figure import Figure
+
+  across = 2 if num_panels == 4 else min(num_panels, _MAX_PANELS_ACROSS)
+  down = -(-num_panels // across)
+  width, height = _PANEL_INCHES
+  figure = Figure(
+    figsize=(width * across, height * down + 0.35 * legend_rows),
+    dpi=110,
+    layout="constrained",
+  )
+  backend_agg.FigureCanvasAgg(figure)
+  axes = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
+  for unused in axes[num_panels:]:
+    unused.set_axis_off()
+  return figure, axes[:num_panels]
+
+
+def _finish(panel, title, *, legend):
+  panel.set_title(title, loc="left", fontsize=11, fontweight="bold")
+  panel.set_xlabel("step", fontsize=9, color=_GREY)
+  panel.tick_params(labelsize=9, colors=_GREY, length=3, labelbottom=True)
+  panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+  panel.set_axisbelow(True)
+  panel.margins(x=0.02)
+  panel.spines[["top", "right"]].set_visible(False)
+  panel.spines[["left", "bottom"]].set_color("#aaaaaa")
+  panel.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+  if legend:
+    panel.legend(fontsize=8.5, frameon=False)
+
+
+def _save(figure, path):
+  """Writes the picture so that a reader never sees half of one."""
+  path = pathlib.Path(path)
+  partial = path.with_name(f".{path.name}.partial")
+  figure.savefig(partial, format="png")
+  os.replace(partial, path)
+
+
+def _flat(row):
+  """The row with the entries of nested mappings beside the others."""
+  flat = {}
+  for name, value in row.items():
+    if isinstance(value, dict):
+      flat.update(_flat(value))
+    else:
+      flat[name] = value
+  return flat
+
+
+def _cell(value):
+  if isinstance(value, float):
+    return f"{value:.3g}"
+  return str(value)
