@@ -1,0 +1,246 @@
+"""Causal attention over padded rows, whole or one token at a time.
+
+A cache holds a prompt once, however many samples continue it, and a buffer
+of response slots per sample:
+
+  {"prompt_mask": [B, P] bool, "prompt_lengths": [B] int32, "step": () int32,
+   "layers": one dict per layer of
+     {"prompt_keys", "prompt_values": [B, K, P, d],
+      "keys", "values": [N, K, T, d]}}
+
+with B prompts, N = B * num_samples rows (row b * num_samples + j continues
+prompt b), H query heads that share K key heads in groups of G = H / K, and
+head width d. `step` counts the response tokens already written.
+"""
+
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Cache = dict[str, Any]
+
+
+def positions(mask: Array) -> Array:
+  """Place of each token among the real tokens of its row.
+
+    p_t = max(Σ_{u ≤ t} mask_u - 1, 0)
+
+  Args:
+    mask: `[B, S]` bool, True at real tokens; padding may stand on either side.
+
+  Returns:
+    `[B, S]` int32. Padding takes the place of the token before it, or 0.
+  """
+  chex.assert_rank(mask, 2)
+  chex.assert_type(mask, bool)
+  return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def causal_mask(mask: Array) -> Array:
+  """Which keys each query may look at: real ones, up to and with itself.
+
+  Args:
+    mask: `[B, S]` bool, True at real tokens.
+
+  Returns:
+    `[B, S, S]` bool, queries before keys. A query in left padding sees nothing.
+  """
+  chex.assert_rank(mask, 2)
+  chex.assert_type(mask, bool)
+  length = mask.shape[1]
+  causal = jnp.tril(jnp.ones((length, length), bool))
+  return causal[None] & mask[:, None]
+
+
+def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+  """Softmax attention with grouped key and value heads.
+
+    o_s = Σ_t softmax_t(q_s · k_t / √d) v_t
+
+  The softmax is in float32. A query that may look at nothing returns the mean
+  of all values, a number nobody should read, rather than NaN.
+
+  Args:
+    queries: `[B, S, H, d]` float.
+    keys: `[B, S, K, d]` float; query head h reads key head h // (H / K).
+    values: `[B, S, K, d]` float.
+    mask: `[B, S, S]` bool, True where query s may look at key t.
+
+  Returns:
+    `[B, S, H, d]` in the dtype of `values`.
+  """
+  chex.assert_rank([queries, keys, values, mask], [4, 4, 4, 3])
+  chex.assert_equal_shape([keys, values])
+  chex.assert_type(mask, bool)
+  batch, length, num_heads, width = queries.shape
+  num_kv_heads = keys.shape[2]
+
+  grouped = queries.reshape(
+    batch, length, num_kv_heads, num_heads // num_kv_heads, width
+  )
+  scores = _scores("bskgd,btkd->bkgst", grouped, keys)
+  weights = jax.nn.softmax(_masked(scores, mask[:, None, None]), axis=-1)
+  mixed = _mix("bkgst,btkd->bskgd", weights, values)
+  return mixed.astype(values.dtype).reshape(queries.shape)
+
+
+def start_cache(
+  mask: Array,
+  keys_values: list[tuple[Array, Array]],
+  *,
+  num_samples: int,
+  response_length: int,
+) -> Cache:
+  """Cache that holds the prompts and room for the responses.
+
+  Args:
+    mask: `[B, P]` bool, True at the prompts' tokens.
+    keys_values: per layer, the prompts' keys and values, `[B, P, K, d]` each.
+    num_samples: responses per prompt; ≥ 1.
+    response_length: slots per response; ≥ 1.
+
+  Returns:
+    The cache that the module's docstring describes, at step 0.
+
+  Raises:
+    ValueError: if `num_samples` or `response_length` is not positive.
+  """
+  chex.assert_rank(mask, 2)
+  chex.assert_type(mask, bool)
+  if num_samples < 1:
+    raise ValueError(f"num_samples must be positive, got {num_samples}.")
+  if response_length < 1:
+    raise ValueError(
+      f"response_length must be positive, got {response_length}."
+    )
+
+  layers = []
+  for keys, values in keys_values:
+    batch, _, num_kv_heads, width = keys.shape
+    room = (batch * num_samples, num_kv_heads, response_length, width)
+    layers.append(
+      {
+        "prompt_keys": keys.swapaxes(1, 2),
+        "prompt_values": values.swapaxes(1, 2),
+        "keys": jnp.zeros(room, keys.dtype),
+        "values": jnp.zeros(room, values.dtype),
+      }
+    )
+  return {
+    "prompt_mask": mask,
+    "prompt_lengths": jnp.sum(mask, axis=1, dtype=jnp.int32),
+    "step": jnp.zeros((), jnp.int32),
+    "layers": tuple(layers),
+  }
+
+
+def decode_positions(cache: Cache, num_rows: int) -> Array:
+  """Place of the token that each row decodes now, `[N]` int32."""
+  lengths = cache["prompt_lengths"]
+  return jnp.repeat(lengths, num_rows // lengths.shape[0]) + cache["step"]
+
+
+def attend_cached(
+  query: Array,
+  key: Array,
+  value: Array,
+  layer: dict[str, Array],
+  prompt_mask: Array,
+  step: Array,
+) -> tuple[Array, dict[str, Array]]:
+  """Writes one token per row into the cache and attends from it.
+
+  The scores against the prompt and against the response are one softmax. The
+  samples of a prompt read the same copy of its keys in one product. A `step`
+  past the last slot overwrites that slot: the caller stops before.
+
+  Args:
+    query: `[N, H, d]` float.
+    key: `[N, K, d]` float.
+    value: `[N, K, d]` float.
+    layer: one layer of the cache.
+    prompt_mask: `[B, P]` bool; B divides N.
+    step: `()` int32, the slot to write.
+
+  Returns:
+    `[N, H, d]` in the dtype of `value`, and the layer with the slot written.
+  """
+  chex.assert_rank([query, key, value, prompt_mask, step], [3, 3, 3, 2, 0])
+  chex.assert_equal_shape([key, value])
+  rows, num_heads, width = query.shape
+  num_kv_heads = key.shape[1]
+  groups = num_heads // num_kv_heads
+  batch = prompt_mask.shape[0]
+
+  keys = jax.lax.dynamic_update_slice_in_dim(
+    layer["keys"], key[:, :, None], step, axis=2
+  )
+  values = jax.lax.dynamic_update_slice_in_dim(
+    layer["values"], value[:, :, None], step, axis=2
+  )
+
+  # One softmax over both segments, without joining them: each is a product
+  # of its own shape, and they share the maximum and the normaliser.
+  by_row = query.reshape(rows, num_kv_heads, groups, width)
+  by_prompt = _by_prompt(by_row, batch)
+  prompt_scores = _masked(
+    _scores("bkngd,bkpd->bkngp", by_prompt, layer["prompt_keys"]),
+    prompt_mask[:, None, None, None],
+  )
+  written = jnp.arange(keys.shape[2]) <= step
+  response_scores = _masked(
+    _scores("nkgd,nktd->nkgt", by_row, keys), written[None, None, None]
+  )
+  largest = jnp.maximum(
+    _by_row(jnp.max(prompt_scores, axis=-1, keepdims=True)),
+    jnp.max(response_scores, axis=-1, keepdims=True),
+  )  # [N, K, G, 1]
+  of_prompt = jnp.exp(prompt_scores - _by_prompt(largest, batch))
+  of_response = jnp.exp(response_scores - largest)
+  total = _by_row(jnp.sum(of_prompt, axis=-1, keepdims=True))
+  total += jnp.sum(of_response, axis=-1, keepdims=True)
+
+  mixed = _by_row(_mix("bkngp,bkpd->bkngd", of_prompt, layer["prompt_values"]))
+  mixed += _mix("nkgt,nktd->nkgd", of_response, values)
+  mixed = (mixed / total).astype(value.dtype).reshape(query.shape)
+  return mixed, {**layer, "keys": keys, "values": values}
+
+
+def _by_prompt(x: Array, batch: int) -> Array:
+  """`[N, K, G, ...]` to `[B, K, n, G, ...]`."""
+  return x.reshape(batch, -1, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _by_row(x: Array) -> Array:
+  """`[B, K, n, G, ...]` to `[N, K, G, ...]`."""
+  x = x.swapaxes(1, 2)
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _scores(equation: str, queries: Array, keys: Array) -> Array:
+  """Scaled products of queries and keys, float32."""
+  products = jnp.einsum(
+    equation, queries, keys, preferred_element_type=jnp.float32
+  )
+  return products / math.sqrt(queries.shape[-1])
+
+
+def _mix(equation: str, weights: Array, values: Array) -> Array:
+  """Weighted sums of values, float32."""
+  return jnp.einsum(
+    equation,
+    weights.astype(values.dtype),
+    values,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _masked(scores: Array, mask: Array) -> Array:
+  """Scores where the mask is True, and elsewhere what no softmax picks."""
+  # The finite minimum, not -inf: exp(-inf - -inf) would be NaN in a row of
+  # padding, in the value and in the gradient.
+  return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)

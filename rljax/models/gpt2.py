@@ -1,0 +1,421 @@
+"""GPT-2: learned positions, layer norms, biases everywhere, a tied output.
+
+Dropout, with which the original was trained, is not applied: reinforcement
+learning compares the probabilities of two passes over the same tokens.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from rljax.models import attention
+
+Array = jax.Array
+Cache = attention.Cache
+
+# Where parameters live on a mesh: the first pattern that a path contains.
+PARTITION_RULES = (
+  (r"(c_attn|c_fc)/kernel$", P("fsdp", "tensor")),
+  (r"c_proj/kernel$", P("tensor", "fsdp")),
+  (r"(c_attn|c_fc)/bias$", P("tensor")),
+  (r"wte/embedding$", P("tensor", "fsdp")),
+  (r".*", P()),
+)
+
+_ACTIVATIONS = {
+  "gelu_new": nn.gelu,  # The tanh approximation.
+  "gelu_pytorch_tanh": nn.gelu,
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "relu": nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+  """Architecture and precision of a model.
+
+  Attributes:
+    vocab_size: V, rows of the embedding.
+    hidden_size: D.
+    num_layers: number of blocks.
+    num_heads: H, a divisor of D.
+    max_positions: rows of the position table. A row with more real tokens
+      than that comes out as NaN, the other rows as they should.
+    intermediate_size: width of the feed-forward; None: 4 D.
+    activation: "gelu_new", "gelu_pytorch_tanh", "gelu" or "relu".
+    layer_norm_eps: added to the variance.
+    initializer_range: standard deviation of new weights.
+    bos_token_id: kept for `to_hf`.
+    eos_token_id: kept for `to_hf`; an int, or a tuple of them.
+    pad_token_id: kept for `to_hf`.
+    dtype: of activations. Norms, softmax and logits are float32 regardless.
+    param_dtype: of new parameters.
+    remat: whether the gradient recomputes each block's activations.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  num_layers: int
+  num_heads: int
+  max_positions: int
+  intermediate_size: int | None = None
+  activation: str = "gelu_new"
+  layer_norm_eps: float = 1e-5
+  initializer_range: float = 0.02
+  bos_token_id: int | None = None
+  eos_token_id: int | tuple[int, ...] | None = None
+  pad_token_id: int | None = None
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  remat: bool = False
+
+  def __post_init__(self):
+    if self.intermediate_size is None:
+      object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
+    if self.hidden_size % self.num_heads:
+      raise ValueError(
+        f"hidden_size must be divisible by the {self.num_heads} heads, got "
+        f"{self.hidden_size}."
+      )
+    if self.activation not in _ACTIVATIONS:
+      raise ValueError(
+        f"activation must be one of {', '.join(_ACTIVATIONS)}, got "
+        f'"{self.activation}".'
+      )
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
+    """Reads the content of a config.json.
+
+    Args:
+      config: the fields, with `model_type` gpt2.
+
+    Returns:
+      The settings, with `dtype`, `param_dtype` and `remat` at their defaults.
+
+    Raises:
+      ValueError: if a field is missing or asks for what is not implemented;
+        the message names the field.
+    """
+    only = {
+      "model_type": "gpt2",
+      "scale_attn_weights": True,
+      "scale_attn_by_inverse_layer_idx": False,
+      "reorder_and_upcast_attn": False,
+      "add_cross_attention": False,
+      "tie_word_embeddings": True,
+    }
+    for name, value in only.items():
+      if config.get(name, value) != value:
+        raise ValueError(
+          f'config field "{name}" must be {value!r}, got {config[name]!r}.'
+        )
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in _ACTIVATIONS:
+      raise ValueError(
+        'config field "activation_function" must be one of '
+        f'{", ".join(_ACTIVATIONS)}, got "{activation}".'
+      )
+    if config.get("quantization_config"):
+      raise ValueError(
+        'config field "quantization_config": quantised weights are not '
+        "supported."
+      )
+
+    def required(name):
+      if config.get(name) is None:
+        raise ValueError(f'config field "{name}" is missing.')
+      return config[name]
+
+    eos_token_id = config.get("eos_token_id")
+    if isinstance(eos_token_id, list):
+      eos_token_id = tuple(eos_token_id)
+    return cls(
+      vocab_size=required("vocab_size"),
+      hidden_size=required("n_embd"),
+      num_layers=required("n_layer"),
+      num_heads=required("n_head"),
+      max_positions=required("n_positions"),
+      intermediate_size=config.get("n_inner"),
+      activation=activation,
+      layer_norm_eps=config.get("layer_norm_epsilon", 1e-5),
+      initializer_range=config.get("initializer_range", 0.02),
+      bos_token_id=config.get("bos_token_id"),
+      eos_token_id=eos_token_id,
+      pad_token_id=config.get("pad_token_id"),
+    )
+
+  def to_hf(self) -> dict[str, Any]:
+    """Content of a config.json that describes this model.
+
+    Returns:
+      JSON-serialisable fields.
+    """
+    eos_token_id = self.eos_token_id
+    if isinstance(eos_token_id, tuple):
+      eos_token_id = list(eos_token_id)
+    return {
+      "architectures": ["GPT2LMHeadModel"],
+      "model_type": "gpt2",
+      "vocab_size": self.vocab_size,
+      "n_embd": self.hidden_size,
+      "n_layer": self.num_layers,
+      "n_head": self.num_heads,
+      "n_positions": self.max_positions,
+      "n_ctx": self.max_positions,
+      "n_inner": self.intermediate_size,
+      "activation_function": self.activation,
+      "layer_norm_epsilon": self.layer_norm_eps,
+      "initializer_range": self.initializer_range,
+      "resid_pdrop": 0.0,
+      "embd_pdrop": 0.0,
+      "attn_pdrop": 0.0,
+      "tie_word_embeddings": True,
+      "bos_token_id": self.bos_token_id,
+      "eos_token_id": eos_token_id,
+      "pad_token_id": self.pad_token_id,
+      "use_cache": True,
+      "dtype": jnp.dtype(self.param_dtype).name,
+    }
+
+
+def parameter_names(
+  config: GPT2Config,
+) -> dict[str, tuple[tuple[str, ...], bool]]:
+  """Where each Hugging Face tensor goes.
+
+  Args:
+    config: the model's settings.
+
+  Returns:
+    Tensor name -> (path in `params`, whether to transpose). One entry per
+    parameter of the model. GPT-2 stores its dense layers as (in, out), so
+    nothing is transposed.
+  """
+  names = {
+    "transformer.wte.weight": (("wte", "embedding"), False),
+    "transformer.wpe.weight": (("wpe", "embedding"), False),
+    "transformer.ln_f.weight": (("ln_f", "scale"), False),
+    "transformer.ln_f.bias": (("ln_f", "bias"), False),
+  }
+  weights = {
+    "ln_1": "scale",
+    "attn.c_attn": "kernel",
+    "attn.c_proj": "kernel",
+    "ln_2": "scale",
+    "mlp.c_fc": "kernel",
+    "mlp.c_proj": "kernel",
+  }
+  for i in range(config.num_layers):
+    for name, weight in weights.items():
+      theirs = f"transformer.h.{i}.{name}"
+      ours = (f"layers_{i}", *name.split("."))
+      names[f"{theirs}.weight"] = ((*ours, weight), False)
+      names[f"{theirs}.bias"] = ((*ours, "bias"), False)
+  return names
+
+
+class LayerNorm(nn.Module):
+  """(x - mean(x)) / √(var(x) + ε) * scale + bias, in float32."""
+
+  epsilon: float
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+    y = x.astype(jnp.float32)
+    y -= jnp.mean(y, axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(
+      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
+    )
+    scale, bias = (
+      jnp.expand_dims(p.astype(jnp.float32), range(x.ndim - 1))
+      for p in (scale, bias)
+    )
+    return (y * scale + bias).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Attention, over whole rows or one cached token at a time."""
+
+  config: GPT2Config
+
+  def setup(self):
+    c = self.config
+    self.c_attn = _dense(c, 3 * c.hidden_size)
+    self.c_proj = _dense(c, c.hidden_size, into_residual=True)
+
+  def _project(self, x):
+    """`[..., D]` to queries, keys and values, `[..., H, d]` each."""
+    heads = lambda y: y.reshape(*y.shape[:-1], self.config.num_heads, -1)
+    return [heads(y) for y in jnp.split(self.c_attn(x), 3, axis=-1)]
+
+  def __call__(self, x, mask):
+    queries, keys, values = self._project(x)
+    mixed = attention.attend(queries, keys, values, mask)
+    return self.c_proj(mixed.reshape(x.shape)), (keys, values)
+
+  def decode(self, x, layer, prompt_mask, step):
+    query, key, value = self._project(x)
+    mixed, layer = attention.attend_cached(
+      query, key, value, layer, prompt_mask, step
+    )
+    return self.c_proj(mixed.reshape(x.shape)), layer
+
+
+class FeedForward(nn.Module):
+  """c_proj(activation(c_fc(x)))."""
+
+  config: GPT2Config
+
+  def setup(self):
+    c = self.config
+    self.c_fc = _dense(c, c.intermediate_size)
+    self.c_proj = _dense(c, c.hidden_size, into_residual=True)
+
+  def __call__(self, x: Array) -> Array:
+    return self.c_proj(_ACTIVATIONS[self.config.activation](self.c_fc(x)))
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+  config: GPT2Config
+
+  def setup(self):
+    c = self.config
+    self.ln_1 = LayerNorm(c.layer_norm_eps, c.param_dtype)
+    self.attn = Attention(c)
+    self.ln_2 = LayerNorm(c.layer_norm_eps, c.param_dtype)
+    self.mlp = FeedForward(c)
+
+  def __call__(self, x, mask):
+    y, keys_values = self.attn(self.ln_1(x), mask)
+    x += y
+    return x + self.mlp(self.ln_2(x)), keys_values
+
+  def decode(self, x, layer, prompt_mask, step):
+    y, layer = self.attn.decode(self.ln_1(x), layer, prompt_mask, step)
+    x += y
+    return x + self.mlp(self.ln_2(x)), layer
+
+
+class GPT2(nn.Module):
+  """A decoder; `params` is a plain nested dict, one entry per layer."""
+
+  config: GPT2Config
+
+  def setup(self):
+    c = self.config
+    self.wte = _embedding(c, c.vocab_size)
+    self.wpe = _embedding(c, c.max_positions)
+    block = nn.remat(Block) if c.remat else Block
+    self.layers = [block(c) for _ in range(c.num_layers)]
+    self.ln_f = LayerNorm(c.layer_norm_eps, c.param_dtype)
+
+  def _embed(self, ids, positions):
+    return (self.wte(ids) + self.wpe(positions)).astype(self.config.dtype)
+
+  def _forward(self, ids, mask):
+    x = self._embed(ids, attention.positions(mask))
+    allowed = attention.causal_mask(mask)
+    keys_values = []
+    for layer in self.layers:
+      x, pair = layer(x, allowed)
+      keys_values.append(pair)
+    return self.ln_f(x), keys_values
+
+  def __call__(self, ids: Array, mask: Array) -> Array:
+    """Final hidden states of whole rows.
+
+    Args:
+      ids: `[B, S]` int32.
+      mask: `[B, S]` bool, True at real tokens. Padding may stand on either
+        side; what comes out there has no meaning, but is finite.
+
+    Returns:
+      `[B, S, D]` in the compute dtype, after the last norm.
+    """
+    return self._forward(ids, mask)[0]
+
+  def prefill(
+    self, ids: Array, mask: Array, num_samples: int, response_length: int
+  ) -> tuple[Array, Cache]:
+    """Reads the prompts and makes the cache their responses grow in.
+
+    Args:
+      ids: `[B, P]` int32, left-padded.
+      mask: `[B, P]` bool, True at the prompts' tokens.
+      num_samples: responses per prompt. Row b * num_samples + j of the cache
+        continues prompt b.
+      response_length: T, slots per response.
+
+    Returns:
+      `[B, P, D]` hidden states and the cache (see `attention`).
+    """
+    hidden, keys_values = self._forward(ids, mask)
+    return hidden, attention.start_cache(
+      mask,
+      keys_values,
+      num_samples=num_samples,
+      response_length=response_length,
+    )
+
+  def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
+    """Reads one more token per row.
+
+    Args:
+      ids: `[N]` int32.
+      cache: from `prefill` or from the last `decode`.
+
+    Returns:
+      `[N, D]` hidden states and the cache with one more token per row.
+    """
+    x = self._embed(ids, attention.decode_positions(cache, ids.shape[0]))
+    layers = []
+    for block, layer in zip(self.layers, cache["layers"], strict=True):
+      x, layer = block.decode(x, layer, cache["prompt_mask"], cache["step"])
+      layers.append(layer)
+    cache = {**cache, "step": cache["step"] + 1, "layers": tuple(layers)}
+    return self.ln_f(x), cache
+
+  def logits(self, hidden: Array) -> Array:
+    """`[..., D]` hidden states to `[..., V]` float32 logits."""
+    c = self.config
+    return jnp.einsum(
+      "...d,vd->...v",
+      hidden.astype(c.dtype),
+      self.wte.embedding.astype(c.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+
+def _embedding(config: GPT2Config, rows: int) -> nn.Embed:
+  return nn.Embed(
+    rows,
+    config.hidden_size,
+    param_dtype=config.param_dtype,
+    embedding_init=nn.initializers.normal(config.initializer_range),
+  )
+
+
+def _dense(config: GPT2Config, features: int, into_residual=False) -> nn.Dense:
+  """A dense layer; what is added to the residual stream starts smaller."""
+  scale = config.initializer_range
+  if into_residual:
+    scale /= math.sqrt(2 * config.num_layers)
+  return nn.Dense(
+    features,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    kernel_init=nn.initializers.normal(scale),
+  )

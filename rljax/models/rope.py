@@ -1,0 +1,229 @@
+"""Rotary position embeddings and their context-length scalings."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+_FIELDS = {
+  "default": (),
+  "linear": ("factor",),
+  "llama3": (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+  ),
+  "yarn": (
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+    "original_max_position_embeddings",
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary embedding settings, under the names of Hugging Face configs.
+
+  Attributes:
+    theta: base of the wavelengths.
+    rope_type: "default", "linear", "llama3" or "yarn".
+    factor: how much longer than in pretraining the context is.
+    low_freq_factor: llama3: wavelengths above original / low are stretched.
+    high_freq_factor: llama3: wavelengths below original / high are kept.
+    original_max_position_embeddings: llama3, yarn: pretraining context.
+    attention_factor: yarn: scale of cos and sin; None: 0.1 ln(factor) + 1.
+    beta_fast: yarn: from this many turns over the context, frequencies stay.
+    beta_slow: yarn: up to this many turns, frequencies are divided by factor.
+    truncate: yarn: round the ends of the ramp outwards to whole dimensions.
+  """
+
+  theta: float = 10_000.0
+  rope_type: str = "default"
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position_embeddings: int = 0
+  attention_factor: float | None = None
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  truncate: bool = True
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any]) -> "Rope":
+    """Reads `rope_parameters`, or the older `rope_theta`/`rope_scaling`.
+
+    Args:
+      config: content of a config.json.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: if the scaling is of a kind that is not implemented or one of
+        its fields is missing.
+    """
+    source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    given = dict(config.get(source) or {})
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    if rope_type not in _FIELDS:
+      raise ValueError(
+        f'config field "{source}": rope_type "{rope_type}" is not supported, '
+        f"only {', '.join(_FIELDS)}."
+      )
+    partial = given.get(
+      "partial_rotary_factor", config.get("partial_rotary_factor")
+    )
+    if partial not in (None, 1, 1.0):
+      raise ValueError(
+        f'config field "partial_rotary_factor" must be 1, got {partial}.'
+      )
+    if given.get("mscale") or given.get("mscale_all_dim"):
+      raise ValueError(
+        f'config field "{source}": "mscale" is not supported; give '
+        '"attention_factor".'
+      )
+    theta = given.get("rope_theta", config.get("rope_theta"))
+    values = {"theta": 10_000.0 if theta is None else float(theta)}
+    if "original_max_position_embeddings" in _FIELDS[rope_type]:
+      # Some configs keep it beside the dict, and there it wins.
+      for length in (
+        config.get("original_max_position_embeddings"),
+        given.get("original_max_position_embeddings"),
+        config.get("max_position_embeddings"),
+      ):
+        if length is not None:
+          values["original_max_position_embeddings"] = int(length)
+          break
+    for name in _FIELDS[rope_type]:
+      if name in values:
+        continue
+      if given.get(name) is not None:
+        values[name] = given[name]
+      elif rope_type != "yarn" or name == "factor":
+        raise ValueError(f'config field "{source}": "{name}" is missing.')
+    return cls(rope_type=rope_type, **values)
+
+  def to_hf(self) -> dict[str, Any]:
+    """The config fields that `from_hf` reads, in the new and the old form."""
+    scaling = {
+      name: getattr(self, name)
+      for name in _FIELDS[self.rope_type]
+      if getattr(self, name) is not None
+    }
+    scaling = {"rope_type": self.rope_type, **scaling}
+    fields = {
+      "rope_parameters": {"rope_theta": self.theta, **scaling},
+      "rope_theta": self.theta,
+    }
+    if self.rope_type != "default":
+      fields["rope_scaling"] = scaling
+    return fields
+
+
+def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+  """Angle per position of each pair of dimensions.
+
+    ω_i = θ^(-2i/d)   ("default"; the other types lower some of them)
+
+  Args:
+    rope: the settings.
+    head_dim: d, even.
+
+  Returns:
+    `[d / 2]` float32 and the factor of cos and sin.
+
+  Source:
+    Su et al. (2021), "RoFormer"; Chen et al. (2023), "Extending Context
+    Window of Large Language Models via Positional Interpolation" (linear);
+    Peng et al. (2023), "YaRN", section 3; llama3 as in Meta's Llama 3.1.
+  """
+  omega = rope.theta ** (
+    -np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+  )
+  attention_factor = 1.0
+  if rope.rope_type == "linear":
+    omega = omega / rope.factor
+  elif rope.rope_type == "llama3":
+    turns = rope.original_max_position_embeddings * omega / (2 * math.pi)
+    kept = (turns - rope.low_freq_factor) / (
+      rope.high_freq_factor - rope.low_freq_factor
+    )
+    omega = _blend(omega, omega / rope.factor, kept)
+  elif rope.rope_type == "yarn":
+    low, high = (
+      _dimension_with_turns(rope, head_dim, turns)
+      for turns in (rope.beta_fast, rope.beta_slow)
+    )
+    if rope.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (np.arange(head_dim // 2) - low) / max(high - low, 1e-3)
+    omega = _blend(omega, omega / rope.factor, 1 - ramp)
+    attention_factor = rope.attention_factor
+    if attention_factor is None:
+      attention_factor = 0.1 * math.log(max(rope.factor, 1.0)) + 1.0
+  return omega.astype(np.float32), float(attention_factor)
+
+
+def angles(positions: Array, rope: Rope, head_dim: int) -> tuple[Array, Array]:
+  """Cosines and sines of the rotation at each position.
+
+  Args:
+    positions: `[...]` int32.
+    rope: the settings.
+    head_dim: d, even.
+
+  Returns:
+    cos and sin, `[..., d / 2]` float32.
+  """
+  omega, factor = frequencies(rope, head_dim)
+  angle = jnp.multiply(
+    positions.astype(jnp.float32)[..., None],
+    omega.reshape((1,) * positions.ndim + (-1,)),
+  )
+  return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+  """Turns the pairs (i, i + d/2) of each head by their angles.
+
+  Args:
+    x: `[..., H, d]` float.
+    cos: `[..., d / 2]` float32, the same for all heads.
+    sin: `[..., d / 2]` float32.
+
+  Returns:
+    `[..., H, d]` in the dtype of `x`.
+  """
+  cos, sin = cos[..., None, :], sin[..., None, :]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return turned.astype(x.dtype)
+
+
+def _blend(kept: np.ndarray, lowered: np.ndarray, share: np.ndarray):
+  share = np.clip(share, 0.0, 1.0)
+  return share * kept + (1 - share) * lowered
+
+
+def _dimension_with_turns(rope: Rope, head_dim: int, turns: float) -> float:
+  """Index (not whole) of the pair that turns so often over the context."""
+  length = rope.original_max_position_embeddings
+  return (
+    head_dim
+    * math.log(length / (turns * 2 * math.pi))
+    / (2 * math.log(rope.theta))
+  )
