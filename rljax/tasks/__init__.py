@@ -1,0 +1,125 @@
+"""Tasks: `prompts(split, seed)` and `score(prompt, response)`."""
+
+import importlib
+import math
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_MODULES = {
+  "arithmetic": "rljax.tasks.arithmetic",
+  "arithmetic_format": "rljax.tasks.arithmetic_format",
+}
+
+
+def load(name: str) -> types.ModuleType:
+  """Imports a task by name.
+
+  Raises:
+    ValueError: if there is no such task, with the names that there are.
+  """
+  if name not in _MODULES:
+    raise ValueError(
+      f"Unknown task {name!r}; known tasks are {', '.join(sorted(_MODULES))}."
+    )
+  return importlib.import_module(_MODULES[name])
+
+
+def options(pairs: Sequence[str]) -> dict[str, Any]:
+  """Parses the `name=value` texts of a flag such as --task_options.
+
+  Args:
+    pairs: values that read as integers, numbers, "true" or "false" become
+      such; others stay texts.
+
+  Returns:
+    Keyword arguments.
+
+  Raises:
+    ValueError: if a text has no "=", or a name comes twice.
+  """
+  found: dict[str, Any] = {}
+  for pair in pairs:
+    name, equals, text = pair.partition("=")
+    if not equals or not name.isidentifier():
+      raise ValueError(f"Expected name=value, got {pair!r}.")
+    if name in found:
+      raise ValueError(f"The option {name!r} is given twice.")
+    found[name] = _value(text)
+  return found
+
+
+def score_all(
+  task: Any, prompts: Sequence[str], responses: Sequence[str], **options: Any
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+  """Scores a batch of responses, and holds the task to its contract.
+
+  A task that is faster on batches (a classifier, say) may define
+  `score_batch(prompts, responses, **options) -> (scores, parts)`; others are
+  asked one response at a time.
+
+  Args:
+    task: module or object with `score` or `score_batch`.
+    prompts: N texts.
+    responses: N texts.
+    **options: handed on to the task.
+
+  Returns:
+    `[N]` float32 scores, and N dicts of what they are made of.
+
+  Raises:
+    ValueError: if a score is not a finite number, naming its prompt; or if
+      there are not N of them.
+  """
+  if len(prompts) != len(responses):
+    raise ValueError(
+      f"There are {len(prompts)} prompts, but {len(responses)} responses."
+    )
+  if hasattr(task, "score_batch"):
+    scores, parts = task.score_batch(prompts, responses, **options)
+    if len(scores) != len(prompts) or len(parts) != len(prompts):
+      raise ValueError(
+        f"score_batch was given {len(prompts)} responses and returned "
+        f"{len(scores)} scores and {len(parts)} parts."
+      )
+  else:
+    pairs = zip(prompts, responses, strict=True)
+    outcomes = [task.score(p, r, **options) for p, r in pairs]
+    scores = [score for score, _ in outcomes]
+    parts = [part for _, part in outcomes]
+  for prompt, response, score in zip(prompts, responses, scores, strict=True):
+    try:
+      is_finite = math.isfinite(score)
+    except TypeError:
+      is_finite = False
+    if not is_finite:
+      raise ValueError(
+        f"The score must be a finite number, got {score!r} for the prompt "
+        f"{prompt[-200:]!r} and the response {response[:200]!r}."
+      )
+  return np.asarray(scores, np.float32), list(parts)
+
+
+def mean_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The mean of every part that is a number or a truth value everywhere."""
+  if not parts:
+    return {}
+  kinds = (bool, int, float, np.bool_, np.integer, np.floating)
+  return {
+    name: float(np.mean([part[name] for part in parts]))
+    for name in parts[0]
+    if all(isinstance(part.get(name), kinds) for part in parts)
+  }
+
+
+def _value(text: str) -> Any:
+  if text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  for kind in (int, float):
+    try:
+      return kind(text)
+    except ValueError:
+      pass
+  return text

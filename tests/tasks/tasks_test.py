@@ -1,0 +1,87 @@
+import math
+import types
+
+import numpy as np
+from absl.testing import parameterized
+
+from rljax import tasks
+from rljax.tasks import arithmetic
+
+
+class LoadTest(parameterized.TestCase):
+  def test_load(self):
+    self.assertIs(tasks.load("arithmetic"), arithmetic)
+
+  def test_unknown_task(self):
+    with self.assertRaisesRegex(ValueError, "'chess'; known tasks.*arithmetic"):
+      tasks.load("chess")
+
+
+class OptionsTest(parameterized.TestCase):
+  def test_values(self):
+    found = tasks.options(
+      ["style=last", "num=12", "holdout=0.5", "whole=True", "x=a=b", "y="]
+    )
+    self.assertEqual(
+      found,
+      {
+        "style": "last",
+        "num": 12,
+        "holdout": 0.5,
+        "whole": True,
+        "x": "a=b",
+        "y": "",
+      },
+    )
+    self.assertIs(type(found["num"]), int)
+
+  @parameterized.parameters(
+    (["style"], "Expected name=value, got 'style'"),
+    (["=last"], "Expected name=value"),
+    (["a b=1"], "Expected name=value"),
+    (["a=1", "a=2"], "'a' is given twice"),
+  )
+  def test_bad_options(self, pairs, message):
+    with self.assertRaisesRegex(ValueError, message):
+      tasks.options(pairs)
+
+
+class ScoreAllTest(parameterized.TestCase):
+  def test_one_by_one(self):
+    scores, parts = tasks.score_all(
+      arithmetic, ["3+4=", "3+4="], ["7", "8."], parse="leading_integer"
+    )
+    # Errors of 0 and 1.
+    np.testing.assert_allclose(scores, [1, 0.95004], atol=1e-5)
+    self.assertEqual(scores.dtype, np.float32)
+    self.assertEqual([part["answer"] for part in parts], [7, 8])
+
+  def test_batch(self):
+    task = types.SimpleNamespace(
+      score_batch=lambda prompts, responses: ([1, 2], [{}, {}])
+    )
+    scores, _ = tasks.score_all(task, ["a", "b"], ["c", "d"])
+    np.testing.assert_array_equal(scores, [1, 2])
+    with self.assertRaisesRegex(ValueError, "given 1 responses .* 2 scores"):
+      tasks.score_all(task, ["a"], ["c"])
+
+  @parameterized.parameters(math.nan, math.inf, None, "high")
+  def test_not_finite(self, score):
+    task = types.SimpleNamespace(score=lambda prompt, response: (score, {}))
+    with self.assertRaisesRegex(ValueError, "finite number.* prompt '3"):
+      tasks.score_all(task, ["3+4="], ["7"])
+
+  def test_other_number_of_responses(self):
+    with self.assertRaisesRegex(ValueError, "1 prompts, but 2 responses"):
+      tasks.score_all(arithmetic, ["3+4="], ["7", "8"])
+
+
+class MeanPartsTest(parameterized.TestCase):
+  def test_hand_computed(self):
+    parts = [
+      {"is_correct": True, "error": 1.0, "answer": 7, "text": "a"},
+      {"is_correct": False, "error": 4, "answer": None, "text": "b"},
+    ]
+    # Answers are not all numbers, texts never are.
+    self.assertEqual(tasks.mean_parts(parts), {"is_correct": 0.5, "error": 2.5})
+    self.assertEqual(tasks.mean_parts([]), {})
