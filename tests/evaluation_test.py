@@ -1,0 +1,136 @@
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+from absl.testing import parameterized
+
+from rljax import evaluation
+
+
+class MeanIntervalTest(parameterized.TestCase):
+  def test_two_values(self):
+    # A resample of {0, 1} has mean 0, 1/2, 1 with probability 1/4, 1/2, 1/4:
+    # 95 % of them reach from 0 to 1, 40 % lie at 1/2.
+    self.assertEqual(evaluation.mean_interval([0, 1]), (0.5, 0.0, 1.0))
+    self.assertEqual(
+      evaluation.mean_interval([0, 1], level=0.4), (0.5, 0.5, 0.5)
+    )
+
+  def test_one_value(self):
+    self.assertEqual(evaluation.mean_interval([3.0]), (3.0, 3.0, 3.0))
+
+  def test_width_of_a_large_sample(self):
+    # mean ± 1.96 sd / sqrt(N).
+    values = np.random.default_rng(0).normal(5, 2, size=2000)
+    mean, low, high = evaluation.mean_interval(values)
+    self.assertAlmostEqual(mean, values.mean())
+    half = 1.96 * values.std() / math.sqrt(2000)
+    self.assertAlmostEqual(mean - low, half, delta=0.06 * half)
+    self.assertAlmostEqual(high - mean, half, delta=0.06 * half)
+
+  def test_coverage(self):
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+      _, low, high = evaluation.mean_interval(
+        rng.random(60) < 0.3, num_resamples=200, seed=trial
+      )
+      hits += low <= 0.3 <= high
+    # 95 % give or take three standard deviations of 200 trials.
+    self.assertBetween(hits / 200, 0.90, 0.99)
+
+  @hypothesis.given(
+    values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20),
+    seed=st.integers(0, 99),
+  )
+  def test_properties(self, values, seed):
+    mean, low, high = evaluation.mean_interval(
+      values, num_resamples=50, seed=seed
+    )
+    slack = 1e-9 * max(map(abs, values))
+    self.assertBetween(low, min(values) - slack, high)
+    self.assertLessEqual(high, max(values) + slack)
+    again = evaluation.mean_interval(values, num_resamples=50, seed=seed)
+    self.assertEqual((mean, low, high), again)
+
+  @parameterized.parameters(
+    ([], {}, r"needs \[N\] values"),
+    ([1, 2, math.nan], {}, "Value 2 is nan"),
+    ([math.inf, 1], {}, "Value 0 is inf"),
+    ([1.0], {"level": 95}, "level must lie between 0 and 1, got 95"),
+  )
+  def test_bad_input(self, values, settings, message):
+    with self.assertRaisesRegex(ValueError, message):
+      evaluation.mean_interval(values, **settings)
+
+
+class PairedIntervalTest(parameterized.TestCase):
+  def test_pairs_cancel_what_they_share(self):
+    prompts = np.random.default_rng(0).normal(0, 10, size=50)
+    mean, low, high = evaluation.paired_interval(prompts + 1, prompts)
+    np.testing.assert_allclose([mean, low, high], 1)
+
+  def test_booleans(self):
+    mean, low, high = evaluation.paired_interval([True, True], [True, False])
+    self.assertEqual((mean, low, high), (0.5, 0.0, 1.0))
+
+  def test_bad_input(self):
+    with self.assertRaisesRegex(ValueError, r"equal shapes, got \(2,\)"):
+      evaluation.paired_interval([1, 2], [1, 2, 3])
+
+
+class ProportionIntervalTest(parameterized.TestCase):
+  def test_hand_computed(self):
+    # n = 10, k = 5, z = 1.959964: z² = 3.841459.
+    # center (0.5 + 0.192073) / 1.384146 = 0.5,
+    # half width 1.959964 sqrt(0.025 + 0.00960365) / 1.384146 = 0.263407.
+    share, low, high = evaluation.proportion_interval(5, 10)
+    np.testing.assert_allclose(
+      [share, low, high], [0.5, 0.236593, 0.763407], atol=1e-6
+    )
+
+  def test_ends(self):
+    # k = 0: from 0 to (z²/n) / (1 + z²/n) = 0.384146 / 1.384146 = 0.277533.
+    share, low, high = evaluation.proportion_interval(0, 10)
+    self.assertEqual((share, low), (0.0, 0.0))
+    self.assertAlmostEqual(high, 0.277533, places=6)
+    share, low, high = evaluation.proportion_interval(10, 10)
+    self.assertEqual((share, high), (1.0, 1.0))
+    self.assertAlmostEqual(low, 1 - 0.277533, places=6)
+
+  def test_level(self):
+    _, low, high = evaluation.proportion_interval(5, 10, level=0.5)
+    self.assertLess(high - low, 0.25)
+
+  @parameterized.parameters((1, 0), (3, 2), (-1, 2))
+  def test_bad_input(self, num_successes, num_trials):
+    with self.assertRaisesRegex(ValueError, "0 <= successes <= trials"):
+      evaluation.proportion_interval(num_successes, num_trials)
+
+
+class DiversityTest(parameterized.TestCase):
+  def test_histogram(self):
+    histogram = evaluation.answer_histogram([25, None, 7, 25, None, 25])
+    self.assertEqual(list(histogram.items()), [(7, 1), (25, 3), (None, 2)])
+    self.assertEqual(evaluation.top_share(histogram), 0.5)
+    self.assertEqual(evaluation.top_share({}), 0.0)
+
+  def test_distinct_answers(self):
+    self.assertEqual(evaluation.distinct_answers([25, None, 7, 25]), 2)
+    self.assertEqual(evaluation.distinct_answers([None]), 0)
+
+  @parameterized.parameters((1, 3 / 5), (2, 1.0), (3, 1.0), (4, 0.0))
+  def test_distinct_n(self, n, expected):
+    # Five words of three kinds; pairs ab ba, ca; one triple.
+    texts = ["a b a", "c  a"]
+    self.assertAlmostEqual(evaluation.distinct_n(texts, n), expected)
+
+  def test_distinct_n_of_ids(self):
+    # Pairs 12 21 | 12: two kinds of three.
+    self.assertAlmostEqual(evaluation.distinct_n([[1, 2, 1], [1, 2]], 2), 2 / 3)
+    self.assertEqual(evaluation.distinct_n([[1, 2], [1, 3]], 1), 0.75)
+
+  def test_distinct_n_bad_input(self):
+    with self.assertRaisesRegex(ValueError, "n must be positive"):
+      evaluation.distinct_n(["a"], 0)
