@@ -1,0 +1,207 @@
+"""Rollouts: prompts, responses, and what a policy says of their tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+
+from rljax import generation, sampling
+from rljax import log_probs as log_prob_functions
+
+Array = chex.Array
+Batch = Mapping[str, Array]
+
+
+@chex.dataclass(frozen=True)
+class Rollout:
+  """Prompts with one response each; N rows.
+
+  Attributes:
+    prompt_ids: `[N, P]` int32, left-padded.
+    prompt_mask: `[N, P]` bool.
+    response_ids: `[N, T]` int32, right-padded.
+    response_mask: `[N, T]` bool, True up to and including the end token.
+    log_probs: `[N, T]` float32, under the policy that drew the tokens, with
+      its temperature and allowed tokens; 0 where masked.
+    truncated_log_probs: `[N, T]` float32, the same after top-k, top-p and
+      min-p.
+    finished: `[N]` bool, True where a stop id or stop string ended the row.
+  """
+
+  prompt_ids: Array
+  prompt_mask: Array
+  response_ids: Array
+  response_mask: Array
+  log_probs: Array
+  truncated_log_probs: Array
+  finished: Array
+
+
+def sample(
+  key: Array,
+  model: Any,
+  params: Any,
+  prompt_ids: Array,
+  prompt_mask: Array,
+  *,
+  max_length: int,
+  settings: sampling.Settings,
+  num_samples: int = 1,
+  **options: Any,
+) -> Rollout:
+  """Draws `num_samples` responses to each prompt, beside their prompts.
+
+  Args:
+    key: typed key of the step.
+    model: module with `prefill`, `decode` and `logits`.
+    params: its parameters.
+    prompt_ids: `[B, P]` int32, left-padded.
+    prompt_mask: `[B, P]` bool.
+    max_length: T.
+    settings: temperature and truncation.
+    num_samples: responses per prompt.
+    **options: see `generation.sample`.
+
+  Returns:
+    A `Rollout` of `N = B * num_samples` rows; row `b * num_samples + j` is
+    sample j of prompt b.
+  """
+  samples = generation.sample(
+    key,
+    model,
+    params,
+    prompt_ids,
+    prompt_mask,
+    max_length=max_length,
+    settings=settings,
+    num_samples=num_samples,
+    **options,
+  )
+  return Rollout(
+    prompt_ids=jnp.repeat(prompt_ids, num_samples, axis=0),
+    prompt_mask=jnp.repeat(prompt_mask, num_samples, axis=0),
+    **samples,
+  )
+
+
+def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
+  """Hidden states that the response tokens were drawn from.
+
+  `hidden[:, t]` is the model's state after the prompt and the response tokens
+  before t. Its logits are the distribution of `response_ids[:, t]`, and a
+  value head on it gives V of the text before token t. This is the one place
+  where that shift by one is made.
+
+  Args:
+    model: module, called on ids and mask.
+    params: its parameters.
+    batch: a `Rollout`, or a dict with `prompt_ids`, `prompt_mask` `[N, P]`,
+      left-padded, and `response_ids`, `response_mask` `[N, T]`, right-padded.
+
+  Returns:
+    `[N, T, D]`.
+  """
+  prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"]
+  response_ids, response_mask = batch["response_ids"], batch["response_mask"]
+  arrays = [prompt_ids, prompt_mask, response_ids, response_mask]
+  chex.assert_rank(arrays, 2)
+  chex.assert_type(arrays, [int, bool, int, bool])
+  chex.assert_equal_shape(arrays[:2])
+  chex.assert_equal_shape(arrays[2:])
+  prompt_length = prompt_ids.shape[1]
+  # Nothing is drawn after the last response token: it need not be read.
+  ids = jnp.concatenate([prompt_ids, response_ids[:, :-1]], axis=1)
+  mask = jnp.concatenate([prompt_mask, response_mask[:, :-1]], axis=1)
+  hidden = model.apply({"params": params}, ids, mask)
+  return hidden[:, prompt_length - 1 :]
+
+
+def token_statistics(
+  model: Any,
+  params: Any,
+  batch: Batch,
+  *,
+  temperature: float,
+  allowed: Array | None = None,
+  chunk_size: int | None = None,
+) -> tuple[log_prob_functions.TokenStatistics, Array]:
+  """Log-probabilities and entropies of the response tokens under `params`.
+
+  Computed exactly as the sampler computes them: same temperature, same
+  allowed tokens.
+
+  Args:
+    model: module, called on ids and mask.
+    params: its parameters; gradients flow to them.
+    batch: as for `response_hidden`.
+    temperature: of the sampler.
+    allowed: `[V]` bool, tokens that may be drawn, or None.
+    chunk_size: response positions whose logits exist at the same time; None
+      for all of them.
+
+  Returns:
+    The `TokenStatistics` `[N, T]` and the hidden states `[N, T, D]`.
+  """
+  hidden = response_hidden(model, params, batch)
+  statistics = log_prob_functions.from_hidden(
+    lambda h: model.apply({"params": params}, h, method="logits"),
+    hidden,
+    batch["response_ids"],
+    chunk_size=chunk_size,
+    temperature=temperature,
+    allowed=allowed,
+  )
+  return statistics, hidden
+
+
+def records(
+  rollout: Rollout,
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  scores: Sequence[float],
+  parts: Sequence[dict[str, Any]],
+  *,
+  settings: sampling.Settings,
+  policy_step: int,
+) -> list[dict[str, Any]]:
+  """Rows for a jsonl file: what online scripts write and offline ones read.
+
+  Args:
+    rollout: N rows.
+    prompts: N texts.
+    responses: N texts.
+    scores: N numbers.
+    parts: N dicts, what the score is made of.
+    settings: the sampler's.
+    policy_step: number of updates behind the policy that drew the tokens.
+
+  Returns:
+    N dicts with `prompt`, `response`, `reward`, the ids and log-probabilities
+    of the response, and the sampler's settings.
+  """
+  host = {
+    name: np.asarray(getattr(rollout, name))
+    for name in ("response_ids", "response_mask", "log_probs", "finished")
+  }
+  rows = []
+  for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    mask = host["response_mask"][i]
+    rows.append(
+      {
+        "prompt": prompt,
+        "response": response,
+        "reward": float(scores[i]),
+        "parts": parts[i],
+        "response_ids": host["response_ids"][i][mask].tolist(),
+        "log_probs": host["log_probs"][i][mask].tolist(),
+        "finished": bool(host["finished"][i]),
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p,
+        "policy_step": policy_step,
+      }
+    )
+  return rows

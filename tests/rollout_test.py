@@ -1,0 +1,138 @@
+"""Tests of rollouts: alignment, statistics, records."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from rljax import rollout as rollouts
+from rljax import sampling
+from tests import stand_in, tiny
+
+
+def _rollout(model, params, *, num_samples=2, max_length=4, **options):
+  rng = np.random.default_rng(0)
+  lengths = np.array([1, 3, 2])
+  mask = jnp.asarray(np.arange(3)[None] >= 3 - lengths[:, None])
+  vocab = model.config.vocab_size
+  ids = jnp.asarray(rng.integers(0, vocab, (3, 3)), jnp.int32)
+  return rollouts.sample(
+    jax.random.key(0),
+    model,
+    params,
+    ids,
+    mask,
+    max_length=max_length,
+    settings=options.pop("settings", sampling.Settings()),
+    num_samples=num_samples,
+    **options,
+  )
+
+
+class RolloutTest(parameterized.TestCase):
+  def test_prompts_stand_beside_their_samples(self):
+    params = stand_in.random_params(np.random.default_rng(0))
+    rollout = _rollout(stand_in.model(), params, num_samples=2)
+    self.assertEqual(rollout.prompt_ids.shape, (6, 3))
+    np.testing.assert_array_equal(
+      rollout.prompt_ids[0::2], rollout.prompt_ids[1::2]
+    )
+    self.assertEqual(rollout.response_ids.shape, (6, 4))
+
+  def test_hidden_is_what_the_token_was_drawn_from(self):
+    # The stand-in's hidden state is its row of logits: known without a model.
+    params = stand_in.random_params(np.random.default_rng(0))
+    model = stand_in.model()
+    rollout = _rollout(model, params)
+    hidden = rollouts.response_hidden(model, params, rollout)
+    table = np.asarray(params["table"])
+    for row in range(6):
+      position = int(rollout.prompt_mask[row].sum()) - 1
+      token = int(rollout.prompt_ids[row, -1])
+      for t in range(4):
+        np.testing.assert_allclose(hidden[row, t], table[position, token])
+        position, token = position + 1, int(rollout.response_ids[row, t])
+
+  @parameterized.parameters((None,), (1,), (3,))
+  def test_trainer_says_what_the_sampler_said(self, chunk_size):
+    config = tiny.llama_config()
+    model, params = tiny.model(config), tiny.params(config)
+    allowed = jnp.arange(config.vocab_size) % 3 != 0
+    settings = sampling.Settings(temperature=0.8)
+    rollout = _rollout(
+      model, params, settings=settings, allowed=allowed, stop_ids=(4,)
+    )
+    statistics, hidden = rollouts.token_statistics(
+      model,
+      params,
+      rollout,
+      temperature=0.8,
+      allowed=allowed,
+      chunk_size=chunk_size,
+    )
+    gap = np.where(
+      rollout.response_mask, statistics.log_probs - rollout.log_probs, 0.0
+    )
+    self.assertLess(np.abs(gap).max(), 1e-5)
+    self.assertEqual(hidden.shape, (6, 4, config.hidden_size))
+    # Without the sampler's mask it would be another distribution.
+    other, _ = rollouts.token_statistics(
+      model, params, rollout, temperature=0.8, chunk_size=chunk_size
+    )
+    gap = np.where(
+      rollout.response_mask, other.log_probs - rollout.log_probs, 0.0
+    )
+    self.assertGreater(np.abs(gap).max(), 0.01)
+
+  def test_statistics_of_a_plain_dict(self):
+    params = stand_in.random_params(np.random.default_rng(0))
+    model = stand_in.model()
+    rollout = _rollout(model, params)
+    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+    statistics, _ = rollouts.token_statistics(
+      model, params, {name: rollout[name] for name in names}, temperature=1.0
+    )
+    np.testing.assert_allclose(
+      statistics.log_probs, rollout.log_probs, rtol=1e-5
+    )
+
+  def test_wrong_shapes_are_told(self):
+    params = stand_in.random_params(np.random.default_rng(0))
+    rollout = _rollout(stand_in.model(), params)
+    bad = rollout.replace(response_mask=rollout.response_mask[:, :-1])
+    with self.assertRaises(AssertionError):
+      rollouts.response_hidden(stand_in.model(), params, bad)
+
+  def test_records_hold_what_offline_scripts_read(self):
+    params = stand_in.random_params(np.random.default_rng(0))
+    rollout = _rollout(stand_in.model(), params, stop_ids=(3,), pad_id=3)
+    rows = rollouts.records(
+      rollout,
+      [f"p{i}" for i in range(6)],
+      [f"r{i}" for i in range(6)],
+      np.arange(6.0),
+      [{"is_correct": True}] * 6,
+      settings=sampling.Settings(),
+      policy_step=7,
+    )
+    rows = [json.loads(json.dumps(row)) for row in rows]
+    for i, row in enumerate(rows):
+      self.assertEqual((row["prompt"], row["response"]), (f"p{i}", f"r{i}"))
+      self.assertEqual(row["reward"], i)
+      self.assertEqual(row["policy_step"], 7)
+      length = int(rollout.response_mask[i].sum())
+      self.assertLen(row["response_ids"], length)
+      np.testing.assert_allclose(
+        row["log_probs"], rollout.log_probs[i, :length], rtol=1e-6
+      )
+    with self.assertRaises(ValueError):
+      rollouts.records(
+        rollout, ["p"], ["r", "s"], [0.0], [{}],
+        settings=sampling.Settings(), policy_step=0,
+      )  # fmt: skip
+
+
+if __name__ == "__main__":
+  absltest.main()
