@@ -1,0 +1,386 @@
+"""Checks before the first update: do sampler and trainer mean the same thing?
+
+Most silent bugs of this field show at step 0, where every ratio must be 1 and
+every KL 0: a temperature that one side forgot, a pad that is attended to, an
+end token that the mask drops, a shift by one. A script runs these checks on
+its first rollout, prints them as a table and refuses to train on red.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax import log_probs as log_prob_functions
+from rljax import rollout as rollouts
+from rljax import sampling
+
+Array = chex.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """One line of the table.
+
+  Attributes:
+    name: what must hold.
+    value: what was found.
+    limit: the largest value that is fine, or None where nothing is compared.
+    note: what the number is, or what to look at when it is red.
+  """
+
+  name: str
+  value: float
+  limit: float | None
+  note: str = ""
+
+  @property
+  def passed(self) -> bool:
+    # A NaN is not smaller than anything, so it is red.
+    return self.limit is None or self.value <= self.limit
+
+
+class Compiled:
+  """A jitted function that compiles once per set of shapes and keeps count.
+
+  Compiling ahead of time makes three things visible that `jax.jit` hides: how
+  long each compilation took, how much memory the program needs, and that an
+  argument changed its shape, type or sharding in the middle of a run. After
+  `freeze()` the last is an error that names the argument.
+
+  Attributes:
+    name: shown in tables and errors.
+    compilations: one dict per compilation: seconds, memory in bytes, shapes.
+  """
+
+  def __init__(self, name: str, function: Callable[..., Any], **jit_options):
+    self.name = name
+    self.compilations: list[dict[str, Any]] = []
+    self._jitted = jax.jit(function, **jit_options)
+    self._executables = {}
+    self._frozen = False
+
+  def freeze(self) -> None:
+    """From here on a new set of shapes raises instead of compiling."""
+    self._frozen = True
+
+  def __call__(self, *args):
+    return self.compile(*args)(*args)
+
+  def compile(self, *args):
+    """The executable for these arguments, compiled unless it is there."""
+    leaves, structure = jax.tree.flatten(args)
+    signature = (structure, tuple(map(_signature, leaves)))
+    executable = self._executables.get(signature)
+    if executable is None:
+      if self._frozen and self._executables:
+        raise RuntimeError(self._recompilation(args, signature))
+      start = time.perf_counter()
+      executable = self._jitted.lower(*args).compile()
+      self._executables[signature] = executable
+      memory = executable.memory_analysis()
+      self.compilations.append(
+        {
+          "name": self.name,
+          "seconds": time.perf_counter() - start,
+          "argument_bytes": getattr(memory, "argument_size_in_bytes", 0),
+          "output_bytes": getattr(memory, "output_size_in_bytes", 0),
+          "temporary_bytes": getattr(memory, "temp_size_in_bytes", 0),
+        }
+      )
+    return executable
+
+  def _recompilation(self, args, signature) -> str:
+    """Says which arguments differ from the last compiled signature."""
+    structure, found = signature
+    known_structure, known = list(self._executables)[-1]
+    head = f"{self.name} would compile again after warm-up: "
+    if structure != known_structure:
+      return (
+        f"{head}its arguments changed from {known_structure} to {structure}"
+      )
+    paths = [
+      jax.tree_util.keystr(path)
+      for path, _ in jax.tree_util.tree_flatten_with_path(args)[0]
+    ]
+    changes = [
+      f"argument {path} was {_describe(was)}, now {_describe(now)}"
+      for path, was, now in zip(paths, known, found, strict=True)
+      if was != now
+    ]
+    shown = "; ".join(changes[:5])
+    return f"{head}{shown}" + ("; ..." if len(changes) > 5 else "")
+
+
+def _signature(leaf) -> tuple:
+  """Shape, type and placement; Python numbers count by their type."""
+  if isinstance(leaf, jax.Array):
+    return leaf.shape, leaf.dtype, leaf.sharding
+  if isinstance(leaf, (np.ndarray, np.generic)):
+    return leaf.shape, leaf.dtype, None
+  return (), type(leaf), None
+
+
+def _describe(signature) -> str:
+  shape, dtype, sharding = signature
+  name = getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
+  return f"{name}{list(shape)}" + (f" on {sharding}" if sharding else "")
+
+
+def check(
+  model: Any,
+  params: Any,
+  rollout: rollouts.Rollout,
+  *,
+  settings: sampling.Settings,
+  allowed: Array | None = None,
+  stop_ids: Sequence[int] = (),
+  has_stop_strings: bool = False,
+  chunk_size: int | None = None,
+  gradients: Callable[[int], tuple[Any, dict[str, Array]]] | None = None,
+  num_micro_batches: int = 2,
+  tolerance: float = 1e-4,
+) -> list[Check]:
+  """Checks that sampler, trainer and masks agree on one rollout.
+
+  Args:
+    model: the policy's module.
+    params: its parameters, those that drew the rollout.
+    rollout: N rows.
+    settings: the sampler's.
+    allowed: `[V]` bool, tokens that may be drawn, or None.
+    stop_ids: token ids that end a response.
+    has_stop_strings: whether texts may end a response, too.
+    chunk_size: as in training.
+    gradients: maps a number of micro-batches to the gradients and metrics of
+      one minibatch, exactly as the update makes them. Metrics that are looked
+      at: `ppo/ratio_max` and `ppo/ratio_min`.
+    num_micro_batches: compared with one.
+    tolerance: largest difference of log-probabilities, in nats. 1e-4 for
+      float32, some 0.1 for bfloat16.
+
+  Returns:
+    The checks, in the order in which they should be mended.
+  """
+  statistics = jax.jit(
+    functools.partial(
+      _log_probs,
+      model,
+      temperature=settings.temperature,
+      allowed=allowed,
+      chunk_size=chunk_size,
+    )
+  )
+  mask = np.asarray(rollout.response_mask)
+  trainer = np.asarray(statistics(params, rollout))
+  again = np.asarray(statistics(params, rollout))
+
+  def gap(a, b, mask=mask):
+    return float(np.max(np.abs(np.where(mask, a - b, 0.0))))
+
+  checks = [
+    Check(
+      "sampler and trainer log-probs agree",
+      gap(np.asarray(rollout.log_probs), trainer),
+      tolerance,
+      "nats; else temperature, allowed tokens or positions differ",
+    ),
+    Check(
+      "dropout is off",
+      gap(trainer, again),
+      0.0,
+      "nats between two passes with the same parameters",
+    ),
+    Check(
+      "KL of the policy to itself is 0",
+      float(np.max(np.abs(_kl(trainer, again, mask)))),
+      1e-6,
+      "nats, k3 estimate",
+    ),
+  ]
+
+  # More pads on the left: positions and attention must come from the mask.
+  extra = 3
+  padded = rollout.replace(
+    prompt_ids=jnp.pad(rollout.prompt_ids, ((0, 0), (extra, 0))),
+    prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (extra, 0))),
+  )
+  checks.append(
+    Check(
+      "pads change nothing",
+      gap(trainer, np.asarray(statistics(params, padded))),
+      tolerance,
+      f"nats; {extra} more pads on the left",
+    )
+  )
+  order = np.random.default_rng(0).permutation(mask.shape[0])
+  permuted = jax.tree.map(lambda x: x[order], rollout)
+  checks.append(
+    Check(
+      "order of rows changes nothing",
+      gap(
+        trainer[order], np.asarray(statistics(params, permuted)), mask[order]
+      ),
+      tolerance,
+      "nats",
+    )
+  )
+  checks.append(_end_token(rollout, stop_ids, has_stop_strings))
+  if gradients is not None:
+    whole, metrics = gradients(1)
+    ratios = [
+      abs(float(metrics[name]) - 1.0)
+      for name in ("ppo/ratio_min", "ppo/ratio_max")
+      if name in metrics
+    ]
+    checks.append(
+      Check(
+        "first ratio is 1",
+        max(ratios, default=float("nan")),
+        tolerance,
+        "largest |ratio - 1| before the first update",
+      )
+    )
+    if num_micro_batches > 1:
+      parts, _ = gradients(num_micro_batches)
+      checks.append(
+        Check(
+          f"{num_micro_batches} micro-batches equal one batch",
+          _relative_gap(whole, parts),
+          10 * tolerance,
+          "relative difference of the gradients",
+        )
+      )
+  return checks
+
+
+def _log_probs(model, params, rollout, **options):
+  statistics, _ = rollouts.token_statistics(model, params, rollout, **options)
+  return statistics.log_probs
+
+
+def _kl(log_probs, ref_log_probs, mask):
+  estimate = log_prob_functions.kl_estimate(
+    jnp.where(mask, log_probs, 0.0),
+    jnp.where(mask, ref_log_probs, 0.0),
+    kind="k3",
+  )
+  return np.asarray(estimate)
+
+
+def _end_token(rollout, stop_ids, has_stop_strings) -> Check:
+  """Rows that ended by a stop id must have it inside their mask."""
+  mask = np.asarray(rollout.response_mask)
+  ids = np.asarray(rollout.response_ids)
+  finished = np.asarray(rollout.finished)
+  lengths = mask.sum(axis=1)
+  prefix = np.arange(mask.shape[1])[None, :] < lengths[:, None]
+  wrong = np.any(mask != prefix, axis=1) | (lengths == 0)
+  if stop_ids:
+    is_stop = np.isin(ids, list(stop_ids))
+    # A stop id before the last real token, or one hidden behind the mask.
+    last = np.maximum(lengths - 1, 0)
+    before = is_stop & (np.arange(mask.shape[1])[None, :] < last[:, None])
+    wrong |= np.any(before & mask, axis=1)
+    at_end = np.take_along_axis(is_stop, last[:, None], axis=1)[:, 0]
+    wrong |= at_end & ~finished
+    if not has_stop_strings:
+      wrong |= finished & ~at_end
+  return Check(
+    "masks end with the end token",
+    float(wrong.sum()),
+    0.0,
+    f"rows that do not; {int(finished.sum())} of {len(finished)} responses "
+    "ended by themselves",
+  )
+
+
+def _relative_gap(tree, other) -> float:
+  """`|a - b| / |a|` over all leaves together."""
+  square = lambda t: sum(
+    float(jnp.sum(jnp.square(x.astype(jnp.float32))))
+    for x in jax.tree.leaves(t)
+  )
+  difference = jax.tree.map(lambda a, b: a - b, tree, other)
+  return (square(difference) / max(square(tree), 1e-30)) ** 0.5
+
+
+def tree_bytes(tree: Any) -> int:
+  """Bytes of a pytree's arrays, over all devices together."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def show(
+  checks: Sequence[Check],
+  compilations: Sequence[dict[str, Any]] = (),
+  memory: dict[str, int] | None = None,
+) -> None:
+  """Prints the checks, what was compiled, and memory by part.
+
+  Args:
+    checks: from `check`.
+    compilations: of `Compiled` programs.
+    memory: part -> bytes.
+  """
+  from rich import console, table, text  # Only when it is shown.
+
+  terminal = console.Console()
+  if not terminal.is_terminal:
+    terminal = console.Console(width=110)
+  found = table.Table(title="Preflight", title_justify="left")
+  for column in ("check", "found", "limit", "", "what the number is"):
+    found.add_column(column)
+  for line in checks:
+    mark = text.Text("ok", "green") if line.passed else text.Text("RED", "red")
+    limit = "" if line.limit is None else f"{line.limit:.3g}"
+    found.add_row(line.name, f"{line.value:.3g}", limit, mark, line.note)
+  terminal.print(found)
+  sizes = ("argument", "output", "temporary")
+  if compilations:
+    compiled = table.Table(title="Compiled", title_justify="left")
+    compiled.add_column("program")
+    for column in ("seconds", *sizes):
+      compiled.add_column(column, justify="right")
+    for row in compilations:
+      columns = (_megabytes(row[f"{part}_bytes"]) for part in sizes)
+      compiled.add_row(row["name"], f"{row['seconds']:.1f}", *columns)
+    terminal.print(compiled)
+  if memory:
+    parts = table.Table(title="Memory", title_justify="left")
+    parts.add_column("part")
+    parts.add_column("size", justify="right")
+    for name, size in memory.items():
+      parts.add_row(name, _megabytes(size))
+    terminal.print(parts)
+
+
+def _megabytes(size: int) -> str:
+  return f"{size / 2**20:,.1f} MB"
+
+
+def judge(checks: Sequence[Check], mode: str) -> None:
+  """Stops a run whose checks are red.
+
+  Args:
+    checks: from `check`.
+    mode: "strict" raises, "warn" does not.
+
+  Raises:
+    RuntimeError: in mode "strict", if a check did not pass.
+  """
+  red = [line for line in checks if not line.passed]
+  if red and mode == "strict":
+    names = "; ".join(
+      f"{line.name}: {line.value:.3g} > {line.limit:.3g}" for line in red
+    )
+    raise RuntimeError(
+      f"preflight found {len(red)} of {len(checks)} checks red ({names}). "
+      "Training on this would optimise something else than was sampled. Mend "
+      "it, or pass --preflight=warn to train all the same."
+    )
