@@ -1,0 +1,286 @@
+"""Clipped losses of proximal policy optimization, per response token."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rljax import masking
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+NORMALIZERS = ("token_mean", "sequence_mean", "constant")
+
+# e^60 is still far inside float32. Without a bound the ratio overflows, and
+# the branch that the maximum below discards has the gradient inf * 0 = NaN.
+_MAX_LOG_RATIO = 60.0
+
+
+def clipped_policy_loss(
+  log_probs: Array,
+  old_log_probs: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  clip_epsilon: float,
+  clip_epsilon_high: float | None = None,
+  normalizer: str = "token_mean",
+  ratio_guard: float | None = None,
+  axis_name: str | None = None,
+) -> tuple[Array, Metrics]:
+  """Clipped surrogate loss of the policy.
+
+    ρ_t = π(y_t) / π_old(y_t)
+    l_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - ε, 1 + ε_high))
+
+  The loss averages l in one of three ways:
+
+    token_mean:     Σ_it l_it / Σ_it m_it, over the tokens of the batch
+    sequence_mean:  over a sequence's tokens, then over the sequences that
+                    have any
+    constant:       Σ_it l_it / (N T), whatever the responses' lengths
+
+  No gradient flows to `old_log_probs` and `advantages`. Where log ρ exceeds
+  60 it is taken as 60, without gradient, to keep everything finite.
+
+  Args:
+    log_probs: `[B, T]` float, of the trained policy.
+    old_log_probs: `[B, T]` float, of the policy that sampled the tokens.
+    advantages: `[B, T]` float.
+    mask: `[B, T]` bool, True on response tokens.
+    clip_epsilon: ε > 0, how far the ratio may fall below 1.
+    clip_epsilon_high: ε_high > 0, how far it may rise above 1; ε if None.
+    normalizer: one of the three names above. N is the number of rows, T the
+      padded length.
+    ratio_guard: threshold of `ratio_guard`, above which the loss is 0, or
+      None for no guard. The metrics tell what was measured either way.
+    axis_name: mapped axis that shards B, if any; the loss is then that of
+      the whole batch, on every shard.
+
+  Returns:
+    The scalar loss (0 if no token counts) and scalar metrics, which are means
+    over the unmasked tokens of the batch but for the maximal ratio:
+    "ppo/clip_fraction" is the share of tokens whose clipped term exceeds the
+    other, "ppo/approx_kl" is mean(ρ - 1 - log ρ), and "ppo/approx_kl_k2" is
+    mean((log ρ)² / 2), both of KL(π_old‖π).
+
+  Raises:
+    ValueError: if a clip epsilon or the threshold is not positive, or the
+      normalizer is unknown.
+
+  Source:
+    Schulman et al. (2017), "Proximal Policy Optimization Algorithms",
+    equation 7; Yu et al. (2025), "DAPO", equation 8, for ε_high and the mean
+    over tokens; Liu et al. (2025), "Understanding R1-Zero-Like Training", for
+    the constant.
+  """
+  arrays = [log_probs, old_log_probs, advantages, mask]
+  chex.assert_rank(arrays, 2)
+  chex.assert_equal_shape(arrays)
+  chex.assert_type(arrays, [float, float, float, bool])
+  if clip_epsilon_high is None:
+    clip_epsilon_high = clip_epsilon
+  _check_positive(
+    clip_epsilon=clip_epsilon, clip_epsilon_high=clip_epsilon_high
+  )
+  if normalizer not in NORMALIZERS:
+    raise ValueError(
+      f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}."
+    )
+
+  counts = mask
+  if ratio_guard is not None:
+    guard = _ratio_guard(
+      log_probs,
+      old_log_probs,
+      mask,
+      threshold=ratio_guard,
+      axis_name=axis_name,
+    )
+    counts = mask & (guard > 0)
+
+  # The selection in here stops the gradient of whatever masked entries hold;
+  # that in the means below drops their values.
+  log_ratio = _log_ratio(log_probs, old_log_probs, mask)
+  ratio = jnp.exp(log_ratio)
+  advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
+  unclipped = -advantages * ratio
+  clipped = -advantages * jnp.clip(
+    ratio, 1.0 - clip_epsilon, 1.0 + clip_epsilon_high
+  )
+  token_losses = jnp.maximum(unclipped, clipped)  # [B, T]
+
+  if normalizer == "token_mean":
+    loss = masking.masked_mean(token_losses, counts, axis_name=axis_name)
+  elif normalizer == "sequence_mean":
+    sequence_losses = masking.masked_mean(token_losses, counts, axis=1)  # [B]
+    loss = masking.masked_mean(
+      sequence_losses, jnp.any(counts, axis=1), axis_name=axis_name
+    )
+  else:
+    num_slots = mask.size
+    if axis_name is not None:
+      num_slots *= jax.lax.axis_size(axis_name)
+    total = masking.masked_sum(token_losses, counts, axis_name=axis_name)
+    loss = total / num_slots
+
+  log_ratio, clipped, unclipped = jax.lax.stop_gradient(
+    (log_ratio, clipped, unclipped)
+  )
+
+  def mean(x):
+    return masking.masked_mean(x, mask, axis_name=axis_name)
+
+  ratio_max = jnp.max(jnp.where(mask, jnp.exp(log_ratio), 0.0))
+  if axis_name is not None:
+    ratio_max = jax.lax.pmax(ratio_max, axis_name)
+  return loss, {
+    "ppo/policy_loss": jax.lax.stop_gradient(loss),
+    "ppo/clip_fraction": mean((clipped > unclipped).astype(jnp.float32)),
+    "ppo/ratio_mean": mean(jnp.exp(log_ratio)),
+    "ppo/ratio_max": ratio_max,
+    "ppo/approx_kl": mean(jnp.expm1(log_ratio) - log_ratio),
+    "ppo/approx_kl_k2": mean(0.5 * jnp.square(log_ratio)),
+  }
+
+
+def clipped_value_loss(
+  values: Array,
+  old_values: Array,
+  returns: Array,
+  mask: Array,
+  *,
+  clip_epsilon: float,
+  axis_name: str | None = None,
+) -> tuple[Array, Metrics]:
+  """Half the mean clipped squared error of the values.
+
+    V_clip = clip(V, V_old - ε, V_old + ε)
+    L = mean(max((V - G)², (V_clip - G)²)) / 2
+
+  The mean is over the unmasked tokens of the batch. No gradient flows to
+  `old_values` and `returns`.
+
+  Args:
+    values: `[B, T]` float, of the trained critic, in units of return.
+    old_values: `[B, T]` float, when the responses were sampled.
+    returns: `[B, T]` float, the targets G.
+    mask: `[B, T]` bool, True on response tokens.
+    clip_epsilon: ε > 0, in units of return; `math.inf` never clips.
+    axis_name: mapped axis that shards B, if any; the loss is then that of
+      the whole batch, on every shard.
+
+  Returns:
+    The scalar loss (0 if no token counts) and scalar metrics:
+    "value/clip_fraction" is the share of tokens whose clipped square exceeds
+    the other; "value/explained_variance" is 1 - Var(G - V) / Var(G), or 0
+    when the returns are all equal.
+
+  Raises:
+    ValueError: if `clip_epsilon` is not positive.
+
+  Source:
+    Ziegler et al. (2019), "Fine-Tuning Language Models from Human
+    Preferences", in the authors' code; Padula and Soemers (2024).
+  """
+  arrays = [values, old_values, returns, mask]
+  chex.assert_rank(arrays, 2)
+  chex.assert_equal_shape(arrays)
+  chex.assert_type(arrays, [float, float, float, bool])
+  _check_positive(clip_epsilon=clip_epsilon)
+
+  def select(x):
+    return jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
+
+  values = select(values)
+  old_values = select(jax.lax.stop_gradient(old_values))
+  returns = select(jax.lax.stop_gradient(returns))
+  # Between its bounds the value stays as it is, to the last bit; the sum of
+  # V_old and a clipped difference would be rounded and count as clipped.
+  clipped_values = jnp.clip(
+    values, old_values - clip_epsilon, old_values + clip_epsilon
+  )
+  unclipped = jnp.square(values - returns)
+  clipped = jnp.square(clipped_values - returns)
+  loss = 0.5 * masking.masked_mean(
+    jnp.maximum(unclipped, clipped), mask, axis_name=axis_name
+  )
+
+  values, clipped, unclipped = jax.lax.stop_gradient(
+    (values, clipped, unclipped)
+  )
+  residual_variance = masking.masked_variance(
+    returns - values, mask, axis_name=axis_name
+  )
+  variance = masking.masked_variance(returns, mask, axis_name=axis_name)
+  explained = 1.0 - residual_variance / jnp.where(variance > 0, variance, 1.0)
+  return loss, {
+    "value/loss": jax.lax.stop_gradient(loss),
+    "value/clip_fraction": masking.masked_mean(
+      (clipped > unclipped).astype(jnp.float32), mask, axis_name=axis_name
+    ),
+    "value/explained_variance": jnp.where(variance > 0, explained, 0.0),
+  }
+
+
+def ratio_guard(
+  log_probs: Array,
+  old_log_probs: Array,
+  mask: Array,
+  *,
+  threshold: float,
+  axis_name: str | None = None,
+) -> Array:
+  """Tells whether a batch is still close enough to its sampling policy.
+
+    g = 0 if mean(ρ) > threshold else 1,   ρ_t = π(y_t) / π_old(y_t)
+
+  The mean is over the unmasked tokens of the batch. A step with g = 0 is
+  skipped by multiplying every part of its loss, the entropies included, by g,
+  or, safe also for parts that are not finite, by `mask & (g > 0)` as the mask
+  of every part. No gradient flows through g.
+
+  Args:
+    log_probs: `[B, T]` float, of the trained policy.
+    old_log_probs: `[B, T]` float, of the policy that sampled the tokens.
+    mask: `[B, T]` bool, True on response tokens.
+    threshold: largest mean ratio to train on; > 0.
+    axis_name: mapped axis that shards B, if any.
+
+  Returns:
+    float32 scalar, 0 or 1; 1 if no token counts.
+
+  Raises:
+    ValueError: if `threshold` is not positive.
+
+  Source:
+    Padula and Soemers (2024), "Exploring RL-based LLM Training for Formal
+    Language Tasks with Programmed Rewards", whose code zeroes the policy and
+    value losses alone; we zero the entropies too, or they would go on
+    pushing a policy that nothing else holds.
+  """
+  chex.assert_rank([log_probs, old_log_probs, mask], 2)
+  chex.assert_equal_shape([log_probs, old_log_probs, mask])
+  chex.assert_type([log_probs, old_log_probs, mask], [float, float, bool])
+  _check_positive(threshold=threshold)
+  log_ratio = jax.lax.stop_gradient(_log_ratio(log_probs, old_log_probs, mask))
+  mean = masking.masked_mean(jnp.exp(log_ratio), mask, axis_name=axis_name)
+  return jnp.where(mean > threshold, 0.0, 1.0)
+
+
+# `clipped_policy_loss` has an argument of this name.
+_ratio_guard = ratio_guard
+
+
+def _log_ratio(log_probs: Array, old_log_probs: Array, mask: Array) -> Array:
+  """log ρ `[B, T]`, 0 where masked, at most `_MAX_LOG_RATIO`."""
+  log_probs = jnp.asarray(log_probs, jnp.float32)
+  old_log_probs = jax.lax.stop_gradient(jnp.asarray(old_log_probs, jnp.float32))
+  log_ratio = jnp.where(mask, log_probs - old_log_probs, 0.0)
+  return jnp.minimum(log_ratio, _MAX_LOG_RATIO)
+
+
+def _check_positive(**settings: float) -> None:
+  for name, value in settings.items():
+    if not value > 0:
+      raise ValueError(f"{name} must be positive, got {value}.")

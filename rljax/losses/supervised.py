@@ -1,0 +1,93 @@
+"""Losses of supervised learning on given responses."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rljax import masking
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+NORMALIZERS = ("token_mean", "sequence_mean", "sequence_sum")
+
+
+def nll_loss(
+  log_probs: Array,
+  mask: Array,
+  *,
+  normalizer: str = "token_mean",
+  weights: Array | None = None,
+  axis_name: str | None = None,
+) -> tuple[Array, Metrics]:
+  """Weighted negative log-likelihood of the responses.
+
+    l_t = -w_t log π(y_t)
+
+  The loss averages l in one of three ways, and divides by numbers of tokens
+  or sequences, never by a sum of weights:
+
+    token_mean:     Σ_it l_it / Σ_it m_it, over the tokens of the batch
+    sequence_mean:  over a sequence's tokens, then over the sequences that
+                    have any
+    sequence_sum:   summed over a sequence's tokens, then averaged over the
+                    sequences that have any
+
+  No gradient flows to `weights`.
+
+  Args:
+    log_probs: `[B, T]` float, of the trained policy.
+    mask: `[B, T]` bool, True on the tokens to learn.
+    normalizer: one of the three names above.
+    weights: `[B, T]` float w, or None for 1.
+    axis_name: mapped axis that shards B, if any; the loss is then that of
+      the whole batch, on every shard.
+
+  Returns:
+    The scalar loss (0 if no token counts) and scalar metrics:
+    "nll/perplexity" is exp of the mean over tokens of -log π, without
+    weights; "nll/tokens" is the number of unmasked tokens.
+
+  Raises:
+    ValueError: if the normalizer is unknown.
+  """
+  chex.assert_rank([log_probs, mask], 2)
+  chex.assert_equal_shape([log_probs, mask])
+  chex.assert_type([log_probs, mask], [float, bool])
+  if normalizer not in NORMALIZERS:
+    raise ValueError(
+      f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}."
+    )
+
+  # The selection in here stops the gradient of whatever masked entries hold;
+  # that in the means below drops their values.
+  nll = jnp.where(mask, -jnp.asarray(log_probs, jnp.float32), 0.0)  # [B, T]
+  token_losses = nll
+  if weights is not None:
+    chex.assert_equal_shape([log_probs, weights])
+    chex.assert_type(weights, float)
+    weights = jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
+    token_losses = weights * nll
+
+  if normalizer == "token_mean":
+    loss = masking.masked_mean(token_losses, mask, axis_name=axis_name)
+  else:
+    per_sequence = (
+      masking.masked_mean
+      if normalizer == "sequence_mean"
+      else masking.masked_sum
+    )
+    sequence_losses = per_sequence(token_losses, mask, axis=1)  # [B]
+    loss = masking.masked_mean(
+      sequence_losses, jnp.any(mask, axis=1), axis_name=axis_name
+    )
+
+  mean_nll = masking.masked_mean(
+    jax.lax.stop_gradient(nll), mask, axis_name=axis_name
+  )
+  num_tokens = masking.masked_sum(jnp.ones_like(nll), mask, axis_name=axis_name)
+  return loss, {
+    "nll/loss": jax.lax.stop_gradient(loss),
+    "nll/perplexity": jnp.exp(mean_nll),
+    "nll/tokens": num_tokens,
+  }
