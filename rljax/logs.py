@@ -538,7 +538,10 @@ def _print_table(values, title):
     else:
       cells = [value]
     shown.add_row(*(text.Text(_cell(cell)) for cell in (name, *cells)))
-  console.Console().print(shown)
+  terminal = console.Console()
+  if not terminal.is_terminal:  # A file has room for whole words.
+    terminal = console.Console(width=120)
+  terminal.print(shown)
 
 
 def _cell(value):

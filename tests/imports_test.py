@@ -118,7 +118,9 @@ class ImportsTest(absltest.TestCase):
     # --help must not pay for transformers, orbax, matplotlib or tensorflow.
     heavy = ["transformers", "orbax", "matplotlib", "tensorflow_datasets"]
     names = [
-      f"rljax.{module}" for module, _ in _modules() if module and "." not in module
+      f"rljax.{module}"
+      for module, _ in _modules()
+      if module and "." not in module
     ]
     program = (
       f"import importlib, sys\n[importlib.import_module(n) for n in {names}]\n"
