@@ -1,0 +1,56 @@
+"""What this machine can do at best: the ceilings of a roofline."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def seconds(run: Callable[[], Any], repeats: int = 5) -> list[float]:
+  """Wall times of `run`, which blocks until it is done, after one warm-up."""
+  run()
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    run()
+    times.append(time.perf_counter() - start)
+  return times
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+  """Median over pairs of a / b, for runs that were timed in turn."""
+  return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def matmul_peak(size: int = 2048) -> float:
+  """FLOP/s of the best of ten float32 products of two square matrices."""
+  x = jax.random.normal(jax.random.key(0), (size, size))
+  multiply = jax.jit(jnp.matmul)
+  best = min(seconds(lambda: multiply(x, x).block_until_ready(), 10))
+  return 2 * size**3 / best
+
+
+def memory_bandwidth(megabytes: int = 512) -> float:
+  """Bytes/s of the best of ten sums over an array that fits no cache."""
+  x = jnp.ones(megabytes * 2**20 // 4)
+  add = jax.jit(jnp.sum)
+  best = min(seconds(lambda: add(x).block_until_ready(), 10))
+  return x.nbytes / best
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+  """Rows with the same keys as a table."""
+  from rich import console, table
+
+  shown = table.Table(title=title, title_justify="left")
+  for name in rows[0]:
+    shown.add_column(name, justify="right")
+  for row in rows:
+    cells = ("" if v is None else v for v in row.values())
+    shown.add_row(
+      *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in cells)
+    )
+  console.Console(width=120).print(shown)

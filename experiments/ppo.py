@@ -1,0 +1,640 @@
+"""PPO on a language model with a programmed reward.
+
+A minute on two CPU cores, after `experiments/sft.py` has made the policy:
+  python experiments/ppo.py --flagfile=experiments/flags/arithmetic_cpu.flags \
+    --policy=runs/sft --workdir=runs/ppo --batch_entropy_coef=0.3
+
+Source: Padula and Soemers (2024), arXiv 2410.17126, section by section as in
+their code: rollout, token rewards, GAE, whitening, epochs of clipped updates.
+Departures: one mask of allowed tokens for sampler and loss (--mask_in_loss),
+the KL modes have names, and the ratio guard stops the entropy terms too.
+"""
+
+import functools
+import math
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+
+from rljax import (
+  advantages,
+  checkpoint,
+  data,
+  evaluation,
+  generation,
+  log_probs,
+  logs,
+  masking,
+  meshes,
+  preflight,
+  report,
+  rewards,
+  sampling,
+  tasks,
+)
+from rljax import rollout as rollouts
+from rljax.losses import entropy, ppo
+from rljax.models import heads, hf
+
+# Run.
+flags.DEFINE_string("workdir", None, "Checkpoints, logs, plots.", required=True)
+flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.")
+flags.DEFINE_integer("steps", 1024, "Rollouts, each followed by its updates.")
+flags.DEFINE_integer("save_every", 200, "Steps between checkpoints.")
+flags.DEFINE_integer("eval_every", 100, "Steps between held-out evaluations.")
+flags.DEFINE_integer("samples_every", 50, "Steps between sample tables.")
+flags.DEFINE_integer("samples_logged", 32, "Rows of a sample table.")
+flags.DEFINE_string("mesh", "data:-1", "Axes data, fsdp, tensor; -1: the rest.")
+flags.DEFINE_enum("preflight", "strict", ["strict", "warn", "off"], "On red.")
+flags.DEFINE_string("compilation_cache", "~/.cache/rljax", "Empty for none.")
+flags.DEFINE_string("wandb_project", "", "Also log to this project.")
+# Task.
+flags.DEFINE_string("task", "arithmetic", "A module of rljax.tasks.")
+flags.DEFINE_list("task_options", [], "name=value, handed to task.prompts.")
+flags.DEFINE_list("score_options", [], "name=value, handed to task.score.")
+flags.DEFINE_integer("num_prompts", 131_072, "Training prompts to draw from.")
+flags.DEFINE_integer("num_eval_prompts", 512, "Held-out prompts.")
+flags.DEFINE_integer("max_prompt_length", 512, "Tokens; longer is an error.")
+# Models.
+flags.DEFINE_string(
+  "policy", None, "Workdir, directory or name.", required=True
+)
+flags.DEFINE_string("reference", "", "Of --kl=initial; default: the policy.")
+flags.DEFINE_string("critic", "shared", "shared, separate, or a model.")
+flags.DEFINE_bool("detach_values", False, "No value gradient in the trunk.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of compute.")
+flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
+flags.DEFINE_integer("chunk_size", 0, "Positions with logits at once; 0: all.")
+# Rollout.
+flags.DEFINE_integer("batch_size", 128, "Prompts per step.")
+flags.DEFINE_integer("num_samples", 1, "Responses per prompt.")
+flags.DEFINE_integer("max_length", 1, "Response tokens.")
+flags.DEFINE_float("temperature", 1.0, "Of sampler and trainer.")
+flags.DEFINE_integer("top_k", 0, "0: off.")
+flags.DEFINE_float("top_p", 1.0, "1: off.")
+flags.DEFINE_float("min_p", 0.0, "0: off.")
+flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
+flags.DEFINE_list("stop_strings", [], "Texts that end a response.")
+# Rewards.
+flags.DEFINE_enum("kl", "none", ["none", "initial", "old"], "KL penalty.")
+flags.DEFINE_enum("kl_estimator", "k1", ["k1", "k2", "k3"], "Of --kl=initial.")
+flags.DEFINE_float("kl_coef", 0.2, "First or fixed coefficient.")
+flags.DEFINE_float("kl_target", 0.0, "Nats a sequence; 0: fixed coefficient.")
+flags.DEFINE_float("kl_horizon", 10_000.0, "Samples.")
+flags.DEFINE_float("discount", 1.0, "Per response token.")
+flags.DEFINE_float("gae_lambda", 0.95, "1: Monte-Carlo returns.")
+flags.DEFINE_bool("whiten_advantages", True, "Over the whole batch.")
+# Loss.
+flags.DEFINE_float("clip_epsilon", 0.2, "Of the probability ratio.")
+flags.DEFINE_float("value_clip_epsilon", 0.2, "Of the value, in units of it.")
+flags.DEFINE_float("value_coef", 0.1, "Weight of the value loss.")
+flags.DEFINE_float("entropy_coef", 0.0, "Weight of the token entropy.")
+flags.DEFINE_float("batch_entropy_coef", 0.0, "Weight of the batch entropy.")
+flags.DEFINE_enum(
+  "batch_entropy_mode",
+  "per_step",
+  ["last", "per_step", "pooled", "mi"],
+  "Axes.",
+)
+flags.DEFINE_bool("mask_in_loss", True, "False: as in the paper's code.")
+flags.DEFINE_float("ratio_guard", 10.0, "Skip minibatches above; 0: off.")
+# Updates.
+flags.DEFINE_integer("epochs", 4, "Passes over a rollout.")
+flags.DEFINE_integer("minibatch_size", 0, "Rows per update; 0: all.")
+flags.DEFINE_integer("micro_batch_size", 0, "Rows per pass; 0: a minibatch.")
+flags.DEFINE_float("learning_rate", 1.41e-5, "Of Adam.")
+flags.DEFINE_enum("schedule", "constant", ["constant", "linear"], "Down to 0.")
+flags.DEFINE_integer("warmup_steps", 0, "Updates.")
+flags.DEFINE_float("adam_b1", 0.9, "")
+flags.DEFINE_float("adam_b2", 0.999, "")
+flags.DEFINE_float("adam_epsilon", 1e-8, "")
+flags.DEFINE_float("weight_decay", 0.0, "")
+flags.DEFINE_float("max_grad_norm", 0.0, "0: no clipping.")
+FLAGS = flags.FLAGS
+
+COLUMNS = (
+  "reward/mean",
+  "task/is_correct",
+  "entropy/token",
+  "entropy/batch",
+  "ppo/approx_kl",
+  "tokens_per_second",
+)
+PANELS = {
+  "Reward": ["reward/mean", "eval/reward"],
+  "Correct": ["task/is_correct", "eval/is_correct"],
+  "Entropy (nats)": ["entropy/token", "entropy/batch"],
+  "Answers": ["answers/distinct"],
+  "KL (nats)": ["kl/sequence_k1", "ppo/approx_kl"],
+  "Clip fraction": ["ppo/clip_fraction", "value/clip_fraction"],
+}
+
+
+def main(_):
+  logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
+  if FLAGS.compilation_cache:
+    cache = os.path.expanduser(FLAGS.compilation_cache)
+    jax.config.update("jax_compilation_cache_dir", cache)
+  num_rows = FLAGS.batch_size * FLAGS.num_samples
+  minibatch_size = FLAGS.minibatch_size or num_rows
+  micro_batch_size = FLAGS.micro_batch_size or minibatch_size
+  mesh = meshes.make(FLAGS.mesh)
+  validate(num_rows, minibatch_size, micro_batch_size, mesh)
+  in_force = {
+    flag.name: flag.value
+    for flag in FLAGS.get_key_flags_for_module(sys.argv[0])
+  }
+  may_change = ("workdir", "mesh", "preflight", "compilation_cache")
+  checkpoint.prepare_workdir(FLAGS.workdir)
+  checkpoint.check_flags(FLAGS.workdir, in_force, may_change)
+  task = tasks.load(FLAGS.task)
+  score = functools.partial(
+    tasks.score_all, task, **tasks.options(FLAGS.score_options)
+  )
+  settings = sampling.Settings(
+    temperature=FLAGS.temperature,
+    top_k=FLAGS.top_k,
+    top_p=FLAGS.top_p,
+    min_p=FLAGS.min_p,
+  )
+
+  # Models. A shared critic is a linear head on the policy's hidden states.
+  loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
+  policy, tokenizer = loaded.model, loaded.tokenizer
+  critic, params = policy, {"policy": loaded.params}
+  if FLAGS.critic == "separate":
+    params["critic"] = loaded.params
+  elif FLAGS.critic != "shared":
+    other = hf.load(FLAGS.critic, dtype=FLAGS.dtype, remat=FLAGS.remat)
+    critic, params["critic"] = other.model, other.params
+    if critic.config.vocab_size != policy.config.vocab_size:
+      raise ValueError(
+        f"--critic={FLAGS.critic} has {critic.config.vocab_size} tokens, the "
+        f"policy {policy.config.vocab_size}: they must share a tokenizer."
+      )
+  value_head = heads.ValueHead()
+  params["value_head"] = value_head.init(
+    jax.random.key(FLAGS.seed), jnp.zeros((1, critic.config.hidden_size))
+  )["params"]
+  reference = None
+  if FLAGS.kl == "initial":
+    reference = loaded.params
+    if FLAGS.reference:
+      reference = hf.load(FLAGS.reference, dtype=FLAGS.dtype).params
+
+  # Prompts become ids here, once. All batches have one shape.
+  vocab_size = policy.config.vocab_size
+  stop_ids = data.stop_ids(tokenizer) if FLAGS.stop_at_eos else ()
+  # Other special tokens and unused rows of the vocabulary are never drawn.
+  allowed = jnp.asarray(data.allowed_tokens(tokenizer, vocab_size, stop_ids))
+  loss_allowed = allowed if FLAGS.mask_in_loss else None
+  stop_strings = None
+  if FLAGS.stop_strings:
+    token_bytes = data.token_bytes(tokenizer, vocab_size=vocab_size)
+    stop_strings = generation.stop_table(FLAGS.stop_strings, token_bytes)
+  task_options = tasks.options(FLAGS.task_options)
+  prompts, eval_prompts = (
+    task.prompts(split, FLAGS.seed, num=num, **task_options)
+    for split, num in (
+      ("train", FLAGS.num_prompts),
+      ("test", FLAGS.num_eval_prompts),
+    )
+  )
+  encoded = data.encode_prompts(
+    tokenizer, [*prompts, *eval_prompts], max_length=FLAGS.max_prompt_length
+  )
+  prompt_ids, prompt_mask = data.pad_left(
+    encoded, length=max(map(len, encoded))
+  )
+  data.check_positions(
+    prompt_ids.shape[1] + FLAGS.max_length, policy.config.max_positions
+  )
+
+  # What is differentiated.
+  chunk_size = FLAGS.chunk_size or None
+  statistics_of = functools.partial(
+    rollouts.token_statistics,
+    policy,
+    temperature=FLAGS.temperature,
+    allowed=loss_allowed,
+    chunk_size=chunk_size,
+  )
+
+  def forward(params, rollout):
+    """Token statistics, hidden states and values, `[N, T, ...]` each."""
+    statistics, hidden = statistics_of(params["policy"], rollout)
+    features = hidden
+    if "critic" in params:
+      features = rollouts.response_hidden(critic, params["critic"], rollout)
+    elif FLAGS.detach_values:
+      features = jax.lax.stop_gradient(hidden)
+    values = value_head.apply({"params": params["value_head"]}, features)
+    return statistics, hidden, values
+
+  def batch_entropy(params, hidden, mask):
+    return entropy.batch_entropy_from_hidden(
+      lambda h: policy.apply({"params": params["policy"]}, h, method="logits"),
+      hidden,
+      mask,
+      chunk_size=chunk_size,
+      mode=FLAGS.batch_entropy_mode,
+      temperature=FLAGS.temperature,
+      allowed=allowed,
+      mask_in_loss=FLAGS.mask_in_loss,
+    )
+
+  def loss_fn(params, batch, kl_coef):
+    rollout = batch["rollout"]
+    mask = rollout.response_mask
+    statistics, hidden, values = forward(params, rollout)
+    policy_loss, metrics = ppo.clipped_policy_loss(
+      statistics.log_probs,
+      batch["old_log_probs"],
+      batch["advantages"],
+      mask,
+      clip_epsilon=FLAGS.clip_epsilon,
+    )
+    value_loss, value_metrics = ppo.clipped_value_loss(
+      values,
+      batch["old_values"],
+      batch["returns"],
+      mask,
+      clip_epsilon=FLAGS.value_clip_epsilon,
+    )
+    loss = policy_loss + FLAGS.value_coef * value_loss
+    if FLAGS.entropy_coef:
+      token_entropy = masking.masked_mean(statistics.entropies, mask)
+      loss -= FLAGS.entropy_coef * token_entropy
+    if FLAGS.batch_entropy_coef:
+      spread, _ = batch_entropy(params, hidden, mask)
+      loss -= FLAGS.batch_entropy_coef * spread
+    if FLAGS.kl == "old":
+      drift = log_probs.kl_estimate(
+        batch["old_log_probs"], statistics.log_probs, kind="k3"
+      )
+      loss += kl_coef * masking.masked_mean(drift, mask)
+    if FLAGS.ratio_guard:
+      loss *= ppo.ratio_guard(
+        statistics.log_probs,
+        batch["old_log_probs"],
+        mask,
+        threshold=FLAGS.ratio_guard,
+      )
+    return loss, {"loss": loss, **metrics, **value_metrics}
+
+  def gradients(params, batch, kl_coef, num_micro_batches):
+    """Gradients of one minibatch, in pieces that fit into memory.
+
+    The means of a micro-batch are over its own tokens: its share of the
+    minibatch's tokens is its weight. Not so the batch entropy, which is that
+    of a micro-batch: low by about (K - 1) / 2b for K answers and b rows.
+    """
+    gradient = jax.grad(loss_fn, has_aux=True)
+    if num_micro_batches == 1:
+      return gradient(params, batch, kl_coef)
+    parts = jax.tree.map(
+      lambda x: x.reshape(num_micro_batches, -1, *x.shape[1:]), batch
+    )
+    tokens = parts["rollout"].response_mask.sum((1, 2)).astype(jnp.float32)
+    weights = tokens / jnp.maximum(tokens.sum(), 1.0)
+
+    def add(total, inputs):
+      weight, part = inputs
+      found = gradient(params, part, kl_coef)
+      return jax.tree.map(lambda a, b: a + weight * b, total, found), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, params, first, kl_coef)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (weights, parts))
+    return total
+
+  # Optimizer, and the state on its mesh.
+  num_minibatches = num_rows // minibatch_size
+  num_micro_batches = minibatch_size // micro_batch_size
+  num_updates = FLAGS.steps * FLAGS.epochs * num_minibatches
+  warmup = optax.linear_schedule(
+    0.0 if FLAGS.warmup_steps else FLAGS.learning_rate,
+    FLAGS.learning_rate,
+    FLAGS.warmup_steps,
+  )
+  then = optax.linear_schedule(
+    FLAGS.learning_rate,
+    FLAGS.learning_rate if FLAGS.schedule == "constant" else 0.0,
+    max(1, num_updates - FLAGS.warmup_steps),
+  )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(FLAGS.max_grad_norm or math.inf),
+    optax.adamw(
+      optax.join_schedules([warmup, then], [FLAGS.warmup_steps]),
+      b1=FLAGS.adam_b1,
+      b2=FLAGS.adam_b2,
+      eps=FLAGS.adam_epsilon,
+      weight_decay=FLAGS.weight_decay,
+    ),
+  )
+  rules = hf.partition_rules(policy)
+  params = meshes.place(params, meshes.shardings(params, rules, mesh))
+  if reference is not None:
+    reference = meshes.place(
+      reference, meshes.shardings(reference, rules, mesh)
+    )
+  state = {
+    "params": params,
+    "optimizer": optimizer.init(params),
+    "kl": rewards.AdaptiveKL.create(FLAGS.kl_coef),
+  }
+  state_shardings = meshes.shardings(state, rules, mesh)
+  state = meshes.place(state, state_shardings)
+
+  def prepare(state, reference, rollout, scores):
+    """What stays fixed while a rollout is learnt from, and its metrics."""
+    mask = rollout.response_mask
+    old, hidden, old_values = forward(state["params"], rollout)
+    token_rewards = rewards.place_score(scores, mask)
+    _, metrics = batch_entropy(state["params"], hidden, mask)
+    if FLAGS.kl == "initial":
+      ref, _ = statistics_of(reference, rollout)
+      token_rewards += rewards.kl_penalty(
+        old.log_probs,
+        ref.log_probs,
+        mask,
+        kl_coef=state["kl"].coef,
+        kind=FLAGS.kl_estimator,
+      )
+      log_ratios = log_probs.kl_estimate(
+        old.log_probs, ref.log_probs, kind="k1"
+      )
+      metrics |= {
+        "kl/sequence_k1": masking.masked_sum(log_ratios, mask, axis=1).mean(),
+        "kl/coef": state["kl"].coef,
+      }
+    token_advantages, returns = advantages.gae(
+      token_rewards,
+      old_values,
+      mask,
+      discount=FLAGS.discount,
+      gae_lambda=FLAGS.gae_lambda,
+    )
+    if FLAGS.whiten_advantages:
+      token_advantages = masking.masked_whiten(token_advantages, mask)
+    batch = {
+      "rollout": rollout,
+      "old_log_probs": old.log_probs,
+      "old_values": old_values,
+      "advantages": token_advantages,
+      "returns": returns,
+    }
+    gap = jnp.abs(rollout.log_probs - old.log_probs)
+    metrics |= {
+      "entropy/token": masking.masked_mean(old.entropies, mask),
+      "reward/mean": scores.mean(),
+      "reward/std": scores.std(),
+      "reward/with_kl": token_rewards.sum(axis=1).mean(),
+      "values/mean": masking.masked_mean(old_values, mask),
+      "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
+      "response/finished": rollout.finished.astype(jnp.float32).mean(),
+      "sampler/log_prob_gap": jnp.where(mask, gap, 0.0).max(),
+    }
+    return jax.lax.stop_gradient(batch), metrics
+
+  def learn(state, reference, rollout, scores, key):
+    """All epochs of one rollout, without leaving the devices."""
+    batch, metrics = prepare(state, reference, rollout, scores)
+
+    def update(carry, rows):
+      params, optimizer_state = carry
+      minibatch = jax.tree.map(lambda x: x[rows], batch)
+      grads, metrics = gradients(
+        params, minibatch, state["kl"].coef, num_micro_batches
+      )
+      updates, optimizer_state = optimizer.update(
+        grads, optimizer_state, params
+      )
+      metrics["gradient_norm"] = optax.global_norm(grads)
+      return (optax.apply_updates(params, updates), optimizer_state), metrics
+
+    shuffle = lambda key: jax.random.permutation(key, num_rows)
+    orders = jax.vmap(shuffle)(jax.random.split(key, FLAGS.epochs))
+    (params, optimizer_state), updates = jax.lax.scan(
+      update,
+      (state["params"], state["optimizer"]),
+      orders.reshape(-1, minibatch_size),
+    )
+    controller = state["kl"]
+    if FLAGS.kl_target:
+      controller = controller.update(
+        metrics["kl/sequence_k1"],
+        num_rows,
+        target=FLAGS.kl_target,
+        horizon=FLAGS.kl_horizon,
+      )
+    metrics |= {name: values.mean() for name, values in updates.items()}
+    metrics["ppo/ratio_max"] = updates["ppo/ratio_max"].max()
+    state = {
+      "params": params,
+      "optimizer": optimizer_state,
+      "kl": controller,
+    }
+    return state, metrics
+
+  def sampler(settings, num_samples):
+    return lambda key, params, ids, mask: rollouts.sample(
+      key,
+      policy,
+      params,
+      ids,
+      mask,
+      max_length=FLAGS.max_length,
+      settings=settings,
+      num_samples=num_samples,
+      allowed=allowed,
+      stop_ids=stop_ids,
+      stop_strings=stop_strings,
+      pad_id=data.pad_id(tokenizer),
+    )
+
+  sample = preflight.Compiled("sample", sampler(settings, FLAGS.num_samples))
+  answer = preflight.Compiled(
+    "answer greedily", sampler(sampling.Settings(greedy=True), 1)
+  )
+  learn = preflight.Compiled(
+    "learn", learn, donate_argnums=0, out_shardings=(state_shardings, None)
+  )
+
+  # A run that was stopped goes on where its last checkpoint is.
+  checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
+  checkpoints = checkpoint.Checkpoints(FLAGS.workdir)
+  first_step = 0
+  if restored := checkpoints.restore_latest(state):
+    first_step, state, _ = restored
+  hf.save_config(os.path.join(FLAGS.workdir, "model"), policy, tokenizer)
+
+  def rollout_of(step):
+    """The prompts of a step and the policy's responses to them."""
+    rows = data.batch_indices(
+      len(prompts), FLAGS.batch_size, step, seed=FLAGS.seed
+    )
+    ids, mask = meshes.shard_batch((prompt_ids[rows], prompt_mask[rows]), mesh)
+    key = jax.random.fold_in(jax.random.key(FLAGS.seed), step)
+    sample_key, learn_key = jax.random.split(key)
+    rollout = sample(sample_key, state["params"]["policy"], ids, mask)
+    texts = [prompts[i] for i in rows for _ in range(FLAGS.num_samples)]
+    return rollout, texts, learn_key
+
+  def read(rollout):
+    return data.decode(
+      tokenizer,
+      np.asarray(rollout.response_ids),
+      np.asarray(rollout.response_mask),
+    )
+
+  def evaluate():
+    """Greedy answers to the held-out prompts, in batches of the step's size."""
+    responses = []
+    for start in range(0, len(eval_prompts), FLAGS.batch_size):
+      # The last batch is filled up from the front, and cut again.
+      rows = np.arange(start, start + FLAGS.batch_size) % len(eval_prompts)
+      rows = len(prompts) + rows
+      ids, mask = meshes.shard_batch(
+        (prompt_ids[rows], prompt_mask[rows]), mesh
+      )
+      key = jax.random.key(FLAGS.seed)
+      responses += read(answer(key, state["params"]["policy"], ids, mask))
+    responses = responses[: len(eval_prompts)]
+    scores, parts = score(eval_prompts, responses)
+    means = {"reward": scores.mean(), **tasks.mean_parts(parts)}
+    metrics = {f"eval/{name}": float(value) for name, value in means.items()}
+    return metrics, (scores, parts)
+
+  # Before anything is trained: do sampler and learner agree?
+  if FLAGS.preflight != "off":
+    rollout, texts, learn_key = rollout_of(first_step)
+    scores = meshes.shard_batch(score(texts, read(rollout))[0], mesh)
+    batch, _ = jax.jit(prepare)(state, reference, rollout, scores)
+    rows = jax.tree.map(lambda x: x[:micro_batch_size], batch)
+    run = jax.jit(gradients, static_argnums=3)
+    checks = preflight.check(
+      policy,
+      state["params"]["policy"],
+      rollout,
+      settings=settings,
+      allowed=loss_allowed,
+      stop_ids=stop_ids,
+      has_stop_strings=stop_strings is not None,
+      chunk_size=chunk_size,
+      gradients=lambda n: run(state["params"], rows, state["kl"].coef, n),
+      # The batch entropy of two halves is not that of the whole.
+      num_micro_batches=1 if FLAGS.batch_entropy_coef else 2,
+      tolerance=1e-4 if FLAGS.dtype == "float32" else 0.2,
+    )
+    learn.compile(state, reference, rollout, scores, learn_key)
+    preflight.show(
+      checks,
+      sample.compilations + learn.compilations,
+      {name: preflight.tree_bytes(part) for name, part in state.items()}
+      | {"reference": preflight.tree_bytes(reference)},
+    )
+    preflight.judge(checks, FLAGS.preflight)
+
+  log = logs.Logs(
+    FLAGS.workdir,
+    total_steps=FLAGS.steps,
+    first_step=first_step,
+    columns=COLUMNS,
+    wandb_project=FLAGS.wandb_project,
+  )
+  for message in checkpoints.messages:
+    log.note(message)
+  log.curves(functools.partial(report.curves, panels=PANELS))
+  with log, checkpoints, checkpoint.Preemption() as preemption:
+    for step in range(first_step, FLAGS.steps):
+      # Row `step` of the metrics is about the policy after `step` rollouts.
+      metrics = {}
+      if step % FLAGS.eval_every == 0:
+        metrics, _ = evaluate()
+      started = time.perf_counter()
+      rollout, texts, learn_key = rollout_of(step)
+      responses = read(rollout)
+      scores, parts = score(texts, responses)
+      state, learnt = learn(
+        state, reference, rollout, meshes.shard_batch(scores, mesh), learn_key
+      )
+      metrics |= jax.device_get(learnt)
+      seconds = time.perf_counter() - started
+      metrics |= {f"task/{k}": v for k, v in tasks.mean_parts(parts).items()}
+      metrics |= {
+        "answers/distinct": evaluation.distinct_answers(responses),
+        "tokens_per_second": np.asarray(rollout.response_mask).sum() / seconds,
+        "step_seconds": seconds,
+      }
+      log.write(step, metrics)
+      if step % FLAGS.samples_every == 0:
+        rows = rollouts.records(
+          rollout,
+          texts,
+          responses,
+          scores,
+          parts,
+          settings=settings,
+          policy_step=step,
+        )
+        log.samples(step, rows[: FLAGS.samples_logged])
+      done = step + 1
+      stop = preemption.should_stop()
+      if done % FLAGS.save_every == 0 or done == FLAGS.steps or stop:
+        checkpoints.save(done, state, {"step": done})
+      if stop and done < FLAGS.steps:
+        log.note(f"Stopped by a signal after step {done}; all is saved.")
+        return
+      for program in (sample, answer, learn):
+        program.freeze()
+
+    # The numbers before and after, and where everything lies.
+    metrics, _ = evaluate()
+    log.write(FLAGS.steps, metrics)
+    rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
+    shown = ("reward/mean", "entropy/token", "entropy/batch", *metrics)
+    table = {
+      name: {
+        "before": rows[0].get(name),
+        "after": (rows[-2] | rows[-1]).get(name),
+      }
+      for name in shown
+    }
+    log.summary(table, title=f"{FLAGS.task}: {FLAGS.workdir}")
+
+
+def validate(num_rows, minibatch_size, micro_batch_size, mesh):
+  """Says what is wrong with the flags before anything is loaded."""
+  for name in (
+    *("steps", "save_every", "eval_every", "samples_every", "epochs"),
+    *("batch_size", "num_samples", "max_length"),
+    *("num_prompts", "num_eval_prompts"),
+  ):
+    if FLAGS[name].value < 1:
+      raise ValueError(f"--{name} must be positive, got {FLAGS[name].value}.")
+  if num_rows % minibatch_size:
+    raise ValueError(
+      f"--minibatch_size={minibatch_size} does not divide the {num_rows} rows "
+      "of a rollout (batch_size x num_samples)."
+    )
+  if minibatch_size % micro_batch_size:
+    raise ValueError(
+      f"--micro_batch_size={micro_batch_size} does not divide the minibatches "
+      f"of {minibatch_size} rows."
+    )
+  meshes.check_divisible(FLAGS.batch_size, mesh, "--batch_size")
+  meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
+  if FLAGS.kl_target and FLAGS.kl != "initial":
+    raise ValueError("--kl_target adapts the coefficient of --kl=initial.")
+
+
+if __name__ == "__main__":
+  app.run(main)

