@@ -1,4 +1,4 @@
-"""Evaluates policies on held-out prompts, beside each other.
+"""Evaluates policies on the prompts of another split, beside each other.
 
 The arms of the arithmetic study; a label given twice is another seed of it:
   python experiments/evaluate.py --workdir=runs/evaluation \
@@ -45,7 +45,7 @@ flags.DEFINE_string("task", "arithmetic", "A module of rljax.tasks.")
 flags.DEFINE_list("task_options", [], "name=value, handed to task.prompts.")
 flags.DEFINE_list("score_options", [], "name=value, handed to task.score.")
 flags.DEFINE_string("split", "test", "Of the task.")
-flags.DEFINE_integer("num_prompts", 2000, "Held-out prompts.")
+flags.DEFINE_integer("num_prompts", 2000, "Of that split.")
 flags.DEFINE_integer("max_prompt_length", 512, "Tokens; longer is an error.")
 # Sampling.
 flags.DEFINE_integer("batch_size", 256, "Prompts at the same time.")
@@ -56,9 +56,18 @@ flags.DEFINE_float("top_p", 1.0, "1: off.")
 flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
 FLAGS = flags.FLAGS
 
+TAIL = 50
+TAIL_METRICS = {
+  "reward/mean": "reward",
+  "task/is_correct": "correct",
+  "entropy/token": "entropy of an answer",
+  "entropy/batch": "batch entropy",
+  "entropy/batch_max_prob": "top share",
+  "answers/distinct": "answers in a batch",
+}
 PANELS = {
   "Reward of samples": ["reward/mean"],
-  "Correct, held out": ["eval/is_correct"],
+  "Correct, greedy, on test prompts": ["eval/is_correct"],
   "Entropy of an answer (nats)": ["entropy/token"],
   "Entropy of the batch's answers (nats)": ["entropy/batch"],
   "Different answers in a batch": ["answers/distinct"],
@@ -87,6 +96,11 @@ def main(_):
     **tasks.options(FLAGS.task_options),
   )
   checkpoint.prepare_workdir(FLAGS.workdir)
+  if os.path.exists(os.path.join(FLAGS.workdir, "checkpoints")):
+    raise ValueError(
+      f"--workdir={FLAGS.workdir} holds a training run, whose files an "
+      "evaluation would replace; choose another."
+    )
 
   table, samples, scores_of = {}, [], {}
   for label, names in arms.items():
@@ -156,6 +170,11 @@ def main(_):
       "mean and 95 % bootstrap interval over prompts",
     )
     if histories:
+      log.summary(
+        tails(histories),
+        title=f"Samples of the last {TAIL} steps: mean and range over seeds",
+        file="training.json",
+      )
       log.note(f"Learning curves: {picture}")
 
 
@@ -212,6 +231,23 @@ def respond(name, prompts, mesh):
       np.asarray(rollout.response_mask),
     )
   return responses[: len(prompts)]
+
+
+def tails(histories):
+  """What the last steps of training looked like, per arm."""
+  table = {}
+  for label, paths in histories.items():
+    table[label] = {}
+    for name, title in TAIL_METRICS.items():
+      seeds = [report.read_metrics(path).get(name) for path in paths]
+      means = [np.nanmean(s[1][-TAIL:]) for s in seeds if s is not None]
+      if not means:
+        continue
+      text = f"{np.mean(means):.3f}"
+      if len(means) > 1:
+        text += f" [{min(means):.3f}, {max(means):.3f}]"
+      table[label][title] = text
+  return table
 
 
 def interval(numbers):

@@ -70,7 +70,7 @@ flags.DEFINE_string("critic", "shared", "shared, separate, or a model.")
 flags.DEFINE_bool("detach_values", False, "No value gradient in the trunk.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of compute.")
 flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
-flags.DEFINE_integer("chunk_size", 0, "Positions with logits at once; 0: all.")
+flags.DEFINE_integer("chunk_size", 0, "Positions with logits; 0: what fits.")
 # Rollout.
 flags.DEFINE_integer("batch_size", 128, "Prompts per step.")
 flags.DEFINE_integer("num_samples", 1, "Responses per prompt.")
@@ -103,7 +103,7 @@ flags.DEFINE_enum(
   "Axes.",
 )
 flags.DEFINE_bool("mask_in_loss", True, "False: as in the paper's code.")
-flags.DEFINE_float("ratio_guard", 10.0, "Skip minibatches above; 0: off.")
+flags.DEFINE_float("ratio_guard", 10.0, "No loss above this mean; 0: off.")
 # Updates.
 flags.DEFINE_integer("epochs", 4, "Passes over a rollout.")
 flags.DEFINE_integer("minibatch_size", 0, "Rows per update; 0: all.")
@@ -150,13 +150,18 @@ def main(_):
     flag.name: flag.value
     for flag in FLAGS.get_key_flags_for_module(sys.argv[0])
   }
-  may_change = ("workdir", "mesh", "preflight", "compilation_cache")
+  may_change = (
+    *("workdir", "mesh", "preflight", "compilation_cache"),
+    *("wandb_project", "samples_logged"),
+  )
   checkpoint.prepare_workdir(FLAGS.workdir)
   checkpoint.check_flags(FLAGS.workdir, in_force, may_change)
   task = tasks.load(FLAGS.task)
-  score = functools.partial(
-    tasks.score_all, task, **tasks.options(FLAGS.score_options)
-  )
+  task_options = tasks.options(FLAGS.task_options)
+  tasks.check_options(task.prompts, task_options)
+  score_options = tasks.options(FLAGS.score_options)
+  tasks.check_options(task.score, score_options)
+  score = functools.partial(tasks.score_all, task, **score_options)
   settings = sampling.Settings(
     temperature=FLAGS.temperature,
     top_k=FLAGS.top_k,
@@ -186,7 +191,13 @@ def main(_):
   if FLAGS.kl == "initial":
     reference = loaded.params
     if FLAGS.reference:
-      reference = hf.load(FLAGS.reference, dtype=FLAGS.dtype).params
+      other = hf.load(FLAGS.reference, dtype=FLAGS.dtype, remat=FLAGS.remat)
+      if other.model.config != policy.config:
+        raise ValueError(
+          f"--reference={FLAGS.reference} is another architecture than the "
+          f"policy: {other.model.config} and {policy.config}."
+        )
+      reference = other.params
 
   # Prompts become ids here, once. All batches have one shape.
   vocab_size = policy.config.vocab_size
@@ -198,7 +209,6 @@ def main(_):
   if FLAGS.stop_strings:
     token_bytes = data.token_bytes(tokenizer, vocab_size=vocab_size)
     stop_strings = generation.stop_table(FLAGS.stop_strings, token_bytes)
-  task_options = tasks.options(FLAGS.task_options)
   prompts, eval_prompts = (
     task.prompts(split, FLAGS.seed, num=num, **task_options)
     for split, num in (
@@ -206,18 +216,25 @@ def main(_):
       ("test", FLAGS.num_eval_prompts),
     )
   )
+  score(eval_prompts[:1], [""])  # Bad options show here, not after a rollout.
+  data.require_tokens(
+    tokenizer, eos=FLAGS.stop_at_eos, text=prompts[0] if prompts else None
+  )
   encoded = data.encode_prompts(
     tokenizer, [*prompts, *eval_prompts], max_length=FLAGS.max_prompt_length
   )
   prompt_ids, prompt_mask = data.pad_left(
     encoded, length=max(map(len, encoded))
   )
-  data.check_positions(
-    prompt_ids.shape[1] + FLAGS.max_length, policy.config.max_positions
-  )
+  for model in (policy, critic):
+    data.check_positions(
+      prompt_ids.shape[1] + FLAGS.max_length, model.config.max_positions
+    )
 
   # What is differentiated.
-  chunk_size = FLAGS.chunk_size or None
+  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
+    micro_batch_size, vocab_size
+  )
   statistics_of = functools.partial(
     rollouts.token_statistics,
     policy,
@@ -275,10 +292,9 @@ def main(_):
       spread, _ = batch_entropy(params, hidden, mask)
       loss -= FLAGS.batch_entropy_coef * spread
     if FLAGS.kl == "old":
-      drift = log_probs.kl_estimate(
-        batch["old_log_probs"], statistics.log_probs, kind="k3"
+      loss += kl_coef * ppo.kl_from_old(
+        statistics.log_probs, batch["old_log_probs"], mask
       )
-      loss += kl_coef * masking.masked_mean(drift, mask)
     if FLAGS.ratio_guard:
       loss *= ppo.ratio_guard(
         statistics.log_probs,
@@ -292,20 +308,24 @@ def main(_):
     """Gradients of one minibatch, in pieces that fit into memory.
 
     The means of a micro-batch are over its own tokens: its share of the
-    minibatch's tokens is its weight. Not so the batch entropy, which is that
-    of a micro-batch: low by about (K - 1) / 2b for K answers and b rows.
+    minibatch's tokens is its weight. Two things are not sums over rows, and
+    are those of a micro-batch: the ratio guard, and the batch entropy, which
+    is low by about (K - 1) / 2b for K answers and b rows.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     if num_micro_batches == 1:
       return gradient(params, batch, kl_coef)
+    # Every micro-batch takes its rows from all devices.
     parts = jax.tree.map(
-      lambda x: x.reshape(num_micro_batches, -1, *x.shape[1:]), batch
+      lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1),
+      batch,
     )
     tokens = parts["rollout"].response_mask.sum((1, 2)).astype(jnp.float32)
     weights = tokens / jnp.maximum(tokens.sum(), 1.0)
 
     def add(total, inputs):
       weight, part = inputs
+      part = jax.lax.with_sharding_constraint(part, rows_sharding)
       found = gradient(params, part, kl_coef)
       return jax.tree.map(lambda a, b: a + weight * b, total, found), None
 
@@ -316,6 +336,7 @@ def main(_):
     return total
 
   # Optimizer, and the state on its mesh.
+  rows_sharding = meshes.batch_sharding(mesh)
   num_minibatches = num_rows // minibatch_size
   num_micro_batches = minibatch_size // micro_batch_size
   num_updates = FLAGS.steps * FLAGS.epochs * num_minibatches
@@ -410,7 +431,10 @@ def main(_):
 
     def update(carry, rows):
       params, optimizer_state = carry
-      minibatch = jax.tree.map(lambda x: x[rows], batch)
+      # A gather of rows in random order would leave them on every device.
+      minibatch = jax.lax.with_sharding_constraint(
+        jax.tree.map(lambda x: x[rows], batch), rows_sharding
+      )
       grads, metrics = gradients(
         params, minibatch, state["kl"].coef, num_micro_batches
       )
@@ -469,12 +493,10 @@ def main(_):
   )
 
   # A run that was stopped goes on where its last checkpoint is.
-  checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
   checkpoints = checkpoint.Checkpoints(FLAGS.workdir)
   first_step = 0
   if restored := checkpoints.restore_latest(state):
     first_step, state, _ = restored
-  hf.save_config(os.path.join(FLAGS.workdir, "model"), policy, tokenizer)
 
   def rollout_of(step):
     """The prompts of a step and the policy's responses to them."""
@@ -530,9 +552,11 @@ def main(_):
       has_stop_strings=stop_strings is not None,
       chunk_size=chunk_size,
       gradients=lambda n: run(state["params"], rows, state["kl"].coef, n),
-      # The batch entropy of two halves is not that of the whole.
-      num_micro_batches=1 if FLAGS.batch_entropy_coef else 2,
+      num_micro_batches=smallest_divisor(micro_batch_size),
       tolerance=1e-4 if FLAGS.dtype == "float32" else 0.2,
+      gradient_tolerance=None
+      if FLAGS.batch_entropy_coef
+      else (1e-3 if FLAGS.dtype == "float32" else 0.1),
     )
     learn.compile(state, reference, rollout, scores, learn_key)
     preflight.show(
@@ -543,6 +567,8 @@ def main(_):
     )
     preflight.judge(checks, FLAGS.preflight)
 
+  checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
+  hf.save_config(os.path.join(FLAGS.workdir, "model"), policy, tokenizer)
   log = logs.Logs(
     FLAGS.workdir,
     total_steps=FLAGS.steps,
@@ -570,7 +596,10 @@ def main(_):
       seconds = time.perf_counter() - started
       metrics |= {f"task/{k}": v for k, v in tasks.mean_parts(parts).items()}
       metrics |= {
-        "answers/distinct": evaluation.distinct_answers(responses),
+        "answers/distinct": evaluation.distinct_answers(
+          part.get("answer", text)
+          for part, text in zip(parts, responses, strict=True)
+        ),
         "tokens_per_second": np.asarray(rollout.response_mask).sum() / seconds,
         "step_seconds": seconds,
       }
@@ -586,13 +615,21 @@ def main(_):
           policy_step=step,
         )
         log.samples(step, rows[: FLAGS.samples_logged])
+        log.histograms(
+          step,
+          {
+            name: evaluation.answer_histogram(part[name] for part in parts)
+            for name in ("answer", "truth")
+            if name in parts[0]
+          },
+        )
       done = step + 1
       stop = preemption.should_stop()
       if done % FLAGS.save_every == 0 or done == FLAGS.steps or stop:
         checkpoints.save(done, state, {"step": done})
       if stop and done < FLAGS.steps:
         log.note(f"Stopped by a signal after step {done}; all is saved.")
-        return
+        return preemption.exit_status
       for program in (sample, answer, learn):
         program.freeze()
 
@@ -632,8 +669,14 @@ def validate(num_rows, minibatch_size, micro_batch_size, mesh):
     )
   meshes.check_divisible(FLAGS.batch_size, mesh, "--batch_size")
   meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
-  if FLAGS.kl_target and FLAGS.kl != "initial":
-    raise ValueError("--kl_target adapts the coefficient of --kl=initial.")
+  for name in ("kl_target", "reference"):
+    if FLAGS[name].value and FLAGS.kl != "initial":
+      raise ValueError(f"--{name} has a meaning for --kl=initial alone.")
+
+
+def smallest_divisor(number):
+  """The smallest divisor above 1; 1 for 1."""
+  return next((n for n in range(2, number + 1) if number % n == 0), 1)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,12 @@ def main(_):
       f"--batch_size must be divisible by the {len(devices)} devices, got "
       f"{FLAGS.batch_size}."
     )
+  checkpoint.prepare_workdir(FLAGS.workdir)
+  if os.path.exists(os.path.join(FLAGS.workdir, "checkpoints")):
+    raise ValueError(
+      f"--workdir={FLAGS.workdir} holds a run, and this example does not "
+      "resume; choose another."
+    )
   task = tasks.load(FLAGS.task)
   loaded = hf.load(FLAGS.policy)
   policy, tokenizer = loaded.model, loaded.tokenizer

@@ -17,12 +17,14 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import app, flags, logging
 
 from rljax import (
   checkpoint,
   data,
+  log_probs,
   logs,
   meshes,
   preflight,
@@ -61,7 +63,7 @@ flags.DEFINE_integer("num_heads", 4, "Of a random model.")
 flags.DEFINE_integer("max_positions", 64, "Of a random model: its context.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of compute.")
 flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
-flags.DEFINE_integer("chunk_size", 0, "Positions with logits at once; 0: all.")
+flags.DEFINE_integer("chunk_size", 0, "Positions with logits; 0: what fits.")
 # Updates.
 flags.DEFINE_integer("batch_size", 64, "Rows per update.")
 flags.DEFINE_enum(
@@ -89,6 +91,10 @@ def main(_):
   if FLAGS.compilation_cache:
     cache = os.path.expanduser(FLAGS.compilation_cache)
     jax.config.update("jax_compilation_cache_dir", cache)
+  names = ("steps", "batch_size", "eval_every", "save_every")
+  for name in (*names, "num_eval_prompts"):
+    if FLAGS[name].value < 1:
+      raise ValueError(f"--{name} must be positive, got {FLAGS[name].value}.")
   mesh = meshes.make(FLAGS.mesh)
   meshes.check_divisible(FLAGS.batch_size, mesh, "--batch_size")
   in_force = {
@@ -144,7 +150,8 @@ def main(_):
       params,
       batch,
       temperature=1.0,
-      chunk_size=FLAGS.chunk_size or None,
+      chunk_size=FLAGS.chunk_size
+      or log_probs.chunk_size(FLAGS.batch_size, model.config.vocab_size),
     )
     return supervised.nll_loss(
       statistics.log_probs, batch["response_mask"], normalizer=FLAGS.normalizer
@@ -208,15 +215,17 @@ def main(_):
   log.curves(functools.partial(report.curves, panels=PANELS))
 
   def evaluate():
-    """Mean loss over the held-out rows, in whole batches."""
-    total, count = 0.0, 0.0
+    """Mean loss over the held-out rows; batches weigh by their tokens."""
+    losses, tokens = [], []
     for start in range(0, len(held_out), FLAGS.batch_size):
       rows = held_out[start : start + FLAGS.batch_size]
-      if len(rows) == FLAGS.batch_size:
-        metrics = held_out_loss(state["params"]["policy"], batch_of(rows))
-        total += float(metrics["nll/loss"])
-        count += 1
-    return {"eval/loss": total / count}
+      filling = [([0], [])] * (FLAGS.batch_size - len(rows))
+      metrics = held_out_loss(
+        state["params"]["policy"], batch_of([*rows, *filling])
+      )
+      losses.append(float(metrics["nll/loss"]))
+      tokens.append(float(metrics["nll/tokens"]))
+    return {"eval/loss": np.average(losses, weights=tokens)}
 
   with log, checkpoints, checkpoint.Preemption() as preemption:
     for step in range(first_step, FLAGS.steps):
@@ -235,9 +244,11 @@ def main(_):
       stop = preemption.should_stop()
       if (step + 1) % FLAGS.save_every == 0 or is_last or stop:
         checkpoints.save(step + 1, state, {"step": step + 1})
-      if stop:
+      if stop and not is_last:
         log.note(f"Stopped by a signal after step {step + 1}; saved.")
-        return
+        return preemption.exit_status
+      if step > first_step:
+        update.freeze()
     log.summary(
       {
         "held-out loss (nats a token)": evaluate()["eval/loss"],

@@ -44,7 +44,7 @@ for seed in $SEEDS; do
     policies+="$name=$RUNS/$arm-$seed,"
   done
 done
-echo "== All arms on 2000 held-out prompts"
+echo "== All arms on 2000 prompts of the test split"
 run experiments/evaluate.py --workdir="$RUNS/evaluation" \
   --task_options=style=last --policies="${policies%,}"
 echo "Done in $((SECONDS - started)) s after the install. Open" \

@@ -447,10 +447,13 @@ class Preemption:
 
   Attributes:
     requested: True once this process was asked to stop.
+    exit_status: what to exit with after saving: 0 after SIGTERM, which a
+      scheduler sent; 130 after SIGINT, so that a shell script stops too.
   """
 
   def __init__(self):
     self.requested = False
+    self.exit_status = 0
     self._previous = {}
 
   def should_stop(self) -> bool:
@@ -477,6 +480,7 @@ class Preemption:
     if self.requested:
       raise KeyboardInterrupt
     self.requested = True
+    self.exit_status = 130 if number == signal.SIGINT else 0
     logging.warning(
       "%s: stopping at the end of this step; once more to stop at once.",
       signal.Signals(number).name,

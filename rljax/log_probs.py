@@ -29,6 +29,17 @@ class TokenStatistics:
   entropies: Array | None  # [B, T] float32, nats; None if not asked for.
 
 
+def chunk_size(num_rows: int, vocab_size: int, max_bytes: int = 2**28) -> int:
+  """Positions whose float32 logits fit into `max_bytes`; at least 1.
+
+  Args:
+    num_rows: B.
+    vocab_size: V.
+    max_bytes: that `[B, chunk, V]` may take, 256 MB by default.
+  """
+  return max(1, max_bytes // (4 * num_rows * vocab_size))
+
+
 def kl_estimate(
   log_probs: Array, ref_log_probs: Array, *, kind: str = "k1"
 ) -> Array:

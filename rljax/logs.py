@@ -3,6 +3,7 @@
   metrics.jsonl   one JSON object a line: {"step": 3, "reward/mean": 0.5, ...}
   metrics.csv     the same as a table
   samples.jsonl   prompts, responses and scores
+  histograms.jsonl  how often each answer was given
   tensorboard/    the same curves for TensorBoard
   curves.png      a picture of them, redrawn as the run goes on
   summary.json    the numbers of the end
@@ -77,6 +78,7 @@ class Logs:
 
     rows = self._keep_before(self._metrics_path, first_step)
     self._keep_before(self._workdir / "samples.jsonl", first_step)
+    self._keep_before(self._workdir / "histograms.jsonl", first_step)
     self._csv_names = ["step"]
     for row in rows:
       self._csv_names += [name for name in row if name not in self._csv_names]
@@ -137,6 +139,17 @@ class Logs:
       self._samples.write(line + "\n")
     self._samples.flush()
 
+  def histograms(self, step: int, counts: Mapping[str, Mapping]) -> None:
+    """Records histograms: name to a mapping from value to count."""
+    if not self._on:
+      return
+    row = {"step": int(step)}
+    for name, histogram in counts.items():
+      row[name] = {str(value): int(n) for value, n in histogram.items()}
+    path = self._workdir / "histograms.jsonl"
+    with open(path, "a", encoding="utf-8") as file:
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
   def note(self, text: str) -> None:
     """Prints a line above the progress line."""
     if self._on:
@@ -165,17 +178,23 @@ class Logs:
         self.note,
       )
 
-  def summary(self, values: Mapping[str, Any], title: str = "Summary") -> None:
-    """Prints the last table of a run and writes it to `summary.json`.
+  def summary(
+    self,
+    values: Mapping[str, Any],
+    title: str = "Summary",
+    file: str = "summary.json",
+  ) -> None:
+    """Prints the last table of a run and writes it to a file.
 
     Args:
       values: name to number or text, or name to such a mapping: then each name
         is a row and the keys of the mappings are the columns.
       title: stands above the table.
+      file: name in the workdir.
     """
     if not self._on:
       return
-    path = self._workdir / "summary.json"
+    path = self._workdir / file
     text = json.dumps(_strict(dict(values)), indent=2, ensure_ascii=False)
     _write_whole(path, text + "\n")
     self._progress.stop()

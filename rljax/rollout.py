@@ -175,7 +175,8 @@ def records(
     scores: N numbers.
     parts: N dicts, what the score is made of.
     settings: the sampler's.
-    policy_step: number of updates behind the policy that drew the tokens.
+    policy_step: rollouts that the policy which drew the tokens had learnt
+      from.
 
   Returns:
     N dicts with `prompt`, `response`, `reward`, the ids and log-probabilities
@@ -183,7 +184,10 @@ def records(
   """
   host = {
     name: np.asarray(getattr(rollout, name))
-    for name in ("response_ids", "response_mask", "log_probs", "finished")
+    for name in (
+      *("response_ids", "response_mask", "finished"),
+      *("log_probs", "truncated_log_probs"),
+    )
   }
   rows = []
   for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -196,6 +200,7 @@ def records(
         "parts": parts[i],
         "response_ids": host["response_ids"][i][mask].tolist(),
         "log_probs": host["log_probs"][i][mask].tolist(),
+        "truncated_log_probs": host["truncated_log_probs"][i][mask].tolist(),
         "finished": bool(host["finished"][i]),
         "temperature": settings.temperature,
         "top_k": settings.top_k,

@@ -507,6 +507,10 @@ class PreemptionTest(parameterized.TestCase):
         os.kill(os.getpid(), number)
       self.assertTrue(preemption.requested)
       self.assertTrue(preemption.should_stop())
+      # A shell script must stop at Ctrl-C; a scheduler wants a clean exit.
+      self.assertEqual(
+        preemption.exit_status, 130 if number == signal.SIGINT else 0
+      )
       self.assertIn(number.name, logged.output[0])
       with self.assertRaises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -192,6 +193,9 @@ class RunTest(absltest.TestCase):
     self.assertLess(rows[0]["sampler/log_prob_gap"], 1e-5)
     samples = _rows(workdir, "samples.jsonl")
     self.assertEqual({row["step"] for row in samples}, {0, 3})
+    histograms = _rows(workdir, "histograms.jsonl")
+    self.assertEqual([row["step"] for row in histograms], [0, 3])
+    self.assertEqual(sum(histograms[0]["truth"].values()), 16)
     self.assertTrue(samples[0]["prompt"].endswith("="))
 
   def test_evaluate_compares_arms(self):
@@ -301,6 +305,46 @@ class ResumeTest(parameterized.TestCase):
       _rows(workdir, "samples.jsonl"), _rows(reference, "samples.jsonl")
     )
 
+  def test_killed_run_with_everything_on(self):
+    flags = (
+      *TINY_PPO,
+      f"--policy={_policy()}",
+      "--preflight=strict",
+      "--num_samples=3",
+      "--minibatch_size=12",
+      "--micro_batch_size=3",
+      "--critic=separate",
+      "--kl=initial",
+      "--kl_target=0.1",
+      "--schedule=linear",
+      "--warmup_steps=3",
+      "--max_grad_norm=1",
+      "--top_p=0.9",
+      "--steps=4",
+    )
+    whole, killed = _scratch() / "all-whole", _scratch() / "all-killed"
+    _run(PPO, whole, *flags)
+    process = subprocess.Popen(
+      _command(PPO, killed, *flags),
+      cwd=ROOT,
+      env=_environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    try:
+      _wait_for_rows(process, killed, 3)
+    finally:
+      process.kill()
+      process.wait()
+    _run(PPO, killed, *flags)
+    self.assertEqual(
+      checkpoint.fingerprint(checkpoint.restore_params(whole)),
+      checkpoint.fingerprint(checkpoint.restore_params(killed)),
+    )
+    self.assertEqual(_steady(_rows(whole)), _steady(_rows(killed)))
+    row = _rows(whole, "samples.jsonl")[0]
+    self.assertGreater(row["truncated_log_probs"][0], row["log_probs"][0])
+
   def test_sigterm_saves_and_exits(self):
     workdir = _scratch() / "terminated"
     flags = (*TINY_PPO, f"--policy={_policy()}", "--save_every=100")
@@ -366,6 +410,27 @@ class DevicesTest(parameterized.TestCase):
     )
     self.assertGreater(max(jax.tree.leaves(moved)), 50 * ROUNDING)
 
+  def test_devices_share_the_work(self):
+    # Rows that a random gather spreads over all devices must be split again:
+    # then the update's scratch memory falls.
+    policy = _scratch() / "even-policy"
+    if not policy.exists():
+      _run(SFT, policy, *TINY_SFT, "--vocab_size=112")
+    flags = (
+      *TINY_PPO,
+      f"--policy={policy}",
+      "--batch_size=512",
+      "--steps=1",
+      "--eval_every=9",
+      "--preflight=warn",
+    )
+    temporary = {}
+    for devices in (1, 8):
+      done = _run(PPO, _scratch() / f"work-{devices}", *flags, devices=devices)
+      (line,) = re.findall(r"learn .*", done.stdout)
+      temporary[devices] = float(re.findall(r"([\d.,]+) MB", line)[-1])
+    self.assertLess(temporary[8], temporary[1] / 3)
+
   def test_pmap_matches_jit(self):
     mapped = _scratch() / "pmap"
     _run(
@@ -406,7 +471,10 @@ class BadInputTest(absltest.TestCase):
       ([policy, "--max_length=90"], "64 positions"),
       ([policy, "--kl_target=1"], "kl_target"),
       ([policy, "--temperature=0"], "temperature"),
+      ([policy, "--reference=x"], "reference has a meaning for --kl=initial"),
       ([policy, "--task_options=style"], "Expected name=value"),
+      ([policy, "--task_options=stlye=last"], "no option 'stlye'"),
+      ([policy, "--score_options=parsing=no"], "no option 'parsing'"),
       ([policy, "--task_options=style=sideways"], "sideways"),
       ([policy, "--score_options=parse=maybe"], "parse must be"),
       ([policy, f"--workdir={in_the_way}/run"], "cannot be written to"),
@@ -425,6 +493,15 @@ class BadInputTest(absltest.TestCase):
       with self.subTest(flags[-1]):
         self.assertIsNotNone(error, flags)
         self.assertRegex(error, f"^ValueError: .*{message}")
+
+  def test_evaluation_does_not_write_over_a_run(self):
+    before = (_finished() / "metrics.jsonl").read_text()
+    (error,) = _drive(
+      "experiments/evaluate.py",
+      [[f"--workdir={_finished()}", f"--policies=a={_finished()}", *TASK]],
+    )
+    self.assertRegex(error, "ValueError: .* holds a training run")
+    self.assertEqual((_finished() / "metrics.jsonl").read_text(), before)
 
   def test_batch_must_fit_the_devices(self):
     (error,) = _drive(

@@ -355,3 +355,10 @@ class FromHiddenTest(parameterized.TestCase):
     hidden, ids, head, _ = _hidden_batch()
     with self.assertRaisesRegex(ValueError, "chunk_size must be positive"):
       log_probs.from_hidden(lambda x: x @ head, hidden, ids, chunk_size=0)
+
+
+class ChunkSizeTest(parameterized.TestCase):
+  def test_fits(self):
+    # 4 bytes * 8 rows * 1000 tokens = 32,000 bytes a position.
+    self.assertEqual(log_probs.chunk_size(8, 1000, max_bytes=100_000), 3)
+    self.assertEqual(log_probs.chunk_size(8, 1000, max_bytes=10), 1)

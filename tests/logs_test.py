@@ -23,6 +23,26 @@ from absl.testing import absltest, parameterized
 from rljax import logs, report
 
 
+class HistogramsTest(parameterized.TestCase):
+  def test_rows_and_resume(self):
+    with tempfile.TemporaryDirectory() as workdir:
+      with logs.Logs(workdir, total_steps=4, tensorboard=False) as log:
+        log.histograms(0, {"answer": {25: 3, None: 1}})
+        log.histograms(3, {"answer": {26: 4}})
+      with logs.Logs(
+        workdir, total_steps=4, first_step=2, tensorboard=False
+      ) as log:
+        log.histograms(2, {"answer": {27: 4}})
+      lines = (pathlib.Path(workdir) / "histograms.jsonl").read_text()
+    self.assertEqual(
+      [json.loads(line) for line in lines.splitlines()],
+      [
+        {"step": 0, "answer": {"25": 3, "None": 1}},
+        {"step": 2, "answer": {"27": 4}},
+      ],
+    )
+
+
 class _LogsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

@@ -158,7 +158,8 @@ class CheckTest(parameterized.TestCase):
   def test_ratio_and_accumulation(self):
     model, params, rollout, settings = _setting()
     gradients = {1: {"w": jnp.ones(3)}, 2: {"w": jnp.ones(3)}}
-    metrics = {"ppo/ratio_max": jnp.float32(1.0)}
+    one = jnp.float32(1.0)
+    metrics = {"ppo/ratio_min": one, "ppo/ratio_max": one}
 
     def check():
       return preflight.check(
@@ -173,8 +174,10 @@ class CheckTest(parameterized.TestCase):
     self.assertEmpty(_red(check()))
     gradients[2] = {"w": jnp.array([1.0, 1.0, 1.1])}
     self.assertEqual(_red(check()), ["2 micro-batches equal one batch"])
-    metrics = {"ppo/ratio_max": jnp.float32(1.01)}
-    self.assertIn("first ratio is 1", _red(check()))
+    for name, ratio in (("ppo/ratio_min", 0.99), ("ppo/ratio_max", 1.01)):
+      metrics = {"ppo/ratio_min": one, "ppo/ratio_max": one}
+      metrics[name] = jnp.float32(ratio)
+      self.assertIn("first ratio is 1", _red(check()))
     metrics = {}  # Nothing known is not good news.
     self.assertIn("first ratio is 1", _red(check()))
 

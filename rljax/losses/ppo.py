@@ -59,7 +59,7 @@ def clipped_policy_loss(
 
   Returns:
     The scalar loss (0 if no token counts) and scalar metrics, which are means
-    over the unmasked tokens of the batch but for the maximal ratio:
+    over the unmasked tokens of the batch but for the extreme ratios:
     "ppo/clip_fraction" is the share of tokens whose clipped term exceeds the
     other, "ppo/approx_kl" is mean(ρ - 1 - log ρ), and "ppo/approx_kl_k2" is
     mean((log ρ)² / 2), both of KL(π_old‖π).
@@ -131,13 +131,17 @@ def clipped_policy_loss(
   def mean(x):
     return masking.masked_mean(x, mask, axis_name=axis_name)
 
+  ratio_min = jnp.min(jnp.where(mask, jnp.exp(log_ratio), jnp.inf))
   ratio_max = jnp.max(jnp.where(mask, jnp.exp(log_ratio), 0.0))
   if axis_name is not None:
+    ratio_min = jax.lax.pmin(ratio_min, axis_name)
     ratio_max = jax.lax.pmax(ratio_max, axis_name)
   return loss, {
     "ppo/policy_loss": jax.lax.stop_gradient(loss),
     "ppo/clip_fraction": mean((clipped > unclipped).astype(jnp.float32)),
     "ppo/ratio_mean": mean(jnp.exp(log_ratio)),
+    # 0 where no token counts, as all the others.
+    "ppo/ratio_min": jnp.minimum(ratio_min, ratio_max),
     "ppo/ratio_max": ratio_max,
     "ppo/approx_kl": mean(jnp.expm1(log_ratio) - log_ratio),
     "ppo/approx_kl_k2": mean(0.5 * jnp.square(log_ratio)),
@@ -221,6 +225,43 @@ def clipped_value_loss(
     ),
     "value/explained_variance": jnp.where(variance > 0, explained, 0.0),
   }
+
+
+def kl_from_old(
+  log_probs: Array,
+  old_log_probs: Array,
+  mask: Array,
+  *,
+  axis_name: str | None = None,
+) -> Array:
+  """Differentiable estimate of KL(π_old‖π), the other penalty of PPO.
+
+    mean(ρ - 1 - log ρ),   ρ_t = π(y_t) / π_old(y_t)
+
+  The mean is over the unmasked tokens of the batch. The gradient with respect
+  to log π(y_t) is (ρ_t - 1) / n; that of the first update is 0. No gradient
+  flows to `old_log_probs`.
+
+  Args:
+    log_probs: `[B, T]` float, of the trained policy.
+    old_log_probs: `[B, T]` float, of the policy that sampled the tokens.
+    mask: `[B, T]` bool, True on response tokens.
+    axis_name: mapped axis that shards B, if any.
+
+  Returns:
+    float32 scalar, nats per token; 0 if no token counts.
+
+  Source:
+    Schulman et al. (2017), "Proximal Policy Optimization Algorithms",
+    equation 8, estimated by the k3 of Schulman (2020).
+  """
+  chex.assert_rank([log_probs, old_log_probs, mask], 2)
+  chex.assert_equal_shape([log_probs, old_log_probs, mask])
+  chex.assert_type([log_probs, old_log_probs, mask], [float, float, bool])
+  log_ratio = _log_ratio(log_probs, old_log_probs, mask)
+  return masking.masked_mean(
+    jnp.expm1(log_ratio) - log_ratio, mask, axis_name=axis_name
+  )
 
 
 def ratio_guard(

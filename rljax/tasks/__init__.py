@@ -1,9 +1,10 @@
 """Tasks: `prompts(split, seed)` and `score(prompt, response)`."""
 
 import importlib
+import inspect
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,21 @@ def options(pairs: Sequence[str]) -> dict[str, Any]:
       raise ValueError(f"The option {name!r} is given twice.")
     found[name] = _value(text)
   return found
+
+
+def check_options(
+  function: Callable[..., Any], options: Mapping[str, Any]
+) -> None:
+  """Raises ValueError for an option that a task's function does not take."""
+  parameters = inspect.signature(function).parameters
+  kinds = {p.kind for p in parameters.values()}
+  known = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+  for name in options:
+    if name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+      raise ValueError(
+        f"{function.__name__} of the task has no option {name!r}; it has "
+        f"{', '.join(known) or 'none'}."
+      )
 
 
 def score_all(

@@ -140,6 +140,7 @@ class ClippedPolicyLossTest(parameterized.TestCase):
       "ppo/policy_loss": expected,
       "ppo/clip_fraction": 0.6 if high is None else 0.4,
       "ppo/ratio_mean": 1.071835,
+      "ppo/ratio_min": 0.670320,
       "ppo/ratio_max": 1.648721,
       "ppo/approx_kl": 0.051835,
       "ppo/approx_kl_k2": 0.049,
@@ -571,6 +572,42 @@ class ClippedValueLossTest(parameterized.TestCase):
       for wrong in (wrong_shape, wrong_type):
         with self.assertRaises(AssertionError):
           ppo.clipped_value_loss(*wrong, clip_epsilon=0.2)
+
+
+class KLFromOldTest(parameterized.TestCase):
+  @chex.all_variants
+  def test_hand_computed(self):
+    old = jnp.log(jnp.array([[0.5, 0.4, 0.2]]))
+    new = jnp.log(jnp.array([[0.6, 0.2, 0.9]]))
+    mask = jnp.array([[True, True, False]])
+    # ρ = 1.2, 0.5: mean(0.2 - ln 1.2, -0.5 - ln 0.5) = (0.017678 + 0.193147)/2.
+    value = self.variant(ppo.kl_from_old)(new, old, mask)
+    np.testing.assert_allclose(value, 0.105413, atol=1e-6)
+    # (ρ - 1) / n: towards the old policy, and not 0 as a stopped one would be.
+    gradient = self.variant(jax.grad(ppo.kl_from_old))(new, old, mask)
+    np.testing.assert_allclose(gradient, [[0.1, -0.25, 0.0]], atol=1e-6)
+    gradient = self.variant(jax.grad(ppo.kl_from_old, argnums=1))(
+      new, old, mask
+    )
+    np.testing.assert_array_equal(gradient, np.zeros((1, 3)))
+
+  def test_first_update_has_no_gradient(self):
+    old = jnp.array([[-1.0, -2.0]])
+    gradient = jax.grad(ppo.kl_from_old)(old, old, jnp.ones((1, 2), bool))
+    np.testing.assert_array_equal(gradient, np.zeros((1, 2)))
+
+  def test_masked_nan_and_split_batches(self):
+    rng = np.random.default_rng(0)
+    new, old = (jnp.float32(-rng.random((8, 3)) - 0.1) for _ in range(2))
+    mask = jnp.asarray(rng.random((8, 3)) < 0.6)
+    holes = jnp.where(mask, new, jnp.nan)
+    whole = jax.value_and_grad(ppo.kl_from_old)(new, old, mask)
+    with_holes = jax.value_and_grad(ppo.kl_from_old)(holes, old, mask)
+    chex.assert_trees_all_equal(whole, with_holes)
+    split = lambda x: x.reshape(4, 2, 3)
+    run = jax.vmap(lambda *a: ppo.kl_from_old(*a, axis_name="i"), axis_name="i")
+    parts = run(split(new), split(old), split(mask))
+    np.testing.assert_allclose(parts, np.full(4, whole[0]), rtol=1e-5)
 
 
 class RatioGuardTest(parameterized.TestCase):

@@ -85,3 +85,23 @@ class MeanPartsTest(parameterized.TestCase):
     # Answers are not all numbers, texts never are.
     self.assertEqual(tasks.mean_parts(parts), {"is_correct": 0.5, "error": 2.5})
     self.assertEqual(tasks.mean_parts([]), {})
+
+
+class CheckOptionsTest(parameterized.TestCase):
+  def test_unknown_option_is_named_with_those_there_are(self):
+    tasks.check_options(arithmetic.prompts, {"style": "last", "num": 3})
+    with self.assertRaisesRegex(
+      ValueError, "prompts of the task has no option 'stlye'; it has num, style"
+    ):
+      tasks.check_options(arithmetic.prompts, {"stlye": "last"})
+    tasks.check_options(lambda p, **options: None, {"anything": 1})
+
+
+class FormatTaskTest(parameterized.TestCase):
+  def test_scores_the_form_alone(self):
+    task = tasks.load("arithmetic_format")
+    self.assertEqual(task.score("1+1=", "7")[0], 1.0)
+    self.assertEqual(task.score("1+1=", "+")[0], 0.0)
+    self.assertEqual(
+      task.prompts("test", 0, num=3), arithmetic.prompts("test", 0, num=3)
+    )
