@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+PRIORITY_MODES = ("good_priority", "good_random", "all_priority", "none")
+
 
 def gae(
   rewards: Array,
@@ -102,6 +104,135 @@ def returns_to_go(rewards: Array, mask: Array, *, discount: float) -> Array:
     gae_lambda=1.0,
   )
   return returns
+
+
+def sequence(sequence_rewards: Array, sequence_values: Array) -> Array:
+  """Advantage of a whole response, taken as one action.
+
+    A = R - V
+
+  No gradient flows through the result.
+
+  Args:
+    sequence_rewards: `[...]` float R, of the responses.
+    sequence_values: the same shape, V of their prompts in units of reward.
+
+  Returns:
+    float32, the shape of the arguments.
+
+  Source:
+    Baheti et al. (2024), "Leftover Lunch: Advantage-based Offline
+    Reinforcement Learning for Language Models".
+  """
+  chex.assert_equal_shape([sequence_rewards, sequence_values])
+  chex.assert_type([sequence_rewards, sequence_values], float)
+  rewards = jnp.asarray(sequence_rewards, jnp.float32)
+  values = jnp.asarray(sequence_values, jnp.float32)
+  return jax.lax.stop_gradient(rewards - values)
+
+
+def positive_filter(sequence_advantages: Array) -> Array:
+  """Drops what is worse than expected: max(A, 0).
+
+  No gradient flows through the result.
+
+  Args:
+    sequence_advantages: `[...]` float A.
+
+  Returns:
+    float32, the shape of the argument; NaN stays NaN.
+  """
+  chex.assert_type(sequence_advantages, float)
+  advantages = jnp.asarray(sequence_advantages, jnp.float32)
+  return jax.lax.stop_gradient(jnp.maximum(advantages, 0.0))
+
+
+def priority_weights(sequence_advantages: Array, *, mode: str) -> Array:
+  """Probabilities with which the logged responses are drawn.
+
+    good_priority:  p_i = max(A_i, 0) / Σ_j max(A_j, 0)
+    good_random:    p_i = 1 / n where A_i > 0, n of these; else 0
+    all_priority:   as good_priority, over all candidates of all prompts
+    none:           p_i = 1 / N
+
+  The first candidate of a prompt is the one to learn from: all modes but
+  "all_priority" give the others 0. The methods that weigh by reward take their
+  rewards for A.
+
+  No gradient flows through the result.
+
+  Args:
+    sequence_advantages: `[N]` float A of logged responses, or `[N, K]` of the
+      K candidates of each prompt.
+    mode: one of the four names above.
+
+  Returns:
+    float32 p, the shape of the argument; 0 everywhere if nothing is positive,
+    which `data.PrioritySampler` refuses. NaN in a row that counts makes NaN.
+
+  Raises:
+    ValueError: if the mode is unknown.
+
+  Source:
+    Baheti et al. (2024), "Leftover Lunch", in the authors' code.
+  """
+  _check_rows(sequence_advantages)
+  if mode not in PRIORITY_MODES:
+    raise ValueError(
+      f"mode must be one of {', '.join(PRIORITY_MODES)}, got {mode!r}."
+    )
+  weights = positive_filter(sequence_advantages)
+  if mode == "good_random":
+    weights = jnp.sign(weights)  # NaN stays NaN.
+  elif mode == "none":
+    weights = jnp.ones_like(weights)
+  if weights.ndim == 2 and mode != "all_priority":
+    weights = weights.at[:, 1:].set(0.0)
+  total = jnp.sum(weights)
+  return weights / jnp.where(total == 0, 1.0, total)
+
+
+def drawn_scores(
+  scores: Array, weights: Array, *, double_weighting: bool
+) -> Array:
+  """What the loss is to multiply a drawn response with.
+
+  Responses are drawn in proportion to their score, and the loss multiplies by
+  the score once more: the expected update weighs each by p_i s_i, which is as
+  its square. This double weighting is the published behaviour. Without it,
+
+    s_i / (n p_i)   where p_i > 0, n of these; else 0
+
+  makes the expected update that of uniform draws from the n responses: of
+  scores s, used once.
+
+  No gradient flows through the result.
+
+  Args:
+    scores: `[N]` or `[N, K]` float s, advantages or rewards.
+    weights: the same shape, p of `priority_weights`.
+    double_weighting: whether to return the scores as they are.
+
+  Returns:
+    float32, the shape of the arguments.
+  """
+  _check_rows(scores)
+  chex.assert_equal_shape([scores, weights])
+  chex.assert_type(weights, float)
+  scores = jax.lax.stop_gradient(jnp.asarray(scores, jnp.float32))
+  if double_weighting:
+    return scores
+  weights = jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
+  drawn = weights > 0
+  num_drawn = jnp.sum(drawn.astype(jnp.float32))
+  return jnp.where(
+    drawn, scores / jnp.where(drawn, num_drawn * weights, 1.0), 0.0
+  )
+
+
+def _check_rows(x: Array) -> None:
+  chex.assert_rank(x, {1, 2})
+  chex.assert_type(x, float)
 
 
 def _check_unit_interval(**settings: float) -> None:

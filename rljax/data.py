@@ -4,6 +4,7 @@ Text becomes ids here, once, and ids become text here, once. Tokenizers are
 Hugging Face fast tokenizers. Everything is numpy; nothing imports jax.
 """
 
+import bisect
 import gzip
 import json
 import os
@@ -629,6 +630,140 @@ def batch_indices(
     following = epoch_order(num_rows, seed=seed, epoch=epoch + 1)
     rows = np.concatenate([rows, following[:missing]])
   return rows
+
+
+# Priorities.
+
+
+class PrioritySampler:
+  """Draws rows in proportion to their weights.
+
+  A draw is made from the seed and the step alone: a resumed run needs no
+  saved state, and any step's rows can be told again. Its cost grows with the
+  logarithm of the number of rows; only making the sampler visits all of them.
+
+  With replacement, every draw is independent of the others. Without it, the
+  rows of a batch differ: each is drawn in proportion to the weights among
+  those that are left. Batches are independent of each other either way.
+
+  Attributes:
+    num_rows: rows with a positive weight, which alone are ever drawn.
+
+  Source:
+    Baheti et al. (2024), "Leftover Lunch: Advantage-based Offline
+    Reinforcement Learning for Language Models", whose code seeds another
+    generator than it draws from.
+  """
+
+  def __init__(self, weights: np.ndarray, *, seed: int, replace: bool = True):
+    """Adds up the weights, in float64.
+
+    Args:
+      weights: `[N]` numbers >= 0, not all 0; they need not sum to 1. A matrix
+        of candidates is given as `weights.ravel()`, and the rows drawn are
+        taken apart by `np.unravel_index`.
+      seed: of the draws.
+      replace: whether a batch may hold a row twice.
+
+    Raises:
+      ValueError: naming the first weight that is negative or not finite; or
+        if none is positive.
+    """
+    # In float32, the sum of a hundred thousand rows forgets the small ones.
+    weights = np.asarray(weights, np.float64)
+    if weights.ndim != 1:
+      raise ValueError(f"weights must be a vector, got shape {weights.shape}.")
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if bad.size:
+      raise ValueError(
+        "weights must be finite and not negative, got "
+        f"{weights[bad[0]]} in row {bad[0]}."
+      )
+    self._rows = np.flatnonzero(weights > 0)
+    if not self._rows.size:
+      raise ValueError(
+        f"None of the {weights.size} weights is positive: no response is "
+        "better than expected. Check the rewards and the values, or sample "
+        "without priorities."
+      )
+    self._weights = weights[self._rows]
+    self._ends = np.cumsum(self._weights)
+    self._seed = seed
+    self._replace = replace
+    self.num_rows = self._rows.size
+
+  def draw(self, batch_size: int, step: int) -> np.ndarray:
+    """The rows that make the batch of a step, without the steps before it.
+
+    Args:
+      batch_size: B; without replacement at most `num_rows`.
+      step: 0 for the first batch.
+
+    Returns:
+      `[B]` int64 row numbers.
+
+    Raises:
+      ValueError: if the batch is empty, or larger than there are rows to draw
+        without replacement.
+    """
+    if batch_size < 1:
+      raise ValueError(f"batch_size must be positive, got {batch_size}.")
+    if not self._replace and batch_size > self.num_rows:
+      raise ValueError(
+        f"batch_size must be at most {self.num_rows}, the rows with a positive "
+        f"weight, to draw without replacement, got {batch_size}."
+      )
+    uniforms = np.random.default_rng([self._seed, step]).random(batch_size)
+    return self._rows[self._select(uniforms)]
+
+  def _select(self, uniforms: np.ndarray) -> np.ndarray:
+    """Positions among the positive weights, for numbers in [0, 1)."""
+    if self._replace:
+      return self._position(uniforms * self._ends[-1])
+    taken = []  # In order.
+    chosen = np.empty(uniforms.size, np.int64)
+    remaining = self._ends[-1]
+    for i, uniform in enumerate(uniforms):
+      # A point of what is left, moved past the rows that were taken out.
+      point = uniform * max(remaining, 0.0)
+      for row in taken:
+        if point < self._ends[row] - self._weights[row]:
+          break
+        point += self._weights[row]
+      row = int(self._position(point))
+      # Rounding may leave the point on the edge of a row that is gone.
+      while row in taken:
+        row = (row + 1) % self.num_rows
+      bisect.insort(taken, row)
+      remaining -= self._weights[row]
+      chosen[i] = row
+    return chosen
+
+  def _position(self, points: np.ndarray) -> np.ndarray:
+    # The right side: a point on the border of two rows is in the second.
+    found = np.searchsorted(self._ends, points, side="right")
+    return np.minimum(found, self.num_rows - 1)
+
+
+def scale_steps(
+  num_steps: int, weights: np.ndarray, *, num_rows: int | None = None
+) -> int:
+  """Steps in proportion to the share ρ of rows that can be drawn: ⌊ρ n⌋.
+
+  Args:
+    num_steps: n, for all rows.
+    weights: any shape, as for `PrioritySampler`.
+    num_rows: rows of the data set; the number of weights by default. For
+      `[N, K]` candidates it is N, so that ρ adds up over the K.
+
+  Returns:
+    The number of steps, counted in integers: the product with a rounded
+    share may fall just short.
+  """
+  weights = np.asarray(weights)
+  if num_rows is None:
+    num_rows = weights.size
+  return num_steps * int(np.count_nonzero(weights > 0)) // num_rows
 
 
 # Helpers.

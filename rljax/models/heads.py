@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+# Finite, so that a row without a real token has no NaN.
+_MASKED_SCORE = -1e9
+
 
 class ValueHead(nn.Module):
   """One number per hidden state: w · h + b, in float32.
@@ -55,6 +58,93 @@ class RewardHead(nn.Module):
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     hidden = jnp.where(jnp.any(mask, axis=1)[:, None], hidden, 0)
     return _scalar(self.zero_init, hidden)
+
+
+class AttentionPoolingHead(nn.Module):
+  """The value of a prompt, from attention over its hidden states.
+
+    h = attention(query q, keys H, values H)
+    V = max_value σ(w · h + b)
+
+  Everything is in float32. Gradient reaches `hidden`: to keep the model below
+  frozen, differentiate by the head's parameters alone.
+
+  Attributes:
+    max_value: the largest possible reward; > 0.
+    num_heads: attention heads, which share the learned query's D numbers.
+    dropout_rate: of the hidden states, and of the pooled one.
+    pad_mask: whether padding is left out of the attention. False is the
+      published behaviour, in which the value of a prompt depends on the
+      length of the others in its batch.
+
+  Source:
+    Baheti et al. (2024), "Leftover Lunch: Advantage-based Offline
+    Reinforcement Learning for Language Models", in the authors' code. The
+    mask is ours, and so are the initial values of the dense layers.
+  """
+
+  max_value: float = 1.0
+  num_heads: int = 8
+  dropout_rate: float = 0.1
+  pad_mask: bool = True
+
+  @nn.compact
+  def __call__(
+    self, hidden: Array, mask: Array, *, deterministic: bool = True
+  ) -> Array:
+    """Values of prompts.
+
+    Args:
+      hidden: `[B, P, D]` float, the last hidden states at prompt tokens.
+      mask: `[B, P]` bool, True at real tokens; padding on either side.
+      deterministic: whether to leave out dropout; if False, `apply` needs
+        `rngs={"dropout": key}`.
+
+    Returns:
+      `[B]` float32 in [0, max_value]. For a row without a real token, that of
+      the biases alone.
+
+    Raises:
+      ValueError: if the width does not divide by the heads, or `max_value` is
+        not positive.
+    """
+    chex.assert_rank([hidden, mask], [3, 2])
+    chex.assert_equal_shape_prefix([hidden, mask], 2)
+    chex.assert_type([hidden, mask], [float, bool])
+    width = hidden.shape[-1]
+    if width % self.num_heads:
+      raise ValueError(
+        f"num_heads must divide the width {width}, got {self.num_heads}."
+      )
+    if not self.max_value > 0:
+      raise ValueError(f"max_value must be positive, got {self.max_value}.")
+
+    hidden = jnp.asarray(hidden, jnp.float32)
+    if self.pad_mask:
+      hidden = jnp.where(mask[:, :, None], hidden, 0.0)
+    dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
+    hidden = dropout(hidden)
+
+    def project(name, x):
+      x = nn.Dense(width, dtype=jnp.float32, name=name)(x)
+      return x.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
+
+    query = self.param("query", nn.initializers.normal(1.0), (width,))
+    query = project("query_projection", query)  # [H, d]
+    keys = project("key_projection", hidden)  # [B, P, H, d]
+    values = project("value_projection", hidden)
+    scores = jnp.einsum("hd,bphd->bhp", query, keys)
+    scores = scores / math.sqrt(width // self.num_heads)
+    if self.pad_mask:
+      scores = jnp.where(mask[:, None, :], scores, _MASKED_SCORE)
+    attention = jax.nn.softmax(scores, axis=-1)
+    if self.pad_mask:
+      attention = jnp.where(mask[:, None, :], attention, 0.0)
+    pooled = jnp.einsum("bhp,bphd->bhd", attention, values)
+    pooled = pooled.reshape(-1, width)  # [B, D]
+    output = nn.Dense(width, dtype=jnp.float32, name="output_projection")
+    pooled = dropout(output(pooled))
+    return self.max_value * jax.nn.sigmoid(_scalar(False, pooled))
 
 
 def _scalar(zero_init: bool, hidden: Array) -> Array:
