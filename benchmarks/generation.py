@@ -1,12 +1,13 @@
 """Sampling speed beside Hugging Face `generate`, on the same weights.
 
-  python benchmarks/generation.py --models=tiny,smollm2-135m --batches=1,16,64
+  python -m benchmarks.generation --models=tiny,smollm2-135m --batches=1,16,64
 
 Both sides sample (temperature 1, nothing truncated) exactly `--new_tokens`
 tokens after a prompt of `--prompt_tokens`, in float32; torch once more in
 bfloat16, its best case. The sides take turns, so that a busy machine hits both,
 and the ratio is the median over pairs. The last columns count a decode step's
-FLOPs and bytes and say how close it comes to what `machine.py` measures.
+FLOPs and bytes, and say how close prompts and steps together come to what
+`machine.py` measures.
 
 torch is an optional extra (`pip install rljax[bench]`); without it the columns
 of Hugging Face are left out.
@@ -157,12 +158,15 @@ def measure(name, model, params, peers, batch, peak, bandwidth):
     ratio = machine.median_ratio(times[dtype], times["rljax"])
     row[f"rljax / HF {dtype}"] = ratio
   flops, num_bytes = step_cost(model, params, batch)
-  step = median / FLAGS.new_tokens
-  roofline = max(flops / peak, num_bytes / bandwidth)
+  prompt_flops = 2 * body_size(params) * batch * FLAGS.prompt_tokens
+  # The first token comes with the prompts; the others take a step each.
+  roofline = prompt_flops / peak + (FLAGS.new_tokens - 1) * max(
+    flops / peak, num_bytes / bandwidth
+  )
   row |= {
     "GFLOP/step": flops / 1e9,
     "MB/step": num_bytes / 1e6,
-    "share of roofline": roofline / step,
+    "share of roofline": roofline / median,
   }
   return row
 
@@ -171,6 +175,14 @@ def timed(run):
   start = time.perf_counter()
   run()
   return [time.perf_counter() - start]
+
+
+def body_size(params):
+  """Parameters that a token of the prompt is multiplied with: no embeddings."""
+  flat = jax.tree_util.tree_flatten_with_path(params)[0]
+  return sum(
+    x.size for path, x in flat if "embedding" not in jax.tree_util.keystr(path)
+  )
 
 
 def step_cost(model, params, batch):

@@ -1,6 +1,6 @@
 """One PPO update beside a plain torch loop of the same arithmetic.
 
-  python benchmarks/update.py --models=tiny,smollm2-135m
+  python -m benchmarks.update --models=tiny,smollm2-135m
 
 Forward, clipped policy and value loss, backward and Adam, on the same weights
 and tokens, in float32; torch once more with bfloat16 autocast. The sides take

