@@ -518,7 +518,7 @@ def main(_):
     )
 
   def evaluate():
-    """Greedy answers to the held-out prompts, in batches of the step's size."""
+    """Greedy answers to the test prompts, in batches of the step's size."""
     responses = []
     for start in range(0, len(eval_prompts), FLAGS.batch_size):
       # The last batch is filled up from the front, and cut again.
@@ -532,8 +532,7 @@ def main(_):
     responses = responses[: len(eval_prompts)]
     scores, parts = score(eval_prompts, responses)
     means = {"reward": scores.mean(), **tasks.mean_parts(parts)}
-    metrics = {f"eval/{name}": float(value) for name, value in means.items()}
-    return metrics, (scores, parts)
+    return {f"eval/{name}": float(value) for name, value in means.items()}
 
   # Before anything is trained: do sampler and learner agree?
   if FLAGS.preflight != "off":
@@ -552,7 +551,10 @@ def main(_):
       has_stop_strings=stop_strings is not None,
       chunk_size=chunk_size,
       gradients=lambda n: run(state["params"], rows, state["kl"].coef, n),
-      num_micro_batches=smallest_divisor(micro_batch_size),
+      # Parts of which every device still has a row.
+      num_micro_batches=smallest_divisor(
+        micro_batch_size // meshes.num_batch_shards(mesh)
+      ),
       tolerance=1e-4 if FLAGS.dtype == "float32" else 0.2,
       gradient_tolerance=None
       if FLAGS.batch_entropy_coef
@@ -584,7 +586,7 @@ def main(_):
       # Row `step` of the metrics is about the policy after `step` rollouts.
       metrics = {}
       if step % FLAGS.eval_every == 0:
-        metrics, _ = evaluate()
+        metrics = evaluate()
       started = time.perf_counter()
       rollout, texts, learn_key = rollout_of(step)
       responses = read(rollout)
@@ -634,7 +636,7 @@ def main(_):
         program.freeze()
 
     # The numbers before and after, and where everything lies.
-    metrics, _ = evaluate()
+    metrics = evaluate()
     log.write(FLAGS.steps, metrics)
     rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     shown = ("reward/mean", "entropy/token", "entropy/batch", *metrics)

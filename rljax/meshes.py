@@ -164,6 +164,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def num_batch_shards(mesh: Mesh) -> int:
+  """How many devices share the rows of a batch: those of `data` x `fsdp`."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_divisible(size: int, mesh: Mesh, name: str) -> None:
   """Raises ValueError if `data` x `fsdp` cannot share `size` rows evenly.
 
@@ -172,7 +177,7 @@ def check_divisible(size: int, mesh: Mesh, name: str) -> None:
     mesh: from `make`.
     name: what to change, such as "--batch_size".
   """
-  num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  num_shards = num_batch_shards(mesh)
   if size % num_shards:
     raise ValueError(
       f"{name} must be divisible by the {num_shards} devices of data x fsdp, "
@@ -196,7 +201,7 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
   Raises:
     ValueError: if B is not divisible by the devices that share it.
   """
-  num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  num_shards = num_batch_shards(mesh)
 
   def sharding_of(keys, leaf):
     shape = np.shape(leaf)

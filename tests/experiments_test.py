@@ -397,7 +397,7 @@ class DevicesTest(parameterized.TestCase):
     if not single.exists():
       _run(PPO, single, *flags)
     spread = _scratch() / f"even-{mesh.replace(':', '').replace(',', '')}"
-    _run(PPO, spread, *flags, f"--mesh={mesh}", devices=8)
+    _run(PPO, spread, *flags, f"--mesh={mesh}", "--preflight=strict", devices=8)
     samples = lambda w: [r["response_ids"] for r in _rows(w, "samples.jsonl")]
     self.assertEqual(samples(single), samples(spread))
     self.assertLess(_largest_gap(single, spread), ROUNDING)
