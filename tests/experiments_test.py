@@ -158,6 +158,22 @@ def _wait_for_rows(process, workdir, count):
   raise AssertionError("the run wrote no metrics")
 
 
+def _run_until_killed(workdir, flags, num_rows):
+  """Starts PPO and ends it with -9 once it has written so many rows."""
+  process = subprocess.Popen(
+    _command(PPO, workdir, *flags),
+    cwd=ROOT,
+    env=_environment(),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  try:
+    _wait_for_rows(process, workdir, num_rows)
+  finally:
+    process.kill()
+    process.wait()
+
+
 class RunTest(absltest.TestCase):
   def test_run_leaves_what_the_readme_says(self):
     workdir = _finished()
@@ -283,18 +299,7 @@ class ResumeTest(parameterized.TestCase):
     workdir = _scratch() / f"killed-{rows_before_kill}"
     flags = (*TINY_PPO, f"--policy={_policy()}")
     reference = _finished()
-    process = subprocess.Popen(
-      _command(PPO, workdir, *flags),
-      cwd=ROOT,
-      env=_environment(),
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-    )
-    try:
-      _wait_for_rows(process, workdir, rows_before_kill)
-    finally:
-      process.kill()
-      process.wait()
+    _run_until_killed(workdir, flags, rows_before_kill)
     _run(PPO, workdir, *flags)
     self.assertEqual(
       checkpoint.fingerprint(checkpoint.restore_params(workdir)),
@@ -324,18 +329,7 @@ class ResumeTest(parameterized.TestCase):
     )
     whole, killed = _scratch() / "all-whole", _scratch() / "all-killed"
     _run(PPO, whole, *flags)
-    process = subprocess.Popen(
-      _command(PPO, killed, *flags),
-      cwd=ROOT,
-      env=_environment(),
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-    )
-    try:
-      _wait_for_rows(process, killed, 3)
-    finally:
-      process.kill()
-      process.wait()
+    _run_until_killed(killed, flags, 3)
     _run(PPO, killed, *flags)
     self.assertEqual(
       checkpoint.fingerprint(checkpoint.restore_params(whole)),
