@@ -167,23 +167,6 @@ def response_mask(
   return mask
 
 
-def left_pad_positions(mask: Array) -> Array:
-  """Positions that count real tokens only, so that padding shifts nothing.
-
-    position_t = max(Σ_{s <= t} m_s - 1, 0)
-
-  Args:
-    mask: `[B, S]` bool, True for a real token; padding may be on either side.
-
-  Returns:
-    `[B, S]` int32; 0 before the first real token.
-  """
-  chex.assert_rank(mask, 2)
-  chex.assert_type(mask, bool)
-  positions = jnp.cumsum(jnp.asarray(mask, jnp.int32), axis=1) - 1
-  return jnp.maximum(positions, 0)
-
-
 def _count(mask: Array, axis: Axis, axis_name: str | None) -> Array:
   # Counted in integers: float32 cannot count past 2^24.
   count = jnp.sum(jnp.asarray(mask, jnp.int32), axis=axis)

@@ -295,17 +295,3 @@ class ResponseMaskTest(parameterized.TestCase):
       masking.response_mask(
         jnp.zeros((1, 2), int), (1,), lengths=jnp.zeros(3, int)
       )
-
-
-class LeftPadPositionsTest(parameterized.TestCase):
-  @_jit_and_not
-  def test_hand_computed(self):
-    mask = jnp.array(
-      [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
-    )
-    positions = self.variant(masking.left_pad_positions)(mask.astype(bool))
-    self.assertEqual(positions.dtype, jnp.int32)
-    np.testing.assert_array_equal(
-      positions,
-      [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]],
-    )

@@ -55,10 +55,20 @@ def _arrays(seed, batch=3, length=7, num_heads=4, num_kv_heads=2, width=6):
 class PositionsTest(parameterized.TestCase):
   @chex.variants(with_jit=True, without_jit=True)
   def test_hand_computed(self):
-    mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0]]) > 0
+    padded = [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0]]
+    whole_and_empty = [[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
+    mask = jnp.array(padded + whole_and_empty) > 0
+    positions = self.variant(attention.positions)(mask)
+    self.assertEqual(positions.dtype, jnp.int32)
     np.testing.assert_array_equal(
-      self.variant(attention.positions)(mask),
-      [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 1, 1, 1]],
+      positions,
+      [
+        [0, 0, 0, 1, 2],
+        [0, 1, 2, 2, 2],
+        [0, 0, 1, 1, 1],
+        [0, 1, 2, 3, 4],
+        [0, 0, 0, 0, 0],
+      ],
     )
 
   def test_causal_mask_by_hand(self):
