@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -44,22 +44,10 @@ def read_jsonl(
     ValueError: naming the line, if it is no JSON object or lacks a field; or
       if there are no rows at all.
   """
-  rows = []
-  for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # Bad UTF-8 as well as bad JSON.
-      raise ValueError(f"{path}:{number}: not JSON ({error}).") from error
-    if not isinstance(row, dict):
-      raise ValueError(
-        f"{path}:{number}: expected a JSON object, got {_shorten(row)}."
-      )
-    rows.append(_checked(row, f"{path}:{number}", required, optional))
-  if not rows:
-    raise ValueError(f"{path}: no rows.")
-  return rows
+  return [
+    _checked(_raised(row), place, required, optional)
+    for place, row in _placed_lines(path)
+  ]
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
@@ -138,12 +126,34 @@ def load_rows(
   Raises:
     ValueError: if there is no such file, split or prepared data set.
   """
+  return [
+    _checked(_raised(row), place, required, None)
+    for place, row in load_placed_rows(name, split, data_dir=data_dir)
+  ]
+
+
+def load_placed_rows(
+  name: str, split: str, *, data_dir: str | os.PathLike | None = None
+) -> Iterator[tuple[str, Row | ValueError]]:
+  """Loads rows with the place each comes from, for who can spare a bad one.
+
+  Args:
+    name: see `load_rows`; likewise `split` and `data_dir`.
+    split: such as "train".
+    data_dir: folder that relative paths start from.
+
+  Yields:
+    A place such as "logged.jsonl:17", and the row. A row that cannot be read
+    comes as the ValueError that `load_rows` would raise, which names its
+    place.
+
+  Raises:
+    ValueError: if there is no such file, split or prepared data set, or it
+      holds no rows at all.
+  """
   if name.startswith("tfds:"):
-    rows = _load_tfds(name.removeprefix("tfds:"), split, data_dir)
-    return [
-      _checked(row, f"{name}, row {i}", required, None)
-      for i, row in enumerate(rows)
-    ]
+    yield from _placed_tfds(name.removeprefix("tfds:"), split, data_dir)
+    return
   path = pathlib.Path(data_dir or "") / name.replace("{split}", split)
   if path.is_dir():
     endings = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -159,21 +169,11 @@ def load_rows(
     raise ValueError(f"{path}: no such file or folder.")
   stem = path.name.removesuffix(".gz")
   if stem.endswith(".jsonl"):
-    return read_jsonl(path, required=required)
-  if not stem.endswith(".json"):
+    yield from _placed_lines(path)
+  elif stem.endswith(".json"):
+    yield from _placed_items(path)
+  else:
     raise ValueError(f"{path}: expected .jsonl or .json, possibly with .gz.")
-  try:
-    rows = json.loads(_read_bytes(path).decode("utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON ({error}).") from error
-  if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-    raise ValueError(f"{path}: expected a list of JSON objects.")
-  if not rows:
-    raise ValueError(f"{path}: no rows.")
-  return [
-    _checked(row, f"{path}, row {i}", required, None)
-    for i, row in enumerate(rows)
-  ]
 
 
 # Text to ids and back.
@@ -224,6 +224,9 @@ def encode_prompts(
 ) -> list[list[int]]:
   """Turns prompts into ids, with the start token if the tokenizer has one.
 
+  A prompt that begins with the text of the start token, as chat templates
+  write it, gets no second one.
+
   Args:
     tokenizer: Hugging Face fast tokenizer.
     texts: B prompts.
@@ -254,7 +257,7 @@ def encode_prompts(
     )
   rows, num_truncated, num_unknown = [], 0, 0
   for text in texts:
-    ids = _encode(tokenizer, text, add_special_tokens=True)
+    ids = _encode_start(tokenizer, text)
     if not ids:
       raise ValueError(
         f"The prompt {_shorten(text)} has no tokens, and the tokenizer "
@@ -267,9 +270,7 @@ def encode_prompts(
           f"{max_length}."
         )
       num_truncated += 1
-      start = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-      start = start[: max_length - 1]
-      ids = start + ids[len(ids) - max_length + len(start) :]
+      ids = cut_prompt(tokenizer, ids, max_length)
     num_unknown += _has_unknown(tokenizer, ids)
     rows.append(ids)
   if num_truncated:
@@ -286,6 +287,24 @@ def encode_prompts(
   return rows
 
 
+def cut_prompt(
+  tokenizer, prompt_ids: Sequence[int], max_length: int
+) -> list[int]:
+  """The end of a prompt, behind its start token if it has one.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer.
+    prompt_ids: ids of a prompt.
+    max_length: tokens that are kept at most, the start token included; > 0.
+  """
+  ids = list(prompt_ids)
+  if len(ids) <= max_length:
+    return ids
+  start = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+  start = start[: max_length - 1]
+  return start + ids[len(ids) - max_length + len(start) :]
+
+
 def encode_pairs(
   tokenizer,
   pairs: Sequence[tuple[str, str]],
@@ -296,9 +315,8 @@ def encode_pairs(
   """Turns prompts and their responses into ids; responses end in the end token.
 
   A prompt gets the ids that `encode_prompts` gives it, because these are what
-  the sampler will continue. The response gets the rest of the ids of the two
-  texts together where those begin with the prompt's, and otherwise (a token
-  would cross the border) the ids of its own text; how often is logged.
+  the sampler will continue; a response those of `encode_response`. How many
+  were encoded apart is logged.
 
   Args:
     tokenizer: Hugging Face fast tokenizer with an end token.
@@ -318,13 +336,10 @@ def encode_pairs(
   )
   rows, num_apart = [], 0
   for (prompt, response), prompt_ids in zip(pairs, prompts, strict=True):
-    joint = _encode(tokenizer, prompt + response, add_special_tokens=True)
-    if joint[: len(prompt_ids)] == prompt_ids:
-      response_ids = joint[len(prompt_ids) :]
-    else:
-      num_apart += 1
-      response_ids = _encode(tokenizer, response, add_special_tokens=False)
-    response_ids = [*response_ids, tokenizer.eos_token_id]
+    response_ids, apart = encode_response(
+      tokenizer, prompt, prompt_ids, response
+    )
+    num_apart += apart
     if len(response_ids) > max_response_length:
       raise ValueError(
         f"The response {_shorten(response)} has {len(response_ids)} tokens "
@@ -338,6 +353,33 @@ def encode_pairs(
       len(rows),
     )
   return rows
+
+
+def encode_response(
+  tokenizer, prompt: str, prompt_ids: Sequence[int], response: str
+) -> tuple[list[int], bool]:
+  """The ids of a response behind its prompt, the end token among them.
+
+  They are the rest of the ids of the two texts together where those begin
+  with the prompt's, and otherwise (a token would cross the border) the ids of
+  the response's own text.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer with an end token.
+    prompt: text.
+    prompt_ids: all its ids, from `encode_prompts`, before any cut.
+    response: text.
+
+  Returns:
+    The ids, and whether they were encoded apart from the prompt.
+  """
+  joint = _encode_start(tokenizer, prompt + response)
+  apart = joint[: len(prompt_ids)] != list(prompt_ids)
+  if apart:
+    ids = _encode(tokenizer, response, add_special_tokens=False)
+  else:
+    ids = joint[len(prompt_ids) :]
+  return [*ids, tokenizer.eos_token_id], apart
 
 
 def decode(
@@ -780,6 +822,53 @@ def _read_bytes(path: str | os.PathLike) -> bytes:
     raise ValueError(f"{path}: not a gzip file ({error}).") from error
 
 
+def _placed_lines(
+  path: str | os.PathLike,
+) -> Iterator[tuple[str, Row | ValueError]]:
+  """The rows of a .jsonl file, see `load_placed_rows`."""
+  place = None
+  for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+    if not line.strip():
+      continue
+    place = f"{path}:{number}"
+    try:
+      row = json.loads(line.decode("utf-8"))
+    except ValueError as error:  # Bad UTF-8 as well as bad JSON.
+      yield place, ValueError(f"{place}: not JSON ({error}).")
+    else:
+      yield place, _object(row, place)
+  if place is None:
+    raise ValueError(f"{path}: no rows.")
+
+
+def _placed_items(
+  path: pathlib.Path,
+) -> Iterator[tuple[str, Row | ValueError]]:
+  """The rows of a .json file, see `load_placed_rows`."""
+  try:
+    rows = json.loads(_read_bytes(path).decode("utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: not JSON ({error}).") from error
+  if not isinstance(rows, list):
+    raise ValueError(f"{path}: expected a list of JSON objects.")
+  if not rows:
+    raise ValueError(f"{path}: no rows.")
+  for i, row in enumerate(rows):
+    yield f"{path}, row {i}", _object(row, f"{path}, row {i}")
+
+
+def _object(row: Any, place: str) -> Row | ValueError:
+  if isinstance(row, dict):
+    return row
+  return ValueError(f"{place}: expected a JSON object, got {_shorten(row)}.")
+
+
+def _raised(row: Row | ValueError) -> Row:
+  if isinstance(row, ValueError):
+    raise row
+  return row
+
+
 def _last_byte(file) -> bytes:
   file.seek(-1, os.SEEK_END)
   return file.read(1)
@@ -806,9 +895,10 @@ def _checked(
   return {**(optional or {}), **row}
 
 
-def _load_tfds(
+def _placed_tfds(
   name: str, split: str, data_dir: str | os.PathLike | None
-) -> list[Row]:
+) -> Iterator[tuple[str, Row | ValueError]]:
+  """The rows of a tfds data set, see `load_placed_rows`."""
   try:
     import tensorflow_datasets as tfds
     import tensorflow_datasets.text  # Registers gsm8k and its like.
@@ -832,10 +922,15 @@ def _load_tfds(
       f'tfds.builder("{name}", file_format="array_record")'
       ".download_and_prepare()."
     ) from error
-  rows = [_plain(source[i]) for i in range(len(source))]
-  if not rows:
+  if not len(source):
     raise ValueError(f'"tfds:{name}": split {split!r} has no rows.')
-  return rows
+  for i in range(len(source)):
+    place = f"tfds:{name}, row {i}"
+    try:
+      row = _plain(source[i])
+    except UnicodeDecodeError as error:
+      row = ValueError(f"{place}: not UTF-8 ({error}).")
+    yield place, row
 
 
 def _plain(value: Any) -> Any:
@@ -857,6 +952,13 @@ def _encode(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
       f"The tokenizer {_name(tokenizer)} cannot encode {_shorten(text)}: "
       f"{_first_line(error)}."
     ) from error
+
+
+def _encode_start(tokenizer, text: str) -> list[int]:
+  """The ids of a text that stands at the start, with one start token."""
+  start = tokenizer.bos_token
+  has_start = bool(start) and text.startswith(start)
+  return _encode(tokenizer, text, add_special_tokens=not has_start)
 
 
 def _survives(tokenizer, text: str) -> bool:

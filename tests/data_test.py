@@ -208,7 +208,7 @@ class LoadRowsTest(parameterized.TestCase):
     ("none.jsonl", None, "no such file or folder"),
     ("rows.csv", b"a,b", "expected .jsonl or .json"),
     ("rows.json", b'{"a": 1}', "expected a list of JSON objects"),
-    ("rows.json", b"[1]", "expected a list of JSON objects"),
+    ("rows.json", b"[{}, 1]", r"rows.json, row 1: expected a JSON obj.*got 1"),
     ("rows.json", b"[]", "no rows"),
     ("rows.json", b"[", "not JSON"),
     ("rows.jsonl", b"", "no rows"),
@@ -219,6 +219,20 @@ class LoadRowsTest(parameterized.TestCase):
       (self.folder / name).write_bytes(content)
     with self.assertRaisesRegex(ValueError, message):
       data.load_rows(name, "test", data_dir=self.folder)
+
+  def test_places(self):
+    path = self.folder / "rows.jsonl"
+    path.write_bytes(b'\n{"a": 1}\n{\n{"a": 2}\n')
+    placed = list(
+      data.load_placed_rows("rows.jsonl", "train", data_dir=path.parent)
+    )
+    self.assertEqual(placed[0], (f"{path}:2", {"a": 1}))
+    self.assertEqual(placed[2], (f"{path}:4", {"a": 2}))
+    place, error = placed[1]
+    self.assertEqual(place, f"{path}:3")
+    with self.assertRaisesRegex(ValueError, ":3: not JSON") as caught:
+      data.load_rows(str(path), "train")
+    self.assertEqual(str(error), str(caught.exception))
 
   def test_shared_data(self):
     folder = conftest.shared("data/reasoning")
@@ -299,6 +313,15 @@ class EncodePromptsTest(parameterized.TestCase):
       data.encode_prompts(WORDS, ["1+2=", ""], max_length=5),
       [[103, 1, 100, 2, 102], [103]],
     )
+
+  def test_one_start_token(self):
+    # Chat templates write it; a tokenizer without one adds none.
+    ids = data.encode_prompts(WORDS, ["<bos>1=", "1<bos>"], max_length=5)
+    self.assertEqual(ids, [[103, 1, 102], [103, 1, 103]])
+    pairs = data.encode_pairs(
+      WORDS, [("<bos>1=", "1")], max_prompt_length=5, max_response_length=5
+    )
+    self.assertEqual(pairs, [([103, 1, 102], [1, 104])])
 
   def test_too_long(self):
     prompt = "1+" * 40 + "2="
