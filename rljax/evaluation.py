@@ -1,8 +1,9 @@
-"""What a number of scores or answers says: intervals and diversity."""
+"""What scores, answers and texts say: intervals, diversity, overlap."""
 
 import collections
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -145,31 +146,151 @@ def top_share(histogram: Mapping[Hashable | None, int]) -> float:
   return max(histogram.values()) / total if total else 0.0
 
 
-def distinct_n(texts: Iterable[str | Sequence[Hashable]], n: int) -> float:
+def distinct_n(
+  texts: Iterable[str | Sequence[Hashable]],
+  n: int,
+  *,
+  definition: Literal["corpus", "words"] = "corpus",
+) -> float:
   """Different n-grams of a corpus over all its n-grams.
 
-  The mean is over the corpus: n-grams are pooled before they are counted.
+  The count is over the corpus: n-grams, which never reach across two texts,
+  are pooled before they are counted.
 
   Args:
-    texts: texts, which are split at blanks, or sequences of words or ids.
+    texts: texts, or sequences of words or ids, which are taken as they are.
     n: length of the n-grams; >= 1.
+    definition: how texts become words, and what is divided by.
+      "corpus" splits texts at white space, in lower case, and divides by the
+      number of n-grams: the diversity of the A-LoL paper's smaller tasks.
+      "words" splits texts at every single blank, in their own case, and
+      divides by the number of words whatever n is: the other one in that
+      paper's code.
 
   Returns:
     A share in (0, 1], or 0 if no text has n words.
 
   Source:
     Li et al. (2016), "A Diversity-Promoting Objective Function for Neural
-    Conversation Models", section 5.
+    Conversation Models", section 5, which divides by the number of words;
+    Baheti et al. (2024), "Leftover Lunch: Advantage-based Offline
+    Reinforcement Learning for Language Models".
   """
   if n < 1:
     raise ValueError(f"n must be positive, got {n}.")
+  if definition not in ("corpus", "words"):
+    raise ValueError(
+      f'definition must be "corpus" or "words", got {definition!r}.'
+    )
   seen, total = set(), 0
   for text in texts:
-    words = text.split() if isinstance(text, str) else list(text)
+    if not isinstance(text, str):
+      words = list(text)
+    else:
+      words = text.split(" ") if definition == "words" else text.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     seen.update(grams)
-    total += len(grams)
+    total += len(words) if definition == "words" else len(grams)
   return len(seen) / total if total else 0.0
+
+
+def mean_words(texts: Iterable[str]) -> float:
+  """Words per text, split at white space; 0 if there are no texts."""
+  counts = [len(text.split()) for text in texts]
+  return sum(counts) / len(counts) if counts else 0.0
+
+
+def coverage_and_density(
+  source: str, response: str, *, published: bool = False
+) -> tuple[float, float]:
+  """How much of a response is copied from a source, and in how long pieces.
+
+    coverage = Σ_f |f| / n,   density = Σ_f |f|² / n
+
+  n is the number of words of the response, and f runs over its fragments: from
+  the left, the longest run of words that also stands in the source, wherever
+  that is. Words are split at white space and compared as they are written.
+
+  Args:
+    source: text that the response should be grounded in.
+    response: text.
+    published: whether to count as the code of the A-LoL paper does, for
+      numbers that are to stand beside it. It overlooks fragments of one word,
+      and a match that is just one word longer than the longest so far.
+
+  Returns:
+    Coverage in [0, 1] and density in [0, n]; 0 for an empty response.
+
+  Source:
+    Grusky, Naaman and Artzi (2018), "Newsroom: A Dataset of 1.3 Million
+    Summaries with Diverse Extractive Strategies", section 4; Baheti et al.
+    (2024), "Leftover Lunch: Advantage-based Offline Reinforcement Learning for
+    Language Models".
+  """
+  source_words, words = source.split(), response.split()
+  if not words:
+    return 0.0, 0.0
+  fragments = []
+  i = 0
+  while i < len(words):
+    longest = 0
+    for start in range(len(source_words)):
+      length = _common_start(words[i:], source_words[start:])
+      if length - bool(published) > longest:
+        longest = length
+    fragments.append(longest)
+    i += max(longest, 1)
+  return (
+    sum(fragments) / len(words),
+    sum(length**2 for length in fragments) / len(words),
+  )
+
+
+def perplexity(log_probs: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+  """Perplexity of replies, by the two means that papers take.
+
+    per token = exp(-Σ_bt log p_bt / Σ_b n_b),
+    per reply = exp(-mean_b Σ_t log p_bt / n_b)
+
+  n_b is the number of tokens of reply b. The second gives every reply the same
+  weight, however short.
+
+  Args:
+    log_probs: `[B, T]` float, in nats.
+    mask: `[B, T]` bool, True where a token counts. Masked entries may hold
+      anything; a reply without tokens counts in neither mean.
+
+  Returns:
+    `perplexity`, over tokens, and `perplexity_per_reply`.
+
+  Raises:
+    ValueError: if no token counts.
+
+  Source:
+    Per reply: Baheti et al. (2024), "Leftover Lunch: Advantage-based Offline
+    Reinforcement Learning for Language Models", its dialogue task.
+  """
+  log_probs, mask = np.asarray(log_probs, np.float64), np.asarray(mask)
+  if log_probs.ndim != 2 or log_probs.shape != mask.shape:
+    raise ValueError(
+      f"perplexity needs log_probs and a mask of one [B, T] shape, got "
+      f"{log_probs.shape} and {mask.shape}."
+    )
+  if mask.dtype != np.bool_ or not mask.any():
+    raise ValueError("perplexity needs a bool mask with a token that counts.")
+  losses = -np.where(mask, log_probs, 0.0).sum(axis=1)  # [B]
+  counts = mask.sum(axis=1)
+  losses, counts = losses[counts > 0], counts[counts > 0]
+  return {
+    "perplexity": float(np.exp(losses.sum() / counts.sum())),
+    "perplexity_per_reply": float(np.exp(np.mean(losses / counts))),
+  }
+
+
+def _common_start(a: Sequence[str], b: Sequence[str]) -> int:
+  """How many words two sequences begin with alike."""
+  pairs = enumerate(zip(a, b, strict=False))
+  return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _check_level(level: float) -> None:

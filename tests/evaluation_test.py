@@ -131,6 +131,90 @@ class DiversityTest(parameterized.TestCase):
     self.assertAlmostEqual(evaluation.distinct_n([[1, 2, 1], [1, 2]], 2), 2 / 3)
     self.assertEqual(evaluation.distinct_n([[1, 2], [1, 3]], 1), 0.75)
 
+  @parameterized.parameters(
+    (1, 5 / 7, 6 / 7), (2, 4 / 5, 5 / 7), (3, 3 / 3, 3 / 7)
+  )
+  def test_distinct_n_definitions(self, n, corpus, words):
+    # the cat sat | the cat ran away: seven words, five pairs, three triples.
+    texts = ["The cat sat", "the cat ran away"]
+    for definition, expected in (("corpus", corpus), ("words", words)):
+      found = evaluation.distinct_n(texts, n, definition=definition)
+      self.assertAlmostEqual(found, expected)
+    self.assertAlmostEqual(evaluation.distinct_n(texts, n), corpus)
+
+  def test_distinct_n_splits(self):
+    # A line feed splits words by the first definition, and two blanks are one.
+    self.assertEqual(evaluation.distinct_n(["a\nb  a"], 1), 2 / 3)
+    # "a\nb", "" and "a".
+    found = evaluation.distinct_n(["a\nb  a"], 1, definition="words")
+    self.assertEqual(found, 1.0)
+
   def test_distinct_n_bad_input(self):
     with self.assertRaisesRegex(ValueError, "n must be positive"):
       evaluation.distinct_n(["a"], 0)
+    with self.assertRaisesRegex(ValueError, '"corpus" or "words", got \'ids\''):
+      evaluation.distinct_n(["a"], 1, definition="ids")
+
+  def test_mean_words(self):
+    self.assertEqual(evaluation.mean_words(["a b\n\nc ", ""]), 1.5)
+    self.assertEqual(evaluation.mean_words([]), 0.0)
+
+
+class OverlapTest(parameterized.TestCase):
+  @parameterized.parameters(
+    # Fragments "the cat sat" and "on the mat": 6/7 and (9 + 9)/7.
+    (
+      "the cat sat on the mat today",
+      "the cat sat quietly on the mat",
+      (6 / 7, 18 / 7),
+      (6 / 7, 18 / 7),
+    ),
+    # One fragment of one word among two.
+    ("the cat sat", "cat quietly", (0.5, 0.5), (0, 0)),
+    # "a b c" is one word longer than the "a b" before it.
+    ("a b x a b c", "a b c", (1, 3), (2 / 3, 4 / 3)),
+    ("a b", "A b", (0.5, 0.5), (0, 0)),
+    ("a b", "", (0, 0), (0, 0)),
+    ("", "a", (0, 0), (0, 0)),
+    # Twice the same words count twice; the end of the source ends a fragment.
+    ("a b", "a b a b c", (4 / 5, 8 / 5), (4 / 5, 8 / 5)),
+  )
+  def test_hand_computed(self, source, response, standard, published):
+    np.testing.assert_allclose(
+      evaluation.coverage_and_density(source, response), standard
+    )
+    np.testing.assert_allclose(
+      evaluation.coverage_and_density(source, response, published=True),
+      published,
+    )
+
+  @hypothesis.given(
+    source=st.text("ab ", max_size=12), response=st.text("ab ", max_size=12)
+  )
+  def test_properties(self, source, response):
+    coverage, density = evaluation.coverage_and_density(source, response)
+    num_words = len(response.split())
+    self.assertBetween(coverage, 0, 1)
+    self.assertBetween(density, coverage, num_words * coverage)
+    known = [word in source.split() for word in response.split()]
+    self.assertAlmostEqual(coverage, sum(known) / max(num_words, 1))
+    whole = evaluation.coverage_and_density(response, response)
+    self.assertEqual(whole, (float(num_words > 0), num_words))
+
+
+class PerplexityTest(parameterized.TestCase):
+  def test_hand_computed(self):
+    log_probs = np.log([[0.5, 0.5, 0.5], [0.125, 1, 1], [1, 1, 1]])
+    log_probs[1, 2] = np.nan
+    mask = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]], np.bool_)
+    found = evaluation.perplexity(log_probs, mask)
+    # Four tokens of 6 bits: 2^(6/4). Two replies of 1 and 3 bits: 2^(4/2).
+    self.assertAlmostEqual(found["perplexity"], 2**1.5)
+    self.assertAlmostEqual(found["perplexity_per_reply"], 4)
+
+  def test_bad_input(self):
+    with self.assertRaisesRegex(ValueError, r"one \[B, T\] shape, got \(1, 2"):
+      evaluation.perplexity(np.zeros((1, 2)), np.ones((2, 1), np.bool_))
+    for mask in (np.zeros((1, 2), np.bool_), np.ones((1, 2))):
+      with self.assertRaisesRegex(ValueError, "bool mask with a token"):
+        evaluation.perplexity(np.zeros((1, 2)), mask)

@@ -12,6 +12,8 @@ import numpy as np
 _MODULES = {
   "arithmetic": "rljax.tasks.arithmetic",
   "arithmetic_format": "rljax.tasks.arithmetic_format",
+  "diversity": "rljax.tasks.diversity",
+  "word_lists": "rljax.tasks.word_lists",
 }
 
 
