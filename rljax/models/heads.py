@@ -1,6 +1,7 @@
-"""Scalars from hidden states: values per token, rewards per text."""
+"""Numbers from hidden states: values per token, rewards per text."""
 
 import math
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -29,14 +30,18 @@ class ValueHead(nn.Module):
     return _scalar(self.zero_init, hidden)
 
 
-class RewardHead(nn.Module):
-  """One number per text, read at its last real token: w · h + b, in float32.
+class LabelHead(nn.Module):
+  """One number per text and label, from its last real token: W h, in float32.
+
+  W starts normal with standard deviation 1 / √(D + 1).
 
   Attributes:
-    zero_init: as for `ValueHead`.
+    num_labels: L; 1 for the reward of a text.
+    param_dtype: of new parameters.
   """
 
-  zero_init: bool = False
+  num_labels: int = 1
+  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, hidden: Array, mask: Array) -> Array:
@@ -47,17 +52,22 @@ class RewardHead(nn.Module):
       mask: `[B, S]` bool, True at real tokens; padding on either side.
 
     Returns:
-      `[B]` float32. For a row without a real token, the score of the bias
-      alone.
+      `[B, L]` float32, 0 for a row without a real token.
     """
     chex.assert_rank([hidden, mask], [3, 2])
     chex.assert_equal_shape_prefix([hidden, mask], 2)
     chex.assert_type(mask, bool)
-    length = mask.shape[1]
+    width, length = hidden.shape[-1], mask.shape[1]
+    kernel = self.param(
+      "kernel",
+      nn.initializers.normal(1 / math.sqrt(width + 1)),
+      (width, self.num_labels),
+      self.param_dtype,
+    )
     last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [B]
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     hidden = jnp.where(jnp.any(mask, axis=1)[:, None], hidden, 0)
-    return _scalar(self.zero_init, hidden)
+    return hidden.astype(jnp.float32) @ kernel.astype(jnp.float32)
 
 
 class AttentionPoolingHead(nn.Module):

@@ -1,10 +1,11 @@
-"""The one door for language models: a name in, a model out, and back.
+"""The one door for models: a name in, a model out, and back.
 
 A name is a Hugging Face directory, a workdir of an experiment, a packaged
 model, a GGUF file or a hub name. `load` returns the linen module with its
 parameters and tokenizer, `save` writes a directory that transformers and vLLM
-read. Weights are read from safetensors and GGUF only: torch is not needed,
-and nothing is unpickled.
+read. `load_classifier` and `save_classifier` do so for classifiers of texts,
+reward models among them. Weights are read from safetensors and GGUF only:
+torch is not needed, and nothing is unpickled.
 
   policy = hf.load("smollm2-135m")
   hidden = policy.model.apply({"params": policy.params}, ids, mask)
@@ -29,7 +30,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from rljax.models import gguf, gpt2, llama
+from rljax.models import classifier, encoder, gguf, gpt2, heads, llama
 
 Params = dict[str, Any]
 
@@ -57,6 +58,26 @@ _FAMILIES = {
   "qwen2": _LLAMA,
   "qwen3": _LLAMA,
 }
+_CAUSAL = _Family(
+  classifier.CausalClassifierConfig,
+  classifier.CausalClassifier,
+  classifier.parameter_names,
+  classifier.PARTITION_RULES,
+)
+_ENCODER = _Family(
+  encoder.EncoderConfig,
+  encoder.Encoder,
+  encoder.parameter_names,
+  encoder.PARTITION_RULES,
+)
+_CLASSIFIERS = {
+  **dict.fromkeys(_FAMILIES, _CAUSAL),
+  "bert": _ENCODER,
+  "distilbert": _ENCODER,
+  "roberta": _ENCODER,
+}
+# How transformers names the architectures that `load_classifier` reads.
+_CLASSIFICATION = "ForSequenceClassification"
 
 
 class _Package(NamedTuple):
@@ -78,10 +99,19 @@ PACKAGED = {
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _STORED_DTYPES = ("float16", "bfloat16", "float32", "float64")
-# Tables that checkpoints carry and models compute: rotary frequencies and the
-# causal masks of GPT-2.
-_BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
+# Tables that checkpoints carry and models compute: rotary frequencies, the
+# causal masks of GPT-2, the positions of BERT. And the pooler of a RoBERTa,
+# which its classifiers do without.
+_BUFFERS = re.compile(
+  r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias"
+  r"|embeddings\.(position|token_type)_ids)|roberta\.pooler\.dense\.\w+"
+)
 _PREFIXES = ("model.", "transformer.")
+# Old files of BERT call the scale and the bias of a norm so.
+_OLD_NAMES = {
+  "LayerNorm.gamma": "LayerNorm.weight",
+  "LayerNorm.beta": "LayerNorm.bias",
+}
 _EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -93,6 +123,7 @@ _HUB_FILES = (
   "added_tokens.json",
   "vocab.json",
   "merges.txt",
+  "vocab.txt",
   "chat_template*",
 )
 _HUB_WEIGHTS = ("*.safetensors", _INDEX)
@@ -115,6 +146,28 @@ class LanguageModel:
   tokenizer: Any | None
   source: str
   directory: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """A classifier of texts, its parameters and what is needed to use it.
+
+  Attributes:
+    model: `classifier.CausalClassifier` or `encoder.Encoder`, which map ids
+      and a mask to logits `[B, L]`.
+    params: nested dict of arrays, for `model.apply({"params": params}, ...)`.
+    tokenizer: a transformers tokenizer, or None if none was asked for.
+    source: the name that was loaded, as it was given.
+    directory: the folder the name stands for, or None for a packaged model.
+    labels: names of the L labels, in the order of the logits.
+  """
+
+  model: nn.Module
+  params: Params
+  tokenizer: Any | None
+  source: str
+  directory: str | None
+  labels: tuple[str, ...]
 
 
 def load(
@@ -150,26 +203,85 @@ def load(
       of a supported type with exactly the expected tensors.
   """
   settings = _settings(dtype, param_dtype, remat)
-  kind, path = _find(name, weights=True)
-  if step is not None and kind != "workdir":
-    raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
-  if kind == "GGUF file":
-    reader = gguf.open_reader(path)
-    model = _build(gguf.config(reader), path, settings)
-    params = _from_arrays(gguf.tensors(reader), model, path)
-    text = gguf.tokenizer(reader) if tokenizer else None
-  else:
-    folder = _model_folder(kind, path)
-    model = _build(_read_json(folder / "config.json"), folder, settings)
-    text = _read_tokenizer(folder) if tokenizer else None
-    if kind == "workdir":
-      params = _from_checkpoint(path, model, step)
-    else:
-      params = _from_safetensors(path, model)
-  if text is not None:
-    _check_vocabulary(text, model, path)
-  directory = None if kind == "GGUF file" else str(path)
-  return LanguageModel(model, params, text, str(name), directory)
+  return LanguageModel(*_load(name, settings, tokenizer, step, "policy"))
+
+
+def load_classifier(
+  name: str | os.PathLike,
+  *,
+  dtype: str = "float32",
+  param_dtype: str = "float32",
+  remat: bool = False,
+  tokenizer: bool = True,
+  step: int | None = None,
+) -> Classifier:
+  """Loads a classifier of texts, such as a reward model, by name.
+
+  These are the `...ForSequenceClassification` models of transformers: BERT,
+  DistilBERT and RoBERTa, and the types of language models that `load` reads.
+
+  Args:
+    name: a Hugging Face directory, a workdir whose checkpoints hold a
+      "reward_model", or a hub name; see `load`.
+    dtype: of the computation, "float32" or "bfloat16".
+    param_dtype: of the returned parameters, "float32" or "bfloat16".
+    remat: whether the backward pass recomputes each layer.
+    tokenizer: whether to load the tokenizer as well.
+    step: which checkpoint of a workdir; None is the latest.
+
+  Returns:
+    The classifier, with parameters as numpy arrays on the host.
+
+  Raises:
+    ValueError: if the name leads nowhere, or what it leads to is not a
+      classifier of a supported type with exactly the expected tensors.
+  """
+  settings = _settings(dtype, param_dtype, remat)
+  found = _load(name, settings, tokenizer, step, "reward_model")
+  return Classifier(*found, labels=found[0].config.labels)
+
+
+def classifier_from(
+  language_model: LanguageModel, num_labels: int = 1, seed: int = 0
+) -> Classifier:
+  """Puts a fresh head on a language model: where a reward model starts.
+
+  The weights of the head are normal with standard deviation 1 / √(D + 1); an
+  output layer of the language model is left out.
+
+  Args:
+    language_model: from `load`; its arrays are used, not copied.
+    num_labels: L; 1 for a reward model.
+    seed: of the head.
+
+  Returns:
+    The classifier.
+
+  Raises:
+    ValueError: if `num_labels` is not positive.
+  """
+  if num_labels < 1:
+    raise ValueError(f"num_labels must be positive, got {num_labels}.")
+  backbone = language_model.model.config
+  labels = classifier.default_labels(num_labels)
+  model = classifier.CausalClassifier(
+    classifier.CausalClassifierConfig(backbone, labels)
+  )
+  head = heads.LabelHead(num_labels, backbone.param_dtype)
+  hidden = jnp.zeros((1, 1, backbone.hidden_size))
+  score = head.init(jax.random.key(seed), hidden, jnp.ones((1, 1), bool))
+  params = {k: v for k, v in language_model.params.items() if k != "lm_head"}
+  return Classifier(
+    model=model,
+    params={
+      "backbone": params,
+      "score": jax.tree.map(np.asarray, score["params"]),
+    },
+    tokenizer=language_model.tokenizer,
+    source=language_model.source,
+    directory=language_model.directory,
+    labels=labels,
+  )
 
 
 def load_config(
@@ -179,7 +291,7 @@ def load_config(
   param_dtype: str = "float32",
   remat: bool = False,
 ) -> Any:
-  """The config of the model that `load` would return; reads no weights."""
+  """The config of the model that a name leads to; reads no weights."""
   settings = _settings(dtype, param_dtype, remat)
   kind, path = _find(name, weights=False)
   if kind == "GGUF file":
@@ -191,7 +303,7 @@ def load_config(
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
-  """The tokenizer that `load` would return; reads no weights."""
+  """The tokenizer of the model that a name leads to; reads no weights."""
   kind, path = _find(name, weights=False)
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
@@ -212,7 +324,7 @@ def save(
   dtype: str | None = None,
   max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-  """Writes a Hugging Face directory.
+  """Writes a language model as a Hugging Face directory.
 
   It is written beside `directory` first and moved file by file, config.json
   last: until a write is complete, the directory does not load. Weights that an
@@ -230,6 +342,36 @@ def save(
   Raises:
     ValueError: if `params` are not exactly those of `model`.
   """
+  if _is_classifier(model):
+    raise ValueError(
+      f"{type(model).__name__} is a classifier; hf.save_classifier writes it."
+    )
+  _save(directory, model, params, tokenizer, dtype, max_shard_bytes)
+
+
+def save_classifier(
+  directory: str | os.PathLike,
+  model: nn.Module,
+  params: Params,
+  tokenizer: Any | None = None,
+  *,
+  dtype: str | None = None,
+  max_shard_bytes: int = 5 * 2**30,
+) -> None:
+  """Writes a classifier as a Hugging Face directory; see `save`.
+
+  transformers finds the last token of a text by the padding id, and refuses
+  batches if there is none: give the tokenizer a padding token of its own.
+  """
+  if not _is_classifier(model):
+    raise ValueError(
+      f"{type(model).__name__} is no classifier; hf.save writes language "
+      "models."
+    )
+  _save(directory, model, params, tokenizer, dtype, max_shard_bytes)
+
+
+def _save(directory, model, params, tokenizer, dtype, max_shard_bytes) -> None:
   if dtype is not None:
     _check_dtype("dtype", dtype)
   if max_shard_bytes <= 0:
@@ -255,6 +397,55 @@ def save_config(
   with _staged(directory) as stage:
     stored = np.dtype(model.config.param_dtype).name
     _write_config(stage, model, tokenizer, stored)
+
+
+# Loading.
+
+
+def _load(
+  name: str | os.PathLike,
+  settings: dict[str, Any],
+  tokenizer: bool,
+  step: int | None,
+  entry: str,
+) -> tuple[nn.Module, Params, Any | None, str, str | None]:
+  """What `load` and `load_classifier` share.
+
+  Args:
+    name: as given to them.
+    settings: of `_settings`.
+    tokenizer: whether to load one.
+    step: of a workdir.
+    entry: of a checkpoint's parameters: "policy" for language models,
+      "reward_model" for classifiers.
+
+  Returns:
+    Model, parameters, tokenizer, source and directory.
+  """
+  kind, path = _find(name, weights=True)
+  if step is not None and kind != "workdir":
+    raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
+  if kind == "GGUF file":
+    reader = gguf.open_reader(path)
+    config = gguf.config(reader)
+    _check_kind(config, path, entry)
+    model = _build(config, path, settings)
+    params = _from_arrays(gguf.tensors(reader), model, path)
+    text = gguf.tokenizer(reader) if tokenizer else None
+  else:
+    folder = _model_folder(kind, path)
+    config = _read_json(folder / "config.json")
+    _check_kind(config, folder, entry)
+    model = _build(config, folder, settings)
+    text = _read_tokenizer(folder) if tokenizer else None
+    if kind == "workdir":
+      params = _from_checkpoint(path, model, step, entry)
+    else:
+      params = _from_safetensors(path, model)
+  if text is not None:
+    _check_vocabulary(text, model, path)
+  directory = None if kind == "GGUF file" else str(path)
+  return model, params, text, str(name), directory
 
 
 # Finding.
@@ -342,20 +533,51 @@ def _settings(dtype: str, param_dtype: str, remat: bool) -> dict[str, Any]:
   }
 
 
+def _architecture(config: Mapping[str, Any]) -> str | None:
+  """The class of transformers that a config.json names, if any."""
+  names = config.get("architectures") or [None]
+  return names[0]
+
+
+def _describes_classifier(config: Mapping[str, Any]) -> bool:
+  return (_architecture(config) or "").endswith(_CLASSIFICATION)
+
+
+def _check_kind(config: Mapping[str, Any], path: Any, entry: str) -> None:
+  """Refuses a classifier where a language model is wanted, or the reverse."""
+  found = _architecture(config)
+  is_classifier = _describes_classifier(config)
+  if entry == "policy" and is_classifier:
+    raise ValueError(
+      f"{path} holds a {found}, a classifier; hf.load_classifier reads it."
+    )
+  if entry == "reward_model" and not is_classifier:
+    holds = f"a {found}" if found else "a model that names no architecture"
+    raise ValueError(
+      f"{path} holds {holds}, and hf.load_classifier reads ...{_CLASSIFICATION}"
+      " alone. hf.load reads language models, and hf.classifier_from puts a "
+      "fresh head on one."
+    )
+
+
 def _build(
   config: dict[str, Any], path: pathlib.Path, settings: dict[str, Any]
 ) -> nn.Module:
+  """The module that a config describes, of either kind."""
+  families = _CLASSIFIERS if _describes_classifier(config) else _FAMILIES
   model_type = config.get("model_type")
-  if model_type not in _FAMILIES:
+  if model_type not in families:
     raise ValueError(
       f'{path} has the model_type "{model_type}"; supported: '
-      f"{', '.join(_FAMILIES)}."
+      f"{', '.join(families)}."
     )
-  family = _FAMILIES[model_type]
+  family = families[model_type]
   try:
     sizes = family.config.from_hf(config)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  if isinstance(sizes, classifier.CausalClassifierConfig):
+    settings = {"backbone": dataclasses.replace(sizes.backbone, **settings)}
   return family.model(dataclasses.replace(sizes, **settings))
 
 
@@ -434,12 +656,14 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
 
 
 def _family(model: nn.Module) -> _Family:
-  for family in _FAMILIES.values():
+  for family in (*_FAMILIES.values(), *_CLASSIFIERS.values()):
     if isinstance(model, family.model):
       return family
-  raise ValueError(
-    f"{type(model).__name__} is not a language model of rljax.models."
-  )
+  raise ValueError(f"{type(model).__name__} is not a model of rljax.models.")
+
+
+def _is_classifier(model: nn.Module) -> bool:
+  return _family(model) in _CLASSIFIERS.values()
 
 
 def _assemble(
@@ -454,11 +678,14 @@ def _assemble(
   tied_head = None
   unexpected = []
   for name in shapes:
-    names = [name, *(prefix + name for prefix in _PREFIXES)]
+    new_name = name
+    for old, new in _OLD_NAMES.items():
+      new_name = new_name.replace(old, new)
+    names = [new_name, *(prefix + new_name for prefix in _PREFIXES)]
     known = next((n for n in names if n in slots), None)
     if known is not None:
       stored[known] = name
-    elif name == "lm_head.weight":
+    elif name == "lm_head.weight" and not _is_classifier(model):
       tied_head = name
     elif not _BUFFERS.fullmatch(name):
       unexpected.append(name)
@@ -528,7 +755,7 @@ def _from_safetensors(directory: pathlib.Path, model: nn.Module) -> Params:
 
   shapes, files = {}, {}
   with contextlib.ExitStack() as stack:
-    for path in _weight_files(directory):
+    for path in _weight_files(directory, model):
       try:
         file = stack.enter_context(safetensors.safe_open(path, "np"))
       except safetensors.SafetensorError as error:
@@ -541,7 +768,9 @@ def _from_safetensors(directory: pathlib.Path, model: nn.Module) -> Params:
     )
 
 
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+def _weight_files(
+  directory: pathlib.Path, model: nn.Module
+) -> list[pathlib.Path]:
   if (directory / _WEIGHTS).is_file():
     return [directory / _WEIGHTS]
   index = directory / _INDEX
@@ -554,10 +783,11 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
   pickles = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
   if pickles:
+    kind = _CLASSIFICATION if _is_classifier(model) else "ForCausalLM"
     raise ValueError(
       f"{directory} has its weights in {_listed(pickles)}, a pickle, and only "
       "*.safetensors are read. Convert it once, where torch is installed: "
-      f'transformers.AutoModelForCausalLM.from_pretrained("{directory}")'
+      f'transformers.AutoModel{kind}.from_pretrained("{directory}")'
       '.save_pretrained("<new directory>")'
     )
   hint = ""
@@ -567,18 +797,18 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _from_checkpoint(
-  workdir: pathlib.Path, model: nn.Module, step: int | None
+  workdir: pathlib.Path, model: nn.Module, step: int | None, entry: str
 ) -> Params:
   from rljax import checkpoint
 
   restored = checkpoint.restore_params(str(workdir), step=step)
-  if "policy" not in restored:
+  if entry not in restored:
     raise ValueError(
-      f'the checkpoint in {workdir} holds no "policy", only '
+      f'the checkpoint in {workdir} holds no "{entry}", only '
       f"{_listed(sorted(restored))}."
     )
   dtype = np.dtype(model.config.param_dtype)
-  flat = _flat_checked(restored["policy"], _slots(model), workdir)
+  flat = _flat_checked(restored[entry], _slots(model), workdir)
   return traverse_util.unflatten_dict(
     {path: np.asarray(a).astype(dtype, copy=False) for path, a in flat.items()}
   )
@@ -675,6 +905,8 @@ def _write_config(
     _write_tokenizer(stage, tokenizer)
     config.update(_special_ids(config, tokenizer))
   _write_json(stage / "config.json", config)
+  if _is_classifier(model):
+    return
   roles = [role for role in _SPECIAL if config.get(role) is not None]
   generation = {role: config[role] for role in roles}
   _write_json(stage / "generation_config.json", generation)
@@ -686,6 +918,8 @@ def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, int]:
   ends = config.get("eos_token_id")
   if isinstance(ends, list) and ids["eos_token_id"] in ends:
     del ids["eos_token_id"]  # Chat models end a turn in several ways.
+  if config["model_type"] == "roberta":
+    del ids["pad_token_id"]  # Its positions are counted from the model's own.
   return {role: id_ for role, id_ in ids.items() if id_ is not None}
 
 

@@ -131,7 +131,7 @@ def fill(model, rng):
   with torch.no_grad():
     for name, tensor in model.named_parameters():
       noise = rng.normal(size=tuple(tensor.shape))
-      is_norm = "norm" in name or ".ln_" in name
+      is_norm = "norm" in name.lower() or ".ln_" in name
       if is_norm and name.endswith("weight"):
         value = 1 + 0.3 * noise
       else:

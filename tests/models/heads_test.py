@@ -1,4 +1,4 @@
-"""Tests of the value and reward heads."""
+"""Tests of the value and label heads."""
 
 import jax
 import jax.numpy as jnp
@@ -35,29 +35,31 @@ class ValueHeadTest(parameterized.TestCase):
     np.testing.assert_allclose(jnp.std(kernel), 1 / 64, rtol=0.05)
 
 
-class RewardHeadTest(parameterized.TestCase):
-  def test_reads_the_last_real_token(self):
-    hidden = jnp.arange(8.0).reshape(1, 4, 2).repeat(5, axis=0)
+class LabelHeadTest(parameterized.TestCase):
+  @parameterized.parameters(jnp.float32, jnp.bfloat16)
+  def test_reads_the_last_real_token(self, dtype):
+    hidden = jnp.arange(8.0, dtype=dtype).reshape(1, 4, 2).repeat(5, axis=0)
     mask = (
       jnp.array(
         [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]]
       )
       > 0
     )
-    scores = heads.RewardHead().apply(
-      _variables([1.0, 10.0], 0.5), hidden, mask
-    )
-    # Token t holds (2t, 2t + 1): 22t + 10.5. No token: the bias.
-    np.testing.assert_allclose(scores, [76.5, 32.5, 76.5, 54.5, 0.5])
+    kernel = jnp.array([[1.0, -1.0], [10.0, 0.5]])
+    head = heads.LabelHead(num_labels=2)
+    scores = head.apply({"params": {"kernel": kernel}}, hidden, mask)
+    # Token t holds (2t, 2t + 1): 22t + 10 and -t + 0.5. No token: 0.
+    expected = [[76, -2.5], [32, -0.5], [76, -2.5], [54, -1.5], [0, 0]]
+    np.testing.assert_allclose(scores, expected)
     self.assertEqual(scores.dtype, jnp.float32)
 
   def test_padding_is_inert_even_if_nan(self):
     hidden = jnp.ones((2, 3, 2)).at[0, 2].set(jnp.nan).at[1].set(jnp.nan)
     mask = jnp.array([[True, True, False], [False, False, False]])
-    variables = _variables([1.0, 2.0], 0.0)
+    variables = {"params": {"kernel": jnp.array([[1.0], [2.0]])}}
 
     def total(variables, hidden):
-      return jnp.sum(heads.RewardHead().apply(variables, hidden, mask))
+      return jnp.sum(heads.LabelHead().apply(variables, hidden, mask))
 
     value, gradients = jax.value_and_grad(total, argnums=(0, 1))(
       variables, hidden
@@ -65,12 +67,20 @@ class RewardHeadTest(parameterized.TestCase):
     np.testing.assert_allclose(value, 3.0)
     np.testing.assert_array_equal(gradients[1][0], [[0, 0], [1, 2], [0, 0]])
     np.testing.assert_array_equal(gradients[1][1], 0)
-    np.testing.assert_array_equal(
-      gradients[0]["params"]["dense"]["kernel"], [[1], [1]]
-    )
+    np.testing.assert_array_equal(gradients[0]["params"]["kernel"], [[1], [1]])
+
+  def test_initial_values(self):
+    head = heads.LabelHead(num_labels=3, param_dtype=jnp.bfloat16)
+    wide = jnp.zeros((1, 1, 4095))
+    params = head.init(jax.random.key(1), wide, jnp.ones((1, 1), bool))
+    kernel = params["params"]["kernel"]
+    self.assertEqual((kernel.shape, kernel.dtype), ((4095, 3), jnp.bfloat16))
+    # 1 / √(4095 + 1) = 1 / 64.
+    spread = jnp.std(kernel.astype(jnp.float32))
+    np.testing.assert_allclose(spread, 1 / 64, rtol=0.05)
 
   def test_wrong_shapes_are_refused(self):
     with self.assertRaises(AssertionError):
-      heads.RewardHead().init(
+      heads.LabelHead().init(
         jax.random.key(0), jnp.zeros((2, 3, 4)), jnp.ones((2, 4), bool)
       )

@@ -14,7 +14,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from rljax import checkpoint
-from rljax.models import gpt2, hf, llama
+from rljax.models import classifier, encoder, gpt2, hf, llama
 from tests import conftest
 
 safetensors = pytest.importorskip("safetensors")
@@ -45,6 +45,38 @@ CONFIGS = {
   ),
 }
 MODEL_TYPES = tuple(CONFIGS)
+_BERT = dict(
+  vocab_size=48,
+  hidden_size=32,
+  intermediate_size=40,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  max_position_embeddings=64,
+  initializer_range=0.3,
+)
+ENCODERS = {
+  "bert": _BERT,
+  "roberta": dict(_BERT, pad_token_id=2, type_vocab_size=1),
+  "distilbert": dict(
+    vocab_size=48,
+    dim=32,
+    hidden_dim=40,
+    n_layers=2,
+    n_heads=4,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+  ),
+}
+ARCHITECTURES = {
+  "gpt2": "GPT2ForSequenceClassification",
+  "llama": "LlamaForSequenceClassification",
+  "mistral": "MistralForSequenceClassification",
+  "qwen2": "Qwen2ForSequenceClassification",
+  "qwen3": "Qwen3ForSequenceClassification",
+  "bert": "BertForSequenceClassification",
+  "roberta": "RobertaForSequenceClassification",
+  "distilbert": "DistilBertForSequenceClassification",
+}
 
 
 def _random_params(model, seed=0):
@@ -74,6 +106,23 @@ def _tiny(directory, model_type="llama", **settings):
   _write_config(directory, model_type)
   config = hf.load_config(directory, **settings)
   model = _module(config)
+  return model, _random_params(model)
+
+
+def _tiny_classifier(directory, model_type="llama", **changes):
+  """A classifier with two labels, of the config that it leaves there."""
+  fields = {
+    **(CONFIGS | ENCODERS)[model_type],
+    "architectures": [ARCHITECTURES[model_type]],
+    "id2label": {"0": "bad", "1": "good"},
+    "pad_token_id": 2,
+    **changes,
+  }
+  _write_config(directory, model_type, **fields)
+  config = hf.load_config(directory)
+  is_encoder = isinstance(config, encoder.EncoderConfig)
+  module = encoder.Encoder if is_encoder else classifier.CausalClassifier
+  model = module(config)
   return model, _random_params(model)
 
 
@@ -696,6 +745,273 @@ class TransformersTest(FolderTestCase):
     np.testing.assert_array_equal(
       weight, kernel.T.astype(jnp.bfloat16).astype(np.float32)
     )
+
+
+class ClassifierTest(FolderTestCase):
+  @parameterized.parameters(*ARCHITECTURES)
+  def test_bit_exact(self, model_type):
+    model, params = _tiny_classifier(self.path, model_type)
+    hf.save_classifier(
+      self.path, model, params, _tokenizer(), max_shard_bytes=6_000
+    )
+    self.assertIn("model.safetensors.index.json", os.listdir(self.path))
+    loaded = hf.load_classifier(self.path)
+    _assert_same_bits(loaded.params, params)
+    self.assertEqual(loaded.labels, ("bad", "good"))
+    self.assertEqual(loaded.source, str(self.path))
+    self.assertEqual(loaded.directory, str(self.path))
+    self.assertEqual(loaded.tokenizer("ABC")["input_ids"], [3, 4, 5])
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    target = getattr(model.config, "backbone", model.config)
+    target = dataclasses.replace(target, **special)
+    found = getattr(loaded.model.config, "backbone", loaded.model.config)
+    self.assertEqual(found, target)
+    rules = hf.partition_rules(loaded.model)
+    self.assertEqual(rules[-1][0], ".*")
+    self.assertNotIn("generation_config.json", os.listdir(self.path))
+
+  @parameterized.parameters("llama", "bert")
+  def test_settings_reach_the_config(self, model_type):
+    model, params = _tiny_classifier(self.path, model_type)
+    hf.save_classifier(self.path, model, params)
+    loaded = hf.load_classifier(
+      self.path,
+      dtype="bfloat16",
+      param_dtype="bfloat16",
+      remat=True,
+      tokenizer=False,
+    )
+    config = loaded.model.config
+    self.assertEqual(config.dtype, jnp.bfloat16)
+    self.assertEqual(config.param_dtype, jnp.bfloat16)
+    self.assertTrue(getattr(config, "backbone", config).remat)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)}
+    self.assertEqual(kinds, {"bfloat16"})
+    hash(loaded.model)
+    ids = jnp.array([[3, 4, 5]])
+    variables = {"params": loaded.params}
+    logits = jax.eval_shape(loaded.model.apply, variables, ids, ids > 0)
+    self.assertEqual((logits.shape, logits.dtype), ((1, 2), jnp.float32))
+
+  def test_config_says_what_it_is(self):
+    model, params = _tiny_classifier(
+      self.path, problem_type="single_label_classification"
+    )
+    hf.save_classifier(self.path, model, params, _tokenizer())
+    config = json.loads((self.path / "config.json").read_text())
+    self.assertEqual(config["architectures"], [ARCHITECTURES["llama"]])
+    self.assertEqual(config["id2label"], {"0": "bad", "1": "good"})
+    self.assertEqual(config["label2id"], {"bad": 0, "good": 1})
+    self.assertEqual(config["problem_type"], "single_label_classification")
+    self.assertEqual(config["pad_token_id"], 2)
+
+  def test_roberta_keeps_the_padding_id_of_its_positions(self):
+    model, params = _tiny_classifier(self.path, "roberta", pad_token_id=4)
+    hf.save_classifier(self.path, model, params, _tokenizer())
+    loaded = hf.load_classifier(self.path)
+    self.assertEqual(loaded.model.config.position_offset, 5)
+    self.assertEqual(loaded.tokenizer.pad_token_id, 2)
+
+  def test_other_names_and_left_overs(self):
+    model, params = _tiny_classifier(self.path, "bert")
+    hf.save_classifier(self.path, model, params)
+    file = self.path / "model.safetensors"
+    tensors = safetensors_numpy.load_file(file)
+    old = {
+      name.replace("Norm.weight", "Norm.gamma").replace(
+        "Norm.bias", "Norm.beta"
+      ): array
+      for name, array in tensors.items()
+    }
+    self.assertNotEqual(set(old), set(tensors))
+    old["bert.embeddings.position_ids"] = np.arange(64)[None]
+    safetensors_numpy.save_file(old, file)
+    loaded = hf.load_classifier(self.path, tokenizer=False)
+    _assert_same_bits(loaded.params, params)
+
+  def test_unused_pooler_of_roberta(self):
+    model, params = _tiny_classifier(self.path, "roberta")
+    hf.save_classifier(self.path, model, params)
+    file = self.path / "model.safetensors"
+    tensors = safetensors_numpy.load_file(file)
+    extra = {"roberta.pooler.dense.bias": np.ones(32, np.float32)}
+    safetensors_numpy.save_file(tensors | extra, file)
+    hf.load_classifier(self.path, tokenizer=False)
+
+  def test_refuses_a_language_model(self):
+    model, params = _tiny(self.path)
+    hf.save(self.path, model, params)
+    with self.assertRaisesRegex(
+      ValueError,
+      "holds a LlamaForCausalLM, and hf.load_classifier reads .*"
+      "hf.classifier_from puts",
+    ):
+      hf.load_classifier(self.path)
+    _write_config(self.path)
+    with self.assertRaisesRegex(ValueError, "that names no architecture"):
+      hf.load_classifier(self.path)
+    with self.assertRaisesRegex(ValueError, "Llama is no classifier; hf.save "):
+      hf.save_classifier(self.path, model, params)
+
+  def test_language_model_functions_refuse_a_classifier(self):
+    model, params = _tiny_classifier(self.path)
+    with self.assertRaisesRegex(ValueError, "hf.save_classifier writes it"):
+      hf.save(self.path, model, params)
+    hf.save_classifier(self.path, model, params)
+    with self.assertRaisesRegex(
+      ValueError,
+      "holds a LlamaForSequenceClassification, a classifier; "
+      "hf.load_classifier reads it",
+    ):
+      hf.load(self.path)
+
+  def test_names_what_is_wrong(self):
+    model, params = _tiny_classifier(self.path)
+    hf.save_classifier(self.path, model, params)
+    file = self.path / "model.safetensors"
+    tensors = safetensors_numpy.load_file(file)
+    load = lambda: hf.load_classifier(self.path, tokenizer=False)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    safetensors_numpy.save_file(tensors | head, file)
+    with self.assertRaisesRegex(ValueError, "no place for: lm_head.weight"):
+      load()
+    score = tensors.pop("score.weight")
+    safetensors_numpy.save_file(tensors, file)
+    with self.assertRaisesRegex(ValueError, "exported lacks score.weight"):
+      load()
+    safetensors_numpy.save_file(tensors | {"score.weight": score[:1]}, file)
+    with self.assertRaisesRegex(
+      ValueError, r"score.weight has shape \(1, 32\), expected \(2, 32\)"
+    ):
+      load()
+    file.unlink()
+    (self.path / "pytorch_model.bin").write_bytes(b"")
+    with self.assertRaisesRegex(
+      ValueError, "AutoModelForSequenceClassification.from_pretrained"
+    ):
+      load()
+    _write_config(
+      self.path, "albert", architectures=["AlbertForSequenceClassification"]
+    )
+    with self.assertRaisesRegex(
+      ValueError, '"albert"; supported: gpt2, .*qwen3, bert, distilbert, rob'
+    ):
+      load()
+
+  def test_gguf_is_a_language_model(self):
+    with (
+      mock.patch.object(hf.gguf, "open_reader"),
+      mock.patch.object(hf.gguf, "config", return_value=CONFIGS["llama"]),
+      self.assertRaisesRegex(ValueError, "hf.load reads language models"),
+    ):
+      hf.load_classifier(self.folder / "model.gguf")
+
+  def test_workdir(self):
+    model, params = _tiny_classifier(self.path)
+    workdir = self.folder / "run"
+    hf.save_config(workdir / "model", model, _tokenizer())
+    with checkpoint.Checkpoints(workdir, keep=3) as checkpoints:
+      for step in (0, 10):
+        moved = jax.tree.map(lambda x: x + np.float32(step), params)  # noqa: B023
+        checkpoints.save(step, {"params": {"reward_model": moved}}, {})
+      checkpoints.save(20, {"params": {"policy": params}}, {})
+    loaded = hf.load_classifier(workdir, step=0)
+    _assert_same_bits(loaded.params, params)
+    self.assertEqual(loaded.labels, ("bad", "good"))
+    self.assertEqual(loaded.directory, str(workdir))
+    self.assertEqual(loaded.tokenizer("ABC")["input_ids"], [3, 4, 5])
+    later = hf.load_classifier(workdir, step=10).params
+    self.assertGreater(later["score"]["kernel"].mean(), 5)
+    with self.assertRaisesRegex(ValueError, 'no "reward_model", only policy'):
+      hf.load_classifier(workdir)
+    with self.assertRaisesRegex(ValueError, "hf.load_classifier reads it"):
+      hf.load(workdir)
+
+  @parameterized.parameters("gpt2", "mistral")  # The latter is untied.
+  def test_classifier_from(self, model_type):
+    model, params = _tiny(self.path, model_type)
+    hf.save(self.path, model, params, _tokenizer())
+    language_model = hf.load(self.path)
+    first = hf.classifier_from(language_model)
+    self.assertEqual(first.labels, ("LABEL_0",))
+    self.assertEqual(first.source, str(self.path))
+    rest = {k: v for k, v in params.items() if k != "lm_head"}
+    _assert_same_bits(first.params["backbone"], rest)
+    kernel = first.params["score"]["kernel"]
+    self.assertIsInstance(kernel, np.ndarray)
+    self.assertEqual(kernel.shape, (32, 1))
+
+    _assert_same_bits(hf.classifier_from(language_model).params, first.params)
+    other = hf.classifier_from(language_model, num_labels=40, seed=1)
+    spread = other.params["score"]["kernel"].std()
+    np.testing.assert_allclose(spread, 1 / np.sqrt(33), rtol=0.1)
+    self.assertLen(other.labels, 40)
+
+    out = self.folder / "reward"
+    hf.save_classifier(out, first.model, first.params, first.tokenizer)
+    loaded = hf.load_classifier(out)
+    _assert_same_bits(loaded.params, first.params)
+    self.assertEqual(loaded.model, first.model)
+    with self.assertRaisesRegex(ValueError, "num_labels must be positive"):
+      hf.classifier_from(language_model, num_labels=0)
+
+
+class TransformersClassifierTest(FolderTestCase):
+  """The same logits in transformers, whoever wrote the directory."""
+
+  def setUp(self):
+    super().setUp()
+    self.torch = pytest.importorskip("torch")
+    self.transformers = pytest.importorskip("transformers")
+    self.ids = np.random.default_rng(0).integers(3, 48, size=(3, 12))
+    self.mask = np.arange(12) < np.array([[12], [7], [9]])
+    self.ids[~self.mask] = 2
+
+  def _assert_same_logits(self, ours, theirs):
+    with self.torch.no_grad():
+      expected = theirs.eval()(
+        self.torch.tensor(self.ids),
+        attention_mask=self.torch.tensor(self.mask.astype(np.int64)),
+      ).logits.numpy()
+    found = ours.model.apply(
+      {"params": ours.params}, jnp.int32(self.ids), self.mask
+    )
+    self.assertGreater(expected.std(), 0.1)  # Or anything would be close.
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * scale, rtol=0)
+
+  @parameterized.parameters(*ARCHITECTURES)
+  def test_reads_theirs(self, model_type):
+    fields = (CONFIGS | ENCODERS)[model_type] | {"pad_token_id": 2}
+    config = self.transformers.AutoConfig.for_model(
+      model_type, **fields, id2label={0: "a", 1: "b", 2: "c"}
+    )
+    self.torch.manual_seed(0)
+    auto = self.transformers.AutoModelForSequenceClassification
+    theirs = auto.from_config(config)
+    with self.torch.no_grad():
+      for parameter in theirs.parameters():
+        if parameter.ndim == 1:  # Norms and biases start at ones and zeros.
+          parameter.add_(0.3 * self.torch.randn_like(parameter))
+    theirs.save_pretrained(self.path, max_shard_size="20KB")
+    _tokenizer().save_pretrained(self.path)
+    ours = hf.load_classifier(self.path)
+    self.assertEqual(ours.labels, ("a", "b", "c"))
+    self.assertEqual(ours.tokenizer("ABC")["input_ids"], [3, 4, 5])
+    self._assert_same_logits(ours, theirs)
+
+  @parameterized.parameters(*ARCHITECTURES)
+  def test_writes_ours(self, model_type):
+    model, params = _tiny_classifier(self.path, model_type)
+    hf.save_classifier(self.path, model, params, _tokenizer())
+    auto = self.transformers.AutoModelForSequenceClassification
+    theirs, report = auto.from_pretrained(self.path, output_loading_info=True)
+    self.assertEmpty(report["missing_keys"])
+    self.assertEmpty(report["unexpected_keys"])
+    self.assertEqual(theirs.config.id2label, {0: "bad", 1: "good"})
+    self._assert_same_logits(hf.load_classifier(self.path), theirs)
+    tokenizer = self.transformers.AutoTokenizer.from_pretrained(self.path)
+    self.assertEqual(tokenizer("ABC")["input_ids"], [3, 4, 5])
 
 
 if __name__ == "__main__":

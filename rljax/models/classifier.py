@@ -1,0 +1,193 @@
+"""Classifiers of texts on a causal backbone, reward models among them.
+
+They are the `...ForSequenceClassification` models of transformers for GPT-2,
+Llama, Mistral, Qwen2 and Qwen3: a decoder without its output layer, and a
+linear layer that reads the hidden state of the last real token.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from rljax.models import gpt2, heads, llama
+
+Array = jax.Array
+
+# Where parameters live on a mesh: the first pattern that a path contains.
+PARTITION_RULES = (*gpt2.PARTITION_RULES[:-1], *llama.PARTITION_RULES)
+
+_ARCHITECTURES = {
+  "gpt2": "GPT2ForSequenceClassification",
+  "llama": "LlamaForSequenceClassification",
+  "mistral": "MistralForSequenceClassification",
+  "qwen2": "Qwen2ForSequenceClassification",
+  "qwen3": "Qwen3ForSequenceClassification",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalClassifierConfig:
+  """Architecture and precision of a model.
+
+  Attributes:
+    backbone: settings of the decoder. A classifier has no output layer, so
+      they are kept with `tie_word_embeddings`.
+    labels: names of the labels, in the order of the logits.
+    problem_type: kept for `to_hf`; what transformers trains it for.
+  """
+
+  backbone: gpt2.GPT2Config | llama.LlamaConfig
+  labels: tuple[str, ...] = ("LABEL_0",)
+  problem_type: str | None = None
+
+  def __post_init__(self):
+    if not self.labels:
+      raise ValueError("labels must name at least one label.")
+    if not getattr(self.backbone, "tie_word_embeddings", True):
+      tied = dataclasses.replace(self.backbone, tie_word_embeddings=True)
+      object.__setattr__(self, "backbone", tied)
+
+  @property
+  def vocab_size(self) -> int:
+    return self.backbone.vocab_size
+
+  @property
+  def hidden_size(self) -> int:
+    return self.backbone.hidden_size
+
+  @property
+  def max_positions(self) -> int:
+    return self.backbone.max_positions
+
+  @property
+  def dtype(self) -> Any:
+    return self.backbone.dtype
+
+  @property
+  def param_dtype(self) -> Any:
+    return self.backbone.param_dtype
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any]) -> "CausalClassifierConfig":
+    """Reads the content of a config.json.
+
+    Args:
+      config: the fields, with `model_type` gpt2, llama, mistral, qwen2 or
+        qwen3.
+
+    Returns:
+      The settings, with the backbone's `dtype`, `param_dtype` and `remat` at
+      their defaults.
+
+    Raises:
+      ValueError: if a field is missing or asks for what is not implemented;
+        the message names the field.
+    """
+    is_gpt2 = config.get("model_type") == "gpt2"
+    family = gpt2.GPT2Config if is_gpt2 else llama.LlamaConfig
+    return cls(
+      backbone=family.from_hf(config),
+      labels=labels_from_hf(config),
+      problem_type=config.get("problem_type"),
+    )
+
+  def to_hf(self) -> dict[str, Any]:
+    """Content of a config.json that describes this model.
+
+    Returns:
+      JSON-serialisable fields.
+    """
+    fields = self.backbone.to_hf()
+    fields["architectures"] = [_ARCHITECTURES[fields["model_type"]]]
+    return {**fields, **labels_to_hf(self.labels, self.problem_type)}
+
+
+def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
+  """The names of the labels in the content of a config.json, in order.
+
+  Raises:
+    ValueError: if the ids in `id2label` are not 0, 1, 2, ...
+  """
+  names = config.get("id2label")
+  if not names:
+    # What transformers leaves out of the file is its default: two labels.
+    return default_labels(config.get("num_labels", 2))
+  by_id = {int(id_): str(name) for id_, name in names.items()}
+  if sorted(by_id) != list(range(len(by_id))):
+    raise ValueError(
+      'config field "id2label" must number the labels 0, 1, 2, ..., got '
+      f"{', '.join(str(id_) for id_ in names)}."
+    )
+  return tuple(by_id[id_] for id_ in range(len(by_id)))
+
+
+def labels_to_hf(
+  labels: tuple[str, ...], problem_type: str | None
+) -> dict[str, Any]:
+  """The fields of a config.json that name the labels."""
+  return {
+    "id2label": {str(id_): name for id_, name in enumerate(labels)},
+    "label2id": {name: id_ for id_, name in enumerate(labels)},
+    "problem_type": problem_type,
+  }
+
+
+def default_labels(num_labels: int) -> tuple[str, ...]:
+  """The names that transformers gives to labels without a name."""
+  return tuple(f"LABEL_{id_}" for id_ in range(num_labels))
+
+
+def parameter_names(
+  config: CausalClassifierConfig,
+) -> dict[str, tuple[tuple[str, ...], bool]]:
+  """Where each Hugging Face tensor goes.
+
+  Args:
+    config: the model's settings.
+
+  Returns:
+    Tensor name -> (path in `params`, whether to transpose). One entry per
+    parameter of the model.
+  """
+  is_gpt2 = isinstance(config.backbone, gpt2.GPT2Config)
+  family = gpt2 if is_gpt2 else llama
+  names = {
+    name: (("backbone", *path), transpose)
+    for name, (path, transpose) in family.parameter_names(
+      config.backbone
+    ).items()
+  }
+  names["score.weight"] = (("score", "kernel"), True)
+  return names
+
+
+class CausalClassifier(nn.Module):
+  """W h of the last real token; `params` has `backbone` and `score`."""
+
+  config: CausalClassifierConfig
+
+  def setup(self):
+    c = self.config
+    is_gpt2 = isinstance(c.backbone, gpt2.GPT2Config)
+    family = gpt2.GPT2 if is_gpt2 else llama.Llama
+    self.backbone = family(c.backbone)
+    self.score = heads.LabelHead(len(c.labels), c.param_dtype)
+
+  def __call__(self, ids: Array, mask: Array) -> Array:
+    """Logits of whole texts.
+
+    The last token is found by the mask. transformers looks for the last id
+    that is not `pad_token_id`, which is another token if a text ends in the
+    padding token itself.
+
+    Args:
+      ids: `[B, S]` int32.
+      mask: `[B, S]` bool, True at real tokens; padding on either side.
+
+    Returns:
+      `[B, L]` float32, one per label.
+    """
+    return self.score(self.backbone(ids, mask), mask)
