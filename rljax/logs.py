@@ -539,28 +539,50 @@ def _write_whole(path, content):
 def _print_table(values, title):
   from rich import console, table, text
 
+  terminal = console.Console()
+  if not terminal.is_terminal:  # A file has room for whole words.
+    terminal = console.Console(width=120)
   columns = []
   for value in values.values():
     if isinstance(value, Mapping):
       columns += [name for name in value if name not in columns]
-  shown = table.Table(title=title, title_justify="left")
-  shown.add_column("", overflow="fold")
-  for name in columns or [""]:
-    shown.add_column(
-      text.Text(str(name)),
-      justify="right" if columns else "left",
-      overflow="fold",
-    )
-  for name, value in values.items():
-    if isinstance(value, Mapping):
-      cells = [value.get(column, "") for column in columns]
-    else:
-      cells = [value]
-    shown.add_row(*(text.Text(_cell(cell)) for cell in (name, *cells)))
-  terminal = console.Console()
-  if not terminal.is_terminal:  # A file has room for whole words.
-    terminal = console.Console(width=120)
-  terminal.print(shown)
+  rows = {
+    str(name): [_cell(value.get(column, "")) for column in columns]
+    if isinstance(value, Mapping)
+    else [_cell(value)]
+    for name, value in values.items()
+  }
+  # Columns that would not fit side by side go into tables below each other.
+  for part in _fitting(columns or [""], rows, terminal.width):
+    shown = table.Table(title=title, title_justify="left")
+    shown.add_column("", overflow="fold")
+    for i in part:
+      shown.add_column(
+        text.Text(str(columns[i]) if columns else ""),
+        justify="right" if columns else "left",
+        overflow="fold",
+      )
+    for name, cells in rows.items():
+      found = [cells[i] if i < len(cells) else "" for i in part]
+      shown.add_row(*map(text.Text, (name, *found)))
+    terminal.print(shown)
+    title = None
+
+
+def _fitting(columns, rows, width):
+  """Lists of column numbers whose tables are no wider than `width`."""
+  border = 3
+  left = max(map(len, rows), default=0) + border + 1
+  parts, used = [[]], left
+  for i, column in enumerate(columns):
+    cells = [cells[i] for cells in rows.values() if i < len(cells)]
+    needed = max(map(len, (str(column), *cells))) + border
+    if parts[-1] and used + needed > width:
+      parts.append([])
+      used = left
+    parts[-1].append(i)
+    used += needed
+  return parts
 
 
 def _cell(value):

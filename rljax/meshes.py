@@ -7,7 +7,7 @@ parameters alone are split). Nothing else in the code builds a mesh.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -217,6 +217,40 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     return batch_sharding(mesh)
 
   return place(batch, jax.tree_util.tree_map_with_path(sharding_of, batch))
+
+
+def map_batches(
+  function: Callable[..., Tree], arrays: Tree, batch_size: int, mesh: Mesh
+) -> Tree:
+  """Calls a function on rows of arrays, batch by batch, in one shape.
+
+  Args:
+    function: takes the rows `[batch_size, ...]` of `arrays`, on the mesh, and
+      returns a tree of arrays `[batch_size, ...]`.
+    arrays: numpy arrays `[N, ...]`, with N > 0. The last batch is filled up
+      with rows from the front, whose results are cut off again.
+    batch_size: rows of a call, which the devices must share evenly.
+    mesh: from `make`.
+
+  Returns:
+    What `function` returns, for all N rows, as numpy arrays.
+
+  Raises:
+    ValueError: if there are no rows.
+  """
+  (num_rows,) = {len(leaf) for leaf in jax.tree.leaves(arrays)}
+  if not num_rows:
+    raise ValueError("There are no rows to make batches of.")
+
+  def call(rows):
+    batch = jax.tree.map(lambda x: x[rows], arrays)
+    return jax.tree.map(np.asarray, function(shard_batch(batch, mesh)))
+
+  results = [
+    call(np.arange(start, start + batch_size) % num_rows)
+    for start in range(0, num_rows, batch_size)
+  ]
+  return jax.tree.map(lambda *x: np.concatenate(x)[:num_rows], *results)
 
 
 def _parse(spec):

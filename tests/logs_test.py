@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import threading
@@ -290,6 +291,72 @@ class SummaryTest(_LogsTest):
       log.summary({"steps": 3, "workdir": self.workdir})
     written = json.loads((self.workdir / "summary.json").read_text())
     self.assertEqual(written, {"steps": 3, "workdir": str(self.workdir)})
+
+  def _tables(self, width):
+    """The printed tables: per table, {row: {column: cell}}."""
+    tables = []
+    # A terminal gets colours, and the cursor is moved about.
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.printed.getvalue())
+    for line in text.splitlines():
+      self.assertLessEqual(len(line), width)
+      cells = [cell.strip() for cell in re.split("[┃│]", line)[1:-1]]
+      if "┃" in line:
+        header = cells[1:]
+        tables.append({})
+      elif "│" in line:
+        # A cell that was folded would go on in a row without a name.
+        self.assertNotIn(cells[0], ["", *tables[-1]])
+        tables[-1][cells[0]] = dict(zip(header, cells[1:], strict=True))
+    return tables
+
+  @parameterized.parameters((True, 60, 7), (True, 80, 5), (False, 120, 3))
+  def test_many_columns(self, is_terminal, width, num_tables):
+    columns = [f"column/{i}" + "x" * (i % 7) for i in range(20)]
+    values = {
+      f"model {row}": {
+        column: 10**i if i % 5 == 0 else (-1) ** row * (i + row / 7)
+        for i, column in enumerate(columns)
+        if row == 0 or (i + row) % 4
+      }
+      for row in range(5)
+    }
+    self.printed.isatty = lambda: is_terminal
+    environment = {"COLUMNS": str(width), "TERM": "xterm"}
+    with (
+      mock.patch.dict(os.environ, environment),
+      self._logs() as log,
+    ):
+      log.summary(values, title="Many")
+      tables = self._tables(width)
+    self.assertEqual(self.printed.getvalue().count("Many"), 1)
+    found = {row: {} for row in values}
+    for table in tables:
+      self.assertEqual(list(table), list(values))
+      for row, cells in table.items():
+        self.assertNoCommonElements(cells, found[row])
+        found[row] |= cells
+    for row, cells in values.items():
+      # In order, and every number as it would stand alone.
+      self.assertEqual(list(found[row]), columns)
+      for column in columns:
+        expected = logs._cell(cells[column]) if column in cells else ""
+        self.assertEqual(found[row][column], expected)
+    self.assertLen(tables, num_tables)
+
+  def test_fitting(self):
+    # A table takes the name of the row and each column with three more, and
+    # one in all: "name" 8, columns of 4, 6 and 4 characters 7, 9 and 7.
+    columns, rows = ["a", "bb", "cccc"], {"name": ["1234", "123456", ""]}
+    for width, expected in (
+      (31, [[0, 1, 2]]),
+      (30, [[0, 1], [2]]),
+      (24, [[0, 1], [2]]),
+      (23, [[0], [1], [2]]),
+      (1, [[0], [1], [2]]),
+    ):
+      self.assertEqual(logs._fitting(columns, rows, width), expected)
+    # A value without columns stands in the first.
+    self.assertEqual(logs._fitting([""], {"name": ["1"]}, 9), [[0]])
 
 
 class CurvesTest(_LogsTest):

@@ -188,6 +188,59 @@ class PlaceTest(parameterized.TestCase):
       meshes.shard_batch({"ids": np.zeros((12, 3))}, mesh)
 
 
+class MapBatchesTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.mesh = meshes.make("data:4,fsdp:2")
+
+  @parameterized.parameters(1, 5, 8, 13, 16, 21)
+  def test_all_rows_in_order(self, num_rows):
+    arrays = {
+      "ids": np.arange(3 * num_rows, dtype=np.int32).reshape(num_rows, 3),
+      "rest": [np.arange(num_rows, dtype=np.float32)],
+    }
+    seen = []
+
+    def function(batch):
+      for leaf in jax.tree.leaves(batch):
+        self.assertEqual(leaf.sharding, meshes.batch_sharding(self.mesh))
+        self.assertLen(leaf.addressable_shards, 8)
+        self.assertLen(leaf, 8)
+      seen.append(np.asarray(batch["rest"][0]))
+      return {"sum": jnp.sum(batch["ids"], axis=1), "x": batch["rest"][0] * 2}
+
+    found = meshes.map_batches(function, arrays, 8, self.mesh)
+    self.assertIsInstance(found["sum"], np.ndarray)
+    np.testing.assert_array_equal(found["sum"], arrays["ids"].sum(axis=1))
+    np.testing.assert_array_equal(found["x"], 2 * arrays["rest"][0])
+    # As many calls as it takes, the last one filled up from the front.
+    self.assertLen(seen, -(-num_rows // 8))
+    np.testing.assert_array_equal(
+      np.concatenate(seen), np.arange(8 * len(seen)) % num_rows
+    )
+
+  def test_batches_of_every_size_agree(self):
+    rows = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
+    function = jax.jit(lambda x: (jnp.sin(x), jnp.max(x, axis=1)))
+    expected = np.sin(rows), rows.max(axis=1)
+    for batch_size, spec in (
+      (1, "data:1"),
+      (3, "data:1"),
+      (4, "data:2,fsdp:2"),
+      (6, "tensor:4,data:2"),
+      (16, "data:-1"),
+    ):
+      found = meshes.map_batches(function, rows, batch_size, meshes.make(spec))
+      for actual, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-6)
+
+  def test_bad_input(self):
+    with self.assertRaisesRegex(ValueError, "no rows to make batches of"):
+      meshes.map_batches(self.fail, np.zeros((0, 3)), 8, self.mesh)
+    with self.assertRaisesRegex(ValueError, "batch of 4 is not divisible by"):
+      meshes.map_batches(self.fail, np.zeros((9, 3)), 4, self.mesh)
+
+
 _PROCESS = """
     import sys
     import jax

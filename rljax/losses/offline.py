@@ -37,6 +37,28 @@ _WITH_KL = ("r_lol_kl", "a_lol_kl")
 _MAX_LOG_RATIO = 20.0
 
 
+def needed_arrays(algorithm: str) -> tuple[str, ...]:
+  """The arguments of `offline_loss` that a method cannot do without.
+
+  Args:
+    algorithm: one of `ALGORITHMS`.
+
+  Returns:
+    Some of "rewards", "advantages" and "ref_log_probs".
+
+  Raises:
+    ValueError: if the algorithm is unknown.
+  """
+  _check_algorithm(algorithm)
+  with_reference = _SEQUENCE_RATIO + _TOKEN_RATIO + _WITH_KL
+  needed = {
+    "rewards": algorithm in _BY_REWARD,
+    "advantages": algorithm in _BY_ADVANTAGE,
+    "ref_log_probs": algorithm in with_reference,
+  }
+  return tuple(name for name, is_needed in needed.items() if is_needed)
+
+
 def token_weights(
   algorithm: str,
   log_probs: Array,
@@ -343,11 +365,15 @@ def _check_arrays(log_probs, ref_log_probs, rewards, advantages, mask) -> None:
       chex.assert_type(x, float)
 
 
-def _check_settings(algorithm, clip_epsilon, gold_floor) -> None:
+def _check_algorithm(algorithm) -> None:
   if algorithm not in ALGORITHMS:
     raise ValueError(
       f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}."
     )
+
+
+def _check_settings(algorithm, clip_epsilon, gold_floor) -> None:
+  _check_algorithm(algorithm)
   if clip_epsilon is not None and not clip_epsilon > 0:
     raise ValueError(
       "clip_epsilon must be positive, or None for no clipping, got "

@@ -91,3 +91,69 @@ def nll_loss(
     "nll/perplexity": jnp.exp(mean_nll),
     "nll/tokens": num_tokens,
   }
+
+
+def pairwise_loss(
+  scores: Array,
+  mask: Array,
+  *,
+  margin: float = 0.0,
+  axis_name: str | None = None,
+) -> tuple[Array, Metrics]:
+  """Bradley-Terry loss of scores of ranked candidates, the best one first.
+
+    L = mean_i(mean_{k<j} -log σ(s_k - s_j - m))
+
+  The inner mean is over the pairs of a prompt, the outer one over the prompts
+  with a pair, so that a prompt with many candidates does not count for more.
+
+  Args:
+    scores: `[B, K]` float s, best candidate first.
+    mask: `[B, K]` bool, True where there is a candidate.
+    margin: m >= 0, by which the better one is to lead.
+    axis_name: mapped axis that shards B, if any; the loss is then that of
+      the whole batch, on every shard.
+
+  Returns:
+    The scalar loss (0 if there is no pair) and scalar metrics:
+    "pairwise/accuracy", the share of pairs in the right order (half for a
+    tie), and "pairwise/gap", the mean of s_k - s_j, both averaged alike.
+
+  Raises:
+    ValueError: if there are fewer than two candidates or `margin` is negative.
+
+  Source:
+    Ouyang et al. (2022), "Training language models to follow instructions
+    with human feedback", equation 1, which averages over the pairs of a
+    prompt for the same reason; the margin is that of Touvron et al. (2023),
+    "Llama 2", equation 2.
+  """
+  chex.assert_rank([scores, mask], 2)
+  chex.assert_equal_shape([scores, mask])
+  chex.assert_type([scores, mask], [float, bool])
+  num_candidates = scores.shape[1]
+  if num_candidates < 2:
+    raise ValueError(
+      f"A comparison takes two candidates or more, got {num_candidates}."
+    )
+  if not margin >= 0:
+    raise ValueError(f"margin must not be negative, got {margin}.")
+
+  scores = jnp.where(mask, jnp.asarray(scores, jnp.float32), 0.0)
+  better, worse = jnp.triu_indices(num_candidates, k=1)
+  pairs = jnp.asarray(mask)[:, better] & jnp.asarray(mask)[:, worse]  # [B, P]
+  gaps = scores[:, better] - scores[:, worse]
+
+  def mean(x):
+    per_prompt = masking.masked_mean(x, pairs, axis=1)  # [B]
+    return masking.masked_mean(
+      per_prompt, jnp.any(pairs, axis=1), axis_name=axis_name
+    )
+
+  loss = mean(-jax.nn.log_sigmoid(gaps - margin))
+  gaps = jax.lax.stop_gradient(gaps)
+  return loss, {
+    "pairwise/loss": jax.lax.stop_gradient(loss),
+    "pairwise/accuracy": mean((jnp.sign(gaps) + 1.0) / 2.0),
+    "pairwise/gap": mean(gaps),
+  }

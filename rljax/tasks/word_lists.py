@@ -78,10 +78,14 @@ def logged(
 
   Returns:
     Rows with `prompt`, `candidates` and `rewards`.
+
+  Raises:
+    ValueError: if there is no such split.
   """
+  asked = prompts(split, seed, num=num)
   rng = np.random.default_rng([seed, SPLITS.index(split), 1])
   rows = []
-  for prompt in prompts(split, seed, num=num):
+  for prompt in asked:
     replies = [_reply(prompt, rng) for _ in range(2)]
     rewards = [score(prompt, reply)[0] for reply in replies]
     preferred = int(rewards[1] > rewards[0])
@@ -109,7 +113,8 @@ def supervised(
 def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
   """How much of the request a reply meets.
 
-    R = |different words of the topic, without the forbidden two| / max(n, m)
+    R = min(n, |different words of the topic, without the forbidden two|)
+        / max(n, m)
 
   for n words asked and m given: 1 for n different words that all belong, less
   for every word that is missing, foreign, repeated or too many.
@@ -128,7 +133,8 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
   belonging, num = _parse(prompt)
   words = response.split()
   found = [word for word in words if word in belonging]
-  reward = len(set(found)) / max(num, len(words))
+  # Without the bound, naming the whole topic would be right for every n.
+  reward = min(num, len(set(found))) / max(num, len(words))
   return reward, {
     "is_correct": reward == 1.0,
     "on_topic": len(found) / len(words) if words else 0.0,

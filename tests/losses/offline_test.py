@@ -747,6 +747,43 @@ class BadInputTest(parameterized.TestCase):
         "a_lol_kl", _LOG_PROBS, None, None, ones, _FULL, kl_coef=0.1
       )
 
+  def test_needed_arrays(self):
+    self.assertEqual(offline.needed_arrays("nll"), ())
+    self.assertEqual(offline.needed_arrays("wbc"), ("rewards",))
+    self.assertEqual(
+      offline.needed_arrays("a_lol"), ("advantages", "ref_log_probs")
+    )
+    given = {
+      "ref_log_probs": _REF_LOG_PROBS,
+      "rewards": np.ones(2, np.float32),
+      "advantages": _VALUES,
+    }
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(algorithm, arrays):
+      # The penalty is what the methods with one need a reference for.
+      arrays = [arrays.get(name) for name in given]
+      settings = _settings(algorithm, 0.9)
+      return offline.offline_loss(
+        algorithm, _LOG_PROBS, *arrays, _FULL, **settings
+      )[0]
+
+    for algorithm in offline.ALGORITHMS:
+      needed = offline.needed_arrays(algorithm)
+      only = {name: given[name] for name in needed}
+      # They suffice, and the others change nothing.
+      np.testing.assert_array_equal(
+        loss(algorithm, only), loss(algorithm, given), err_msg=algorithm
+      )
+      for name in needed:
+        lacking = {other: given[other] for other in given if other != name}
+        with self.assertRaisesRegex(ValueError, f"needs {name}, got None"):
+          loss(algorithm, lacking)
+    with self.assertRaisesRegex(
+      ValueError, "algorithm must be one of nll, .*, a_lol_kl, got 'ppo'"
+    ):
+      offline.needed_arrays("ppo")
+
   def test_shapes_and_types(self):
     batch = _LOG_PROBS, _REF_LOG_PROBS, np.ones(2, np.float32), _VALUES, _FULL
     for position in range(5):

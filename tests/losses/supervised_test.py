@@ -1,6 +1,7 @@
-"""Tests of the likelihood loss."""
+"""Tests of the losses on given responses."""
 
 import functools
+import itertools
 import math
 
 import chex
@@ -224,3 +225,206 @@ class NLLLossTest(parameterized.TestCase):
     ):
       with self.assertRaises(AssertionError):
         supervised.nll_loss(*args, weights=weights)
+
+
+# Four candidates in order; only the last two are the wrong way round.
+_SCORES = np.float32([[1.2, 0.3, -0.5, 0.1]])
+_ALL = np.ones((1, 4), bool)
+
+
+def _ranked(seed, shape=(8, 4)):
+  """Scores, ties among them, and a mask with rows of no and one candidate."""
+  rng = np.random.default_rng(seed)
+  mask = rng.random(shape) < 0.8
+  mask[0], mask[1] = False, np.arange(shape[1]) == 2
+  return np.round(rng.normal(size=shape), 1), mask
+
+
+def _oracle(scores, mask, margin):
+  """Loss, accuracy and gap, prompt by prompt and pair by pair."""
+  prompts = []
+  for row, counts in zip(scores, mask, strict=True):
+    kept = [float(s) for s, m in zip(row, counts, strict=True) if m]
+    gaps = [a - b for a, b in itertools.combinations(kept, 2)]
+    if gaps:
+      rights = [1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps]
+      losses = [math.log1p(math.exp(margin - gap)) for gap in gaps]
+      prompts.append([np.mean(losses), np.mean(rights), np.mean(gaps)])
+  return np.mean(prompts, axis=0)
+
+
+@functools.cache
+def _pairwise(margin=0.0):
+  """Value and gradient, compiled once for each shape."""
+  loss_fn = functools.partial(supervised.pairwise_loss, margin=margin)
+  return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+
+
+class PairwiseLossTest(parameterized.TestCase):
+  @chex.all_variants
+  def test_hand_computed(self):
+    @self.variant
+    def losses(scores, mask):
+      two = mask & (jnp.arange(4) < 2)[None]
+      return [
+        supervised.pairwise_loss(scores, two),
+        supervised.pairwise_loss(scores, two, margin=0.5),
+        supervised.pairwise_loss(scores, mask),
+      ]
+
+    first, with_margin, all_pairs = losses(_SCORES, _ALL)
+    # -log σ(.9) and, less the margin, -log σ(.4). The margin is no part of
+    # what is measured.
+    for (loss, metrics), expected in (
+      (first, 0.341154),
+      (with_margin, 0.513015),
+    ):
+      np.testing.assert_allclose(loss, expected, atol=1e-6)
+      np.testing.assert_array_equal(metrics["pairwise/loss"], loss)
+      np.testing.assert_allclose(metrics["pairwise/gap"], 0.9, rtol=1e-6)
+      np.testing.assert_array_equal(metrics["pairwise/accuracy"], 1.0)
+      self.assertLen(metrics, 3)
+    # Gaps .9, 1.7, 1.1, .8, .2 and -.6: losses of 2.803003 together.
+    loss, metrics = all_pairs
+    np.testing.assert_allclose(loss, 0.467167, atol=1e-6)
+    np.testing.assert_allclose(metrics["pairwise/accuracy"], 5 / 6, rtol=1e-6)
+    np.testing.assert_allclose(metrics["pairwise/gap"], 4.1 / 6, rtol=1e-6)
+
+  def test_missing_candidates(self):
+    # Of the first prompt -log σ(1.1) = .287335 is left; the second has the
+    # first pair alone, .341154; the others have no pair and do not count.
+    mask = np.array(
+      [[True, False, False, True], [True, True, False, False]]
+      + [[True, False, False, False], [False] * 4]
+    )
+    scores = np.where(mask, np.tile(_SCORES, (4, 1)), np.nan)
+    (loss, metrics), grad = _pairwise()(scores, mask)
+    np.testing.assert_allclose(loss, (0.287335 + 0.341154) / 2, atol=1e-6)
+    np.testing.assert_allclose(metrics["pairwise/gap"], 1.0, rtol=1e-6)
+    # Each lone pair: σ(-gap) to the worse, over two prompts.
+    first, second = 1 / (1 + math.exp(1.1)) / 2, 1 / (1 + math.exp(0.9)) / 2
+    expected = [[-first, 0, 0, first], [-second, second, 0, 0]]
+    np.testing.assert_allclose(grad[:2], expected, rtol=1e-5)
+    np.testing.assert_array_equal(grad[2:], 0.0)
+
+  def test_ties_are_half_right(self):
+    mask = np.array([[True, True, True, False]])
+    (loss, metrics), _ = _pairwise()(np.float32([[0.5, 0.5, 0.1, 9.0]]), mask)
+    # The tie, and two pairs of -log σ(.4).
+    np.testing.assert_allclose(
+      loss, (math.log(2) + 2 * 0.513015) / 3, rtol=1e-5
+    )
+    np.testing.assert_allclose(metrics["pairwise/accuracy"], 2.5 / 3, rtol=1e-6)
+
+  def test_many_candidates_weigh_no_more_than_two(self):
+    # Four equal candidates have six pairs of log 2 each.
+    scores = np.stack([np.zeros(4, np.float32), _SCORES[0]])
+    mask = np.array([[True] * 4, [True, True, False, False]])
+    (loss, metrics), _ = _pairwise()(scores, mask)
+    np.testing.assert_allclose(loss, (math.log(2) + 0.341154) / 2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["pairwise/accuracy"], 0.75)
+
+  @hypothesis.given(seed=_SEEDS, margin=st.sampled_from([0.0, 0.5]))
+  def test_matches_oracle(self, seed, margin):
+    scores, mask = _ranked(seed)
+    scores = np.float32(scores)
+    (loss, metrics), _ = _pairwise(margin)(scores, mask)
+    actual = [loss, metrics["pairwise/accuracy"], metrics["pairwise/gap"]]
+    np.testing.assert_allclose(
+      actual, _oracle(scores, mask, margin), rtol=1e-5, atol=1e-6
+    )
+
+  @hypothesis.given(seed=_SEEDS)
+  def test_masked_entries_and_order_are_inert(self, seed):
+    scores, mask = _ranked(seed)
+    scores = np.float32(scores)
+    expected, expected_grad = _pairwise()(scores, mask)
+    actual, grad = _pairwise()(np.where(mask, scores, np.nan), mask)
+    chex.assert_trees_all_equal((actual, grad), (expected, expected_grad))
+    np.testing.assert_array_equal(np.asarray(grad)[~mask], 0.0)
+    np.testing.assert_array_equal(grad[:2], np.zeros((2, 4)))  # No pair.
+
+    order = np.random.default_rng(seed).permutation(len(scores))
+    actual, grad = _pairwise()(scores[order], mask[order])
+    chex.assert_trees_all_close(
+      (actual, grad), (expected, expected_grad[order]), rtol=1e-5, atol=1e-6
+    )
+
+  def test_split_batch(self):
+    # One prompt a shard, and two of them have no pair.
+    scores, mask = _float32(_ranked(7))
+
+    def step(scale, scores, mask, axis_name=None):
+      def loss_fn(scale):
+        return supervised.pairwise_loss(
+          scale * scores, mask, margin=0.2, axis_name=axis_name
+        )
+
+      results, grad = jax.value_and_grad(loss_fn, has_aux=True)(scale)
+      if axis_name is not None:
+        grad = jax.lax.pmean(grad, axis_name)
+      return results, grad
+
+    shards = jax.vmap(
+      functools.partial(step, axis_name="data"),
+      axis_name="data",
+      in_axes=(None, 0, 0),
+    )
+    scale = jnp.float32(1.3)
+    expected = jax.jit(step)(scale, scores, mask)
+    actual = jax.jit(shards)(scale, scores[:, None], mask[:, None])
+    for shard in (0, 7):
+      chex.assert_trees_all_close(
+        jax.tree.map(lambda x, shard=shard: np.asarray(x)[shard], actual),
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
+      )
+
+  def test_gradient(self):
+    # A step against it raises the best and lowers the last.
+    _, grad = _pairwise()(_SCORES, _ALL)
+    self.assertLess(grad[0, 0], 0)
+    self.assertGreater(grad[0, 3], 0)
+    np.testing.assert_allclose(np.sum(grad), 0.0, atol=1e-6)
+    scores, mask = _float32(_ranked(1))
+    chex.assert_numerical_grads(
+      jax.jit(lambda x: supervised.pairwise_loss(x, mask, margin=0.3)[0]),
+      (scores,),
+      order=1,
+      atol=2e-3,
+      rtol=1e-2,
+    )
+
+  def test_no_gradient_through_metrics(self):
+    grad = jax.grad(
+      jax.jit(
+        lambda scores: sum(supervised.pairwise_loss(scores, _ALL)[1].values())
+      )
+    )(_SCORES)
+    np.testing.assert_array_equal(grad, np.zeros((1, 4)))
+
+  def test_no_pair(self):
+    mask = np.tile([True, False, False, False], (2, 1))
+    (loss, metrics), grad = _pairwise()(np.ones((2, 4), np.float32), mask)
+    for value in (loss, grad, *metrics.values()):
+      np.testing.assert_array_equal(value, np.zeros(value.shape))
+
+  def test_bad_input(self):
+    with self.assertRaisesRegex(
+      ValueError, "comparison takes two candidates or more, got 1"
+    ):
+      supervised.pairwise_loss(_SCORES[:, :1], _ALL[:, :1])
+    for margin in (-0.5, math.nan):
+      with self.assertRaisesRegex(
+        ValueError, f"margin must not be negative, got {margin}"
+      ):
+        supervised.pairwise_loss(_SCORES, _ALL, margin=margin)
+    for args in (
+      (_SCORES[0], _ALL[0]),
+      (_SCORES, _ALL[:, :3]),
+      (_SCORES, _SCORES),
+      (_ALL, _ALL),
+    ):
+      with self.assertRaises(AssertionError):
+        supervised.pairwise_loss(*args)

@@ -1,0 +1,60 @@
+"""One function that scores responses: a task's own, or a reward model's."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rljax import reward_model as reward_models
+from rljax import tasks
+
+Scorer = Callable[
+  [Sequence[str], Sequence[str]], tuple[np.ndarray, list[dict[str, Any]]]
+]
+
+
+def scorer(
+  task: str,
+  score_options: Mapping[str, Any],
+  reward_model: str = "",
+  **reward_options: Any,
+) -> Scorer:
+  """Makes the scorer that the flags of a script name.
+
+  Args:
+    task: name of a task, whose `score` is taken if no reward model is named.
+    score_options: keyword arguments of that function.
+    reward_model: anything that `reward_model.RewardModel` loads, or empty.
+    **reward_options: keyword arguments of `RewardModel`.
+
+  Returns:
+    A function of N prompts and N responses that returns `[N]` scores, and N
+    dicts of what they are made of. Its attribute `description` says, in plain
+    values, where the scores come from.
+
+  Raises:
+    ValueError: if there is no such task, option or model, or neither is named.
+  """
+  if reward_model:
+    if score_options:
+      raise ValueError(
+        "--score_options belongs to a task's score; with --reward_model="
+        f"{reward_model} it must be empty, got {dict(score_options)}."
+      )
+    scored_by = reward_models.RewardModel(reward_model, **reward_options)
+    description = {
+      "reward_model": reward_model,
+      "fingerprint": scored_by.fingerprint,
+    }
+  elif task:
+    scored_by = tasks.load(task)
+    tasks.check_options(scored_by.score, score_options)
+    description = {"task": task, **score_options}
+  else:
+    raise ValueError(
+      "Nothing scores the responses: name a --reward_model or a --task."
+    )
+  function = functools.partial(tasks.score_all, scored_by, **score_options)
+  function.description = description
+  return function

@@ -1,0 +1,215 @@
+"""Tests of responses: prompts in, texts out, however they are batched."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from rljax import data, meshes, responses, rollout, sampling
+from rljax.tasks import arithmetic, word_lists
+from tests import stand_in, tiny
+
+pytest.importorskip("tokenizers")
+
+WORDS = word_lists.word_tokenizer()
+NUMBERS = arithmetic.word_tokenizer()  # Its tokens are joined without blanks.
+PROMPTS = (
+  "birds 4 not duck owl:",
+  "fish 2 not cod eel:",
+  "birds 5 not duck owl:",
+  "birds 4 not dove owl:",
+  "birds",
+  "trees 3 not ash elm:",
+  "metals 6 not iron lead: iron",
+)
+MAX_LENGTH = 6
+MODEL = tiny.model(tiny.llama_config(vocab_size=120, num_layers=1))
+SAMPLED, GREEDY = sampling.Settings(), sampling.Settings(greedy=True)
+
+
+def setUpModule():
+  # Most of the time goes to compiling samplers.
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+def tearDownModule():
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def _params(seed=0):
+  return tiny.params(MODEL.config, seed)
+
+
+def _responder(prompts=PROMPTS, tokenizer=WORDS, model=MODEL, **options):
+  options = {
+    "max_length": MAX_LENGTH,
+    "settings": GREEDY,
+    "batch_size": 8,
+    "mesh": meshes.make("data:1"),
+    **options,
+  }
+  ids = data.encode_prompts(tokenizer, prompts, max_length=99)
+  return responses.Responder(model, tokenizer, ids, **options)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, ids, mask):
+  hidden = model.apply({"params": params}, ids, mask)
+  return model.apply({"params": params}, hidden, method="logits")
+
+
+@functools.cache
+def _greedy(seed, prompt):
+  """The likeliest words one by one, without pads, caches or batches."""
+  ids = WORDS.encode(prompt)
+  start = len(ids)
+  banned = {WORDS.bos_token_id, WORDS.pad_token_id, *range(len(WORDS), 120)}
+  allowed = [i for i in range(120) if i not in banned]
+  for _ in range(MAX_LENGTH):
+    padded = jnp.zeros((1, 16), jnp.int32).at[0, : len(ids)].set(jnp.array(ids))
+    mask = jnp.arange(16)[None] < len(ids)
+    logits = np.asarray(_logits(MODEL, _params(seed), padded, mask))
+    ids.append(max(allowed, key=logits[0, len(ids) - 1].__getitem__))
+    if ids[-1] == WORDS.eos_token_id:
+      break
+  return WORDS.decode(ids[start:], skip_special_tokens=True)
+
+
+class ResponderTest(parameterized.TestCase):
+  @parameterized.parameters((1, "data:1"), (3, "data:1"), (8, "data:4,fsdp:2"))
+  def test_greedy_replies(self, batch_size, spec):
+    mesh = meshes.make(spec)
+    responder = _responder(batch_size=batch_size, mesh=mesh)
+    self.assertEqual(responder.num_prompts, 7)
+    for seed in range(2):
+      found = responder(meshes.replicate(_params(seed), mesh))
+      self.assertEqual(found, [_greedy(seed, prompt) for prompt in PROMPTS])
+      self.assertGreater(len(set(found)), 4)
+    # The last batch is filled up, and new parameters change no shape.
+    self.assertLen(responder.program.compilations, 1)
+
+  def test_sampled_replies(self):
+    prompts = [*PROMPTS, PROMPTS[0]]
+    found = []
+    for batch_size, spec, seed in (
+      (3, "data:1", 5),
+      (8, "data:8", 5),
+      (8, "data:1", 6),
+    ):
+      mesh = meshes.make(spec)
+      responder = _responder(
+        prompts, settings=SAMPLED, batch_size=batch_size, mesh=mesh, seed=seed
+      )
+      params = meshes.replicate(_params(), mesh)
+      found.append(responder(params))
+      # Asked again, it says the same.
+      self.assertEqual(responder(params), found[-1])
+      self.assertLen(responder.program.compilations, 1)
+    first, other_batches, other_seed = found
+    self.assertEqual(first, other_batches)
+    for one, other in zip(first, other_seed, strict=True):
+      self.assertNotEqual(one, other)
+    # Equal prompts have replies of their own.
+    self.assertNotEqual(first[0], first[-1])
+
+  def test_stop_strings(self):
+    prompts = [f"{i}+{i + 1}=" for i in range(40, 56)]
+    # The numbers below ten and "=" are likely, all else is not.
+    table = np.zeros((32, len(NUMBERS), len(NUMBERS)), np.float32)
+    table[..., :10] = table[..., NUMBERS.convert_tokens_to_ids("=")] = 6.0
+    params = stand_in.params(table)
+    stops = ("=3", "9")
+    responder = _responder(
+      prompts,
+      NUMBERS,
+      stand_in.model(len(NUMBERS)),
+      settings=SAMPLED,
+      max_length=12,
+      batch_size=16,
+      stop_strings=stops,
+    )
+    replies = responder(params)
+    # What was drawn, with the strings.
+    ids, mask = data.pad_left(
+      data.encode_prompts(NUMBERS, prompts, max_length=9)
+    )
+    indices = np.arange(16, dtype=np.int32)
+    drawn = responder.program(
+      jax.random.key(0), params, {"ids": ids, "mask": mask, "indices": indices}
+    )
+    ends = collections.Counter()
+    for text, reply in zip(
+      responses.read(NUMBERS, drawn), replies, strict=True
+    ):
+      # The first of them ended it: nothing was drawn behind.
+      self.assertStartsWith(text, reply)
+      end = text.removeprefix(reply)
+      self.assertIn(end, ("", *stops))
+      for stop in stops:
+        self.assertNotIn(stop, reply)
+      ends[end] += 1
+    for end in stops:
+      self.assertGreater(ends[end], 0)
+
+  def test_end_token(self):
+    # A policy that wants to end, else to say "crow", else anything.
+    table = np.zeros((32, len(WORDS), len(WORDS)), np.float32)
+    table[..., WORDS.eos_token_id] = 9.0
+    table[..., WORDS.convert_tokens_to_ids("crow")] = 6.0
+    params = stand_in.params(table)
+    ask = functools.partial(_responder, model=stand_in.model(len(WORDS)))
+    self.assertEqual(ask()(params), [""] * 7)
+    for reply in ask(stop_at_eos=False, settings=SAMPLED)(params):
+      self.assertLen(reply.split(), MAX_LENGTH)
+      self.assertIn("crow", reply)
+
+  def test_bad_input(self):
+    # Eight columns hold the longest prompt.
+    _responder(max_length=56)
+    with self.assertRaisesRegex(
+      ValueError, "take up to 65 tokens .* the model has 64 positions"
+    ):
+      _responder(max_length=57)
+    with self.assertRaisesRegex(
+      ValueError, "batch_size must be divisible by the 8 devices .* got 12"
+    ):
+      _responder(batch_size=12, mesh=meshes.make())
+    with self.assertRaisesRegex(ValueError, "no decoder"):
+      _responder(stop_strings=["owl"])
+    no_end = word_lists.word_tokenizer()
+    no_end.eos_token = None
+    with self.assertRaisesRegex(ValueError, "end token"):
+      _responder(tokenizer=no_end)
+    _responder(tokenizer=no_end, stop_at_eos=False)
+
+
+class ReadTest(parameterized.TestCase):
+  def test_texts(self):
+    # "3+4=7" with the end token, "12" cut short, nothing, and "=+".
+    ids = [[3, 100, 4, 102, 7, 104], [1, 2, 9, 9, 9, 9], [104] + [9] * 5]
+    ids = jnp.array([*ids, [102, 100, 9, 9, 9, 9]])
+    mask = jnp.arange(6)[None] < jnp.array([[6], [2], [1], [2]])
+    empty = jnp.zeros((4, 6))
+    drawn = rollout.Rollout(
+      prompt_ids=ids,
+      prompt_mask=mask,
+      response_ids=ids,
+      response_mask=mask,
+      log_probs=empty,
+      truncated_log_probs=empty,
+      finished=mask[:, 0],
+    )
+    for stops, expected in (
+      ((), ["3+4=7", "12", "", "=+"]),
+      (("+",), ["3", "12", "", "="]),
+      # In front of the first of them, in whatever order they are given.
+      (("=", "+4"), ["3", "12", "", ""]),
+      (("+4", "="), ["3", "12", "", ""]),
+      (("4=7",), ["3+", "12", "", "=+"]),
+    ):
+      self.assertEqual(responses.read(NUMBERS, drawn, stops), expected)
