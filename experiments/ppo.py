@@ -13,14 +13,13 @@ the KL modes have names, and the ratio guard stops the entropy terms too.
 import functools
 import math
 import os
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 
 from rljax import (
   advantages,
@@ -34,7 +33,9 @@ from rljax import (
   meshes,
   preflight,
   report,
+  responses,
   rewards,
+  runs,
   sampling,
   tasks,
 )
@@ -137,25 +138,16 @@ PANELS = {
 
 
 def main(_):
-  logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
-  if FLAGS.compilation_cache:
-    cache = os.path.expanduser(FLAGS.compilation_cache)
-    jax.config.update("jax_compilation_cache_dir", cache)
   num_rows = FLAGS.batch_size * FLAGS.num_samples
   minibatch_size = FLAGS.minibatch_size or num_rows
   micro_batch_size = FLAGS.micro_batch_size or minibatch_size
   mesh = meshes.make(FLAGS.mesh)
   validate(num_rows, minibatch_size, micro_batch_size, mesh)
-  in_force = {
-    flag.name: flag.value
-    for flag in FLAGS.get_key_flags_for_module(sys.argv[0])
-  }
   may_change = (
     *("workdir", "mesh", "preflight", "compilation_cache"),
     *("wandb_project", "samples_logged"),
   )
-  checkpoint.prepare_workdir(FLAGS.workdir)
-  checkpoint.check_flags(FLAGS.workdir, in_force, may_change)
+  in_force = runs.start(FLAGS, may_change)
   task = tasks.load(FLAGS.task)
   task_options = tasks.options(FLAGS.task_options)
   tasks.check_options(task.prompts, task_options)
@@ -468,8 +460,9 @@ def main(_):
     }
     return state, metrics
 
-  def sampler(settings, num_samples):
-    return lambda key, params, ids, mask: rollouts.sample(
+  sample = preflight.Compiled(
+    "sample",
+    lambda key, params, ids, mask: rollouts.sample(
       key,
       policy,
       params,
@@ -477,16 +470,12 @@ def main(_):
       mask,
       max_length=FLAGS.max_length,
       settings=settings,
-      num_samples=num_samples,
+      num_samples=FLAGS.num_samples,
       allowed=allowed,
       stop_ids=stop_ids,
       stop_strings=stop_strings,
       pad_id=data.pad_id(tokenizer),
-    )
-
-  sample = preflight.Compiled("sample", sampler(settings, FLAGS.num_samples))
-  answer = preflight.Compiled(
-    "answer greedily", sampler(sampling.Settings(greedy=True), 1)
+    ),
   )
   learn = preflight.Compiled(
     "learn", learn, donate_argnums=0, out_shardings=(state_shardings, None)
@@ -510,27 +499,24 @@ def main(_):
     texts = [prompts[i] for i in rows for _ in range(FLAGS.num_samples)]
     return rollout, texts, learn_key
 
-  def read(rollout):
-    return data.decode(
-      tokenizer,
-      np.asarray(rollout.response_ids),
-      np.asarray(rollout.response_mask),
-    )
+  read = functools.partial(
+    responses.read, tokenizer, stop_strings=FLAGS.stop_strings
+  )
+  answer = responses.Responder(
+    policy,
+    tokenizer,
+    encoded[len(prompts) :],
+    max_length=FLAGS.max_length,
+    settings=sampling.Settings(greedy=True),
+    batch_size=FLAGS.batch_size,
+    mesh=mesh,
+    stop_at_eos=FLAGS.stop_at_eos,
+    stop_strings=FLAGS.stop_strings,
+  )
 
   def evaluate():
-    """Greedy answers to the test prompts, in batches of the step's size."""
-    responses = []
-    for start in range(0, len(eval_prompts), FLAGS.batch_size):
-      # The last batch is filled up from the front, and cut again.
-      rows = np.arange(start, start + FLAGS.batch_size) % len(eval_prompts)
-      rows = len(prompts) + rows
-      ids, mask = meshes.shard_batch(
-        (prompt_ids[rows], prompt_mask[rows]), mesh
-      )
-      key = jax.random.key(FLAGS.seed)
-      responses += read(answer(key, state["params"]["policy"], ids, mask))
-    responses = responses[: len(eval_prompts)]
-    scores, parts = score(eval_prompts, responses)
+    """Greedy answers to the test prompts."""
+    scores, parts = score(eval_prompts, answer(state["params"]["policy"]))
     means = {"reward": scores.mean(), **tasks.mean_parts(parts)}
     return {f"eval/{name}": float(value) for name, value in means.items()}
 
@@ -589,8 +575,8 @@ def main(_):
         metrics = evaluate()
       started = time.perf_counter()
       rollout, texts, learn_key = rollout_of(step)
-      responses = read(rollout)
-      scores, parts = score(texts, responses)
+      replies = read(rollout)
+      scores, parts = score(texts, replies)
       state, learnt = learn(
         state, reference, rollout, meshes.shard_batch(scores, mesh), learn_key
       )
@@ -600,7 +586,7 @@ def main(_):
       metrics |= {
         "answers/distinct": evaluation.distinct_answers(
           part.get("answer", text)
-          for part, text in zip(parts, responses, strict=True)
+          for part, text in zip(parts, replies, strict=True)
         ),
         "tokens_per_second": np.asarray(rollout.response_mask).sum() / seconds,
         "step_seconds": seconds,
@@ -610,7 +596,7 @@ def main(_):
         rows = rollouts.records(
           rollout,
           texts,
-          responses,
+          replies,
           scores,
           parts,
           settings=settings,
@@ -632,7 +618,7 @@ def main(_):
       if stop and done < FLAGS.steps:
         log.note(f"Stopped by a signal after step {done}; all is saved.")
         return preemption.exit_status
-      for program in (sample, answer, learn):
+      for program in (sample, answer.program, learn):
         program.freeze()
 
     # The numbers before and after, and where everything lies.

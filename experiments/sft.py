@@ -4,7 +4,7 @@ Ten seconds on two CPU cores; the short warm start of the arithmetic study:
   python experiments/sft.py --flagfile=experiments/flags/sft_cpu.flags \
     --workdir=runs/sft
 
-A pretrained model on a file of {"prompt": ..., "response": ...} rows:
+A pretrained model on a file of logged rows, of which it learns the first reply:
   python experiments/sft.py --policy=smollm2-135m --data=rows.jsonl \
     --workdir=runs/sft --steps=100
 """
@@ -12,23 +12,24 @@ A pretrained model on a file of {"prompt": ..., "response": ...} rows:
 import functools
 import math
 import os
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 
 from rljax import (
   checkpoint,
   data,
   log_probs,
+  logged,
   logs,
   meshes,
   preflight,
   report,
+  runs,
   tasks,
 )
 from rljax import rollout as rollouts
@@ -49,9 +50,11 @@ flags.DEFINE_string("task", "arithmetic", "A module of rljax.tasks.")
 flags.DEFINE_list("task_options", [], "name=value, handed to the task.")
 flags.DEFINE_integer("num_examples", 256, "Of the task, for training.")
 flags.DEFINE_integer("num_eval_prompts", 256, "Held-out prompts or rows.")
-flags.DEFINE_string("data", "", "Rows with prompt and response; replaces task.")
-flags.DEFINE_integer("max_prompt_length", 512, "Tokens; longer is an error.")
-flags.DEFINE_integer("max_response_length", 512, "Tokens; longer is an error.")
+flags.DEFINE_string("data", "", "Logged rows, any format; replaces task.")
+flags.DEFINE_enum("prompt_format", "plain", ["plain", "chat"], "Of prompts.")
+flags.DEFINE_integer("max_prompt_length", 512, "Tokens.")
+flags.DEFINE_integer("max_response_length", 512, "Tokens, end token included.")
+flags.DEFINE_enum("too_long", "error", ["error", "skip", "cut"], "Longer rows.")
 # Model: a trained one, or random weights of a given shape.
 flags.DEFINE_string("policy", "", "Workdir, directory or name; empty: random.")
 flags.DEFINE_enum("family", "gpt2", ["gpt2", "llama"], "Of a random model.")
@@ -87,23 +90,13 @@ PANELS = {
 
 
 def main(_):
-  logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
-  if FLAGS.compilation_cache:
-    cache = os.path.expanduser(FLAGS.compilation_cache)
-    jax.config.update("jax_compilation_cache_dir", cache)
-  names = ("steps", "batch_size", "eval_every", "save_every")
-  for name in (*names, "num_eval_prompts"):
-    if FLAGS[name].value < 1:
-      raise ValueError(f"--{name} must be positive, got {FLAGS[name].value}.")
+  runs.check_positive(
+    FLAGS, "steps", "batch_size", "eval_every", "save_every", "num_eval_prompts"
+  )
+  may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
+  in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
   meshes.check_divisible(FLAGS.batch_size, mesh, "--batch_size")
-  in_force = {
-    flag.name: flag.value
-    for flag in FLAGS.get_key_flags_for_module(sys.argv[0])
-  }
-  may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
-  checkpoint.prepare_workdir(FLAGS.workdir)
-  checkpoint.check_flags(FLAGS.workdir, in_force, may_change)
   task = tasks.load(FLAGS.task)
 
   # The model, and the texts that it learns from.
@@ -117,14 +110,7 @@ def main(_):
       jnp.zeros((1, 1), jnp.int32),
       jnp.ones((1, 1), bool),
     )["params"]
-  train, held_out = examples(task)
-  encode = functools.partial(
-    data.encode_pairs,
-    tokenizer,
-    max_prompt_length=FLAGS.max_prompt_length,
-    max_response_length=FLAGS.max_response_length,
-  )
-  train, held_out = encode(train), encode(held_out)
+  train, held_out = examples(task, tokenizer)
   if len(train) < FLAGS.batch_size:
     raise ValueError(
       f"--batch_size={FLAGS.batch_size} is more than the {len(train)} examples."
@@ -259,10 +245,7 @@ def main(_):
 
 def random_model(task):
   """A small model with random weights, and the tokenizer of the task."""
-  tokenizer = {
-    "word": task.word_tokenizer,
-    "character": task.character_tokenizer,
-  }[FLAGS.tokenizer]()
+  tokenizer = getattr(task, f"{FLAGS.tokenizer}_tokenizer")()
   sizes = dict(
     vocab_size=FLAGS.vocab_size or len(tokenizer),
     hidden_size=FLAGS.hidden_size,
@@ -277,19 +260,35 @@ def random_model(task):
   return llama.Llama(llama.LlamaConfig(**sizes)), tokenizer
 
 
-def examples(task):
-  """(prompt, response) texts for training, and held-out ones."""
+def examples(task, tokenizer):
+  """(prompt ids, response ids) for training, and held-out ones."""
+  limits = {
+    "max_prompt_length": FLAGS.max_prompt_length,
+    "max_response_length": FLAGS.max_response_length,
+  }
   if not FLAGS.data:
     options = tasks.options(FLAGS.task_options)
     return tuple(
-      task.supervised(split, FLAGS.seed, num=num, **options)
+      data.encode_pairs(
+        tokenizer,
+        task.supervised(split, FLAGS.seed, num=num, **options),
+        **limits,
+      )
       for split, num in (
         ("train", FLAGS.num_examples),
         ("validation", FLAGS.num_eval_prompts),
       )
     )
-  rows = data.load_rows(FLAGS.data, "train", required=("prompt", "response"))
-  pairs = [(row["prompt"], row["response"]) for row in rows]
+  # Of a file, the reply of every row that is the one to learn from.
+  rows, _ = logged.load(FLAGS.data)
+  encoded = logged.encode(
+    tokenizer,
+    logged.render(rows, tokenizer, FLAGS.prompt_format),
+    too_long=FLAGS.too_long,
+    **limits,
+  )
+  replies = [candidates[0] for candidates in encoded.response_ids]
+  pairs = list(zip(encoded.prompt_ids, replies, strict=True))
   if len(pairs) <= FLAGS.num_eval_prompts:
     raise ValueError(
       f"{FLAGS.data} has {len(pairs)} rows, of which --num_eval_prompts="

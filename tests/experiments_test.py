@@ -516,10 +516,10 @@ class BadInputTest(absltest.TestCase):
 
   def test_sft(self):
     rows = _scratch() / "rows.jsonl"
-    rows.write_text('{"prompt": "1+1=", "response": "2"}\n{"prompt": "1+1="}\n')
+    rows.write_text('{"prompt": "1+1=", "response": ""}\n{"prompt": "1+1="}\n')
     workdir = f"--workdir={_scratch() / 'bad-sft'}"
     cases = [
-      ([f"--data={rows}"], r"rows.jsonl:2: \"response\" is missing"),
+      ([f"--data={rows}"], r"No row is left: 2 of 2 .*rows.jsonl:1: .*empty"),
       (["--data=/no/such.jsonl"], "no/such.jsonl"),
       (["--num_examples=10"], "batch_size=64 is more than the 10 examples"),
       (["--max_response_length=2"], "the limit is 2"),

@@ -1,0 +1,490 @@
+"""Offline RL on logged replies with rewards: A-LoL and its kin, nine methods.
+
+Half a minute on two CPU cores, after `experiments/sft.py` has made the
+reference and `experiments/offline_value.py` its values:
+  python experiments/offline.py --flagfile=experiments/flags/word_lists.flags \
+    --policy=runs/reference --cache=runs/values --algorithm=a_lol \
+    --workdir=runs/a_lol
+
+The policy starts as the reference. The parameters with the best reward on the
+prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>.
+
+Source: Baheti et al. (2024), arXiv 2305.14718, after the authors' code.
+Departures: reference log-probabilities and values are read, not computed in
+every step; gradients of micro-batches are averaged, not summed; draws are
+seeded; the ratio of a padded token is 1; no layer has dropout, so that the
+ratio starts at 1.
+"""
+
+import functools
+import math
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+
+from rljax import (
+  advantages,
+  checkpoint,
+  data,
+  evaluation,
+  log_probs,
+  logged,
+  logs,
+  meshes,
+  preflight,
+  reference,
+  report,
+  responses,
+  runs,
+  sampling,
+  scoring,
+  tasks,
+)
+from rljax import rollout as rollouts
+from rljax.losses import offline
+from rljax.models import hf
+
+# Run.
+flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
+flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.")
+flags.DEFINE_integer("steps", 9000, "Updates, before they are scaled.")
+flags.DEFINE_bool("scale_steps", True, "By the share of rows that are drawn.")
+flags.DEFINE_integer("save_every", 500, "Steps between checkpoints.")
+flags.DEFINE_integer("eval_every", 900, "Steps, scaled likewise.")
+flags.DEFINE_string("mesh", "data:-1", "Axes data, fsdp, tensor; -1: the rest.")
+flags.DEFINE_string("compilation_cache", "~/.cache/rljax", "Empty for none.")
+flags.DEFINE_string("wandb_project", "", "Also log to this project.")
+# Data: the log, what the reference says of it, and prompts to select by.
+flags.DEFINE_string("data", "", "Logged rows, any format; empty: the task's.")
+flags.DEFINE_string("cache", "", "Workdir of offline_value.py.")
+flags.DEFINE_string("dev_data", "", "Prompts; empty: the task's validation.")
+flags.DEFINE_string("task", "", "A module of rljax.tasks.")
+flags.DEFINE_list("task_options", [], "name=value, handed to the task.")
+flags.DEFINE_integer("num_rows", 0, "First rows of the log; 0: all.")
+flags.DEFINE_integer("num_dev_prompts", 280, "The first ones.")
+flags.DEFINE_enum("prompt_format", "plain", ["plain", "chat"], "Of prompts.")
+flags.DEFINE_integer("max_prompt_length", 512, "Tokens.")
+flags.DEFINE_integer("max_response_length", 128, "Tokens, end token included.")
+flags.DEFINE_enum("too_long", "skip", ["skip", "cut", "error"], "Longer rows.")
+# Reward of the replies to the dev prompts.
+flags.DEFINE_list("score_options", [], "name=value, handed to task.score.")
+flags.DEFINE_string("reward_model", "", "Replaces the score of the task.")
+flags.DEFINE_string("reward_transform", "sigmoid", "Of its logits.")
+flags.DEFINE_string("reward_template", "{prompt}{response}", "What it reads.")
+flags.DEFINE_integer("reward_length", 512, "Tokens that it reads.")
+# Policy, and its replies.
+flags.DEFINE_string("policy", None, "It starts as this.", required=True)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of compute.")
+flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
+flags.DEFINE_integer("chunk_size", 0, "Positions with logits; 0: what fits.")
+flags.DEFINE_integer("sample_batch_size", 64, "Texts at the same time.")
+flags.DEFINE_bool("greedy", True, "Else sampled at temperature 1.")
+flags.DEFINE_list("stop_strings", [], "Texts that end a reply.")
+# Method.
+flags.DEFINE_enum("algorithm", "a_lol", offline.ALGORITHMS, "See the losses.")
+flags.DEFINE_enum(
+  "priority",
+  "",
+  ["", *advantages.PRIORITY_MODES],
+  "How rows are drawn; empty: none for nll, else good_priority.",
+)
+flags.DEFINE_bool("replace", True, "A batch may hold a row twice.")
+flags.DEFINE_bool("double_weighting", True, "False: drawn or weighted, once.")
+flags.DEFINE_string("clip_epsilon", "0.9", "Of ratios; none: no clipping.")
+flags.DEFINE_float("gold_floor", 0.1, "Lowest probability of r_gold.")
+flags.DEFINE_float("kl_coef", 0.0, "Of r_lol_kl and a_lol_kl.")
+# Updates.
+flags.DEFINE_integer("batch_size", 16, "Rows per update.")
+flags.DEFINE_integer("micro_batch_size", 0, "Rows per pass; 0: a batch.")
+flags.DEFINE_float("learning_rate", 2e-4, "Of AdamW.")
+flags.DEFINE_enum("schedule", "constant", ["constant", "linear"], "Down to 0.")
+flags.DEFINE_float("adam_epsilon", 1e-8, "")
+flags.DEFINE_float("weight_decay", 0.0, "")
+flags.DEFINE_float("max_grad_norm", 0.3, "0: no clipping.")
+FLAGS = flags.FLAGS
+
+COLUMNS = ("offline/loss", "dev/reward", "dev/words", "tokens_per_second")
+PANELS = {
+  "Reward of the dev prompts": ["dev/reward"],
+  "Loss": ["offline/loss"],
+  "Log-probability of a drawn reply": ["offline/sequence_log_prob_mean"],
+  "At the bounds of the ratio": [
+    "offline/clip_low_fraction",
+    "offline/clip_high_fraction",
+  ],
+  "Different pairs of words (dev)": ["dev/distinct_2"],
+  "Words of a reply (dev)": ["dev/words"],
+}
+
+
+def main(_):
+  runs.check_positive(
+    FLAGS,
+    *("steps", "save_every", "eval_every", "batch_size", "sample_batch_size"),
+    "max_response_length",
+  )
+  may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
+  in_force = runs.start(FLAGS, may_change)
+  mesh = meshes.make(FLAGS.mesh)
+  micro_batch_size = FLAGS.micro_batch_size or FLAGS.batch_size
+  if FLAGS.batch_size % micro_batch_size:
+    raise ValueError(
+      f"--micro_batch_size={micro_batch_size} does not divide the batch of "
+      f"{FLAGS.batch_size} rows."
+    )
+  meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
+  clip_epsilon = parse_clip(FLAGS.clip_epsilon)
+  score = scoring.scorer(
+    FLAGS.task,
+    tasks.options(FLAGS.score_options),
+    FLAGS.reward_model,
+    transform=FLAGS.reward_transform,
+    template=FLAGS.reward_template,
+    max_length=FLAGS.reward_length,
+    batch_size=FLAGS.sample_batch_size,
+    mesh=mesh,
+  )
+
+  # The policy, the log, and what is known of it.
+  loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
+  model, tokenizer = loaded.model, loaded.tokenizer
+  rules = hf.partition_rules(model)
+  params = meshes.place(
+    loaded.params, meshes.shardings(loaded.params, rules, mesh)
+  )
+  settings = {
+    "max_prompt_length": FLAGS.max_prompt_length,
+    "max_response_length": FLAGS.max_response_length,
+    "too_long": FLAGS.too_long,
+  }
+
+  def encode(rows, limit):
+    rows = logged.render(rows[: limit or None], tokenizer, FLAGS.prompt_format)
+    return logged.encode(tokenizer, rows, **settings)
+
+  task = tasks.load(FLAGS.task) if FLAGS.task else None
+  if FLAGS.data:
+    rows, _ = logged.load(FLAGS.data)
+  else:
+    task_options = tasks.options(FLAGS.task_options)
+    rows = task.logged("train", FLAGS.seed, **task_options)
+    rows = logged.from_rows(rows, FLAGS.task)
+  encoded = encode(rows, FLAGS.num_rows)
+  if FLAGS.dev_data:
+    prompts, _ = logged.load_prompts(FLAGS.dev_data)
+  else:
+    prompts = task.prompts("validation", FLAGS.seed, num=FLAGS.num_dev_prompts)
+    prompts = logged.from_prompts(prompts, FLAGS.task)
+  prompts = encode(prompts, FLAGS.num_dev_prompts)
+  lengths = reference.lengths(encoded)
+  data.check_positions(sum(lengths), model.config.max_positions)
+  known = what_is_known(encoded, loaded, params, settings, mesh)
+
+  # Which replies are drawn, and what multiplies their loss.
+  weigh_by = "advantages" if "advantages" in known else "rewards"
+  scores = known.get(weigh_by)
+  if scores is None:
+    scores = logged.present(encoded.rows).astype(np.float32)
+  weights = np.asarray(advantages.priority_weights(scores, mode=priority()))
+  sampler = data.PrioritySampler(
+    weights.ravel(), seed=FLAGS.seed, replace=FLAGS.replace
+  )
+  known[weigh_by] = np.asarray(
+    advantages.drawn_scores(
+      scores, weights, double_weighting=FLAGS.double_weighting
+    )
+  )
+  steps, eval_every = FLAGS.steps, FLAGS.eval_every
+  if FLAGS.scale_steps:
+    steps, eval_every = (
+      max(1, data.scale_steps(number, weights, num_rows=len(weights)))
+      for number in (steps, eval_every)
+    )
+
+  def batch_of(step):
+    rows, candidates = np.unravel_index(
+      sampler.draw(FLAGS.batch_size, step), weights.shape
+    )
+    batch = logged.batch(
+      encoded,
+      rows,
+      candidates,
+      prompt_length=lengths[0],
+      response_length=lengths[1],
+    )
+    return batch | {name: x[rows, candidates] for name, x in known.items()}
+
+  # What is differentiated.
+  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
+    micro_batch_size, model.config.vocab_size
+  )
+
+  def loss_fn(params, batch):
+    statistics, _ = rollouts.token_statistics(
+      model, params, batch, temperature=1.0, chunk_size=chunk_size
+    )
+    return offline.offline_loss(
+      FLAGS.algorithm,
+      statistics.log_probs,
+      batch.get("ref_log_probs"),
+      batch.get("rewards"),
+      batch.get("advantages"),
+      batch["response_mask"],
+      clip_epsilon=clip_epsilon,
+      gold_floor=FLAGS.gold_floor,
+      kl_coef=FLAGS.kl_coef,
+    )
+
+  rows_sharding = meshes.batch_sharding(mesh)
+  num_micro_batches = FLAGS.batch_size // micro_batch_size
+
+  def gradients(params, batch):
+    """The loss is a mean over rows, so equal parts add up to the batch."""
+    gradient = jax.grad(loss_fn, has_aux=True)
+    if num_micro_batches == 1:
+      return gradient(params, batch)
+    # Every micro-batch takes its rows from all devices.
+    parts = jax.tree.map(
+      lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1),
+      batch,
+    )
+
+    def add(total, part):
+      part = jax.lax.with_sharding_constraint(part, rows_sharding)
+      found = gradient(params, part)
+      return jax.tree.map(
+        lambda a, b: a + b / num_micro_batches, total, found
+      ), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, params, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(FLAGS.max_grad_norm or math.inf),
+    optax.adamw(
+      optax.linear_schedule(
+        FLAGS.learning_rate,
+        FLAGS.learning_rate if FLAGS.schedule == "constant" else 0.0,
+        steps,
+      ),
+      eps=FLAGS.adam_epsilon,
+      weight_decay=FLAGS.weight_decay,
+    ),
+  )
+
+  def update(state, batch):
+    params = state["params"]["policy"]
+    grads, metrics = gradients(params, batch)
+    updates, optimizer_state = optimizer.update(
+      grads, state["optimizer"], params
+    )
+    metrics["gradient_norm"] = optax.global_norm(grads)
+    params = optax.apply_updates(params, updates)
+    return {
+      "params": {"policy": params},
+      "optimizer": optimizer_state,
+    }, metrics
+
+  state = {"params": {"policy": params}, "optimizer": optimizer.init(params)}
+  state_shardings = meshes.shardings(state, rules, mesh)
+  state = meshes.place(state, state_shardings)
+  update = preflight.Compiled(
+    "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
+  )
+
+  respond = responses.Responder(
+    model,
+    tokenizer,
+    prompts.prompt_ids,
+    max_length=FLAGS.max_response_length,
+    settings=sampling.Settings(greedy=FLAGS.greedy),
+    batch_size=FLAGS.sample_batch_size,
+    mesh=mesh,
+    seed=FLAGS.seed,
+    stop_strings=FLAGS.stop_strings,
+  )
+  texts = [row.prompt for row in prompts.rows]
+
+  def evaluate(step):
+    """The dev reward, which selects; samples are written down."""
+    replies = respond(state["params"]["policy"])
+    scores, parts = score(texts, replies)
+    log.samples(
+      step,
+      [
+        {"prompt": prompt, "response": reply, "reward": float(s), "parts": part}
+        for prompt, reply, s, part in zip(
+          texts, replies, scores, parts, strict=True
+        )
+      ],
+    )
+    return {
+      "dev/reward": float(scores.mean()),
+      "dev/words": evaluation.mean_words(replies),
+      "dev/distinct_2": evaluation.distinct_n(replies, 2),
+      **{f"dev/{k}": v for k, v in tasks.mean_parts(parts).items()},
+    }
+
+  # A run that was stopped goes on where its last checkpoint is.
+  checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
+  checkpoints = checkpoint.Checkpoints(FLAGS.workdir)
+  best_dir = os.path.join(FLAGS.workdir, "best")
+  best_checkpoints = checkpoint.Checkpoints(best_dir, keep=1)
+  first_step, best = 0, None
+  if restored := checkpoints.restore_latest(state):
+    first_step, state, meta = restored
+    best = meta["best"]
+  for folder in (FLAGS.workdir, best_dir):
+    hf.save_config(os.path.join(folder, "model"), model, tokenizer)
+  log = logs.Logs(
+    FLAGS.workdir,
+    total_steps=steps,
+    first_step=first_step,
+    columns=COLUMNS,
+    wandb_project=FLAGS.wandb_project,
+  )
+  for message in (*checkpoints.messages, *best_checkpoints.messages):
+    log.note(message)
+  log.note(
+    f"{sampler.num_rows} of {weights.size} replies can be drawn; {steps} steps."
+  )
+  log.curves(functools.partial(report.curves, panels=PANELS))
+
+  def keep_best(step):
+    best_checkpoints.save(
+      step, {"params": state["params"]}, {"reward": best["reward"]}
+    )
+    # Before the state that says so: a kill between them repeats these steps.
+    best_checkpoints.wait()
+
+  with (
+    log,
+    checkpoints,
+    best_checkpoints,
+    checkpoint.Preemption() as preemption,
+  ):
+
+    def judge(step):
+      """Evaluates, and keeps the parameters if they are the best so far."""
+      nonlocal best
+      metrics = evaluate(step)
+      # The first are the reference's, which are to be beaten.
+      if best is None:
+        best = {"step": step, "reward": metrics["dev/reward"]}
+      elif metrics["dev/reward"] > best["reward"]:
+        best = {"step": step, "reward": metrics["dev/reward"]}
+        keep_best(step)
+      return metrics
+
+    for step in range(first_step, steps):
+      # Row `step` of the metrics is about the policy after `step` updates.
+      metrics = judge(step) if step % eval_every == 0 else {}
+      started = time.perf_counter()
+      batch = batch_of(step)
+      state, learnt = update(state, meshes.shard_batch(batch, mesh))
+      metrics |= jax.device_get(learnt)
+      seconds = time.perf_counter() - started
+      metrics["tokens_per_second"] = batch["response_mask"].sum() / seconds
+      log.write(step, metrics)
+      done = step + 1
+      stop = preemption.should_stop()
+      if done % FLAGS.save_every == 0 or done == steps or stop:
+        checkpoints.save(done, state, {"step": done, "best": best})
+      if stop and done < steps:
+        log.note(f"Stopped by a signal after step {done}; all is saved.")
+        return preemption.exit_status
+      for program in (update, respond.program):
+        program.freeze()
+    log.write(steps, judge(steps))
+    if not best["step"]:
+      log.note("Nothing beat the reference: the last parameters are the best.")
+      keep_best(steps)
+    rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
+    evaluations = [row for row in rows if "dev/reward" in row]
+    log.summary(
+      {
+        name: {
+          "reference": evaluations[0][name],
+          "last": evaluations[-1][name],
+        }
+        for name in evaluations[0]
+        if name.startswith("dev/")
+      }
+      | {"step": {"reference": 0, "last": steps}},
+      title=f"{FLAGS.algorithm}: the best, of step {best['step']}, is in "
+      f"{best_dir}",
+    )
+
+
+def priority():
+  """How rows are drawn; plain likelihood weighs all alike by default."""
+  default = "none" if FLAGS.algorithm == "nll" else "good_priority"
+  return FLAGS.priority or default
+
+
+def what_is_known(encoded, loaded, params, settings, mesh):
+  """Rewards, advantages and reference log-probs, where a method needs them."""
+  needed = offline.needed_arrays(FLAGS.algorithm)
+  if FLAGS.algorithm == "nll" and priority() != "none":
+    # Likelihood of the better replies alone: the filter without the weight.
+    needed = ("advantages",)
+  if FLAGS.cache:
+    made_of = reference.describe(
+      encoded,
+      loaded.params,
+      loaded.tokenizer,
+      **settings,
+      prompt_format=FLAGS.prompt_format,
+      dtype=FLAGS.dtype,
+    )
+    arrays = reference.load(FLAGS.cache, made_of, needed)
+    return {name: arrays[name] for name in needed}
+  known = {}
+  rewards, present = (
+    f(encoded.rows) for f in (logged.reward_array, logged.present)
+  )
+  if "rewards" in needed:
+    known["rewards"] = rewards
+  if "advantages" in needed:
+    known["advantages"] = logged.advantage_array(encoded.rows)
+  for name, array in known.items():
+    unknown = np.isnan(array[present]).sum()
+    if unknown:
+      raise ValueError(
+        f"--algorithm={FLAGS.algorithm} needs {name}, which {unknown} of "
+        f"{present.sum()} logged replies lack: run "
+        "experiments/offline_value.py and give its workdir as --cache."
+      )
+    known[name] = np.where(present, array, 0.0)
+  if "ref_log_probs" in needed:
+    known["ref_log_probs"] = reference.response_log_probs(
+      loaded.model,
+      params,
+      encoded,
+      batch_size=FLAGS.sample_batch_size,
+      mesh=mesh,
+    )
+  return known
+
+
+def parse_clip(text):
+  """A number, or None for "none"."""
+  if text == "none":
+    return None
+  try:
+    return float(text)
+  except ValueError:
+    raise ValueError(
+      f"--clip_epsilon must be a number or none, got {text!r}."
+    ) from None
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,150 @@
+"""Runs experiment scripts as a user does, for tests."""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from rljax import checkpoint
+from tests import conftest
+
+# Two orders of summation differ by this much in float32, after Adam has
+# magnified it: a step of the learning rate at most where a gradient is noise.
+ROUNDING = 2e-5
+
+
+@functools.cache
+def scratch():
+  """A folder for this process's runs, with the compilation cache in it."""
+  return pathlib.Path(tempfile.mkdtemp(prefix="rljax-experiments-"))
+
+
+def remove_scratch():
+  shutil.rmtree(scratch(), ignore_errors=True)
+
+
+def environment(devices=1):
+  variables = dict(os.environ)
+  # Most of the time goes to compiling programs that are run a few times.
+  variables["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count={devices} "
+    "--xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+  )
+  variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  variables["JAX_PLATFORMS"] = "cpu"
+  return variables
+
+
+def arguments(workdir, *flags):
+  return [
+    f"--workdir={workdir}",
+    f"--compilation_cache={scratch() / 'cache'}",
+    *map(str, flags),
+  ]
+
+
+def run(script, workdir, *flags, devices=1, ok=True):
+  """A finished process; one that failed is an error unless `ok` is False."""
+  command = [sys.executable, script, *arguments(workdir, *flags)]
+  done = subprocess.run(
+    command,
+    cwd=conftest.REPOSITORY,
+    env=environment(devices),
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  if ok and done.returncode:
+    raise AssertionError(f"{command} failed:\n{done.stdout}\n{done.stderr}")
+  return done
+
+
+def drive(script, runs, devices=1):
+  """The errors of runs in one process, None where there was none.
+
+  Args:
+    script: path from the repository.
+    runs: lists of flags, of which the first is the workdir.
+    devices: simulated ones.
+  """
+  done = subprocess.run(
+    [sys.executable, "tests/drive.py", script],
+    cwd=conftest.REPOSITORY,
+    env=environment(devices),
+    input=json.dumps([arguments(*flags) for flags in runs], default=str),
+    capture_output=True,
+    text=True,
+    timeout=900,
+    check=False,
+  )
+  for line in done.stdout.splitlines():
+    if line.startswith("RESULTS "):
+      return [r["error"] for r in json.loads(line.removeprefix("RESULTS "))]
+  raise AssertionError(f"{script} died:\n{done.stdout}\n{done.stderr}")
+
+
+def run_until_killed(script, workdir, *flags, num_rows):
+  """Starts a script and ends it with -9 once it has written so many rows."""
+  process = subprocess.Popen(
+    [sys.executable, script, *arguments(workdir, *flags)],
+    cwd=conftest.REPOSITORY,
+    env=environment(),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  try:
+    wait_for_rows(process, workdir, num_rows)
+  finally:
+    process.kill()
+    process.wait()
+
+
+def wait_for_rows(process, workdir, count):
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline:
+    if path.exists() and path.read_text().count("\n") >= count:
+      return
+    if process.poll() is not None:
+      raise AssertionError("the run ended before it could be stopped")
+    time.sleep(0.01)
+  raise AssertionError("the run wrote no metrics")
+
+
+def rows(workdir, name="metrics.jsonl"):
+  lines = (pathlib.Path(workdir) / name).read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def steady(rows):
+  """Metrics without what a clock measured."""
+  clocks = ("_per_second", "_seconds")
+  return [
+    {name: x for name, x in row.items() if not name.endswith(clocks)}
+    for row in rows
+  ]
+
+
+def fingerprint(workdir):
+  """A name for the bits of the parameters that a run ended with."""
+  return checkpoint.fingerprint(checkpoint.restore_params(workdir))
+
+
+def largest_gap(workdir, other):
+  """Between the parameters that two runs ended with."""
+  gaps = jax.tree.map(
+    lambda a, b: float(np.max(np.abs(a - b))),
+    checkpoint.restore_params(workdir),
+    checkpoint.restore_params(other),
+  )
+  return max(jax.tree.leaves(gaps))
