@@ -110,6 +110,12 @@ def supervised(
   return [(row["prompt"], row["candidates"][0]) for row in rows]
 
 
+def solution(prompt: str, rng: np.random.Generator) -> str:
+  """Draws a reply whose reward is 1, every one of them alike."""
+  belonging, num = _parse(prompt)
+  return "".join(f" {word}" for word in rng.choice(belonging, num, False))
+
+
 def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
   """How much of the request a reply meets.
 
@@ -202,15 +208,14 @@ def _parse(prompt: str) -> tuple[list[str], int]:
 
 
 def _reply(prompt: str, rng: np.random.Generator) -> str:
+  right = solution(prompt, rng)
+  if rng.random() < _RIGHT[prompt.split()[0]]:
+    return right
+  # A careless reply: words of any topic, repetitions, another length.
   belonging, num = _parse(prompt)
-  topic = prompt.split()[0]
-  words = list(rng.choice(belonging, num, replace=False))
-  if rng.random() >= _RIGHT[topic]:
-    # A careless reply: words of any topic, repetitions, another length.
-    care = rng.uniform(0.0, 0.8)
-    num = int(np.clip(num + rng.integers(-2, 3), 1, MAX_WORDS))
-    words = [
-      str(rng.choice(belonging if rng.random() < care else _ALL))
-      for _ in range(num)
-    ]
+  care = rng.uniform(0.0, 0.8)
+  num = int(np.clip(num + rng.integers(-2, 3), 1, MAX_WORDS))
+  words = [
+    rng.choice(belonging if rng.random() < care else _ALL) for _ in range(num)
+  ]
   return "".join(f" {word}" for word in words)

@@ -166,6 +166,15 @@ class ScoreTest(parameterized.TestCase):
       word_lists.score(prompt, " dove")
 
 
+class SolutionTest(parameterized.TestCase):
+  def test_is_right_and_not_always_the_same(self):
+    rng = np.random.default_rng(0)
+    replies = [word_lists.solution(PROMPT, rng) for _ in range(50)]
+    for reply in replies:
+      self.assertEqual(word_lists.score(PROMPT, reply)[0], 1.0)
+    self.assertGreater(len(set(replies)), 40)
+
+
 class LoggedTest(parameterized.TestCase):
   def test_rows(self):
     rows = _rows()
