@@ -420,12 +420,13 @@ def encode(
     prompt = data.cut_prompt(tokenizer, whole, max_prompt_length)
     cut = [ids[:max_response_length] for ids in responses]
     if too_long != "cut" and (prompt != whole or cut != responses):
-      longest = max(map(len, responses), default=0)
-      message = (
-        f"{row.place}: the prompt has {len(whole)} tokens and the longest "
-        f"reply {longest} with its end token, the limits are "
-        f"{max_prompt_length} and {max_response_length}."
-      )
+      message = f"{row.place}: the prompt has {len(whole)} tokens"
+      limits = f"the limit is {max_prompt_length}"
+      if responses:
+        longest = max(map(len, responses))
+        message += f" and the longest reply {longest} with its end token"
+        limits = f"the limits are {max_prompt_length} and {max_response_length}"
+      message += f", {limits}."
       if too_long == "error":
         raise ValueError(message)
       encoded.skipped.append(message)

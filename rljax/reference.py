@@ -34,6 +34,9 @@ _PARTS = {
   "dtype": "--dtype",
 }
 
+# Where one of these differs, so do the ids: nothing more to say about them.
+_DECIDE_IDS = set(_PARTS) - {"ids", "reference", "dtype"}
+
 
 def lengths(encoded: logged.Encoded) -> tuple[int, int]:
   """Columns that hold every prompt, and every response."""
@@ -200,15 +203,18 @@ def load(
       f"{MANIFEST}. {again}"
     )
   found = manifest["made_of"]
-  lines = [
-    f"  {_PARTS.get(name, name)}: the cache has {_short(found.get(name))}, "
-    f"this run {_short(made_of.get(name))}"
+  differing = [
+    name
     for name in dict.fromkeys([*_PARTS, *found, *made_of])
     if found.get(name) != made_of.get(name)
   ]
-  # Other rows, or another way to encode them, have other ids as well.
-  if len(lines) > 1:
-    lines = [line for line in lines if _PARTS["ids"] not in line]
+  if set(differing) & _DECIDE_IDS:
+    differing = [name for name in differing if name != "ids"]
+  lines = [
+    f"  {_PARTS.get(name, name)}: the cache has {_short(found.get(name))}, "
+    f"this run {_short(made_of.get(name))}"
+    for name in differing
+  ]
   if lines:
     raise ValueError(
       f"The cache {directory} does not fit this run:\n"

@@ -612,6 +612,11 @@ class EncodeTest(parameterized.TestCase):
       ValueError, "here: the prompt has 5 .* 4 and 9"
     ):
       self._encode([_row()], limits=(4, 9), too_long="error")
+    # A prompt that nobody has answered has no reply to speak of.
+    with self.assertRaisesRegex(
+      ValueError, "here: .* 5 tokens, the limit is 4"
+    ):
+      self._encode([_row(candidates=())], limits=(4, 9), too_long="error")
 
   def test_bad_input(self):
     with self.assertRaisesRegex(ValueError, 'too_long must be .* got "?.?drop'):
