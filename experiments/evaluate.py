@@ -18,7 +18,6 @@ learning curves in one picture (`arms.png`).
 """
 
 import collections
-import dataclasses
 import functools
 import os
 
@@ -26,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from rljax import (
+  data,
   evaluation,
   logged,
   logs,
@@ -74,9 +74,13 @@ flags.DEFINE_bool("greedy", True, "Else sampled with the settings below.")
 flags.DEFINE_float("temperature", 1.0, "Where not greedy.")
 flags.DEFINE_float("top_p", 1.0, "1: off.")
 flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
-flags.DEFINE_list("stop_strings", [], "Texts that end a response.")
+flags.DEFINE_list("stop_strings", [], r"Texts that end a response; \n too.")
 # What is measured beside the reward.
-flags.DEFINE_list("metrics", ["answers"], f"Some of {', '.join(METRICS)}.")
+flags.DEFINE_list(
+  "metrics",
+  [],
+  f"Some of {', '.join(METRICS)}; empty: answers, or text with a classifier.",
+)
 flags.DEFINE_integer("max_response_length", 512, "Tokens of logged replies.")
 flags.DEFINE_list("reference", [], "Of log: one, or one for each seed.")
 flags.DEFINE_float("clip_epsilon", 0.9, "Of log: the bounds of ratios.")
@@ -109,6 +113,14 @@ def main(_):
     arms[label if equals else entry].append(name)
   if not arms:
     raise ValueError("--policies names no model; give label=model,...")
+  if not FLAGS.metrics:
+    FLAGS.metrics = ["text" if FLAGS.reward_model else "answers"]
+  scorer_is_named = FLAGS.reward_model or not FLAGS["task"].using_default_value
+  if FLAGS.data and not scorer_is_named:
+    raise ValueError(
+      "Nothing says how replies to the prompts of --data are scored: give "
+      "--task or --reward_model."
+    )
   unknown = set(FLAGS.metrics) - set(METRICS)
   if unknown:
     raise ValueError(
@@ -233,17 +245,12 @@ def prompts_of():
   load = logged.load if "log" in FLAGS.metrics else logged.load_prompts
   if FLAGS.data:
     rows, _ = load(FLAGS.data, FLAGS.split)
-    return rows[: FLAGS.num_prompts]
+    return logged.first_replies(rows[: FLAGS.num_prompts])
   task, options = tasks.load(FLAGS.task), tasks.options(FLAGS.task_options)
   options["num"] = FLAGS.num_prompts
   if "log" in FLAGS.metrics:
-    if not hasattr(task, "logged"):
-      raise ValueError(
-        f"--metrics=log needs logged replies, which the task {FLAGS.task} has "
-        "none of: give --data."
-      )
-    replies = task.logged(FLAGS.split, FLAGS.seed, **options)
-    return logged.from_rows(replies, FLAGS.task)
+    rows = logged.task_rows(FLAGS.task, FLAGS.split, FLAGS.seed, options)
+    return logged.first_replies(rows)
   prompts = task.prompts(FLAGS.split, FLAGS.seed, **options)
   return logged.from_prompts(prompts, FLAGS.task)
 
@@ -253,9 +260,10 @@ def respond(name, rows, ratios_to, mesh):
   loaded = hf.load(name, dtype=FLAGS.dtype)
   model, tokenizer = loaded.model, loaded.tokenizer
   params = place(loaded, mesh)
-  encoded = logged.encode(
+  encoded = logged.prepare(
     tokenizer,
-    logged.render(rows, tokenizer, FLAGS.prompt_format),
+    rows,
+    prompt_format=FLAGS.prompt_format,
     max_prompt_length=FLAGS.max_prompt_length,
     max_response_length=FLAGS.max_response_length,
     too_long=FLAGS.too_long,
@@ -274,7 +282,7 @@ def respond(name, rows, ratios_to, mesh):
     mesh=mesh,
     seed=FLAGS.seed,
     stop_at_eos=FLAGS.stop_at_eos,
-    stop_strings=FLAGS.stop_strings,
+    stop_strings=runs.unescaped(FLAGS.stop_strings),
   )
   more = {}
   if "log" in FLAGS.metrics:
@@ -292,6 +300,11 @@ def place(loaded, mesh):
 
 def answer_metrics(seeds):
   """Of replies that are right or wrong: how many, and how many there are."""
+  if "is_correct" not in seeds[0][1][0]:
+    raise ValueError(
+      "--metrics=answers needs replies that are right or wrong, which the "
+      "scorer does not say; take --metrics=text."
+    )
   correct = [[part["is_correct"] for part in seed[1]] for seed in seeds]
   return {
     "correct": interval(evaluation.mean_interval(np.mean(correct, axis=0))),
@@ -322,15 +335,17 @@ def text_metrics(prompts, replies):
 
 def log_metrics(loaded, params, encoded, ratios_to, mesh):
   """How likely a policy finds logged replies, and how far that has moved."""
-  first = [candidates[:1] for candidates in encoded.response_ids]
+  data.check_positions(
+    sum(reference.lengths(encoded)), loaded.model.config.max_positions
+  )
   log_probs_of = functools.partial(
     reference.response_log_probs,
-    encoded=dataclasses.replace(encoded, response_ids=first),
+    encoded=encoded,
     batch_size=FLAGS.batch_size,
     mesh=mesh,
   )
   log_probs = log_probs_of(loaded.model, params)[:, 0]  # [N, T]
-  counts = np.array([len(ids) for (ids,) in first])
+  counts = np.array([len(ids) for (ids,) in encoded.response_ids])
   mask = np.arange(log_probs.shape[1]) < counts[:, None]
   metrics = {
     f"{name} of logged replies": value
@@ -338,6 +353,10 @@ def log_metrics(loaded, params, encoded, ratios_to, mesh):
   }
   if ratios_to:
     other = hf.load(ratios_to, dtype=FLAGS.dtype)
+    if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+      raise ValueError(
+        f"--reference={ratios_to} has another tokenizer than {loaded.source}."
+      )
     ratios = log_probs - log_probs_of(other.model, place(other, mesh))[:, 0]
     low, high = np.log1p([-FLAGS.clip_epsilon, FLAGS.clip_epsilon])
     sequence = np.where(mask, ratios, 0.0).sum(axis=1)

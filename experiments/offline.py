@@ -65,7 +65,8 @@ flags.DEFINE_string("cache", "", "Workdir of offline_value.py.")
 flags.DEFINE_string("dev_data", "", "Prompts; empty: the task's validation.")
 flags.DEFINE_string("task", "", "A module of rljax.tasks.")
 flags.DEFINE_list("task_options", [], "name=value, handed to the task.")
-flags.DEFINE_integer("num_rows", 0, "First rows of the log; 0: all.")
+flags.DEFINE_integer("first_row", 0, "Of the log; earlier rows are not read.")
+flags.DEFINE_integer("num_rows", 0, "From there on; 0: all.")
 flags.DEFINE_integer("num_dev_prompts", 280, "The first ones.")
 flags.DEFINE_enum("prompt_format", "plain", ["plain", "chat"], "Of prompts.")
 flags.DEFINE_integer("max_prompt_length", 512, "Tokens.")
@@ -84,7 +85,7 @@ flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
 flags.DEFINE_integer("chunk_size", 0, "Positions with logits; 0: what fits.")
 flags.DEFINE_integer("sample_batch_size", 64, "Texts at the same time.")
 flags.DEFINE_bool("greedy", True, "Else sampled at temperature 1.")
-flags.DEFINE_list("stop_strings", [], "Texts that end a reply.")
+flags.DEFINE_list("stop_strings", [], r"Texts that end a reply; \n in them.")
 # Method.
 flags.DEFINE_enum("algorithm", "a_lol", offline.ALGORITHMS, "See the losses.")
 flags.DEFINE_enum(
@@ -132,13 +133,20 @@ def main(_):
   in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
   micro_batch_size = FLAGS.micro_batch_size or FLAGS.batch_size
-  if FLAGS.batch_size % micro_batch_size:
+  if micro_batch_size < 1 or FLAGS.batch_size % micro_batch_size:
     raise ValueError(
       f"--micro_batch_size={micro_batch_size} does not divide the batch of "
       f"{FLAGS.batch_size} rows."
     )
   meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
   clip_epsilon = parse_clip(FLAGS.clip_epsilon)
+  if FLAGS.algorithm.endswith("_kl") and not FLAGS.kl_coef:
+    raise ValueError(
+      f"--algorithm={FLAGS.algorithm} is nothing without its penalty: give "
+      "--kl_coef, such as 0.1."
+    )
+  if not FLAGS.task and not (FLAGS.data and FLAGS.dev_data):
+    raise ValueError("Without a --task, give --data and --dev_data.")
   score = scoring.scorer(
     FLAGS.task,
     tasks.options(FLAGS.score_options),
@@ -161,26 +169,24 @@ def main(_):
     "max_prompt_length": FLAGS.max_prompt_length,
     "max_response_length": FLAGS.max_response_length,
     "too_long": FLAGS.too_long,
+    "prompt_format": FLAGS.prompt_format,
   }
-
-  def encode(rows, limit):
-    rows = logged.render(rows[: limit or None], tokenizer, FLAGS.prompt_format)
-    return logged.encode(tokenizer, rows, **settings)
-
-  task = tasks.load(FLAGS.task) if FLAGS.task else None
+  unusable = []
   if FLAGS.data:
-    rows, _ = logged.load(FLAGS.data)
+    rows, unusable = logged.load(FLAGS.data)
   else:
     task_options = tasks.options(FLAGS.task_options)
-    rows = task.logged("train", FLAGS.seed, **task_options)
-    rows = logged.from_rows(rows, FLAGS.task)
-  encoded = encode(rows, FLAGS.num_rows)
+    rows = logged.task_rows(FLAGS.task, "train", FLAGS.seed, task_options)
+  rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
+  encoded = logged.prepare(tokenizer, rows, **settings)
   if FLAGS.dev_data:
-    prompts, _ = logged.load_prompts(FLAGS.dev_data)
+    prompts, _ = logged.load_prompts(FLAGS.dev_data, "validation")
   else:
-    prompts = task.prompts("validation", FLAGS.seed, num=FLAGS.num_dev_prompts)
-    prompts = logged.from_prompts(prompts, FLAGS.task)
-  prompts = encode(prompts, FLAGS.num_dev_prompts)
+    prompts = logged.task_prompts(
+      FLAGS.task, "validation", FLAGS.seed, FLAGS.num_dev_prompts
+    )
+  prompts = prompts[: FLAGS.num_dev_prompts]
+  prompts = logged.prepare(tokenizer, prompts, **settings)
   lengths = reference.lengths(encoded)
   data.check_positions(sum(lengths), model.config.max_positions)
   known = what_is_known(encoded, loaded, params, settings, mesh)
@@ -308,7 +314,7 @@ def main(_):
     batch_size=FLAGS.sample_batch_size,
     mesh=mesh,
     seed=FLAGS.seed,
-    stop_strings=FLAGS.stop_strings,
+    stop_strings=runs.unescaped(FLAGS.stop_strings),
   )
   texts = [row.prompt for row in prompts.rows]
 
@@ -353,8 +359,10 @@ def main(_):
   for message in (*checkpoints.messages, *best_checkpoints.messages):
     log.note(message)
   log.note(
-    f"{sampler.num_rows} of {weights.size} replies can be drawn; {steps} steps."
+    f"{sampler.num_rows} of {logged.present(encoded.rows).sum()} replies can "
+    f"be drawn; {steps} steps."
   )
+  log.skipped([*unusable, *encoded.skipped, *prompts.skipped])
   log.curves(functools.partial(report.curves, panels=PANELS))
 
   def keep_best(step):
@@ -415,7 +423,7 @@ def main(_):
           "last": evaluations[-1][name],
         }
         for name in evaluations[0]
-        if name.startswith("dev/")
+        if name.startswith("dev/") and name in evaluations[-1]
       }
       | {"step": {"reference": 0, "last": steps}},
       title=f"{FLAGS.algorithm}: the best, of step {best['step']}, is in "
@@ -441,7 +449,6 @@ def what_is_known(encoded, loaded, params, settings, mesh):
       loaded.params,
       loaded.tokenizer,
       **settings,
-      prompt_format=FLAGS.prompt_format,
       dtype=FLAGS.dtype,
     )
     arrays = reference.load(FLAGS.cache, made_of, needed)
@@ -454,6 +461,8 @@ def what_is_known(encoded, loaded, params, settings, mesh):
     known["rewards"] = rewards
   if "advantages" in needed:
     known["advantages"] = logged.advantage_array(encoded.rows)
+  if priority() != "all_priority":
+    present = present & (np.arange(present.shape[1]) == 0)
   for name, array in known.items():
     unknown = np.isnan(array[present]).sum()
     if unknown:
@@ -462,6 +471,8 @@ def what_is_known(encoded, loaded, params, settings, mesh):
         f"{present.sum()} logged replies lack: run "
         "experiments/offline_value.py and give its workdir as --cache."
       )
+    if name == "rewards":
+      logged.check_rewards(array)
     known[name] = np.where(present, array, 0.0)
   if "ref_log_probs" in needed:
     known["ref_log_probs"] = reference.response_log_probs(

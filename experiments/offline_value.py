@@ -48,7 +48,8 @@ flags.DEFINE_string("data", "", "Logged rows, any format; empty: the task's.")
 flags.DEFINE_string("value_data", "", "Prompts; empty: the task's validation.")
 flags.DEFINE_string("task", "", "A module of rljax.tasks.")
 flags.DEFINE_list("task_options", [], "name=value, handed to the task.")
-flags.DEFINE_integer("num_rows", 0, "First rows of the log; 0: all.")
+flags.DEFINE_integer("first_row", 0, "Of the log; earlier rows are not read.")
+flags.DEFINE_integer("num_rows", 0, "From there on; 0: all.")
 flags.DEFINE_integer("num_value_prompts", 280, "The first ones.")
 flags.DEFINE_enum("prompt_format", "plain", ["plain", "chat"], "Of prompts.")
 flags.DEFINE_integer("max_prompt_length", 512, "Tokens.")
@@ -66,7 +67,7 @@ flags.DEFINE_string("policy", None, "The reference.", required=True)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of compute.")
 flags.DEFINE_integer("sample_batch_size", 64, "Texts at the same time.")
 flags.DEFINE_bool("greedy", True, "Else sampled at temperature 1.")
-flags.DEFINE_list("stop_strings", [], "Texts that end a reply.")
+flags.DEFINE_list("stop_strings", [], r"Texts that end a reply; \n in them.")
 # Head.
 flags.DEFINE_float("max_value", 1.0, "The largest possible reward.")
 flags.DEFINE_integer("num_heads", 8, "Of attention.")
@@ -93,6 +94,8 @@ def main(_):
   mesh = meshes.make(FLAGS.mesh)
   meshes.check_divisible(FLAGS.batch_size, mesh, "--batch_size")
   meshes.check_divisible(FLAGS.sample_batch_size, mesh, "--sample_batch_size")
+  if not FLAGS.task and not (FLAGS.data and FLAGS.value_data):
+    raise ValueError("Without a --task, give --data and --value_data.")
   score = scoring.scorer(
     FLAGS.task,
     tasks.options(FLAGS.score_options),
@@ -111,34 +114,28 @@ def main(_):
   params = meshes.place(
     loaded.params, meshes.shardings(loaded.params, rules, mesh)
   )
-  task_options = tasks.options(FLAGS.task_options)
-  if FLAGS.data:
-    rows, _ = logged.load(FLAGS.data)
-  else:
-    task = tasks.load(FLAGS.task)
-    rows = task.logged("train", FLAGS.seed, **task_options)
-    rows = logged.from_rows(rows, FLAGS.task)
-  if FLAGS.value_data:
-    prompts, _ = logged.load_prompts(FLAGS.value_data)
-  else:
-    prompts = logged.from_prompts(
-      tasks.load(FLAGS.task).prompts(
-        "validation", FLAGS.seed, num=FLAGS.num_value_prompts
-      ),
-      FLAGS.task,
-    )
   settings = {
     "max_prompt_length": FLAGS.max_prompt_length,
     "max_response_length": FLAGS.max_response_length,
     "too_long": FLAGS.too_long,
+    "prompt_format": FLAGS.prompt_format,
   }
-
-  def encode(rows, limit):
-    rows = logged.render(rows[: limit or None], tokenizer, FLAGS.prompt_format)
-    return logged.encode(tokenizer, rows, **settings)
-
-  encoded = encode(rows, FLAGS.num_rows)
-  prompts = encode(prompts, FLAGS.num_value_prompts)
+  unusable = []
+  if FLAGS.data:
+    rows, unusable = logged.load(FLAGS.data)
+  else:
+    task_options = tasks.options(FLAGS.task_options)
+    rows = logged.task_rows(FLAGS.task, "train", FLAGS.seed, task_options)
+  rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
+  encoded = logged.prepare(tokenizer, rows, **settings)
+  if FLAGS.value_data:
+    prompts, _ = logged.load_prompts(FLAGS.value_data, "validation")
+  else:
+    prompts = logged.task_prompts(
+      FLAGS.task, "validation", FLAGS.seed, FLAGS.num_value_prompts
+    )
+  prompts = prompts[: FLAGS.num_value_prompts]
+  prompts = logged.prepare(tokenizer, prompts, **settings)
   num_prompts = len(prompts.rows)
   num_heldout = round(FLAGS.heldout_fraction * num_prompts)
   if num_heldout < 2 or num_prompts - num_heldout < FLAGS.batch_size:
@@ -157,6 +154,9 @@ def main(_):
     columns=("value/mse", "value/heldout_mse", "value/heldout_correlation"),
   )
   with log:
+    log.skipped([*unusable, *encoded.skipped, *prompts.skipped])
+    rewards = rewards_of(encoded.rows, score, log)
+
     # Targets: what the reference itself earns, once per prompt.
     respond = responses.Responder(
       model,
@@ -167,17 +167,12 @@ def main(_):
       batch_size=FLAGS.sample_batch_size,
       mesh=mesh,
       seed=FLAGS.seed,
-      stop_strings=FLAGS.stop_strings,
+      stop_strings=runs.unescaped(FLAGS.stop_strings),
     )
     replies = respond(params)
     texts = [row.prompt for row in prompts.rows]
     targets, parts = score(texts, replies)
-    if not 0 <= targets.min() <= targets.max() <= FLAGS.max_value:
-      raise ValueError(
-        f"Rewards must lie between 0 and --max_value={FLAGS.max_value}, got "
-        f"{targets.min()} to {targets.max()}; a classifier's logits need "
-        "--reward_transform=sigmoid."
-      )
+    logged.check_rewards(targets, FLAGS.max_value)
     log.samples(
       0,
       [
@@ -238,6 +233,15 @@ def main(_):
       )
       return optax.apply_updates(head_params, updates), optimizer_state
 
+    def judge_prompts(head_params):
+      """Values of all prompts, in batches: their states may fill the memory."""
+      return meshes.map_batches(
+        lambda batch: values_of(head_params, batch),
+        (hidden, mask),
+        FLAGS.batch_size,
+        mesh,
+      )
+
     order = data.epoch_order(num_prompts, seed=FLAGS.seed, epoch=0)
     heldout, fitted = order[:num_heldout], order[num_heldout:]
     best = (np.inf, None, None)
@@ -253,7 +257,7 @@ def main(_):
         state = update(
           state, batch, targets[rows], jax.random.fold_in(key, step)
         )
-      values = np.asarray(values_of(state[0], (hidden, mask)))
+      values = judge_prompts(state[0])
       metrics = {
         "value/mse": np.mean(np.square(values - targets)[fitted]),
         "value/heldout_mse": np.mean(np.square(values - targets)[heldout]),
@@ -265,6 +269,11 @@ def main(_):
       if metrics["value/mse"] < best[0]:
         best = (metrics["value/mse"], state[0], metrics)
     _, head_params, metrics = best
+    if head_params is None:
+      raise ValueError(
+        "The error of the value was never a finite number; lower "
+        f"--learning_rate={FLAGS.learning_rate}."
+      )
 
     # The log, judged: rewards, values, advantages, reference log-probs.
     values = meshes.map_batches(
@@ -275,7 +284,6 @@ def main(_):
       FLAGS.sample_batch_size,
       mesh,
     )
-    rewards = rewards_of(encoded.rows, score)
     present = logged.present(encoded.rows)
     # A candidate that is not there is no better than expected.
     advantages = np.where(present, rewards - values[:, None], 0.0)
@@ -296,7 +304,6 @@ def main(_):
       loaded.params,
       tokenizer,
       **settings,
-      prompt_format=FLAGS.prompt_format,
       dtype=FLAGS.dtype,
     )
     first = advantages[:, 0]
@@ -310,7 +317,8 @@ def main(_):
       "log, mean reward": rewards[:, 0].mean(),
       "positive share": np.mean(first > 0),
       "rows": len(first),
-      "rows left out": len(encoded.skipped),
+      "rows left out": len(unusable) + len(encoded.skipped),
+      "value prompts": num_prompts,
     }
     reference.save(
       FLAGS.workdir,
@@ -325,23 +333,19 @@ def main(_):
     log.summary(table, title=os.path.join(FLAGS.workdir, reference.ARRAYS))
 
 
-def rewards_of(rows, score):
+def rewards_of(rows, score, log):
   """Rewards of all candidates, `[N, K]`; 0 for one that is not there."""
   rewards, present = logged.reward_array(rows), logged.present(rows)
   unscored = np.argwhere(present & (np.isnan(rewards) | FLAGS.rescore))
   if len(unscored):
+    log.note(f"{len(unscored)} of {present.sum()} logged replies are scored.")
     scores, _ = score(
       [rows[i].prompt for i, _ in unscored],
       [rows[i].candidates[k] for i, k in unscored],
     )
     rewards[tuple(unscored.T)] = scores
-  rewards = np.where(present, rewards, 0.0)
-  if rewards.min() < 0:
-    raise ValueError(
-      f"Rewards of logged replies must not be negative, got {rewards.min()}; "
-      "scores that are logits need --rescore or a sigmoid."
-    )
-  return rewards
+  logged.check_rewards(rewards, FLAGS.max_value)
+  return np.where(present, rewards, 0.0)
 
 
 def correlation(x, y):

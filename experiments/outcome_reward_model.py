@@ -5,8 +5,9 @@ A minute on two CPU cores, on the log of the study of offline methods:
     --task=word_lists --task_options=num=2000 --workdir=runs/reward_model
 
 A language model with a fresh linear head reads a prompt and a reply, and the
-score at the end token of the better reply is to be above that of the other.
-Any flag --reward_model takes the workdir.
+score at the last token of the better reply is to be above that of the other.
+That is the end token, but for replies which --too_long=cut has shortened; a
+RewardModel appends it always. Any flag --reward_model takes the workdir.
 
 Source of --loss=pairwise: Ouyang et al. (2022), arXiv 2203.02155, section 3.5.
 """
@@ -20,7 +21,7 @@ import time
 import jax
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 from flax import traverse_util
 
 from rljax import (
@@ -52,9 +53,15 @@ flags.DEFINE_string("data", "", "Logged rows, any format; empty: the task's.")
 flags.DEFINE_string("eval_data", "", "Held-out rows; empty: the task's.")
 flags.DEFINE_string("task", "", "A module of rljax.tasks.")
 flags.DEFINE_list("task_options", [], "name=value, handed to the task.")
-flags.DEFINE_integer("num_rows", 0, "First rows of the log; 0: all.")
+flags.DEFINE_integer("first_row", 0, "Of the log; earlier rows are not read.")
+flags.DEFINE_integer("num_rows", 0, "From there on; 0: all.")
 flags.DEFINE_integer("num_eval_rows", 256, "First held-out rows.")
-flags.DEFINE_enum("order", "logged", ["logged", "reward"], "Of the candidates.")
+flags.DEFINE_enum(
+  "order",
+  "",
+  ["", "logged", "reward"],
+  "What ranks replies; empty: rewards where a row has them, else its order.",
+)
 flags.DEFINE_enum("prompt_format", "plain", ["plain", "chat"], "Of prompts.")
 flags.DEFINE_integer("max_prompt_length", 512, "Tokens.")
 flags.DEFINE_integer("max_response_length", 128, "Tokens, end token included.")
@@ -86,6 +93,10 @@ def main(_):
     FLAGS,
     *("steps", "save_every", "eval_every", "batch_size", "num_eval_rows"),
   )
+  if bool(FLAGS.data) != bool(FLAGS.eval_data) or not (
+    FLAGS.data or FLAGS.task
+  ):
+    raise ValueError("Give --data and --eval_data, or a --task and neither.")
   may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
   in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
@@ -112,41 +123,40 @@ def main(_):
     return traverse_util.unflatten_dict({**learnt, **frozen}, sep="/")
 
   # Comparisons, as ids.
-  task = tasks.load(FLAGS.task) if FLAGS.task else None
   options = tasks.options(FLAGS.task_options)
 
-  def compared(name, split, limit):
+  def compared(name, split, first, limit):
+    unusable = []
     if name:
-      rows, _ = logged.load(name)
+      rows, unusable = logged.load(name, split)
     else:
-      rows = task.logged(split, FLAGS.seed, **options)
-      rows = logged.from_rows(rows, FLAGS.task)
-    rows = rows[: limit or None]
-    if FLAGS.order == "reward":
-      rows = [logged.best_first(row) for row in rows]
-    rows, num_rows = [row for row in rows if is_comparison(row)], len(rows)
-    if not rows:
+      rows = logged.task_rows(FLAGS.task, split, FLAGS.seed, options)
+    kept = []
+    for row in rows[first:][: limit or None]:
+      if len(set(row.candidates)) < 2:
+        unusable.append(f"{row.place}: there is nothing to compare.")
+      elif by_reward(row) and len(set(row.rewards)) < 2:
+        unusable.append(f"{row.place}: all rewards are the same.")
+      else:
+        kept.append(logged.best_first(row) if by_reward(row) else row)
+    if not kept:
       raise ValueError(
-        f"None of the {num_rows} rows of {name or FLAGS.task} has two "
-        "candidates that differ."
+        f"{name or FLAGS.task} holds no comparison: {' '.join(unusable[:3])}"
       )
-    if len(rows) < num_rows:
-      logging.warning(
-        "%d of %d rows of %s are no comparisons: one candidate, or a tie.",
-        *(num_rows - len(rows), num_rows, name or FLAGS.task),
-      )
-    return logged.encode(
+    encoded = logged.prepare(
       tokenizer,
-      logged.render(rows, tokenizer, FLAGS.prompt_format),
+      kept,
+      prompt_format=FLAGS.prompt_format,
       max_prompt_length=FLAGS.max_prompt_length,
       max_response_length=FLAGS.max_response_length,
       too_long=FLAGS.too_long,
     )
+    skipped.extend([*unusable, *encoded.skipped])
+    return encoded
 
-  if not FLAGS.eval_data and (FLAGS.data or not task):
-    raise ValueError("Held-out rows are missing: give --eval_data.")
-  train = compared(FLAGS.data, "train", FLAGS.num_rows)
-  held_out = compared(FLAGS.eval_data, "validation", FLAGS.num_eval_rows)
+  skipped = []
+  train = compared(FLAGS.data, "train", FLAGS.first_row, FLAGS.num_rows)
+  held_out = compared(FLAGS.eval_data, "validation", 0, FLAGS.num_eval_rows)
   if len(train.rows) < FLAGS.batch_size:
     raise ValueError(
       f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
@@ -168,12 +178,21 @@ def main(_):
       response_length=lengths[1],
     )
     shape = (len(rows), num_candidates, -1)
+    rewards = [  # Where a row's own order counts, it has no ties.
+      row.rewards if by_reward(row) else -np.arange(len(row.candidates))
+      for row in (part.rows[i] for i in rows)
+    ]
     return {
       name: np.concatenate(
         [batch[f"prompt_{name}"], batch[f"response_{name}"]], axis=1
       ).reshape(shape)
       for name in ("ids", "mask")
-    } | {"present": batch["response_mask"].any(axis=1).reshape(shape[:2])}
+    } | {
+      "present": batch["response_mask"].any(axis=1).reshape(shape[:2]),
+      "rewards": np.float32(
+        [np.pad(r, (0, num_candidates - len(r))) for r in rewards]
+      ),
+    }
 
   def loss_fn(learnt, frozen, batch):
     ids, mask = (batch[name] for name in ("ids", "mask"))
@@ -186,9 +205,15 @@ def main(_):
     return supervised.pairwise_loss(
       logits.reshape(batch["present"].shape),
       batch["present"],
+      rewards=batch["rewards"],
       margin=FLAGS.margin,
     )
 
+  if not FLAGS.warmup_steps < FLAGS.steps:
+    raise ValueError(
+      f"--warmup_steps={FLAGS.warmup_steps} must be fewer than the "
+      f"--steps={FLAGS.steps}."
+    )
   schedule = optax.schedules.warmup_cosine_decay_schedule(
     init_value=0.0 if FLAGS.warmup_steps else FLAGS.learning_rate,
     peak_value=FLAGS.learning_rate,
@@ -272,6 +297,7 @@ def main(_):
   )
   for message in checkpoints.messages:
     log.note(message)
+  log.skipped(skipped)
   log.curves(functools.partial(report.curves, panels=PANELS))
   with log, checkpoints, checkpoint.Preemption() as preemption:
     for step in range(first_step, FLAGS.steps):
@@ -303,18 +329,17 @@ def main(_):
         "held-out accuracy": metrics["eval/accuracy"],
         "held-out loss (nats)": metrics["eval/loss"],
         "comparisons": len(train.rows),
-        "rows left out": len(train.skipped),
+        "rows left out": len(skipped),
         "reward model": FLAGS.workdir,
       }
     )
 
 
-def is_comparison(row):
-  """Whether there is something to tell apart."""
-  if len(row.candidates) < 2:
-    return False
-  tied = row.rewards is not None and len(set(row.rewards)) == 1
-  return not (FLAGS.order == "reward" and tied)
+def by_reward(row):
+  """Whether rewards say which reply is better; else their order does."""
+  if FLAGS.order == "reward" and row.rewards is None:
+    raise ValueError(f'{row.place}: "reward" is missing, for --order=reward.')
+  return row.rewards is not None and FLAGS.order != "logged"
 
 
 if __name__ == "__main__":

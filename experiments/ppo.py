@@ -81,7 +81,7 @@ flags.DEFINE_integer("top_k", 0, "0: off.")
 flags.DEFINE_float("top_p", 1.0, "1: off.")
 flags.DEFINE_float("min_p", 0.0, "0: off.")
 flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
-flags.DEFINE_list("stop_strings", [], "Texts that end a response.")
+flags.DEFINE_list("stop_strings", [], r"Texts that end a response; \n too.")
 # Rewards.
 flags.DEFINE_enum("kl", "none", ["none", "initial", "old"], "KL penalty.")
 flags.DEFINE_enum("kl_estimator", "k1", ["k1", "k2", "k3"], "Of --kl=initial.")
@@ -198,9 +198,10 @@ def main(_):
   allowed = jnp.asarray(data.allowed_tokens(tokenizer, vocab_size, stop_ids))
   loss_allowed = allowed if FLAGS.mask_in_loss else None
   stop_strings = None
-  if FLAGS.stop_strings:
+  ends = runs.unescaped(FLAGS.stop_strings)
+  if ends:
     token_bytes = data.token_bytes(tokenizer, vocab_size=vocab_size)
-    stop_strings = generation.stop_table(FLAGS.stop_strings, token_bytes)
+    stop_strings = generation.stop_table(ends, token_bytes)
   prompts, eval_prompts = (
     task.prompts(split, FLAGS.seed, num=num, **task_options)
     for split, num in (
@@ -499,9 +500,7 @@ def main(_):
     texts = [prompts[i] for i in rows for _ in range(FLAGS.num_samples)]
     return rollout, texts, learn_key
 
-  read = functools.partial(
-    responses.read, tokenizer, stop_strings=FLAGS.stop_strings
-  )
+  read = functools.partial(responses.read, tokenizer, stop_strings=ends)
   answer = responses.Responder(
     policy,
     tokenizer,
@@ -511,7 +510,7 @@ def main(_):
     batch_size=FLAGS.batch_size,
     mesh=mesh,
     stop_at_eos=FLAGS.stop_at_eos,
-    stop_strings=FLAGS.stop_strings,
+    stop_strings=ends,
   )
 
   def evaluate():

@@ -281,9 +281,10 @@ def examples(task, tokenizer):
     )
   # Of a file, the reply of every row that is the one to learn from.
   rows, _ = logged.load(FLAGS.data)
-  encoded = logged.encode(
+  encoded = logged.prepare(
     tokenizer,
-    logged.render(rows, tokenizer, FLAGS.prompt_format),
+    logged.first_replies(rows),
+    prompt_format=FLAGS.prompt_format,
     too_long=FLAGS.too_long,
     **limits,
   )

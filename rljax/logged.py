@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
-from rljax import data
+from rljax import data, tasks
 
 Message = Mapping[str, str]
 
@@ -106,6 +106,33 @@ def load(
       skipped.append(str(error))
   _report(skipped, len(rows), f"rows of {name} cannot be used")
   return rows, skipped
+
+
+def task_rows(
+  name: str, split: str, seed: int, options: Mapping[str, Any]
+) -> list[Row]:
+  """The replies that a task has logged.
+
+  Args:
+    name: of the task.
+    split: of the task.
+    seed: of the draw.
+    options: keyword arguments of the task's `logged`.
+
+  Raises:
+    ValueError: if the task has no log, or not such an option.
+  """
+  task = tasks.load(name)
+  if not hasattr(task, "logged"):
+    raise ValueError(f"The task {name} has no logged replies: give --data.")
+  tasks.check_options(task.logged, options)
+  return from_rows(task.logged(split, seed, **options), f"{name}, {split}")
+
+
+def task_prompts(name: str, split: str, seed: int, num: int) -> list[Row]:
+  """Prompts of a task, as rows without candidates."""
+  prompts = tasks.load(name).prompts(split, seed, num=num)
+  return from_prompts(prompts, f"{name}, {split}")
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
@@ -240,8 +267,8 @@ def turns(transcript: str) -> list[dict[str, str]]:
 
 
 def render(
-  rows: Iterable[Row], tokenizer, prompt_format: Literal["plain", "chat"]
-) -> list[Row]:
+  rows: Sequence[Row], tokenizer, prompt_format: Literal["plain", "chat"]
+) -> tuple[list[Row], list[str]]:
   """Writes prompts the way a model is asked.
 
   Args:
@@ -253,11 +280,13 @@ def render(
       around replies off.
 
   Returns:
-    Rows whose prompts are texts.
+    Rows whose prompts are texts, and one message for each that the template
+    refuses, or that is already in it. Their number and the first three are
+    logged.
 
   Raises:
     ValueError: if a "plain" prompt is a list of messages; if the tokenizer
-      has no chat template, or it refuses a row; if a prompt is already in it.
+      has no chat template; or if no row is left.
   """
   if prompt_format not in ("plain", "chat"):
     raise ValueError(
@@ -267,7 +296,7 @@ def render(
     raise ValueError(
       "The tokenizer has no chat template; use --prompt_format=plain."
     )
-  rendered = []
+  rendered, skipped = [], []
   for row in rows:
     if prompt_format == "plain":
       if not isinstance(row.prompt, str):
@@ -285,12 +314,26 @@ def render(
       )
     except Exception as error:  # Templates raise what they like.
       reason = str(error).rstrip(".")
-      raise ValueError(f"{row.place}: no chat prompt ({reason}).") from error
+      skipped.append(f"{row.place}: no chat prompt ({reason}).")
+      continue
     candidates = tuple(candidate.strip() for candidate in row.candidates)
     rendered.append(
       dataclasses.replace(row, prompt=prompt, candidates=candidates)
     )
-  return rendered
+  _report(skipped, len(rendered), "rows do not fit the chat template")
+  return rendered, skipped
+
+
+def first_replies(rows: Iterable[Row]) -> list[Row]:
+  """Rows with the reply to learn from alone."""
+  return [
+    dataclasses.replace(
+      row,
+      candidates=row.candidates[:1],
+      rewards=None if row.rewards is None else row.rewards[:1],
+    )
+    for row in rows
+  ]
 
 
 def best_first(row: Row) -> Row:
@@ -342,6 +385,17 @@ def advantage_array(rows: Sequence[Row]) -> np.ndarray:
   return advantages
 
 
+def check_rewards(rewards: np.ndarray, max_value: float = np.inf) -> None:
+  """Raises ValueError if rewards are not in [0, max_value]; NaN is let by."""
+  low, high = np.nanmin(rewards), np.nanmax(rewards)
+  if low < 0 or high > max_value:
+    raise ValueError(
+      f"Rewards must lie in [0, {max_value:g}], got {low:g} to {high:g}. A "
+      "classifier's logits need a sigmoid (--reward_transform, --rescore); a "
+      "larger scale needs another --max_value."
+    )
+
+
 def present(rows: Sequence[Row]) -> np.ndarray:
   """Which of K candidates there are, `[N, K]` bool."""
   counts = np.array([len(row.candidates) for row in rows])
@@ -375,9 +429,10 @@ def encode(
       behind the start token, and responses on the right, where they lose
       their end token; "error" refuses it. What was done is logged.
 
+  A row that the tokenizer cannot write is left out and named as well.
+
   Raises:
-    ValueError: naming what cannot be written, or is too long; or if no row is
-      left.
+    ValueError: naming what is too long; or if no row is left.
   """
   if too_long not in ("skip", "cut", "error"):
     raise ValueError(
@@ -398,11 +453,9 @@ def encode(
         "--prompt_format=chat."
       )
   data.require_tokens(tokenizer, eos=True)
-  prompts = data.encode_prompts(
-    tokenizer, [row.prompt for row in rows], max_length=sys.maxsize
-  )
   largest_id = max(tokenizer.get_vocab().values())
   encoded = Encoded([], [], [], [])
+  rows, prompts = _encode_prompts(tokenizer, rows, encoded.skipped)
   num_apart = num_logged = num_anew = num_prompts = num_cut = num_responses = 0
   for row, whole in zip(rows, prompts, strict=True):
     responses = []
@@ -413,9 +466,15 @@ def encode(
           responses.append(list(row.response_ids))
           continue
         num_anew += 1
-      ids, apart = data.encode_response(tokenizer, row.prompt, whole, text)
+      try:
+        ids, apart = data.encode_response(tokenizer, row.prompt, whole, text)
+      except ValueError as error:  # A tokenizer of few words.
+        encoded.skipped.append(f"{row.place}: {error}")
+        break
       num_apart += apart
       responses.append(ids)
+    if len(responses) < len(row.candidates):
+      continue
     num_responses += len(responses)
     prompt = data.cut_prompt(tokenizer, whole, max_prompt_length)
     cut = [ids[:max_response_length] for ids in responses]
@@ -444,8 +503,24 @@ def encode(
   ):
     if count:
       logging.warning("%d of %d %s.", count, total, what)
-  _report(encoded.skipped, len(encoded.rows), "rows are too long")
+  _report(encoded.skipped, len(encoded.rows), "rows cannot be encoded")
   return encoded
+
+
+def prepare(
+  tokenizer,
+  rows: Sequence[Row],
+  *,
+  prompt_format: Literal["plain", "chat"],
+  **limits: Any,
+) -> Encoded:
+  """Renders rows and turns them into ids; see `render` and `encode`.
+
+  What either left out is in the result's `skipped`.
+  """
+  rows, refused = render(rows, tokenizer, prompt_format)
+  encoded = encode(tokenizer, rows, **limits)
+  return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
 
 
 def batch(
@@ -510,6 +585,26 @@ def fingerprint_ids(encoded: Encoded) -> str:
 # Helpers.
 
 
+def _encode_prompts(tokenizer, rows, skipped):
+  """Rows that can be written with the ids of their prompts."""
+  encode = lambda texts: data.encode_prompts(
+    tokenizer, texts, max_length=sys.maxsize
+  )
+  try:
+    return rows, encode([row.prompt for row in rows])
+  except ValueError:
+    pass  # Some text cannot be written: which?
+  kept, prompts = [], []
+  for row in rows:
+    try:
+      prompts += encode([row.prompt])
+    except ValueError as error:
+      skipped.append(f"{row.place}: {error}")
+    else:
+      kept.append(row)
+  return kept, prompts
+
+
 def _unanswered(prompt: Any, place: str) -> Row:
   try:
     prompt = _prompt(prompt)
@@ -539,6 +634,11 @@ def _pair(row: Mapping[str, Any]):
       _last(side, n, has_prompt=True)
       for side, n in zip(sides, names, strict=True)
     ]
+    # Other files have whole texts beside the prompt.
+    if isinstance(prompt, str) and all(
+      isinstance(side, str) and side.startswith(prompt) for side in sides
+    ):
+      halves = [((), side[len(prompt) :]) for side in sides]
     for name, (context, _) in zip(names, halves, strict=True):
       # Some files repeat the prompt in front of the reply.
       if isinstance(prompt, str) and context:

@@ -4,6 +4,7 @@
   metrics.csv     the same as a table
   samples.jsonl   prompts, responses and scores
   histograms.jsonl  how often each answer was given
+  skipped.txt     the rows of the data that could not be used, and why
   tensorboard/    the same curves for TensorBoard
   curves.png      a picture of them, redrawn as the run goes on
   summary.json    the numbers of the end
@@ -149,6 +150,14 @@ class Logs:
     path = self._workdir / "histograms.jsonl"
     with open(path, "a", encoding="utf-8") as file:
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+  def skipped(self, messages: Sequence[str]) -> None:
+    """Names rows that were left out, in `skipped.txt`, and counts them."""
+    if not self._on or not messages:
+      return
+    path = self._workdir / "skipped.txt"
+    _write_whole(path, "".join(f"{message}\n" for message in messages))
+    self.note(f"{len(messages)} rows were left out: {path} names them.")
 
   def note(self, text: str) -> None:
     """Prints a line above the progress line."""

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,11 @@ def start(
   checkpoint.prepare_workdir(values.workdir)
   checkpoint.check_flags(values.workdir, in_force, may_change)
   return in_force
+
+
+def unescaped(texts: Sequence[str]) -> list[str]:
+  """Texts of a flag, in which a backslash and an n are a line feed."""
+  return [text.replace("\\n", "\n") for text in texts]
 
 
 def check_positive(values: flags.FlagValues, *names: str) -> None:

@@ -55,6 +55,10 @@ TINY_REWARD = (
 )
 
 
+def setUpModule():
+  scripts.without_pictures()
+
+
 def tearDownModule():
   scripts.remove_scratch()
 
@@ -305,11 +309,12 @@ class OfflineTest(parameterized.TestCase):
       ([*unknown, "--algorithm=wbc"], "wbc needs rewards, which 1 of 1"),
       ([*unknown, "--algorithm=a_lol"], "a_lol needs advantages, which 1 of 1"),
       (["--micro_batch_size=3"], "--micro_batch_size=3 does not divide"),
+      (["--micro_batch_size=-1"], "--micro_batch_size=-1 does not divide"),
       (["--clip_epsilon=wide"], "--clip_epsilon must be a number or none"),
       (["--clip_epsilon=0"], "clip_epsilon must be positive"),
       (["--kl_coef=0.1"], "kl_coef belongs to r_lol_kl and a_lol_kl"),
       (["--batch_size=99", "--noreplace"], "without replacement"),
-      (["--task=", "--cache="], "--task"),
+      (["--task=", "--cache="], "Without a --task, give --data and"),
       (["--score_options=x=1"], "no option 'x'"),
     ]
     self._check(cases)
@@ -395,7 +400,7 @@ class RewardModelTest(absltest.TestCase):
     )
     cases = [
       ([f"--data={rows}", f"--eval_data={rows}"], "None of the 1 rows"),
-      ([f"--data={rows}"], "give --eval_data"),
+      ([f"--data={rows}"], "Give --data and --eval_data"),
       (["--frozen=no_such_layer"], "--frozen=no_such_layer matches 0 of"),
       (["--batch_size=97"], "more than the 96 comparisons"),
     ]

@@ -53,7 +53,7 @@ MAY_IMPORT = {
   "evaluation": ["generation", "rollout", "log_probs", "masking"],
   "data": ["data", "edits"],
   "edits": ["data"],
-  "logged": ["data"],
+  "logged": ["data", "tasks"],
   "tasks.*": ["data", "edits", "logged", "tasks.*"],
   "tasks": ["tasks.*"],
   "meshes": [],

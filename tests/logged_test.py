@@ -115,6 +115,17 @@ class ParseTest(parameterized.TestCase):
       _row(rewards=(1.0,), value=0.75, advantage=0.25),
     )
 
+  def test_texts_that_repeat_the_prompt(self):
+    row = logged.parse(
+      {"prompt": "1+2=", "chosen": "1+2= 3", "rejected": "1+2= 4"}, "here"
+    )
+    self.assertEqual(row.candidates, (" 3", " 4"))
+    # One that merely begins like it is a reply.
+    row = logged.parse(
+      {"prompt": "1+2=", "chosen": "1+2=3", "rejected": "4"}, "here"
+    )
+    self.assertEqual(row.candidates, ("1+2=3", "4"))
+
   @parameterized.parameters(("1+2=",), ([ASKED],), (None,))
   def test_messages_that_repeat_the_prompt(self, prompt):
     row = {"prompt": prompt}
@@ -411,7 +422,7 @@ class LoadTest(parameterized.TestCase):
 class RenderTest(parameterized.TestCase):
   def test_plain(self):
     rows = [_row(TRANSCRIPT, (" a ",))]
-    self.assertEqual(logged.render(rows, None, "plain"), rows)
+    self.assertEqual(logged.render(rows, None, "plain"), (rows, []))
     with self.assertRaisesRegex(ValueError, "here: .*--prompt_format=chat"):
       logged.render([_row((ASKED,))], None, "plain")
 
@@ -429,15 +440,38 @@ class RenderTest(parameterized.TestCase):
     ),
   )
   def test_chat(self, prompt, expected):
-    rows = logged.render([_row(prompt, (" a\n\nb ", "c"))], BYTES, "chat")
-    self.assertEqual(rows, [_row(expected, ("a\n\nb", "c"))])
+    rows = [_row(prompt, (" a\n\nb ", "c"))]
+    self.assertEqual(
+      logged.render(rows, BYTES, "chat"),
+      ([_row(expected, ("a\n\nb", "c"))], []),
+    )
+
+  def test_a_row_that_the_template_refuses_is_named(self):
+    alternating = _bytes(
+      "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+      "{{ messages[0]['content'] }}"
+    )
+    rows = [_row(TRANSCRIPT, place="a"), _row("1+2=", place="b")]
+    with self.assertLogs("absl", logging.WARNING) as logs:
+      kept, skipped = logged.render(rows, alternating, "chat")
+    self.assertEqual([row.place for row in kept], ["b"])
+    self.assertRegex(skipped[0], "a: no chat prompt .*one turn")
+    self.assertIn("1 of 2 rows do not fit the chat template", logs.output[0])
+    encoded = logged.prepare(
+      alternating,
+      rows,
+      prompt_format="chat",
+      max_prompt_length=9,
+      max_response_length=9,
+    )
+    self.assertEqual(encoded.skipped, skipped)
 
   def test_errors(self):
     with self.assertRaisesRegex(ValueError, "no chat template; use .*=plain"):
       logged.render([], _bytes(chat_template=None), "chat")
     with self.assertRaisesRegex(ValueError, 'must be "plain" or "chat", got'):
       logged.render([], BYTES, "markdown")
-    once = logged.render([_row()], BYTES, "chat")
+    once, _ = logged.render([_row()], BYTES, "chat")
     with self.assertRaisesRegex(ValueError, "here: .*special token already"):
       logged.render(once, BYTES, "chat")
     strict = _bytes("{{ raise_exception('Turns must alternate') }}")
@@ -491,6 +525,27 @@ class FromMemoryTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'sums, row 0: "prompt" is missing'):
       logged.from_rows([{"response": "3"}], "sums")
 
+  def test_tasks(self):
+    rows = logged.task_rows("word_lists", "test", 0, {"num": 3})
+    self.assertLen(rows, 3)
+    self.assertEqual(rows[2].place, "word_lists, test, row 2")
+    self.assertEqual(rows[2].rewards, tuple(rows[2].rewards))
+    prompts = logged.task_prompts("word_lists", "test", 0, 3)
+    self.assertEqual(
+      [row.prompt for row in prompts], [row.prompt for row in rows]
+    )
+    with self.assertRaisesRegex(ValueError, "arithmetic has no logged replies"):
+      logged.task_rows("arithmetic", "test", 0, {})
+    with self.assertRaisesRegex(ValueError, "no option 'nub'; it has num"):
+      logged.task_rows("word_lists", "test", 0, {"nub": 3})
+
+  def test_first_replies(self):
+    rows = [_row(candidates="ab", rewards=(0.5, 1.0)), _row(candidates="cd")]
+    self.assertEqual(
+      logged.first_replies(rows),
+      [_row(candidates="a", rewards=(0.5,)), _row(candidates="c")],
+    )
+
   def test_prompts(self):
     rows = logged.from_prompts(["1+2="], "sums")
     self.assertEqual(rows, [_row(candidates=(), place="sums, row 0")])
@@ -506,6 +561,13 @@ class ArraysTest(parameterized.TestCase):
     _row(candidates="ab", rewards=(1.0, 2.0)),
     _row(candidates="ab", advantage=-1.0),
   )
+
+  def test_range_of_rewards(self):
+    logged.check_rewards(np.array([[0.0, np.nan], [0.5, 1.0]]), 1.0)
+    with self.assertRaisesRegex(ValueError, r"in \[0, 1\], got -0.5 to 1"):
+      logged.check_rewards(np.array([-0.5, 1.0]), 1.0)
+    with self.assertRaisesRegex(ValueError, r"in \[0, 1\], got 0 to 5"):
+      logged.check_rewards(np.array([0.0, 5.0, np.nan]), 1.0)
 
   def test_hand_computed(self):
     nan = np.nan
@@ -584,9 +646,23 @@ class EncodeTest(parameterized.TestCase):
     self.assertIn(
       "c: the prompt has 5 tokens and the longest reply 4", encoded.skipped[1]
     )
-    self.assertIn("2 of 3 rows are too long: b: ", logs.output[-1])
+    self.assertIn("2 of 3 rows cannot be encoded: b: ", logs.output[-1])
     with self.assertRaisesRegex(ValueError, "No row is left: 2 of 2 .* b: "):
       self._encode(rows[1:], limits=(5, 3))
+
+  def test_what_cannot_be_written_is_named(self):
+    rows = [
+      _row(place="a"),
+      _row("one?", place="b"),
+      _row(candidates=("3", "?"), place="c"),
+    ]
+    with self.assertLogs("absl", logging.WARNING) as logs:
+      encoded = self._encode(rows, limits=(9, 9))
+    self.assertEqual([row.place for row in encoded.rows], ["a"])
+    self.assertLen(encoded.response_ids, 1)
+    for place, message in zip("bc", encoded.skipped, strict=True):
+      self.assertRegex(message, f"{place}: The tokenizer .* cannot encode")
+    self.assertIn("2 of 3 rows cannot be encoded", logs.output[-1])
 
   def test_cut(self):
     rows = [_row(), _row("1+2+4=", ("7", "1+2"))]
@@ -645,7 +721,7 @@ class EncodeTest(parameterized.TestCase):
     self.assertRegex(logs.output[0], "3 of 4 .* do not fit their ids")
 
   def test_one_start_token(self):
-    rows = logged.render([_row((ASKED,)), _row()], BYTES, "chat")
+    rows, _ = logged.render([_row((ASKED,)), _row()], BYTES, "chat")
     rows.append(_row())
     encoded = self._encode(rows, BYTES, (40, 5))
     for ids in encoded.prompt_ids:
@@ -659,7 +735,7 @@ class EncodeTest(parameterized.TestCase):
       tokenizer = hf.load_tokenizer("smollm2-135m")
     except (ImportError, ValueError) as error:
       pytest.skip(str(error))
-    rows = logged.render([_row(TRANSCRIPT, (" a\n\nb",))], tokenizer, "chat")
+    rows, _ = logged.render([_row(TRANSCRIPT, (" a\n\nb",))], tokenizer, "chat")
     encoded = self._encode(rows, tokenizer, (99, 9))
     (prompt,), ((response,),) = encoded.prompt_ids, encoded.response_ids
     self.assertEqual(tokenizer.decode(prompt), rows[0].prompt)

@@ -82,6 +82,16 @@ class MetricsTest(_LogsTest):
       self.assertEqual(self._rows()[1], {"step": 1, "loss": 0.25, "count": 1})
       self.assertLen(self._table(), 2)
 
+  def test_skipped_rows_are_named(self):
+    with self._logs() as log:
+      log.skipped([])
+      self.assertFalse((self.workdir / "skipped.txt").exists())
+      log.skipped(["rows.jsonl:2: too long.", "rows.jsonl:9: empty."])
+    self.assertEqual(
+      (self.workdir / "skipped.txt").read_text(),
+      "rows.jsonl:2: too long.\nrows.jsonl:9: empty.\n",
+    )
+
   def test_table_gets_new_columns(self):
     with self._logs() as log:
       log.write(0, {"a": 1.0})

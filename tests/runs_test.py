@@ -105,3 +105,10 @@ class CheckPositiveTest(parameterized.TestCase):
         ValueError, f"--batch_size must be positive, got {value}"
       ):
         runs.check_positive(values, "steps", "batch_size")
+
+
+class UnescapedTest(parameterized.TestCase):
+  def test_line_feeds(self):
+    self.assertEqual(
+      runs.unescaped([r"\n\nHuman:", "###"]), ["\n\nHuman:", "###"]
+    )

@@ -97,6 +97,7 @@ def pairwise_loss(
   scores: Array,
   mask: Array,
   *,
+  rewards: Array | None = None,
   margin: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
@@ -110,6 +111,8 @@ def pairwise_loss(
   Args:
     scores: `[B, K]` float s, best candidate first.
     mask: `[B, K]` bool, True where there is a candidate.
+    rewards: `[B, K]` float, by which the candidates were ranked, or None. A
+      pair of equal rewards is no pair.
     margin: m >= 0, by which the better one is to lead.
     axis_name: mapped axis that shards B, if any; the loss is then that of
       the whole batch, on every shard.
@@ -142,6 +145,9 @@ def pairwise_loss(
   scores = jnp.where(mask, jnp.asarray(scores, jnp.float32), 0.0)
   better, worse = jnp.triu_indices(num_candidates, k=1)
   pairs = jnp.asarray(mask)[:, better] & jnp.asarray(mask)[:, worse]  # [B, P]
+  if rewards is not None:
+    chex.assert_equal_shape([scores, rewards])
+    pairs &= rewards[:, better] != rewards[:, worse]
   gaps = scores[:, better] - scores[:, worse]
 
   def mean(x):

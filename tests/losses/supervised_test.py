@@ -260,6 +260,24 @@ def _pairwise(margin=0.0):
   return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
+class PairwiseTiesTest(parameterized.TestCase):
+  def test_equal_rewards_are_no_pair(self):
+    scores = jnp.array([[1.2, 0.3, -0.5]])
+    mask = jnp.ones((1, 3), bool)
+    # The pairs (1, 3) and (2, 3): log(1 + e^-1.7) and log(1 + e^-0.8).
+    loss, metrics = supervised.pairwise_loss(
+      scores, mask, rewards=jnp.array([[1.0, 1.0, 0.0]])
+    )
+    expected = (np.log1p(np.exp(-1.7)) + np.log1p(np.exp(-0.8))) / 2
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(metrics["pairwise/gap"], 1.25, rtol=1e-6)
+    # Where all are alike, nothing is left.
+    loss, _ = supervised.pairwise_loss(
+      scores, mask, rewards=jnp.full((1, 3), 0.5)
+    )
+    self.assertEqual(loss, 0)
+
+
 class PairwiseLossTest(parameterized.TestCase):
   @chex.all_variants
   def test_hand_computed(self):
