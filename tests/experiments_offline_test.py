@@ -139,7 +139,8 @@ class ValueTest(absltest.TestCase):
     cases = [
       (["--heldout_fraction=0"], "--heldout_fraction must lie between 0 and 1"),
       (["--num_value_prompts=8"], "give more prompts"),
-      (["--nogreedy", "--max_value=0.1"], "--max_value=0.1"),
+      (["--max_value=0.1"], r"must lie in \[0, 0.1\], got 0 to 1"),
+      (["--learning_rate=nan"], "error of the value was never a finite number"),
       (["--num_heads=5"], "num_heads must divide the width 32"),
       (["--data=/no/such.jsonl"], "no/such.jsonl"),
       (["--max_prompt_length=3"], "No row is left"),
@@ -305,6 +306,14 @@ class OfflineTest(parameterized.TestCase):
       rows, [{"prompt": "birds 2 not duck owl:", "response": " crow dove"}]
     )
     unknown = ["--cache=", f"--data={rows}"]
+    negative = scripts.scratch() / "negative.jsonl"
+    data.write_jsonl(
+      negative,
+      [
+        {"prompt": "birds 2 not duck owl:", "response": " crow", "reward": r}
+        for r in (-0.5, 1)
+      ],
+    )
     cases = [
       ([*unknown, "--algorithm=wbc"], "wbc needs rewards, which 1 of 1"),
       ([*unknown, "--algorithm=a_lol"], "a_lol needs advantages, which 1 of 1"),
@@ -316,6 +325,11 @@ class OfflineTest(parameterized.TestCase):
       (["--batch_size=99", "--noreplace"], "without replacement"),
       (["--task=", "--cache="], "Without a --task, give --data and"),
       (["--score_options=x=1"], "no option 'x'"),
+      (["--algorithm=a_lol_kl"], "a_lol_kl is nothing without its penalty"),
+      (
+        ["--cache=", f"--data={negative}", "--algorithm=wbc"],
+        "got -0.5 to 1",
+      ),
     ]
     self._check(cases)
 
@@ -399,10 +413,13 @@ class RewardModelTest(absltest.TestCase):
       [{"prompt": "birds 2 not duck owl:", "response": " crow", "reward": 1}],
     )
     cases = [
-      ([f"--data={rows}", f"--eval_data={rows}"], "None of the 1 rows"),
+      (
+        [f"--data={rows}", f"--eval_data={rows}"],
+        "holds no comparison: .*single.jsonl:1",
+      ),
       ([f"--data={rows}"], "Give --data and --eval_data"),
       (["--frozen=no_such_layer"], "--frozen=no_such_layer matches 0 of"),
-      (["--batch_size=97"], "more than the 96 comparisons"),
+      (["--batch_size=97"], "more than the 86 comparisons"),
     ]
     errors = scripts.drive(
       REWARD,
@@ -467,18 +484,37 @@ class EvaluateTest(absltest.TestCase):
       EVALUATE,
       scripts.scratch() / "transcripts",
       f"--data={path}",
+      "--task=word_lists",
       "--metrics=log",
       f"--policies={_policy()}",
       ok=False,
     )
     # "Human" is no word of this tokenizer: named, rather than dropped.
-    self.assertIn("cannot encode", done.stderr)
+    self.assertRegex(
+      done.stderr, "No row is left: .*heldout.jsonl.gz:1: .* cannot encode"
+    )
     self.assertIn("heldout.jsonl.gz:3", done.stderr)
+
+  def test_a_file_needs_a_scorer(self):
+    (error,) = scripts.drive(
+      EVALUATE,
+      [
+        (
+          scripts.scratch() / "no-scorer",
+          f"--policies={_policy()}",
+          "--data=rows.jsonl",
+        )
+      ],
+    )
+    self.assertRegex(error, "^ValueError: Nothing says how replies")
 
   def test_bad_input(self):
     cases = [
       (["--metrics=text,colour"], "--metrics must be some of .*, got colour"),
-      (["--metrics=log", "--task=arithmetic"], "the task arithmetic has none"),
+      (
+        ["--metrics=log", "--task=arithmetic"],
+        "The task arithmetic has no logged replies",
+      ),
       (["--reference=a,b"], "--reference names 2 models"),
       (["--clip_epsilon=1.5"], "--clip_epsilon must lie between 0 and 1"),
     ]
