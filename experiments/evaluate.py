@@ -226,6 +226,11 @@ def main(_):
     report.compare(histories, picture, PANELS)
   with logs.Logs(FLAGS.workdir, total_steps=1, tensorboard=False) as log:
     log.samples(0, samples)
+    if len(set(prompts)) < len(prompts):
+      log.note(
+        f"{len(set(prompts))} of {len(prompts)} prompts are different, and the "
+        "others repeat them: intervals are narrower than they should be."
+      )
     log.summary(
       table,
       title=f"{FLAGS.data or f'{FLAGS.task}, {FLAGS.split}'}: {len(prompts)} "

@@ -362,6 +362,13 @@ def main(_):
     f"{sampler.num_rows} of {logged.present(encoded.rows).sum()} replies can "
     f"be drawn; {steps} steps."
   )
+  if FLAGS.cache:
+    scored_by = reference.notes(FLAGS.cache)["reward"]
+    if scored_by != score.description:
+      log.note(
+        f"Rewards of the cache are by {scored_by}, and those of the dev "
+        f"prompts by {score.description}."
+      )
   log.skipped([*unusable, *encoded.skipped, *prompts.skipped])
   log.curves(functools.partial(report.curves, panels=PANELS))
 

@@ -229,6 +229,11 @@ def load(
   return arrays
 
 
+def notes(directory: str | os.PathLike) -> dict[str, Any]:
+  """What `save` noted beside the arrays, of a cache that `load` has read."""
+  return json.loads((pathlib.Path(directory) / MANIFEST).read_text())["notes"]
+
+
 def _short(value: Any) -> str:
   text = str(value)
   return f"{text[:12]}..." if len(text) == 64 else text

@@ -143,6 +143,7 @@ class CacheTest(parameterized.TestCase):
       self.assertEqual(found[name].dtype, array.dtype)
     manifest = json.loads((self.cache / "manifest.json").read_text())
     self.assertEqual(manifest["notes"], {"value_mse": 0.25})
+    self.assertEqual(reference.notes(self.cache), {"value_mse": 0.25})
     # No half-written file is left.
     self.assertCountEqual(
       [path.name for path in self.cache.iterdir()],
