@@ -95,8 +95,12 @@ TAIL_METRICS = {
   "entropy/batch_max_prob": "top share",
   "answers/distinct": "answers in a batch",
 }
+REWARDS = {"reward/mean", "dev/reward"}
 PANELS = {
   "Reward of samples": ["reward/mean"],
+  "Reward of replies to dev prompts": ["dev/reward"],
+  "Different pairs of words (dev)": ["dev/distinct_2"],
+  "Words of a reply (dev)": ["dev/words"],
   "Correct, greedy, on test prompts": ["eval/is_correct"],
   "Entropy of an answer (nats)": ["entropy/token"],
   "Entropy of the batch's answers (nats)": ["entropy/batch"],
@@ -212,8 +216,7 @@ def main(_):
         evaluation.paired_interval(scores_of[label], scores_of[first])
       )
   histories = {
-    label: [os.path.join(name, "metrics.jsonl") for name in names]
-    for label, names in arms.items()
+    label: [history_of(name) for name in names] for label, names in arms.items()
   }
   # Policies that were not trained by reinforcement have no curve of reward.
   histories = {
@@ -236,12 +239,14 @@ def main(_):
       title=f"{FLAGS.data or f'{FLAGS.task}, {FLAGS.split}'}: {len(prompts)} "
       "prompts, mean and 95 % bootstrap interval over prompts",
     )
-    if histories:
+    ends = tails(histories)
+    if any(ends.values()):
       log.summary(
-        tails(histories),
+        ends,
         title=f"Samples of the last {TAIL} steps: mean and range over seeds",
         file="training.json",
       )
+    if histories:
       log.note(f"Learning curves: {picture}")
 
 
@@ -405,9 +410,19 @@ def interval(numbers):
   return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def history_of(name):
+  """The metrics of the run that a policy comes from."""
+  folder, best = os.path.split(os.path.normpath(name))
+  if best != "best":  # Where offline scripts keep the best parameters.
+    folder = name
+  return os.path.join(folder, "metrics.jsonl")
+
+
 def has_rewards(path):
-  """Whether a run logged rewards of its samples."""
-  return os.path.exists(path) and "reward/mean" in report.read_metrics(path)
+  """Whether a run logged rewards of its replies."""
+  return os.path.exists(path) and not REWARDS.isdisjoint(
+    report.read_metrics(path)
+  )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import functools
 import gzip
 import json
+import os
+from unittest import mock
 
 import jax
 import numpy as np
@@ -439,6 +441,12 @@ class RewardModelTest(absltest.TestCase):
 
 
 class EvaluateTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    # Evaluations do draw.
+    self.enter_context(mock.patch.dict(os.environ))
+    del os.environ["PYTHONPATH"]
+
   def test_text_and_log_metrics(self):
     workdir = scripts.scratch() / "evaluation"
     scripts.run(
@@ -450,7 +458,7 @@ class EvaluateTest(absltest.TestCase):
       "--max_length=10",
       "--stop_at_eos",
       "--nogreedy",
-      f"--policies=start={_policy()},trained={_finished()}",
+      f"--policies=start={_policy()},trained={_finished() / 'best'}",
       f"--reference={_policy()}",
       "--metrics=answers,text,log",
     )
@@ -472,6 +480,8 @@ class EvaluateTest(absltest.TestCase):
     name = "perplexity of logged replies"
     self.assertNotEqual(start[name], trained[name])
     self.assertIn("reward - start", trained)
+    # The curves are those of the run that the best parameters come from.
+    self.assertTrue((workdir / "arms.png").exists())
 
   def test_transcripts_are_prompts(self):
     # The form of the helpful-harmless data, in words that the model knows.
