@@ -30,7 +30,9 @@ def scratch():
 
 
 def remove_scratch():
+  """For a module's `tearDownModule`; the next module gets a new folder."""
   shutil.rmtree(scratch(), ignore_errors=True)
+  scratch.cache_clear()
 
 
 def without_pictures():
