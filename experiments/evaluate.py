@@ -178,17 +178,8 @@ def main(_):
       scores, parts = score(prompts, replies)
       seeds.append((scores, parts, replies, more))
       samples += [
-        {
-          "arm": label,
-          "model": name,
-          "prompt": prompt,
-          "response": reply,
-          "reward": float(score),
-          "parts": part,
-        }
-        for prompt, reply, score, part in zip(
-          prompts, replies, scores, parts, strict=True
-        )
+        {"arm": label, "model": name, **record}
+        for record in responses.records(prompts, replies, scores, parts)
       ]
     # Seeds answer the same prompts: average them first, then resample prompts.
     scores_of[label] = np.mean([seed[0] for seed in seeds], axis=0)

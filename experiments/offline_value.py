@@ -173,15 +173,7 @@ def main(_):
     texts = [row.prompt for row in prompts.rows]
     targets, parts = score(texts, replies)
     logged.check_rewards(targets, FLAGS.max_value)
-    log.samples(
-      0,
-      [
-        {"prompt": prompt, "response": reply, "reward": float(t), "parts": part}
-        for prompt, reply, t, part in zip(
-          texts, replies, targets, parts, strict=True
-        )
-      ],
-    )
+    log.samples(0, responses.records(texts, replies, targets, parts))
 
     # The head sees hidden states of prompts, which no reply can change.
     prompt_length = data.bucket_length(

@@ -465,15 +465,7 @@ def main(_):
     """The dev reward, which selects; samples are written down."""
     replies = respond(state["params"]["policy"])
     scores, parts = score(texts, replies)
-    log.samples(
-      step,
-      [
-        {"prompt": prompt, "response": reply, "reward": float(s), "parts": part}
-        for prompt, reply, s, part in zip(
-          texts, replies, scores, parts, strict=True
-        )
-      ],
-    )
+    log.samples(step, responses.records(texts, replies, scores, parts))
     return {
       "dev/reward": float(scores.mean()),
       "dev/words": evaluation.mean_words(replies),

@@ -34,6 +34,31 @@ def read(
   return texts
 
 
+def records(
+  prompts: Sequence[str],
+  replies: Sequence[str],
+  scores: Sequence[float],
+  parts: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+  """Rows for `samples.jsonl`: what was asked, answered and scored.
+
+  Args:
+    prompts: N texts.
+    replies: N texts.
+    scores: N numbers.
+    parts: N dicts, what the score is made of.
+
+  Returns:
+    N dicts with `prompt`, `response`, `reward` and `parts`.
+  """
+  return [
+    {"prompt": prompt, "response": reply, "reward": float(score), "parts": part}
+    for prompt, reply, score, part in zip(
+      prompts, replies, scores, parts, strict=True
+    )
+  ]
+
+
 class Responder:
   """Answers the same prompts again and again while a policy is trained.
 
