@@ -120,12 +120,10 @@ def main(_):
     "too_long": FLAGS.too_long,
     "prompt_format": FLAGS.prompt_format,
   }
-  unusable = []
-  if FLAGS.data:
-    rows, unusable = logged.load(FLAGS.data)
-  else:
-    task_options = tasks.options(FLAGS.task_options)
-    rows = logged.task_rows(FLAGS.task, "train", FLAGS.seed, task_options)
+  task_options = tasks.options(FLAGS.task_options)
+  rows, unusable = logged.load_or_draw(
+    FLAGS.data, FLAGS.task, "train", FLAGS.seed, task_options
+  )
   rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
   encoded = logged.prepare(tokenizer, rows, **settings)
   if FLAGS.value_data:

@@ -126,11 +126,9 @@ def main(_):
   options = tasks.options(FLAGS.task_options)
 
   def compared(name, split, first, limit):
-    unusable = []
-    if name:
-      rows, unusable = logged.load(name, split)
-    else:
-      rows = logged.task_rows(FLAGS.task, split, FLAGS.seed, options)
+    rows, unusable = logged.load_or_draw(
+      name, FLAGS.task, split, FLAGS.seed, options
+    )
     kept = []
     for row in rows[first:][: limit or None]:
       if len(set(row.candidates)) < 2:

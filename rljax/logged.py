@@ -108,6 +108,29 @@ def load(
   return rows, skipped
 
 
+def load_or_draw(
+  name: str, task: str, split: str, seed: int, options: Mapping[str, Any]
+) -> tuple[list[Row], list[str]]:
+  """The rows of a file if one is named, else those that a task has logged.
+
+  Args:
+    name: see `load`; may be empty.
+    task: see `task_rows`, likewise `seed` and `options`.
+    split: of either.
+    seed: of the task's draw.
+    options: of the task.
+
+  Returns:
+    Rows, and one message for each that cannot be used, as `load` does.
+
+  Raises:
+    ValueError: as `load` or `task_rows`.
+  """
+  if name:
+    return load(name, split)
+  return task_rows(task, split, seed, options), []
+
+
 def task_rows(
   name: str, split: str, seed: int, options: Mapping[str, Any]
 ) -> list[Row]:

@@ -539,6 +539,18 @@ class FromMemoryTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "no option 'nub'; it has num"):
       logged.task_rows("word_lists", "test", 0, {"nub": 3})
 
+  def test_a_file_goes_before_a_task(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = f"{folder}/rows.jsonl"
+      data.write_jsonl(path, [{"prompt": "a", "response": "b"}, {}])
+      rows, unusable = logged.load_or_draw(path, "word_lists", "test", 0, {})
+    self.assertEqual([row.candidates for row in rows], [("b",)])
+    self.assertRegex(unusable[0], "rows.jsonl:2: ")
+    self.assertEqual(
+      logged.load_or_draw("", "word_lists", "test", 0, {"num": 3}),
+      (logged.task_rows("word_lists", "test", 0, {"num": 3}), []),
+    )
+
   def test_first_replies(self):
     rows = [_row(candidates="ab", rewards=(0.5, 1.0)), _row(candidates="cd")]
     self.assertEqual(

@@ -80,6 +80,22 @@ def _greedy(seed, prompt):
   return WORDS.decode(ids[start:], skip_special_tokens=True)
 
 
+class RecordsTest(parameterized.TestCase):
+  def test_rows(self):
+    rows = responses.records(
+      ["a", "b"], ["c", "d"], np.float32([0.5, 1]), [{"x": 1}, {}]
+    )
+    self.assertEqual(
+      rows,
+      [
+        {"prompt": "a", "response": "c", "reward": 0.5, "parts": {"x": 1}},
+        {"prompt": "b", "response": "d", "reward": 1.0, "parts": {}},
+      ],
+    )
+    with self.assertRaises(ValueError):
+      responses.records(["a"], ["b", "c"], [1.0], [{}])
+
+
 class ResponderTest(parameterized.TestCase):
   @parameterized.parameters((1, "data:1"), (3, "data:1"), (8, "data:4,fsdp:2"))
   def test_greedy_replies(self, batch_size, spec):
