@@ -1,0 +1,419 @@
+"""Functions of untrusted input, in processes that have limits.
+
+Verifying the text of a language model, or playing the moves it names, may take
+forever, eat all memory or crash the interpreter. A `Pool` calls a function in
+worker processes, and tells for every call its value or why there is none:
+
+  with workers.Pool("math:factorial", timeout=1.0) as pool:
+    for outcome in pool.map([(3,), (10**9,)]):
+      print(outcome.value, outcome.failure)  # 6 None, then None timeout
+
+A worker serves many calls; it is killed, and another started, when a call runs
+out of time or memory or takes the process with it. Workers are fresh
+interpreters, never forks: a fork of a process that runs jax may hang. They
+import the function's module alone, not the script that made the pool. POSIX
+systems only.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import os
+import pickle
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
+from typing import Any
+
+_SIZE = struct.Struct(">Q")  # In front of every message.
+_POLL_SECONDS = 0.25
+_MAX_CHARACTERS = 200  # Of an error's message.
+# The parent's search path, then this module, which may not be installed.
+_PROGRAM = (
+  "import json, sys; settings = json.loads(sys.argv[1]); "
+  "sys.path[:] = settings.pop('path'); from rljax import workers; "
+  "workers._serve(**settings)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What became of one call.
+
+  Attributes:
+    value: what the function returned; None if it failed.
+    failure: None, or why there is no value: "timeout", "memory", "died" (the
+      process ended: a crash, an exit, the system's memory killer), or
+      "error: " and an exception's type and message.
+  """
+
+  value: Any = None
+  failure: str | None = None
+
+
+class Pool:
+  """Calls one function in worker processes with limits.
+
+  Workers start at the first `map`, live until `close` (or the end of the
+  `with` block, of the pool or of the program) and end by themselves within a
+  second if this process is killed. A Ctrl-C reaches this process alone, and
+  stops the calls that are under way. Threads may share a pool; their calls of
+  `map` wait for each other.
+  """
+
+  def __init__(
+    self,
+    function: str | Callable[..., Any],
+    *,
+    timeout: float,
+    setup: str | Callable[[], Any] | None = None,
+    num_workers: int = 1,
+    max_memory_bytes: int | None = 2**30,
+    start_timeout: float = 120.0,
+  ):
+    """Notes what to call; nothing starts yet.
+
+    Args:
+      function: "module:function", or a function at the top level of a module
+        other than the running script. Arguments and values are pickled;
+        return plain values, so that this process need not import what the
+        function uses.
+      timeout: wall-clock seconds that a call may take; > 0.
+      setup: called once in a new worker, outside the limits, to import or
+        warm up what the first call would wait for.
+      num_workers: calls at the same time.
+      max_memory_bytes: address space that a worker may take beyond what it
+        has after `setup`, where the system knows such a limit; or None.
+      start_timeout: seconds that a worker may take to start.
+
+    Raises:
+      ValueError: if a number is not positive, or a function has no name that
+        a worker could import.
+    """
+    for name, value in (
+      ("timeout", timeout),
+      ("num_workers", num_workers),
+      ("start_timeout", start_timeout),
+      ("max_memory_bytes", 1 if max_memory_bytes is None else max_memory_bytes),
+    ):
+      if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+    self._timeout, self._num_workers = timeout, num_workers
+    self._start_timeout = start_timeout
+    self._settings = {
+      "function": _name(function),
+      "setup": None if setup is None else _name(setup),
+      # Several threads may burn several seconds a second.
+      "max_seconds": timeout * (os.cpu_count() or 1) + 1,
+      "max_memory_bytes": max_memory_bytes,
+    }
+    self._lock = threading.Lock()
+    self._workers: list[_Worker] = []
+    # Runs at the end of the program too.
+    self._finalizer = weakref.finalize(self, _stop, self._workers, os.getpid())
+
+  def map(self, items: Sequence[tuple]) -> list[Outcome]:
+    """Calls the function with each tuple of arguments.
+
+    Args:
+      items: N tuples.
+
+    Returns:
+      N outcomes, in the order of the items.
+
+    Raises:
+      RuntimeError: if a worker cannot start, with what it said.
+    """
+    with self._lock:
+      try:
+        return self._map(list(items))
+      except BaseException:
+        # A worker in the middle of a call would answer the next one wrongly.
+        _stop(self._workers, os.getpid())
+        raise
+
+  def close(self) -> None:
+    """Ends the workers; a later `map` starts new ones."""
+    with self._lock:
+      _stop(self._workers, os.getpid())
+
+  def __enter__(self) -> "Pool":
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self.close()
+
+  def _map(self, items: list[tuple]) -> list[Outcome]:
+    outcomes: list[Outcome] = [Outcome()] * len(items)
+    waiting = collections.deque(range(len(items)))
+    num_done, lost = 0, set()
+    while num_done < len(items):
+      while len(self._workers) < min(self._num_workers, len(items) - num_done):
+        self._workers.append(_Worker(self._settings, self._start_timeout))
+      for worker in list(self._workers):
+        if waiting and worker.is_idle:
+          index = waiting.popleft()
+          if not worker.give(index, items[index], self._timeout):
+            self._drop(worker)
+            # It was gone before it saw the item, which is not to blame; but
+            # workers that never stay must not be started for ever.
+            if index in lost:
+              outcomes[index] = Outcome(failure="died")
+              num_done += 1
+            else:
+              lost.add(index)
+              waiting.appendleft(index)
+      busy = [w for w in self._workers if not w.is_idle]
+      if not busy:
+        continue
+      patience = min(w.deadline for w in busy) - time.monotonic()
+      ready = connection.wait([w.channel for w in busy], max(0.0, patience))
+      for worker in busy:
+        index = worker.item
+        if worker.channel in ready:
+          outcome = worker.take()
+        elif time.monotonic() >= worker.deadline:
+          outcome = Outcome(failure="timeout")
+        else:
+          continue
+        if index is None:  # It was starting.
+          if outcome.failure is not None:
+            raise RuntimeError(
+              f"A worker for {self._settings['function']} cannot start: "
+              f"{outcome.failure}."
+            )
+          continue
+        outcomes[index] = outcome
+        num_done += 1
+        if outcome.failure in ("timeout", "memory", "died"):
+          self._drop(worker)
+    return outcomes
+
+  def _drop(self, worker: "_Worker") -> None:
+    self._workers.remove(worker)
+    worker.kill()
+
+
+# In the parent.
+
+
+class _Worker:
+  """A process, and what it is doing: starting, one item, or nothing."""
+
+  def __init__(self, settings: dict[str, Any], start_timeout: float):
+    self.channel, theirs = socket.socketpair()
+    settings = settings | {
+      "path": sys.path,
+      "parent": os.getpid(),
+      "channel": theirs.fileno(),
+    }
+    try:
+      # In a session of its own no Ctrl-C reaches it, and its children die
+      # with it.
+      self._process = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, json.dumps(settings)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,
+      )
+    finally:
+      theirs.close()
+    self.is_idle = False
+    self.item: int | None = None
+    self.deadline = time.monotonic() + start_timeout
+
+  def give(self, index: int, arguments: tuple, timeout: float) -> bool:
+    """Starts a call; False if the worker is gone."""
+    message = pickle.dumps(arguments)
+    # An idle worker has nothing to say: what can be read is its end.
+    if connection.wait([self.channel], 0):
+      return False
+    try:
+      self.channel.settimeout(max(timeout, 1.0))
+      self.channel.sendall(_SIZE.pack(len(message)) + message)
+    except OSError:
+      return False
+    self.is_idle, self.item = False, index
+    self.deadline = time.monotonic() + timeout
+    return True
+
+  def take(self) -> Outcome:
+    """Reads the answer that is there to be read."""
+    self.is_idle, self.item = True, None
+    self.channel.settimeout(max(self.deadline - time.monotonic(), 1.0))
+    try:
+      return Outcome(*pickle.loads(_receive(self.channel)))
+    except TimeoutError:
+      return Outcome(failure="timeout")
+    except (EOFError, OSError):
+      return Outcome(failure="died")
+    except Exception as error:  # The value cannot be unpickled here.
+      return Outcome(failure=_describe(error))
+
+  def kill(self) -> None:
+    # Until `wait` the number of a dead process is not given to another one.
+    if self._process.returncode is None:
+      try:
+        os.killpg(self._process.pid, signal.SIGKILL)
+      except (ProcessLookupError, PermissionError):
+        self._process.kill()
+    self._process.wait()
+    self.channel.close()
+
+
+def _stop(workers: list[_Worker], owner: int) -> None:
+  # A fork of the owner has the list, but not the workers.
+  if os.getpid() == owner:
+    while workers:
+      workers.pop().kill()
+
+
+def _name(function: str | Callable[..., Any]) -> str:
+  if isinstance(function, str):
+    module, _, name = function.partition(":")
+  else:
+    module = getattr(function, "__module__", None) or ""
+    name = getattr(function, "__qualname__", "")
+  is_path = all(part.isidentifier() for part in f"{module}.{name}".split("."))
+  if not is_path or module == "__main__":
+    raise ValueError(
+      'A worker needs "module:function" or a function at the top level of a '
+      f"module other than the running script, got {function!r}."
+    )
+  return f"{module}:{name}"
+
+
+# In the worker.
+
+
+def _serve(
+  function: str,
+  setup: str | None,
+  max_seconds: float,
+  max_memory_bytes: int | None,
+  parent: int,
+  channel: int,
+) -> None:
+  """Answers calls until the parent hangs up."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+  pipe = socket.socket(fileno=channel)
+  try:
+    call = _find(function)
+    if setup is not None:
+      _find(setup)()
+    _limit_memory(max_memory_bytes)
+  except BaseException as error:
+    _reply(pipe, (None, _describe(error)))
+    os._exit(1)
+  _reply(pipe, (None, None))
+  while True:
+    try:
+      message = _receive(pipe)
+    except MemoryError:
+      _reply(pipe, (None, "memory"))
+      continue  # To be killed.
+    except (EOFError, OSError):
+      os._exit(0)  # Whatever threads the function has left behind.
+    _limit_time(max_seconds)
+    _reply(pipe, _answer(call, message))
+
+
+def _answer(call: Callable[..., Any], message: bytes) -> tuple | bytes:
+  try:
+    return pickle.dumps((call(*pickle.loads(message)), None))
+  except MemoryError:
+    return None, "memory"
+  except BaseException as error:
+    return None, _describe(error)
+
+
+def _describe(error: BaseException) -> str:
+  try:
+    message = str(error)
+  except BaseException:  # It may print whatever broke.
+    message = ""
+  text = " ".join(message[:_MAX_CHARACTERS].split())
+  return f"error: {type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _reply(pipe: socket.socket, reply: tuple | bytes) -> None:
+  message = reply if isinstance(reply, bytes) else pickle.dumps(reply)
+  try:
+    pipe.sendall(_SIZE.pack(len(message)))
+    pipe.sendall(message)
+  except OSError:
+    os._exit(0)
+
+
+def _receive(pipe: socket.socket) -> bytes:
+  (size,) = _SIZE.unpack(_read(pipe, _SIZE.size))
+  return bytes(_read(pipe, size))
+
+
+def _read(pipe: socket.socket, size: int) -> bytearray:
+  data = bytearray()
+  while len(data) < size:
+    piece = pipe.recv(min(size - len(data), 2**20))
+    if not piece:
+      raise EOFError
+    data += piece
+  return data
+
+
+def _find(name: str) -> Callable[..., Any]:
+  module, _, path = name.partition(":")
+  found = importlib.import_module(module)
+  for part in path.split("."):
+    found = getattr(found, part)
+  return found
+
+
+def _watch(parent: int) -> None:
+  """Ends this process and its children when the parent is gone."""
+  while os.getppid() == parent:
+    time.sleep(_POLL_SECONDS)
+  os.killpg(0, signal.SIGKILL)
+
+
+def _limit_memory(max_memory_bytes: int | None) -> None:
+  _set_limit("RLIMIT_CORE", 0)
+  if max_memory_bytes is None:
+    return
+  try:
+    with open("/proc/self/statm") as file:
+      used = int(file.read().split()[0]) * resource.getpagesize()
+  except OSError:  # No Linux.
+    used = 0
+  _set_limit("RLIMIT_AS", used + max_memory_bytes)
+
+
+def _limit_time(max_seconds: float) -> None:
+  # One long operation of the interpreter, such as a power of large integers,
+  # keeps `_watch` from running. The system ends it should nobody else be left
+  # to do so.
+  _set_limit("RLIMIT_CPU", math.ceil(time.process_time() + max_seconds))
+
+
+def _set_limit(name: str, value: int) -> None:
+  kind = getattr(resource, name, None)
+  if kind is None:
+    return
+  _, most = resource.getrlimit(kind)
+  if most != resource.RLIM_INFINITY:
+    value = min(value, most)
+  # Some systems know the name alone.
+  with contextlib.suppress(ValueError, OSError):
+    resource.setrlimit(kind, (value, most))
