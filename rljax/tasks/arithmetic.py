@@ -21,6 +21,8 @@ from typing import Literal
 
 import numpy as np
 
+from rljax.tasks import tokenizers
+
 SPLITS = ("train", "validation", "test")
 # What a prompt shows: all reductions but the last, "20+10=" alone, or the
 # problem alone (the model writes the chain).
@@ -56,8 +58,6 @@ STAIRCASE = {
   7: 0.9505,
   8: 0.9569,
 }
-
-_END_TOKENS = ("<bos>", "<eos>", "<pad>")
 
 # Bounds on the text of an untrusted answer. Chains have some 60 characters
 # and numbers below 100; beyond the bounds a text counts as not evaluable.
@@ -506,27 +506,4 @@ def _check_value(value: int | float | complex) -> None:
 
 
 def _tokenizer(numbers: Sequence[str], pattern: str):
-  """A tokenizer of the numbers, "+", "*", "=" and three special tokens."""
-  import tokenizers
-  import transformers
-
-  words = [*numbers, "+", "*", "=", *_END_TOKENS]
-  ids = {word: i for i, word in enumerate(words)}
-  # Without an unknown token, a word outside the vocabulary is an error.
-  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids))
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-    tokenizers.Regex(pattern), behavior="isolated"
-  )
-  backend.decoder = tokenizers.decoders.Fuse()
-  bos, eos, pad = _END_TOKENS
-  backend.post_processor = tokenizers.processors.TemplateProcessing(
-    single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
-  )
-  return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend,
-    bos_token=bos,
-    eos_token=eos,
-    pad_token=pad,
-    padding_side="left",
-    clean_up_tokenization_spaces=False,
-  )
+  return tokenizers.of_words([*numbers, "+", "*", "="], pattern)
