@@ -13,6 +13,9 @@ _MODULES = {
   "arithmetic": "rljax.tasks.arithmetic",
   "arithmetic_format": "rljax.tasks.arithmetic_format",
   "diversity": "rljax.tasks.diversity",
+  "math_word_problems": "rljax.tasks.math_word_problems",
+  "reasoning": "rljax.tasks.reasoning",
+  "reasoning_gym": "rljax.tasks.reasoning_gym",
   "word_lists": "rljax.tasks.word_lists",
 }
 

@@ -1,0 +1,953 @@
+r"""Word problems with a known answer: GSM8K, SVAMP, and problems of MATH.
+
+  Question: Natalia sold clips to 48 of her friends in April, and then ...
+  Answer:
+  Natalia sold 48/2 = 24 clips in May.
+  Natalia sold 48+24 = 72 clips altogether in April and May.
+  #### 72
+
+A response is right if its final answer equals the known one. Numbers are
+compared exactly, by integer arithmetic; anything else (6\times 7, \sqrt{4}) by
+math-verify, in worker processes with limits, because what a model writes may
+take forever: 9^{9^{9^9}}. No text of a model is ever executed.
+
+Sources:
+  Cobbe et al. (2021), "Training Verifiers to Solve Math Word Problems": GSM8K.
+  Patel, Bhattamishra and Goyal (2021), "Are NLP Models really able to Solve
+  Simple Math Word Problems?": SVAMP.
+  Hendrycks et al. (2021), "Measuring Mathematical Problem Solving With the
+  MATH Dataset".
+"""
+
+import collections
+import dataclasses
+import fractions
+import functools
+import hashlib
+import importlib.util
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from absl import logging
+
+from rljax import data as files
+from rljax import workers
+
+SPLITS = ("train", "validation", "test")
+DATASETS = ("gsm8k", "svamp", "math")
+TEMPLATE = "Question: {question}\nAnswer:\n"
+
+# Names that the files of a folder may have, the first one wins.
+_FILES = {
+  "gsm8k": ("gsm8k_{split}.jsonl", "{split}.jsonl"),
+  "svamp": ("svamp.json", "SVAMP.json"),
+  "math": ("math_test_short500.jsonl", "math_test.jsonl", "test.jsonl"),
+}
+
+# Bounds on untrusted text. References have at most 1200 characters, their
+# answers at most 12.
+_MAX_READ = 2**14  # Of a response: its end for the answer, its start for steps.
+_MAX_ANSWER = 200
+_MAX_DIGITS = 100
+_MAX_EXPONENT = 100
+
+# Of one verdict by math-verify, which takes a millisecond or ten as a rule.
+_SECONDS = 3.0
+_MEMORY = 2**30
+_NUM_WORKERS = 2
+_CACHE_SIZE = 2**16
+
+# Verdicts that are no statement about the answer, only about its cost.
+_UNVERIFIED = ("too_long", "timeout", "memory", "died", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """A problem of a data set: what is asked, the answer, how it is found."""
+
+  question: str
+  truth: str
+  solution: str  # With calculator notes; empty if there is no reasoning.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+  """What is remembered of a prompt."""
+
+  truth: str
+  question: str
+  turn: str  # What stands in front of the next question, if a model asks one.
+  results: tuple[str, ...] | None  # Of the reference's calculator notes.
+
+
+# Prompt -> problem, for everything that `prompts` and `supervised` gave out.
+_PROBLEMS: dict[str, _Problem] = {}
+
+
+# Problems.
+
+
+def prompts(
+  split: str,
+  seed: int,
+  *,
+  num: int | None = None,
+  dataset: Literal["gsm8k", "svamp", "math"] = "gsm8k",
+  data: str = "",
+  template: str = TEMPLATE,
+  shots: int = 0,
+  notes: Literal["drop", "keep"] = "drop",
+) -> list[str]:
+  r"""Different prompts of a data set, shuffled by the seed.
+
+  A smaller `num` gives the first of the same prompts. `score` knows the
+  answers of the prompts that were drawn in this process, and of no others.
+
+  GSM8K and SVAMP keep a tenth of their training rows for validation, those
+  whose questions hash lowest. SVAMP is one file: the 30 % whose questions hash
+  lowest are its test split (300 of 1000), 70 rows are for validation and 630
+  for training. MATH has test rows alone.
+
+  Args:
+    split: "train", "validation" or "test".
+    seed: of the order; >= 0.
+    num: how many; None for all.
+    dataset: "gsm8k", "svamp" or "math".
+    data: a folder with gsm8k_train.jsonl, gsm8k_test.jsonl, svamp.json and
+      math_test_short500.jsonl (those that are used); one such file, "{split}"
+      in its name replaced; or "tfds:gsm8k".
+    template: of a prompt, with "{question}" in it. A backslash and an n are a
+      line feed, so that it can be given in a flag.
+    shots: worked examples of GSM8K's training split in front of the question,
+      the same for all prompts, save that none asks what the prompt asks.
+    notes: see `supervised`; of the shots.
+
+  Returns:
+    `num` texts.
+
+  Raises:
+    ValueError: if an option is unknown, a file is missing or not as expected,
+      there are fewer than `num` rows, the split is not for the asked use, or
+      math-verify is not installed.
+  """
+  _require_math_verify()
+  return [
+    prompt
+    for prompt, _ in _drawn(
+      split, seed, num, dataset, data, template, shots, notes
+    )
+  ]
+
+
+def supervised(
+  split: str,
+  seed: int,
+  *,
+  num: int | None = None,
+  dataset: Literal["gsm8k", "svamp", "math"] = "gsm8k",
+  data: str = "",
+  template: str = TEMPLATE,
+  shots: int = 0,
+  notes: Literal["drop", "keep"] = "drop",
+) -> list[tuple[str, str]]:
+  """The prompts of `prompts` with GSM8K's own solutions.
+
+  Args:
+    split: see `prompts`; likewise `seed`, `num`, `data`, `template`, `shots`.
+    seed: see `prompts`.
+    num: see `prompts`.
+    dataset: "gsm8k"; the others have no reasoning to learn from.
+    data: see `prompts`.
+    template: see `prompts`.
+    shots: see `prompts`.
+    notes: "drop" takes calculator notes such as <<48/2=24>> out of the
+      solutions, "keep" leaves them in.
+
+  Returns:
+    `num` pairs (prompt, response); responses end in a line "#### 72".
+
+  Raises:
+    ValueError: as `prompts`; or if the data set has no solutions.
+  """
+  if dataset in ("svamp", "math"):
+    reason = {
+      "svamp": "it has answers, but no reasoning text",
+      "math": "it is for evaluation only",
+    }[dataset]
+    raise ValueError(
+      f'dataset="{dataset}" has nothing to learn from: {reason}; '
+      'dataset="gsm8k" has.'
+    )
+  drawn = _drawn(split, seed, num, dataset, data, template, shots, notes)
+  return [(prompt, _written(row, notes)) for prompt, row in drawn]
+
+
+# Scores.
+
+
+def score(
+  prompt: str,
+  response: str,
+  *,
+  extract: Literal["flexible", "strict"] = "flexible",
+) -> tuple[float, dict[str, Any]]:
+  r"""Scores 1 for the right final answer, else 0.
+
+  Where the answer is read, the first rule that finds its mark decides, even
+  if nothing usable follows the mark (a truncated "#### " has no answer):
+    "hashes": the line behind the last "####"; the only rule of "strict".
+    "boxed": the braces of the last \boxed{...}.
+    "answer_is": the sentence behind the last "answer is" or "answer:", if
+      there is a digit or a backslash in it.
+    "number": the last word with a digit, if it is a plain number.
+  Several marks of a kind: the last one counts, as the latest the model said.
+  A repetition of the question is skipped, and a reply that goes on to ask the
+  next question (in the words in front of the template's question) is read up
+  to there. Only the last 16384 characters are searched.
+
+  What equals what. Plain numbers are integers, decimals, a/b, mixed numbers,
+  \frac{a}{b} and 1e3, of ASCII digits, compared as exact rationals: 1,560 is
+  1560, 156.0 is 156, 007 is 7, 1/2 is 0.5, but 0.333333 is not 1/3. Commas
+  must stand between groups of three digits. A minus may be U+2212. Currency
+  signs, units ("72 clips", "5 cm^2") and percent signs do not count: 50% is
+  50, and not 0.5. "3 million" is 3000000. Where several answers are offered
+  ("42 or 43", "42, 43"), none is taken. 1/0, nan and inf are no numbers, and
+  5! is an exclamation.
+
+  Other expressions of at most 200 characters are compared by math-verify, with
+  3 seconds and a gigabyte each, and are wrong if that is not enough.
+
+  Args:
+    prompt: one of `prompts`, drawn in this process.
+    response: what the model wrote.
+    extract: "flexible" for all rules, "strict" for "####" alone.
+
+  Returns:
+    1.0 or 0.0, and its parts:
+      is_correct: bool.
+      answer: str or None. Equal plain numbers have equal texts (a whole
+        number, or a fraction in lowest terms such as "1/2"), and so has what
+        math-verify found equal to the truth; other expressions are texts.
+      truth: str, likewise.
+      format: the rule that decided, or None.
+      verdict: "exact" (by arithmetic), "verified" (by math-verify: equal or
+        not), "none" (there is no usable answer), "too_long", "timeout",
+        "memory", "died" or "error".
+      has_answer: bool, whether there is an `answer`.
+      is_unverified: bool, True for the last five verdicts.
+      step_matches: for GSM8K, one bool per line of the response: whether a
+        number behind an equality sign in it is the result of a calculator
+        note of the reference solution, each of which matches once.
+
+  Raises:
+    ValueError: if the prompt was never drawn, or the rule is unknown.
+  """
+  (value,), (parts,) = score_batch([prompt], [response], extract=extract)
+  return value, parts
+
+
+def score_batch(
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  *,
+  extract: Literal["flexible", "strict"] = "flexible",
+) -> tuple[list[float], list[dict[str, Any]]]:
+  """Scores N responses, asking math-verify once for each different answer.
+
+  Args:
+    prompts: N texts.
+    responses: N texts.
+    extract: see `score`.
+
+  Returns:
+    N scores and N parts, see `score`.
+
+  Raises:
+    ValueError: as `score`.
+  """
+  if extract not in ("flexible", "strict"):
+    raise ValueError(
+      f'extract must be "flexible" or "strict", got {extract!r}.'
+    )
+  parts, unsettled = [], {}
+  for prompt, response in zip(prompts, responses, strict=True):
+    problem = _PROBLEMS.get(prompt)
+    if problem is None:
+      raise ValueError(
+        "score knows the prompts alone that this process has drawn by "
+        f"`prompts` or `supervised`, got {prompt[-60:]!r}."
+      )
+    found, rule, verdict = _read(response, problem, extract == "flexible")
+    if verdict == "unsettled":
+      unsettled.setdefault((problem.truth, found), []).append(len(parts))
+    is_correct = verdict == "exact" and found == problem.truth
+    part = {
+      "is_correct": is_correct,
+      "answer": found,
+      "truth": problem.truth,
+      "format": rule,
+      "verdict": verdict,
+      "has_answer": found is not None,
+      "is_unverified": verdict == "too_long",
+    }
+    if problem.results is not None:
+      part["step_matches"] = step_matches(problem.results, response)
+    parts.append(part)
+  if unsettled:
+    verdicts = _verify_all(list(unsettled))
+    for (truth, found), (verdict, is_equal) in verdicts.items():
+      answer = truth if is_equal else found if verdict == "verified" else None
+      for i in unsettled[truth, found]:
+        parts[i].update(
+          is_correct=is_equal,
+          answer=answer,
+          verdict=verdict,
+          has_answer=answer is not None,
+          is_unverified=verdict in _UNVERIFIED,
+        )
+    unverified = collections.Counter(
+      part["verdict"] for part in parts if part["is_unverified"]
+    )
+    if unverified:
+      logging.warning(
+        "%d of %d answers could not be verified, and count as wrong: %s.",
+        unverified.total(),
+        len(parts),
+        ", ".join(f"{n} {name}" for name, n in sorted(unverified.items())),
+      )
+  return [float(part["is_correct"]) for part in parts], parts
+
+
+def step_matches(results: Iterable[str], response: str) -> list[bool]:
+  """Which lines of a response find an intermediate result of the reference.
+
+  Args:
+    results: of the reference, as `number` writes them. Each matches once.
+    response: text; a line's results are the numbers behind equality signs.
+      Those in the first 16384 characters count.
+
+  Returns:
+    One bool per line.
+
+  Source:
+    Havrilla et al. (2024), "Teaching Large Language Models to Reason with
+    Reinforcement Learning": the dense heuristic reward.
+  """
+  left = list(results)
+  matches = [False] * (response.count("\n") + 1)
+  for match in _RESULT.finditer(response, 0, _MAX_READ):
+    result = number(match[1])
+    if result in left:
+      # Every result that a line gives is used up, also those that a later
+      # line would repeat.
+      left.remove(result)
+      matches[response.count("\n", 0, match.start())] = True
+  return matches
+
+
+# Numbers.
+
+_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+_CURRENCY = r"[$£€¥₹]"
+_PLAIN = re.compile(
+  rf"""
+  (?P<sign>[-+]?)\s*(?:{_CURRENCY}\s*(?P<minus>-?))?
+  (?:
+    (?:(?P<whole>{_INTEGER})\s+)?  # 1 1/2
+    (?P<top>{_INTEGER})\s*/\s*(?P<bottom>{_INTEGER})
+  |
+    (?:(?P<latex_whole>{_INTEGER})\s*)?
+    \\[dt]?frac\s*
+    (?:\{{\s*(?P<latex_minus>-?)\s*(?P<latex_top>{_INTEGER})\s*\}}
+      |(?P<short_top>[0-9]))\s*
+    (?:\{{\s*(?P<latex_bottom>{_INTEGER})\s*\}}|(?P<short_bottom>[0-9]))
+  |
+    (?P<integer>{_INTEGER})?(?:\.(?P<decimals>[0-9]*))?
+    (?:[eE](?P<exponent>[-+]?[0-9]{{1,3}}))?
+  )
+  (?P<unit>.*)
+  """,
+  re.VERBOSE | re.DOTALL,
+)
+_PLAINEST = re.compile(r" ?\$?(-?[0-9]{1,15})[.,!]? ?")  # Nearly all there are.
+# Bounded blanks: where two unbounded runs meet, time is quadratic.
+_RESULT = re.compile(
+  rf"=[ ]{{0,4}}([-−]?[ ]?(?:\\?{_CURRENCY})?[0-9.][0-9.,/]{{0,99}})"
+)
+_NOTE = re.compile(r"<<.*?>>")
+_STYLED = re.compile(
+  r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\{([^{}]*)\}"
+)
+_POWER = re.compile(r"(?<=[A-Za-z ])(?:\^\{?[23]\}?|[²³])")
+_DEGREES = re.compile(r"\^\{?\\circ\}?|°")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z .,;:!?'/()-]*")
+_MAGNITUDES = {
+  "hundred": 100,
+  "thousand": 10**3,
+  "million": 10**6,
+  "billion": 10**9,
+  "trillion": 10**12,
+}
+# Words that make something else of the number in front of them.
+_NO_UNITS = frozenset(
+  ["or", "and", "to", "plus", "minus", "half", "pi", "factorial"]
+)
+# What may stand right behind a digit: 3x is no 3.
+_ATTACHED = re.compile(
+  "am|cm|ft|g|gb|h|hrs?|in|k[bgm]|km?ph|kmh|lbs?|[lms]|mb|mg|mi|mins?|ml|mm|mph|"
+  "nd|oz|pm|rd|sec|sq|st|th|usd|yd"
+)
+_LETTERS = frozenset("aghlms")  # One-letter words: "5 a day", "5 m".
+
+
+@functools.lru_cache(_CACHE_SIZE)
+def number(text: str) -> str | None:
+  """A plain number in one form of its own: "72", "-3", "1/2".
+
+  Args:
+    text: a number, possibly with a currency sign, a unit or markup around it;
+      see `score`.
+
+  Returns:
+    A whole number or a fraction in lowest terms; None if the text is none, or
+    has more than 200 characters or a number of more than 100 digits.
+  """
+  match = _PLAINEST.fullmatch(text)
+  if match:
+    return str(int(match[1]))
+  if len(text) > _MAX_ANSWER:
+    return None
+  match = _PLAIN.fullmatch(_bare(text))
+  if not match:
+    return None
+  groups = match.groupdict("")
+  factor = _factor(groups["unit"])
+  value = _value(groups)
+  if factor is None or value is None:
+    return None
+  return str(value * factor)
+
+
+def _value(groups: dict[str, str]) -> fractions.Fraction | None:
+  """The number that `_PLAIN` has matched."""
+  whole = groups["whole"] or groups["latex_whole"]
+  top = groups["top"] or groups["latex_top"] or groups["short_top"]
+  bottom = groups["bottom"] or groups["latex_bottom"] or groups["short_bottom"]
+  integer, decimals = groups["integer"], groups["decimals"]
+  if max(map(len, (whole, top, bottom, integer, decimals))) > _MAX_DIGITS:
+    return None
+  if bottom:
+    denominator = _int(bottom)
+    if not denominator:
+      return None
+    value = fractions.Fraction(_int(top), denominator)
+    if groups["latex_minus"]:
+      value = -value
+    if whole:
+      value += _int(whole)
+  elif integer or decimals:
+    exponent = int(groups["exponent"] or 0)
+    if abs(exponent) > _MAX_EXPONENT:
+      return None
+    value = fractions.Fraction(_int(integer + decimals), 10 ** len(decimals))
+    value *= fractions.Fraction(10) ** exponent
+  else:
+    return None
+  is_negative = (groups["sign"] == "-") != (groups["minus"] == "-")
+  return -value if is_negative else value
+
+
+def _int(text: str) -> int:
+  return int(text.replace(",", ""))
+
+
+def _factor(unit: str) -> int | None:
+  """What the text behind a number multiplies it by: 1 for units."""
+  if not unit.strip(" .,;:!?"):
+    return 1
+  is_attached = unit[0].isalpha()
+  for pattern, by in ((_STYLED, r" \1 "), (_DEGREES, " "), (_POWER, "")):
+    unit = pattern.sub(by, unit)
+  unit = re.sub(rf"\\?%|\\?{_CURRENCY}", " ", unit).strip(" .,;:!?()*")
+  if not unit:
+    return 1
+  if not _WORDS.fullmatch(unit):
+    return None
+  words = re.findall("[a-z]+", unit.lower())
+  if not _NO_UNITS.isdisjoint(words):
+    return None
+  if len(words[0]) == 1 and words[0] not in _LETTERS:
+    return None
+  if is_attached and not _ATTACHED.fullmatch(words[0]):
+    return None
+  return _MAGNITUDES.get(words[0], 1)
+
+
+def _bare(text: str) -> str:
+  """A text of at most 200 characters without the markup around it."""
+  for old, new in (
+    ("−", "-"),
+    ("{,}", ","),
+    ("\\!", ""),
+    ("\\,", ""),
+    ("\\;", " "),
+    ("\\ ", " "),
+    ("~", " "),
+    ("\\$", "$"),
+    ("\\left", ""),
+    ("\\right", ""),
+  ):
+    text = text.replace(old, new)
+  for _ in range(4):
+    before = text
+    text = text.strip(" \t\r\n*_`\"'").lstrip("=:").rstrip(",;:!?.")
+    for opening, closing in (
+      ("$", "$"),
+      ("\\(", "\\)"),
+      ("\\[", "\\]"),
+      ("(", ")"),
+      ("{", "}"),
+    ):
+      inner = text[len(opening) : len(text) - len(closing)]
+      if (
+        len(text) > len(opening) + len(closing)
+        and text.startswith(opening)
+        and text.endswith(closing)
+        and opening not in inner
+        and closing not in inner
+      ):
+        text = inner
+    styled = _STYLED.fullmatch(text)
+    text = styled[1] if styled else text
+    if text == before:
+      break
+  return text
+
+
+# Where the answer stands.
+
+_ANSWER_IS = re.compile(r"answer(?: is|:)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_BLANK = re.compile(r"\s")
+_DIGIT = re.compile("[0-9]")
+_OFFER = re.compile(r"\b(?:or|and)\b", re.IGNORECASE)
+_OPERATORS = frozenset("+-−*/×÷")
+_ALTERNATIVES = frozenset(["or", "and", "&", "either", "maybe", "perhaps", ""])
+_NEGATIONS = frozenset(["minus", "negative", "or"])
+_MATHEMATICS = re.compile(r"[-+*/^!|()\\×÷√π]")
+_SPLIT_NUMBER = re.compile(r"[0-9][\s~]+[0-9]")
+_PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=\()")
+# What changes a number that stands in front of it.
+_CONTINUED = re.compile(
+  r"\s*(?:[-+*/^×÷]|\\(?!text|mathrm|mbox|[\])%])|(?:half|pi|factorial)\b)",
+  re.IGNORECASE,
+)
+_MAGNITUDE = re.compile(rf"\s+({'|'.join(_MAGNITUDES)})\b", re.IGNORECASE)
+
+
+def _read(
+  response: str, problem: _Problem, is_flexible: bool
+) -> tuple[str | None, str | None, str]:
+  """The answer, the rule that found it, and the verdict so far.
+
+  The verdict is "exact", "none" or "too_long"; or "unsettled" if math-verify
+  has to say.
+  """
+  if problem.question in response:
+    response = response.rpartition(problem.question)[2]
+  if problem.turn and problem.turn in response:
+    response = f"\n{response}".partition(f"\n{problem.turn}")[0]
+  tail = response[-_MAX_READ:]
+  place = tail.rfind("####")
+  if place >= 0:
+    text = tail[place + 4 :].partition("\n")[0]
+    return _settled(text, problem.truth, "hashes")
+  if not is_flexible:
+    return None, None, "none"
+  place = tail.rfind("\\boxed")
+  if place >= 0:
+    text = _braced(tail[place + 6 :])
+    return _settled(text, problem.truth, "boxed")
+  place = max((match.end() for match in _ANSWER_IS.finditer(tail)), default=-1)
+  if place >= 0:
+    text = tail[place:].lstrip(" \t\n*_:").partition("\n")[0]
+    text = _SENTENCE_END.split(text, maxsplit=1)[0]
+    if _DIGIT.search(text) or "\\" in text:
+      return _settled(text, problem.truth, "answer_is")
+  found, verdict = _last_number(tail)
+  return found, "number" if verdict != "none" or found else None, verdict
+
+
+def _settled(text: str, truth: str, rule: str) -> tuple[str | None, str, str]:
+  """Reads what stands behind a mark."""
+  text = text.strip()
+  if len(text) > _MAX_ANSWER:
+    return None, rule, "too_long"
+  found = number(text) or _result(text) or _only_number(text)
+  if found is not None:
+    return found, rule, "exact"
+  text = " ".join(_bare(text).split())
+  if text == truth:
+    return text, rule, "exact"
+  is_expression = bool(text) and text.count("{") == text.count("}")
+  if number(truth) is not None:
+    # math-verify takes "42 43" for a mixed number, of 85, and prose for a
+    # product of letters.
+    is_expression = (
+      is_expression
+      and (_DIGIT.search(text) is not None or "\\" in text)
+      and not _OFFER.search(text)
+      and not _SPLIT_NUMBER.search(text)
+      and _MATHEMATICS.search(text) is not None
+    )
+  if not is_expression:
+    return None, rule, "none"
+  return text, rule, "unsettled"
+
+
+def _result(text: str) -> str | None:
+  """The number behind the last equality sign, if it stands alone there."""
+  before, sign, after = text.rpartition("=")
+  if not sign or before.rstrip()[-1:] in tuple("<>!"):
+    return None
+  return number(after)
+
+
+def _only_number(text: str) -> str | None:
+  """The number in a few words of prose, if there is but one."""
+  words = text.split()
+  places = [i for i, word in enumerate(words) if _DIGIT.search(word)]
+  if len(places) != 1:
+    return None
+  before, after = words[: places[0]], words[places[0] :]
+  if any(_MATHEMATICS.search(word) or "=" in word for word in before):
+    return None
+  if not _NEGATIONS.isdisjoint(word.strip(".,;:").lower() for word in before):
+    return None
+  return number(" ".join(after))
+
+
+def _braced(text: str) -> str:
+  """What stands in the braces that a text begins with; "" if they stay open."""
+  text = text[: 2 * _MAX_ANSWER].lstrip()
+  depth = 0
+  for i, character in enumerate(text):
+    depth += (character == "{") - (character == "}")
+    if depth == 0:
+      return text[1:i]  # Empty if the text does not begin with a brace.
+  return text if len(text) > _MAX_ANSWER else ""
+
+
+def _last_number(tail: str) -> tuple[str | None, str]:
+  """The last word with a digit if it is a plain number, and a verdict."""
+  place = max(tail.rfind(digit) for digit in "0123456789")
+  if place < 0:
+    return None, "none"
+  start = max(tail.rfind(blank, 0, place) for blank in " \n\t") + 1
+  end = _BLANK.search(tail, place)
+  end = end.start() if end else len(tail)
+  word = tail[start:end]
+  if len(word) > _MAX_ANSWER:
+    return None, "too_long"
+  after = tail[end : end + 20].partition("\n")[0]
+  before = tail[max(0, start - _MAX_ANSWER) : start].rpartition("\n")[2].split()
+  if before and before[-1] in _OPERATORS and "=" not in word:
+    return None, "none"  # 10 - 3 is not worked out.
+  if _CONTINUED.match(after):
+    return None, "none"
+  magnitude = _MAGNITUDE.match(after)
+  if magnitude:
+    word = f"{word} {magnitude[1]}"
+  elif before and "/" in word and before[-1].isdecimal():
+    word = f"{before.pop()} {word}"  # 1 1/2
+  if _is_offered(before):
+    return None, "none"
+  found = number(word) or _result(word)
+  return found, "none" if found is None else "exact"
+
+
+def _is_offered(before: Sequence[str]) -> bool:
+  """Whether the words in front of a number make it one of several answers."""
+  between = []
+  for word in reversed(before):
+    if _DIGIT.search(word):
+      break
+    between.append(word.strip(".,;:()").lower())
+  else:
+    return False
+  if between:
+    return "or" in between or all(word in _ALTERNATIVES for word in between)
+  # "42, 43", but not "Step 2: 43".
+  return word[-1] == "," or word[-1].isdecimal()
+
+
+# math-verify.
+
+# (truth, text) -> verdict, and whether they are equal. A text that has taken
+# too long is not tried again: policies repeat themselves.
+_VERDICTS: dict[tuple[str, str], tuple[str, bool]] = {}
+
+
+def _verify_all(
+  pairs: list[tuple[str, str]],
+) -> dict[tuple[str, str], tuple[str, bool]]:
+  """The verdicts on pairs of a true answer and an expression."""
+  new = [pair for pair in pairs if pair not in _VERDICTS]
+  if len(_VERDICTS) + len(new) > _CACHE_SIZE:
+    _VERDICTS.clear()
+    new = pairs
+  outcomes = _pool().map(new) if new else []
+  for pair, outcome in zip(new, outcomes, strict=True):
+    if outcome.failure is None:
+      verdict = "none" if outcome.value is None else "verified"
+      _VERDICTS[pair] = verdict, bool(outcome.value)
+    else:
+      _VERDICTS[pair] = outcome.failure.partition(":")[0], False
+  return {pair: _VERDICTS[pair] for pair in pairs}
+
+
+@functools.cache
+def _pool() -> workers.Pool:
+  _require_math_verify()
+  return workers.Pool(
+    f"{__name__}:_verify",
+    setup=f"{__name__}:_warm_up",
+    timeout=_SECONDS,
+    num_workers=_NUM_WORKERS,
+    max_memory_bytes=_MEMORY,
+  )
+
+
+def _require_math_verify() -> None:
+  if importlib.util.find_spec("math_verify") is None:
+    raise ValueError(
+      "Answers other than plain numbers are compared by math-verify, which is "
+      'not installed: pip install "rljax[reasoning]".'
+    )
+
+
+# In a worker.
+
+
+def _warm_up() -> None:
+  """Imports and builds what the first verdict would wait for."""
+  # The pool keeps the time; math-verify warns that nobody might.
+  import logging as standard_logging
+
+  standard_logging.getLogger("math_verify").setLevel(standard_logging.ERROR)
+  _verify("1/2", r"\frac{\sqrt{4}}{4}")
+
+
+def _verify(truth: str, text: str) -> bool | None:
+  """Whether an expression equals the truth; None if it is none."""
+  import math_verify
+  import sympy
+
+  expression = _parsed(text)
+  if not expression or expression[0].has(sympy.zoo, sympy.nan):  # 1/0, 0/0.
+    return None
+  return math_verify.verify(_parsed(truth), expression, timeout_seconds=None)
+
+
+def _parsed(text: str) -> list[Any]:
+  """At most one sympy expression."""
+  import math_verify
+
+  # Its reader of plain expressions hands them to Python; that of LaTeX has a
+  # grammar. Without the dot, 6(7) would be a mixed number.
+  text = _PRODUCT.sub(r"\\cdot ", text)
+  return math_verify.parse(
+    rf"\boxed{{{text}}}",
+    extraction_config=[
+      math_verify.LatexExtractionConfig(boxed_match_priority=0)
+    ],
+    fallback_mode="no_fallback",
+    parsing_timeout=None,
+  )
+
+
+# Data.
+
+
+def _drawn(
+  split: str,
+  seed: int,
+  num: int | None,
+  dataset: str,
+  data: str,
+  template: str,
+  shots: int,
+  notes: str,
+) -> list[tuple[str, _Row]]:
+  """Prompts with the rows that they ask; the prompts are remembered."""
+  if notes not in ("drop", "keep"):
+    raise ValueError(f'notes must be "drop" or "keep", got {notes!r}.')
+  if seed < 0 or shots < 0 or (num or 0) < 0:
+    raise ValueError(
+      f"seed, shots and num must be >= 0, got {seed}, {shots} and {num}."
+    )
+  template = template.replace("\\n", "\n")
+  if template.count("{question}") != 1:
+    raise ValueError(f'template needs "{{question}}" once, got {template!r}.')
+  rows = _rows_of_split(split, dataset, data)
+  if num is not None and num > len(rows):
+    raise ValueError(
+      f"The {split} split of {dataset} has {len(rows)} prompts, {num} were "
+      "asked for."
+    )
+  examples = _examples(shots, data)
+  turn = template.partition("{question}")[0].strip().rpartition("\n")[2]
+  rng = np.random.default_rng([seed, SPLITS.index(split)])
+  drawn = []
+  for i in rng.permutation(len(rows))[:num]:
+    row = rows[i]
+    shown = [e for e in examples if e.question != row.question][:shots]
+    prompt = "".join(
+      f"{template.replace('{question}', e.question)}{_written(e, notes)}\n\n"
+      for e in shown
+    ) + template.replace("{question}", row.question)
+    _remember(
+      prompt,
+      _Problem(
+        row.truth,
+        row.question,
+        turn,
+        _results(row.solution) if dataset == "gsm8k" else None,
+      ),
+    )
+    drawn.append((prompt, row))
+  return drawn
+
+
+def _examples(shots: int, data: str) -> list[_Row]:
+  """Rows to show: one more than asked for, to replace one that is asked."""
+  if not shots:
+    return []
+  examples = _rows_of_split("train", "gsm8k", data)[: shots + 1]
+  if len(examples) <= shots:
+    raise ValueError(
+      f"shots={shots} needs {shots + 1} training rows of gsm8k, there are "
+      f"{len(examples)}."
+    )
+  return examples
+
+
+def _remember(prompt: str, problem: _Problem) -> None:
+  known = _PROBLEMS.setdefault(prompt, problem)
+  if known.truth != problem.truth:
+    raise ValueError(
+      f"The prompt {prompt[-60:]!r} has two answers: {known.truth} and "
+      f"{problem.truth}."
+    )
+  # Other solutions of the same problem: the latest draw counts.
+  _PROBLEMS[prompt] = problem
+
+
+def _rows_of_split(split: str, dataset: str, data: str) -> list[_Row]:
+  if split not in SPLITS:
+    raise ValueError(
+      f"The task math_word_problems has the splits {', '.join(SPLITS)}, got "
+      f"{split!r}."
+    )
+  if dataset not in DATASETS:
+    raise ValueError(
+      f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}."
+    )
+  if dataset == "math" and split != "test":
+    raise ValueError(
+      'dataset="math" is for evaluation only: its rows are of the test split, '
+      f"got {split!r}."
+    )
+  if not data:
+    raise ValueError(
+      'data is missing: the folder with gsm8k_train.jsonl and its like, or "'
+      'tfds:gsm8k".'
+    )
+  if dataset == "math" or (dataset == "gsm8k" and split == "test"):
+    return list(_rows(dataset, str(data), "test"))
+  rows = sorted(_rows(dataset, str(data), "train"), key=_hash)
+  if dataset == "svamp":
+    num_test = len(rows) * 3 // 10
+    if split == "test":
+      return rows[:num_test]
+    rows = rows[num_test:]
+  num_validation = len(rows) // 10
+  if split == "validation":
+    return rows[:num_validation]
+  return rows[num_validation:]
+
+
+def _hash(row: _Row) -> bytes:
+  return hashlib.sha256(row.question.encode()).digest()
+
+
+@functools.lru_cache(8)
+def _rows(dataset: str, data: str, split: str) -> tuple[_Row, ...]:
+  """The rows of a file, read once."""
+  path = pathlib.Path(data)
+  name = data
+  if path.is_dir():
+    names = [name.format(split=split) for name in _FILES[dataset]]
+    names += [f"{name}.gz" for name in names]
+    found = [name for name in names if (path / name).is_file()]
+    if not found:
+      raise ValueError(
+        f"{path}: no file of {dataset} (looked for {', '.join(names)})."
+      )
+    name = str(path / found[0])
+  read, fields = {
+    "gsm8k": (_gsm8k_row, ("question", "answer")),
+    "svamp": (_svamp_row, ("Body", "Question", "Answer")),
+    "math": (_math_row, ("problem", "solution")),
+  }[dataset]
+  rows = []
+  for i, row in enumerate(files.load_rows(name, split, required=fields)):
+    try:
+      rows.append(read(row))
+    except (AttributeError, TypeError, ValueError) as error:
+      raise ValueError(f"{name}, row {i + 1}: {error}") from error
+  return tuple(rows)
+
+
+def _gsm8k_row(row: dict[str, Any]) -> _Row:
+  solution, mark, answer = row["answer"].rpartition("####")
+  truth = number(answer.strip())
+  if not mark or truth is None:
+    raise ValueError(f'expected "#### <number>", got {row["answer"][-60:]!r}.')
+  return _Row(row["question"].strip(), truth, row["answer"].strip())
+
+
+def _svamp_row(row: dict[str, Any]) -> _Row:
+  truth = number(str(row["Answer"]))
+  if truth is None:
+    raise ValueError(f"Answer must be a number, got {row['Answer']!r}.")
+  question = f"{row['Body'].strip()} {row['Question'].strip()}"
+  return _Row(question, truth, "")
+
+
+def _math_row(row: dict[str, Any]) -> _Row:
+  answer = row.get("answer")
+  if answer is None:
+    _, mark, rest = row["solution"].rpartition("\\boxed")
+    answer = _braced(rest) if mark else ""
+  truth = number(answer) or " ".join(_bare(answer).split())
+  if not truth:
+    raise ValueError(f"no answer in {row['solution'][-60:]!r}.")
+  return _Row(row["problem"].strip(), truth, row["solution"])
+
+
+def _written(row: _Row, notes: str) -> str:
+  """The solution of a row as a response."""
+  return _NOTE.sub("", row.solution) if notes == "drop" else row.solution
+
+
+@functools.lru_cache(_CACHE_SIZE)
+def _results(solution: str) -> tuple[str, ...]:
+  """The results of a solution's calculator notes, in order."""
+  found = (
+    number(note[2:-2].rpartition("=")[2]) for note in _NOTE.findall(solution)
+  )
+  return tuple(result for result in found if result is not None)
