@@ -152,6 +152,7 @@ def sample(
   stop_ids: tuple[int, ...] = (),
   stop_strings: Array | None = None,
   lengths: Array | None = None,
+  forced: Array | None = None,
   pad_id: int = 0,
 ) -> Samples:
   """Draws `num_samples` responses to each prompt.
@@ -181,6 +182,10 @@ def sample(
     stop_strings: `[S, V]` table of `stop_table`, or None. The token that
       completes a stop string belongs to the response.
     lengths: `[N]` int, a length limit per row, at most T; T by default.
+    forced: `[V + 1]` int, or None: the token that must follow each token, or
+      -1 where it is drawn; the last entry is for the first token. A forced
+      token belongs to the response, is an input rather than a choice, and has
+      log-probability 0.
     pad_id: what stands after the end.
 
   Returns:
@@ -207,10 +212,13 @@ def sample(
   chex.assert_shape(lengths, (num_rows,))
   if stop_strings is not None:
     stop_strings = jnp.asarray(stop_strings)  # A numpy table may be given.
+  if forced is not None:
+    forced = jnp.asarray(forced)
+    chex.assert_rank(forced, 1)
   keys = row_keys(key, prompt_indices, num_samples)
   variables = {"params": params}
 
-  def draw(step, logits):
+  def draw(step, logits, last_tokens):
     """The tokens of one step and their log-probabilities, `[N]` each."""
     logits = log_prob_functions.masked_logits(
       logits, temperature=settings.temperature, allowed=allowed
@@ -222,10 +230,16 @@ def sample(
       step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
       uniforms = jax.vmap(jax.random.uniform)(step_keys)
       tokens = sampling.inverse_cdf(truncated, uniforms)
-    log_prob = _log_prob(logits, tokens)
+    log_prob = truncated_log_prob = _log_prob(logits, tokens)
     if settings.truncates:
-      return tokens, log_prob, _log_prob(truncated, tokens)
-    return tokens, log_prob, log_prob
+      truncated_log_prob = _log_prob(truncated, tokens)
+    if forced is not None:
+      following = forced[last_tokens]
+      is_free = following < 0
+      tokens = jnp.where(is_free, tokens, following)
+      log_prob = jnp.where(is_free, log_prob, 0.0)
+      truncated_log_prob = jnp.where(is_free, truncated_log_prob, 0.0)
+    return tokens, log_prob, truncated_log_prob
 
   def record(step, state, drawn):
     """Writes one column and finds out which rows have ended with it."""
@@ -274,7 +288,10 @@ def sample(
     "finished": jnp.zeros(num_rows, bool),
     "automaton": jnp.zeros(num_rows, jnp.int32),
   }
-  state = record(0, state, draw(0, jnp.repeat(logits, num_samples, axis=0)))
+  # Before the first token comes the entry of `forced` behind all tokens.
+  before = jnp.full(num_rows, -1, jnp.int32)
+  logits = jnp.repeat(logits, num_samples, axis=0)
+  state = record(0, state, draw(0, logits, before))
 
   def goes_on(carry):
     step, state, _ = carry
@@ -287,7 +304,8 @@ def sample(
       variables, state["tokens"], cache, method="decode"
     )
     logits = model.apply(variables, hidden, method="logits")  # [N, V]
-    return step + 1, record(step, state, draw(step, logits)), cache
+    drawn = draw(step, logits, state["tokens"])
+    return step + 1, record(step, state, drawn), cache
 
   if max_length > 1:
     _, state, _ = jax.lax.while_loop(goes_on, decode, (1, state, cache))

@@ -1,13 +1,14 @@
 """Responses of a policy to a fixed set of prompts, as texts."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax import data, generation, meshes, preflight, sampling
+from rljax import data, generation, meshes, preflight, sampling, scoring
 from rljax import rollout as rollouts
 
 
@@ -67,6 +68,7 @@ class Responder:
 
   Attributes:
     num_prompts: N.
+    num_samples: K.
     program: the compiled sampler, a `preflight.Compiled`.
   """
 
@@ -83,6 +85,8 @@ class Responder:
     seed: int = 0,
     stop_at_eos: bool = True,
     stop_strings: Sequence[str] = (),
+    num_samples: int = 1,
+    forced: np.ndarray | None = None,
   ):
     """Pads the prompts and prepares the sampler.
 
@@ -98,6 +102,9 @@ class Responder:
       stop_at_eos: whether the end token ends a response; else it is never
         drawn.
       stop_strings: texts that end a response, and are cut off it.
+      num_samples: K, responses to each prompt. They share its keys and values.
+      forced: `[V + 1]` int, tokens that must follow others; see
+        `generation.sample`.
 
     Raises:
       ValueError: if prompts and responses are longer than the context, or the
@@ -128,10 +135,12 @@ class Responder:
         allowed=jnp.asarray(allowed),
         stop_ids=stop_ids,
         stop_strings=stop_table,
+        num_samples=num_samples,
+        forced=forced,
         pad_id=data.pad_id(tokenizer),
       )
 
-    self.num_prompts = len(ids)
+    self.num_prompts, self.num_samples = len(ids), num_samples
     self.program = preflight.Compiled("respond", sample)
     self._arrays = {
       "ids": ids,
@@ -144,11 +153,147 @@ class Responder:
     self._batch_size, self._mesh = batch_size, mesh
 
   def __call__(self, params: Any) -> list[str]:
-    """The responses of the policy with these parameters, N texts."""
-    rollout = meshes.map_batches(
-      lambda batch: self.program(self._key, params, batch),
-      self._arrays,
-      self._batch_size,
-      self._mesh,
-    )
-    return read(self._tokenizer, rollout, self._stop_strings)
+    """The responses of the policy with these parameters.
+
+    Returns:
+      N K texts; that of sample j to prompt i is number i K + j.
+    """
+    return [text for _, texts, _ in self.batches(params) for text in texts]
+
+  def batches(
+    self, params: Any, *, first: int = 0, draw: int | None = None
+  ) -> Iterator[tuple[range, list[str], np.ndarray]]:
+    """The same batch by batch, to be written down before the next is drawn.
+
+    Args:
+      params: parameters of the policy.
+      first: prompts that are not asked again. What the others are answered
+        does not depend on it.
+      draw: number of a further set of samples, or None for the first.
+
+    Yields:
+      Indices of n prompts, n K texts, and `[n K]` bool: which of them the
+      policy ended itself, rather than that they ran out of length.
+    """
+    key = self._key if draw is None else jax.random.fold_in(self._key, draw)
+    for start in range(first, self.num_prompts, self._batch_size):
+      end = min(start + self._batch_size, self.num_prompts)
+      # The last batch is filled up, with prompts whose answers are cut off.
+      rows = np.arange(start, start + self._batch_size) % self.num_prompts
+      batch = {name: array[rows] for name, array in self._arrays.items()}
+      rollout = self.program(key, params, meshes.shard_batch(batch, self._mesh))
+      num_rows = (end - start) * self.num_samples
+      rollout = jax.tree.map(lambda x, n=num_rows: np.asarray(x)[:n], rollout)
+      texts = read(self._tokenizer, rollout, self._stop_strings)
+      yield range(start, end), texts, rollout.finished
+
+
+def collect(
+  path: str | os.PathLike[str],
+  responder: Responder,
+  params: Any,
+  prompts: Sequence[str],
+  score: Callable[..., tuple[np.ndarray, list[dict[str, Any]]]],
+  *,
+  draw: int | None = None,
+  progress: Callable[[int, list[dict[str, Any]]], None] = lambda n, rows: None,
+) -> list[dict[str, Any]]:
+  """Draws and scores the responses to all prompts, into a file.
+
+  Every batch is on disk before the next is drawn. If the file is there
+  already, from a call that was stopped, the prompts that it answers in full
+  are not asked again; the outcome is the same. A response that ran out of
+  length is never right.
+
+  Args:
+    path: the file, of JSON lines.
+    responder: for N prompts, K responses to each.
+    params: parameters of the policy; those of the call that was stopped.
+    prompts: N texts, which are scored.
+    score: `(prompts, responses) -> (scores, parts)`.
+    draw: see `Responder.batches`.
+    progress: called after each batch with the number of prompts that are
+      answered, and the batch's rows.
+
+  Returns:
+    N K rows of `records` with `index` and `sample`, in this order, and
+    `finished`.
+
+  Raises:
+    ValueError: if the file holds rows of other prompts or another K.
+  """
+  num_samples = responder.num_samples
+  rows = _rows_so_far(path)
+  for number, row in enumerate(rows):
+    index, sample = divmod(number, num_samples)
+    expected = (index, sample, *prompts[index : index + 1])
+    if (row.get("index"), row.get("sample"), row.get("prompt")) != expected:
+      raise ValueError(
+        f"{path} holds samples of other prompts, from row {number + 1} on; "
+        "delete it or choose another workdir."
+      )
+  first = len(rows) // num_samples
+  if len(rows) % num_samples:
+    rows = rows[: first * num_samples]
+    data.write_jsonl(path, rows)
+  for indices, texts, finished in responder.batches(
+    params, first=first, draw=draw
+  ):
+    asked = [prompts[i] for i in indices for _ in range(num_samples)]
+    scores, parts = score(asked, texts)
+    scores, parts = scoring.unfinished_are_wrong(scores, parts, finished)
+    batch = [
+      {"index": indices[0] + i // num_samples, "sample": i % num_samples}
+      | row
+      | {"finished": bool(finished[i])}
+      for i, row in enumerate(records(asked, texts, scores, parts))
+    ]
+    data.append_jsonl(path, batch)
+    rows += batch
+    progress(indices[-1] + 1, batch)
+  return rows
+
+
+_FORCED = "forced.json"
+
+
+def save_forced(workdir: str | os.PathLike[str], forced: np.ndarray) -> None:
+  """Files which tokens a policy is to be sampled with.
+
+  Args:
+    workdir: of the policy.
+    forced: `[V + 1]` int, see `generation.sample`.
+  """
+  after = {str(i): int(forced[i]) for i in np.flatnonzero(forced[:-1] >= 0)}
+  data.write_jsonl(
+    os.path.join(workdir, _FORCED),
+    [{"vocab_size": len(forced) - 1, "first": int(forced[-1]), "after": after}],
+  )
+
+
+def load_forced(name: str) -> np.ndarray | None:
+  """The tokens that a policy is to be sampled with, if there are any.
+
+  Args:
+    name: of the policy, in any form that a flag --policy takes.
+
+  Returns:
+    `[V + 1]` int32, see `generation.sample`, or None.
+  """
+  path = os.path.join(name, _FORCED)
+  if not os.path.isfile(path):
+    return None
+  (found,) = data.read_jsonl(path)
+  forced = np.full(found["vocab_size"] + 1, -1, np.int32)
+  forced[-1] = found["first"]
+  for token, following in found["after"].items():
+    forced[int(token)] = following
+  return forced
+
+
+def _rows_so_far(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Rows of a file that may be absent, or lack the end of its last line."""
+  if not os.path.exists(path):
+    return []
+  data.append_jsonl(path, [])  # Cuts off what a killed writer left behind.
+  return data.read_jsonl(path) if os.path.getsize(path) else []

@@ -58,3 +58,34 @@ def scorer(
   function = functools.partial(tasks.score_all, scored_by, **score_options)
   function.description = description
   return function
+
+
+def unfinished_are_wrong(
+  scores: Sequence[float],
+  parts: Sequence[Mapping[str, Any]],
+  finished: Sequence[bool],
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+  """Takes back what responses earned that ran out of length.
+
+  Such a response is never right, even if an answer stands in it: its score is
+  0, it is not correct, and it has no answer to vote with.
+
+  Args:
+    scores: N numbers.
+    parts: N dicts.
+    finished: N truth values, False where a response was cut.
+
+  Returns:
+    `[N]` float32 scores and N dicts.
+  """
+  judged = []
+  for part, is_finished in zip(parts, finished, strict=True):
+    judged.append(dict(part))
+    if not is_finished:
+      for name in ("is_correct", "is_valid"):
+        if name in part:
+          judged[-1][name] = False
+      if "answer" in part:
+        judged[-1]["answer"] = None
+  scores = np.asarray(scores, np.float32)
+  return np.where(np.asarray(finished, bool), scores, np.float32(0)), judged

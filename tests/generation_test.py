@@ -113,6 +113,43 @@ class SampleTest(parameterized.TestCase):
         samples.log_probs[row, 0], _log_softmax(logits)[drawn[row]], rtol=1e-5
       )
 
+  def test_forced_tokens(self):
+    # 5 comes first and behind every 2; all else is drawn as it would be.
+    forced = np.full(VOCAB + 1, -1, np.int32)
+    forced[VOCAB] = forced[2] = 5
+    options = dict(
+      params=self.params,
+      ids=self.ids,
+      mask=self.mask,
+      num_samples=20,
+      stop_ids=(0,),
+      pad_id=2,  # What follows the end is not forced.
+    )
+    samples = _sample(forced=forced, **options)
+    ids = np.asarray(samples.response_ids)
+    alive = np.asarray(samples.response_mask)
+    after_two = (ids[:, :-1] == 2) & alive[:, 1:]
+    self.assertGreater(after_two.sum(), 4)
+    self.assertTrue((ids[:, 0] == 5).all())
+    self.assertTrue((ids[:, 1:][after_two] == 5).all())
+    self.assertTrue((ids[~alive] == 2).all())
+    is_forced = np.zeros_like(alive)
+    is_forced[:, 0], is_forced[:, 1:] = True, after_two
+    table = np.asarray(self.params["table"], np.float64)
+    for row, step in np.argwhere(alive):
+      found = float(samples.log_probs[row, step])
+      if is_forced[row, step]:
+        self.assertEqual(found, 0.0)
+        continue
+      position = int(self.mask[row // 20].sum()) + step - 1
+      expected = _log_softmax(table[position, ids[row, step - 1]])
+      self.assertAlmostEqual(found, expected[ids[row, step]], places=4)
+    # A table that forces nothing changes nothing.
+    free = _sample(forced=np.full(VOCAB + 1, -1, np.int32), **options)
+    np.testing.assert_array_equal(
+      free.response_ids, _sample(**options).response_ids
+    )
+
   def test_truncation_is_told_apart(self):
     samples = _sample(
       params=self.params,

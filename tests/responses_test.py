@@ -2,6 +2,8 @@
 
 import collections
 import functools
+import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +204,96 @@ class ResponderTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "end token"):
       _responder(tokenizer=no_end)
     _responder(tokenizer=no_end, stop_at_eos=False)
+
+
+class CollectTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.params = _params()
+    self.folder = self.enter_context(tempfile.TemporaryDirectory())
+    self.path = pathlib.Path(self.folder, "a", "x.jsonl")
+    self.asked = []
+
+  def score(self, prompts, replies):
+    self.asked += prompts
+    scores = np.float32([len(reply) for reply in replies])
+    return scores, [{"is_correct": True, "answer": reply} for reply in replies]
+
+  def collect(self, num_samples=3, prompts=PROMPTS, **options):
+    responder = _responder(
+      prompts, settings=SAMPLED, batch_size=2, num_samples=num_samples
+    )
+    return responses.collect(
+      self.path, responder, self.params, prompts, self.score, **options
+    )
+
+  def test_rows(self):
+    seen = []
+    rows = self.collect(progress=lambda done, batch: seen.append(done))
+    self.assertEqual(seen, [2, 4, 6, 7])
+    places = [(row["index"], row["sample"]) for row in rows]
+    self.assertEqual(places, [(i, j) for i in range(7) for j in range(3)])
+    self.assertEqual(
+      [row["prompt"] for row in rows], np.repeat(PROMPTS, 3).tolist()
+    )
+    self.assertEqual(data.read_jsonl(self.path), rows)
+    # They are those that the responder gives.
+    responder = _responder(settings=SAMPLED, batch_size=7, num_samples=3)
+    self.assertEqual([row["response"] for row in rows], responder(self.params))
+    ended = [
+      bool(ended)
+      for *_, batch in responder.batches(self.params)
+      for ended in batch
+    ]
+    self.assertEqual([row["finished"] for row in rows], ended)
+    self.assertContainsSubset([True, False], ended)
+    for row in rows:
+      # What ran out of length earned nothing and has no answer.
+      self.assertEqual(row["parts"]["is_correct"], row["finished"])
+      expected = row["response"] if row["finished"] else None
+      self.assertEqual(row["parts"]["answer"], expected)
+      self.assertEqual(row["reward"], len(row["response"]) * row["finished"])
+
+  @parameterized.parameters(0, 1, 2, 3, 5, 6)
+  def test_killed_and_called_again(self, num_rows):
+    whole = self.collect()
+    content = self.path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    # Killed within a row.
+    self.path.write_bytes(b"".join(lines[:num_rows]) + lines[num_rows][:20])
+    self.asked = []
+    self.assertEqual(self.collect(), whole)
+    self.assertEqual(self.path.read_bytes(), content)
+    # Prompts that were answered in full are not asked again.
+    self.assertLen(self.asked, 21 - 3 * (num_rows // 3))
+    self.asked = []
+    self.assertEqual(self.collect(), whole)
+    self.assertEqual(self.asked, [])
+
+  def test_further_draws(self):
+    first = self.collect(draw=1)
+    self.path.unlink()
+    self.assertNotEqual(self.collect(draw=2), first)
+    self.path.unlink()
+    self.assertEqual(self.collect(draw=1), first)
+
+  def test_file_of_something_else(self):
+    self.collect()
+    for options in (
+      {"num_samples": 2},
+      {"prompts": PROMPTS[1:]},
+      {"prompts": PROMPTS[:-1]},
+    ):
+      with self.assertRaisesRegex(ValueError, "samples of other prompts, from"):
+        self.collect(**options)
+
+  def test_forced_tokens_are_filed(self):
+    self.assertIsNone(responses.load_forced(self.folder))
+    self.assertIsNone(responses.load_forced("smollm2-135m"))
+    forced = np.full(8, -1, np.int32)
+    forced[[2, 7]] = 5
+    responses.save_forced(self.folder, forced)
+    np.testing.assert_array_equal(responses.load_forced(self.folder), forced)
 
 
 class ReadTest(parameterized.TestCase):
