@@ -79,6 +79,8 @@ flags.DEFINE_float("learning_rate", 1e-3, "Highest, of AdamW.")
 flags.DEFINE_enum(
   "schedule", "cosine", ["constant", "cosine"], "After warm-up."
 )
+flags.DEFINE_integer("schedule_steps", 0, "It decays over these; 0: steps.")
+flags.DEFINE_float("final_learning_rate", 0.0, "Where cosine ends.")
 flags.DEFINE_integer("warmup_steps", 0, "Updates.")
 flags.DEFINE_float("weight_decay", 0.1, "Of AdamW.")
 flags.DEFINE_float("max_grad_norm", 1.0, "0: no clipping.")
@@ -93,6 +95,11 @@ def main(_):
   runs.check_positive(
     FLAGS, "steps", "batch_size", "eval_every", "save_every", "num_eval_prompts"
   )
+  if FLAGS.schedule_steps and FLAGS.schedule_steps < FLAGS.steps:
+    raise ValueError(
+      f"--schedule_steps={FLAGS.schedule_steps} must not be fewer than the "
+      f"--steps={FLAGS.steps}."
+    )
   may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
   in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
@@ -147,8 +154,10 @@ def main(_):
     init_value=0.0 if FLAGS.warmup_steps else FLAGS.learning_rate,
     peak_value=FLAGS.learning_rate,
     warmup_steps=FLAGS.warmup_steps,
-    decay_steps=FLAGS.steps,
-    end_value=FLAGS.learning_rate if FLAGS.schedule == "constant" else 0.0,
+    decay_steps=FLAGS.schedule_steps or FLAGS.steps,
+    end_value=FLAGS.learning_rate
+    if FLAGS.schedule == "constant"
+    else FLAGS.final_learning_rate,
   )
   optimizer = optax.chain(
     optax.clip_by_global_norm(FLAGS.max_grad_norm or math.inf),

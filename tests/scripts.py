@@ -114,8 +114,8 @@ def drive(script, runs, devices=1):
   raise AssertionError(f"{script} died:\n{done.stdout}\n{done.stderr}")
 
 
-def run_until_killed(script, workdir, *flags, num_rows):
-  """Starts a script and ends it with -9 once it has written so many rows."""
+def run_until_killed(script, workdir, *flags, num_rows, name="metrics.jsonl"):
+  """Starts a script and ends it with -9 once a file has so many rows."""
   process = subprocess.Popen(
     [sys.executable, script, *arguments(workdir, *flags)],
     cwd=conftest.REPOSITORY,
@@ -124,14 +124,14 @@ def run_until_killed(script, workdir, *flags, num_rows):
     stderr=subprocess.DEVNULL,
   )
   try:
-    wait_for_rows(process, workdir, num_rows)
+    wait_for_rows(process, workdir, num_rows, name)
   finally:
     process.kill()
     process.wait()
 
 
-def wait_for_rows(process, workdir, count):
-  path = pathlib.Path(workdir) / "metrics.jsonl"
+def wait_for_rows(process, workdir, count, name="metrics.jsonl"):
+  path = pathlib.Path(workdir) / name
   deadline = time.monotonic() + 300
   while time.monotonic() < deadline:
     if path.exists() and path.read_text().count("\n") >= count:
@@ -139,7 +139,7 @@ def wait_for_rows(process, workdir, count):
     if process.poll() is not None:
       raise AssertionError("the run ended before it could be stopped")
     time.sleep(0.01)
-  raise AssertionError("the run wrote no metrics")
+  raise AssertionError(f"the run did not write {count} rows of {name}")
 
 
 def rows(workdir, name="metrics.jsonl"):

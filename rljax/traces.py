@@ -1,0 +1,244 @@
+"""Reasoning traces as texts: their steps, their duplicates, what is kept.
+
+A trace is a response; a step is one of its lines, with the line feed that ends
+it. Rows are those of `responses.collect`.
+"""
+
+import collections
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+
+# A calculation and its result, as in "48/2=24" or "3 x 4 = 12".
+_EQUATION = re.compile(r"[\d(][\d\s.,+\-*/x×÷()%$]{0,200}=\s*\$?-?[\d.,]*\d")
+
+
+def whitespace_key(text: str) -> str:
+  """The text with every run of blanks and line feeds made one blank."""
+  return " ".join(text.split())
+
+
+def equation_key(text: str) -> str:
+  """The calculations of a trace in their order, whatever stands between.
+
+  Two traces that calculate the same have the same key; one without any
+  calculation has that of its text.
+
+  Source:
+    Yuan et al. (2023), "Scaling Relationship on Learning Mathematical
+    Reasoning with Large Language Models", who call traces with the same list
+    of equations the same.
+  """
+  equations = [
+    re.sub(r"[\s$,]", "", found) for found in _EQUATION.findall(text)
+  ]
+  return ";".join(equations) or whitespace_key(text)
+
+
+KEYS = {"text": whitespace_key, "equations": equation_key}
+
+
+def is_kept(row: Row) -> bool:
+  """Whether a sample is a demonstration: right, and ended by the policy."""
+  return bool(row["finished"]) and bool(row["parts"].get("is_correct"))
+
+
+def add_distinct(
+  kept: Sequence[Row],
+  samples: Iterable[Row],
+  *,
+  keep: Callable[[Row], bool] = is_kept,
+  key: Callable[[str], str] = whitespace_key,
+  max_per_prompt: int = 0,
+) -> tuple[list[Row], dict[str, int]]:
+  """The data of expert iteration after one more round: D ∪ R.
+
+  Every distinct trace of a prompt counts once, however often it was sampled:
+  otherwise easy prompts, which give many copies, would dominate. Of traces
+  with one key the first stays.
+
+  Args:
+    kept: D, rows with `prompt` and `response`.
+    samples: rows of this round.
+    keep: which of them are right enough to be in R.
+    key: what makes two traces of a prompt the same.
+    max_per_prompt: most traces of a prompt, those of D included; later ones
+      are left out. 0: no limit.
+
+  Returns:
+    The rows of D and behind them the new ones; and how many samples were
+    "wrong", were a "duplicate", were "over the limit" or are "new".
+  """
+  merged = list(kept)
+  seen = {(row["prompt"], key(row["response"])) for row in merged}
+  sizes = collections.Counter(row["prompt"] for row in merged)
+  counts = dict.fromkeys(("wrong", "duplicate", "over the limit", "new"), 0)
+  for row in samples:
+    name = (row["prompt"], key(row["response"]))
+    if not keep(row):
+      counts["wrong"] += 1
+    elif name in seen:
+      counts["duplicate"] += 1
+    elif max_per_prompt and sizes[row["prompt"]] >= max_per_prompt:
+      counts["over the limit"] += 1
+    else:
+      counts["new"] += 1
+      seen.add(name)
+      sizes[row["prompt"]] += 1
+      merged.append(row)
+  return merged, counts
+
+
+def steps(response: str) -> list[str]:
+  """The lines of a response, each with its line feed; empty ones are none.
+
+  Blank lines belong to the step before them, so that the steps joined are the
+  response. A response without any text has no step.
+  """
+  found: list[str] = []
+  for line in re.findall(r"[^\n]*\n|[^\n]+", response):
+    if found and not line.strip():
+      found[-1] += line
+    else:
+      found.append(line)
+  return found if response.strip() else []
+
+
+def prefixes(response: str) -> list[str]:
+  """What stands before the second, third, ... step: P_1 .. P_{L-1}."""
+  parts = steps(response)
+  return ["".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def value_labels(values: Sequence[float], *, threshold: float) -> list[bool]:
+  """Which steps are good: those from whose end enough completions are right.
+
+    g_i = V(P_i) ≥ θ,   P_i the prefix that includes step i
+
+  Args:
+    values: V(P_1) .. V(P_L), shares of right completions.
+    threshold: θ, inclusive.
+
+  Source:
+    Havrilla et al. (2024), "Teaching Large Language Models to Reason with
+    Reinforcement Learning", return-conditioned RL, with θ = 0.5.
+  """
+  return [value >= threshold for value in values]
+
+
+def advantage_labels(
+  values: Sequence[float], *, start_value: float
+) -> list[bool]:
+  """Which steps are good: those that do not lower the value.
+
+    g_i = V(P_i) - V(P_{i-1}) ≥ 0
+
+  Args:
+    values: V(P_1) .. V(P_L).
+    start_value: V(P_0), of the prompt alone.
+  """
+  before = [start_value, *values[:-1]]
+  return [value >= last for value, last in zip(values, before, strict=True)]
+
+
+def possible_labels(values: Sequence[float]) -> list[bool]:
+  """Which steps can still succeed: some completion of them was right.
+
+    g_i = ∃ j ≥ i: V(P_j) > 0
+
+  A step from which nothing was right is good all the same if a later one was:
+  it did not prevent that. This approximates the value of the best policy, not
+  of the one that sampled.
+
+  Source:
+    Havrilla et al. (2024), "GLoRe: When, Where, and How to Improve LLM
+    Reasoning via Global and Local Refinements", the labels of stepwise
+    outcome reward models, without their check that the completion uses the
+    result of the step.
+  """
+  labels, later = [], False
+  for value in reversed(values):
+    later = later or value > 0
+    labels.append(later)
+  return labels[::-1]
+
+
+def tagged(
+  response: str,
+  labels: Sequence[bool],
+  *,
+  tags: tuple[str, str],
+  slot: str = "",
+) -> list[tuple[str, str]]:
+  """A response with a tag in front of each step.
+
+  Args:
+    response: L steps.
+    labels: L truth values.
+    tags: of good steps, and of bad ones.
+    slot: a text at the head of each step whose place the tag takes; a step
+      without it gets the tag in front.
+
+  Returns:
+    L pairs (tag, rest of the step). Empty lines are left out.
+  """
+  # A tag comes right behind a line feed: there is one at the end of a step,
+  # and none behind the last.
+  parts = steps(response)
+  texts = [step.rstrip("\n") + "\n" for step in parts[:-1]]
+  texts += [step.rstrip("\n") for step in parts[-1:]]
+  return [
+    (tags[0] if is_good else tags[1], text.removeprefix(slot))
+    for text, is_good in zip(texts, labels, strict=True)
+  ]
+
+
+def mix(
+  is_correct: Sequence[bool], *, share: float, num_rows: int, seed: int
+) -> np.ndarray:
+  """Draws rows with a given share of right solutions, none of them twice.
+
+  Args:
+    is_correct: `[N]`, one per row.
+    share: of right ones in the outcome, rounded to whole rows.
+    num_rows: size of the outcome; 0: as many as there can be.
+    seed: of the draw.
+
+  Returns:
+    `[num_rows]` int64 indices, in random order.
+
+  Raises:
+    ValueError: if there are too few rows of one kind.
+  """
+  if not 0 <= share <= 1:
+    raise ValueError(f"share must lie in [0, 1], got {share}.")
+  is_correct = np.asarray(is_correct, bool)
+  right, wrong = np.flatnonzero(is_correct), np.flatnonzero(~is_correct)
+  if not num_rows:
+    most = [
+      len(rows) / part
+      for rows, part in ((right, share), (wrong, 1 - share))
+      if part > 0
+    ]
+    # A hair more, or .1 + .2 would count as a row less.
+    num_rows = int(min(most) + 1e-9)
+  num_right = round(share * num_rows)
+  for name, rows, number in (
+    ("right", right, num_right),
+    ("wrong", wrong, num_rows - num_right),
+  ):
+    if number > len(rows):
+      raise ValueError(
+        f"A mix of {num_rows} rows of which {share:.0%} are right takes "
+        f"{number} {name} ones; there are {len(rows)}."
+      )
+  rng = np.random.default_rng(seed)
+  chosen = [
+    rng.permutation(right)[:num_right],
+    rng.permutation(wrong)[: num_rows - num_right],
+  ]
+  return rng.permutation(np.concatenate(chosen))
