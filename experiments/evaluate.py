@@ -12,15 +12,31 @@ the logged ones:
     --data=test.jsonl --reward_model=runs/reward_model --metrics=text,log \
     --reference=runs/reference --max_length=128
 
+Reasoning by 32 samples of a question and a greedy one: how many are right, how
+their vote is, and what is among them that the first policy does not write:
+  python experiments/evaluate.py --workdir=runs/evaluation --stop_at_eos \
+    --policies=sft=runs/sft,ei=runs/ei,ei=runs/ei_1 --task=reasoning \
+    --max_length=24 --num_samples=32 --k=1,8,32 --temperature=0.7 \
+    --reference=runs/sft --new_vs=sft --rerank_model=runs/outcome_reward_model
+
 Writes every response with its score (`samples.jsonl`), the table
 (`summary.json`), and, where the policies are workdirs of training runs, their
-learning curves in one picture (`arms.png`).
+learning curves in one picture (`arms.png`). Of reasoning also every metric by
+seed (`metrics.json`), what differs from the first policy (`differences.json`,
+`greedy.json`), and every question by itself (`questions.jsonl`). Its samples
+are kept under `samples/`: a run that is started again draws those that are
+missing, or whose policy or settings have changed.
 """
 
 import collections
+import dataclasses
 import functools
+import json
 import os
+import pathlib
+import re
 
+import jax
 import numpy as np
 from absl import app, flags
 
@@ -37,10 +53,11 @@ from rljax import (
   sampling,
   scoring,
   tasks,
+  traces,
 )
 from rljax.models import hf
 
-METRICS = ("answers", "text", "log")
+METRICS = ("answers", "text", "log", "reasoning")
 
 # Run.
 flags.DEFINE_string("workdir", None, "Where results go.", required=True)
@@ -71,19 +88,43 @@ flags.DEFINE_integer("reward_length", 512, "Tokens that it reads.")
 flags.DEFINE_integer("batch_size", 256, "Texts at the same time.")
 flags.DEFINE_integer("max_length", 1, "Response tokens.")
 flags.DEFINE_bool("greedy", True, "Else sampled with the settings below.")
+flags.DEFINE_integer("num_samples", 1, "K of reasoning, beside a greedy one.")
 flags.DEFINE_float("temperature", 1.0, "Where not greedy.")
 flags.DEFINE_float("top_p", 1.0, "1: off.")
 flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
 flags.DEFINE_list("stop_strings", [], r"Texts that end a response; \n too.")
+flags.DEFINE_bool("forced_tags", True, "Of policies that bring some along.")
 # What is measured beside the reward.
 flags.DEFINE_list(
   "metrics",
   [],
-  f"Some of {', '.join(METRICS)}; empty: answers, or text with a classifier.",
+  f"Some of {', '.join(METRICS)}; empty: reasoning if there are several "
+  "samples, text with a classifier, else answers.",
 )
 flags.DEFINE_integer("max_response_length", 512, "Tokens of logged replies.")
-flags.DEFINE_list("reference", [], "Of log: one, or one for each seed.")
+flags.DEFINE_list(
+  "reference", [], "Of log and reasoning: one, or one for each seed."
+)
 flags.DEFINE_float("clip_epsilon", 0.9, "Of log: the bounds of ratios.")
+flags.DEFINE_list("k", [], "Of pass@k; empty: --num_samples.")
+flags.DEFINE_enum(
+  "ties",
+  "expected",
+  ["expected", "first_seen"],
+  "Of votes: one of the winners at random, on average, or the first.",
+)
+flags.DEFINE_enum(
+  "trace_key", "text", sorted(traces.KEYS), "What makes two traces the same."
+)
+flags.DEFINE_string(
+  "rerank_model", "", "A classifier that weighs samples, read as --reward_*."
+)
+flags.DEFINE_string(
+  "new_vs", "", "The label whose samples make a trace of others known."
+)
+flags.DEFINE_string(
+  "new_vs_samples", "", "Or a file of samples, at least 4 K of each prompt."
+)
 FLAGS = flags.FLAGS
 
 TAIL = 50
@@ -110,7 +151,9 @@ PANELS = {
 
 
 def main(_):
-  runs.check_positive(FLAGS, "num_prompts", "batch_size", "max_length")
+  runs.check_positive(
+    FLAGS, "num_prompts", "batch_size", "max_length", "num_samples"
+  )
   arms = collections.defaultdict(list)
   for entry in FLAGS.policies or []:
     label, equals, name = entry.rpartition("=")
@@ -119,6 +162,8 @@ def main(_):
     raise ValueError("--policies names no model; give label=model,...")
   if not FLAGS.metrics:
     FLAGS.metrics = ["text" if FLAGS.reward_model else "answers"]
+    if FLAGS.num_samples > 1:
+      FLAGS.metrics = ["reasoning"]
   scorer_is_named = FLAGS.reward_model or not FLAGS["task"].using_default_value
   if FLAGS.data and not scorer_is_named:
     raise ValueError(
@@ -135,6 +180,8 @@ def main(_):
     raise ValueError(
       f"--clip_epsilon must lie between 0 and 1, got {FLAGS.clip_epsilon}."
     )
+  if "reasoning" in FLAGS.metrics or FLAGS.num_samples != 1:
+    check_reasoning_flags(arms)
   if os.path.exists(os.path.join(FLAGS.workdir, "checkpoints")):
     raise ValueError(
       f"--workdir={FLAGS.workdir} holds a training run, whose files an "
@@ -154,18 +201,14 @@ def main(_):
     mesh=mesh,
   )
   rows = prompts_of()
+  if "reasoning" in FLAGS.metrics:
+    compare_reasoning(arms, rows, score, mesh)
+    return
 
   table, samples, scores_of = {}, [], {}
   for label, names in arms.items():
     seeds, prompts = [], None
-    if len(FLAGS.reference) not in (0, 1, len(names)):
-      raise ValueError(
-        f"--reference names {len(FLAGS.reference)} models, and {label} has "
-        f"{len(names)} seeds; give one for all, or one for each."
-      )
-    # Every seed has its own reference, or all have the same.
-    references = FLAGS.reference or [""]
-    references *= len(names) // len(references)
+    references = references_of(label, names)
     for name, ratios_to in zip(names, references, strict=True):
       asked, replies, more = respond(name, rows, ratios_to, mesh)
       if prompts not in (None, asked):
@@ -206,6 +249,32 @@ def main(_):
       table[label][f"reward - {first}"] = interval(
         evaluation.paired_interval(scores_of[label], scores_of[first])
       )
+  with logs.Logs(FLAGS.workdir, total_steps=1, tensorboard=False) as log:
+    log.samples(0, samples)
+    note_repeated(prompts, log)
+    log.summary(table, title=title_of(prompts))
+    training(arms, log)
+
+
+def note_repeated(prompts, log):
+  """Says if prompts are asked twice."""
+  if len(set(prompts)) < len(prompts):
+    log.note(
+      f"{len(set(prompts))} of {len(prompts)} prompts are different, and the "
+      "others repeat them: intervals are narrower than they should be."
+    )
+
+
+def title_of(prompts):
+  """Of the table of all policies."""
+  return (
+    f"{FLAGS.data or f'{FLAGS.task}, {FLAGS.split}'}: {len(prompts)} prompts, "
+    "mean and 95 % bootstrap interval over prompts"
+  )
+
+
+def training(arms, log):
+  """The learning curves of the policies, and where they ended."""
   histories = {
     label: [history_of(name) for name in names] for label, names in arms.items()
   }
@@ -215,30 +284,28 @@ def main(_):
     for label, paths in histories.items()
     if all(map(has_rewards, paths))
   }
-  picture = os.path.join(FLAGS.workdir, "arms.png")
-  if histories:
-    report.compare(histories, picture, PANELS)
-  with logs.Logs(FLAGS.workdir, total_steps=1, tensorboard=False) as log:
-    log.samples(0, samples)
-    if len(set(prompts)) < len(prompts):
-      log.note(
-        f"{len(set(prompts))} of {len(prompts)} prompts are different, and the "
-        "others repeat them: intervals are narrower than they should be."
-      )
+  ends = tails(histories)
+  if any(ends.values()):
     log.summary(
-      table,
-      title=f"{FLAGS.data or f'{FLAGS.task}, {FLAGS.split}'}: {len(prompts)} "
-      "prompts, mean and 95 % bootstrap interval over prompts",
+      ends,
+      title=f"Samples of the last {TAIL} steps: mean and range over seeds",
+      file="training.json",
     )
-    ends = tails(histories)
-    if any(ends.values()):
-      log.summary(
-        ends,
-        title=f"Samples of the last {TAIL} steps: mean and range over seeds",
-        file="training.json",
-      )
-    if histories:
-      log.note(f"Learning curves: {picture}")
+  if histories:
+    picture = os.path.join(FLAGS.workdir, "arms.png")
+    report.compare(histories, picture, PANELS)
+    log.note(f"Learning curves: {picture}")
+
+
+def references_of(label, names):
+  """The reference of each seed: its own, or the one that all have."""
+  references = FLAGS.reference or [""]
+  if len(references) not in (1, len(names)):
+    raise ValueError(
+      f"--reference names {len(references)} models, and {label} has "
+      f"{len(names)} seeds; give one for all, or one for each."
+    )
+  return references * (len(names) // len(references))
 
 
 def prompts_of():
@@ -259,36 +326,54 @@ def prompts_of():
 def respond(name, rows, ratios_to, mesh):
   """Prompts and responses of one model, and what it says of logged replies."""
   loaded = hf.load(name, dtype=FLAGS.dtype)
-  model, tokenizer = loaded.model, loaded.tokenizer
   params = place(loaded, mesh)
-  encoded = logged.prepare(
+  encoded = encode(loaded.tokenizer, rows, FLAGS.too_long)
+  answer = responder_of(name, loaded, encoded, mesh, greedy=FLAGS.greedy)
+  more = {}
+  if "log" in FLAGS.metrics:
+    more = log_metrics(loaded, params, encoded, ratios_to, mesh)
+  return [row.prompt for row in encoded.rows], answer(params), more
+
+
+def encode(tokenizer, rows, too_long):
+  """Prompts, and replies if there are any, as ids."""
+  return logged.prepare(
     tokenizer,
     rows,
     prompt_format=FLAGS.prompt_format,
     max_prompt_length=FLAGS.max_prompt_length,
     max_response_length=FLAGS.max_response_length,
-    too_long=FLAGS.too_long,
+    too_long=too_long,
   )
-  answer = responses.Responder(
-    model,
-    tokenizer,
+
+
+def responder_of(name, loaded, encoded, mesh, *, greedy, num_samples=1):
+  """What answers the prompts."""
+  num_shards = meshes.num_batch_shards(mesh)
+  num_prompts = max(FLAGS.batch_size // num_samples // num_shards, 1)
+  return responses.Responder(
+    loaded.model,
+    loaded.tokenizer,
     encoded.prompt_ids,
     max_length=FLAGS.max_length,
     settings=sampling.Settings(
-      greedy=FLAGS.greedy,
-      temperature=1.0 if FLAGS.greedy else FLAGS.temperature,
-      top_p=1.0 if FLAGS.greedy else FLAGS.top_p,
+      greedy=greedy,
+      temperature=1.0 if greedy else FLAGS.temperature,
+      top_p=1.0 if greedy else FLAGS.top_p,
     ),
-    batch_size=FLAGS.batch_size,
+    batch_size=num_prompts * num_shards,
     mesh=mesh,
     seed=FLAGS.seed,
     stop_at_eos=FLAGS.stop_at_eos,
     stop_strings=runs.unescaped(FLAGS.stop_strings),
+    num_samples=num_samples,
+    forced=forced_of(name),
   )
-  more = {}
-  if "log" in FLAGS.metrics:
-    more = log_metrics(loaded, params, encoded, ratios_to, mesh)
-  return [row.prompt for row in encoded.rows], answer(params), more
+
+
+def forced_of(name):
+  """The tags of a return-conditioned policy, which it brings along."""
+  return responses.load_forced(name) if FLAGS.forced_tags else None
 
 
 def place(loaded, mesh):
@@ -368,6 +453,466 @@ def log_metrics(loaded, params, encoded, ratios_to, mesh):
       "tokens at the upper bound": np.mean(ratios[mask] >= high),
     }
   return metrics
+
+
+# Reasoning: several samples of a question, each right or wrong.
+
+
+def check_reasoning_flags(arms):
+  """Raises ValueError if they do not fit together."""
+  if FLAGS.metrics != ["reasoning"]:
+    raise ValueError(
+      f"--num_samples={FLAGS.num_samples} is for --metrics=reasoning, which "
+      f"stands alone; got --metrics={','.join(FLAGS.metrics)}."
+    )
+  if FLAGS.num_samples < 2:
+    raise ValueError(
+      "--metrics=reasoning needs several --num_samples, got "
+      f"{FLAGS.num_samples}."
+    )
+  if not FLAGS.stop_at_eos and not FLAGS.stop_strings:
+    raise ValueError(
+      "A response that does not end is never right, and nothing ends one: "
+      "give --stop_at_eos or --stop_strings."
+    )
+  if FLAGS.reward_model:
+    raise ValueError(
+      "--reward_model does not say what is right: leave the score to --task, "
+      "and give --rerank_model."
+    )
+  for k in FLAGS.k:
+    if not k.isdecimal() or not 1 <= int(k) <= FLAGS.num_samples:
+      raise ValueError(
+        f"--k must be numbers from 1 to --num_samples={FLAGS.num_samples}, "
+        f"got {k!r}."
+      )
+  if FLAGS.new_vs and FLAGS.new_vs_samples:
+    raise ValueError("Give --new_vs or --new_vs_samples, not both.")
+  if FLAGS.new_vs and FLAGS.new_vs not in arms:
+    raise ValueError(
+      f"--new_vs must be one of {', '.join(arms)}, got {FLAGS.new_vs}."
+    )
+  if len({file_name(label) for label in arms}) < len(arms):
+    raise ValueError(
+      f"The labels {', '.join(arms)} would share files; give others."
+    )
+  if jax.process_count() > 1:
+    raise ValueError("--metrics=reasoning runs in one process.")
+
+
+def compare_reasoning(arms, rows, score, mesh):
+  """Draws the samples of all policies, and sets them beside each other."""
+  references = {label: references_of(label, arms[label]) for label in arms}
+  if isinstance(rows[0].prompt, str):
+    _, (parts,) = score([rows[0].prompt], [""])  # What does it speak of?
+    if not {"is_correct", "answer"} <= parts.keys():
+      raise ValueError(
+        "--metrics=reasoning needs a task whose score says is_correct and "
+        f"answer; {FLAGS.task}'s says {', '.join(parts) or 'nothing'}."
+      )
+  reranker = None
+  if FLAGS.rerank_model:
+    reranker = scoring.scorer(
+      "",
+      {},
+      FLAGS.rerank_model,
+      transform=FLAGS.reward_transform,
+      template=FLAGS.reward_template,
+      max_length=FLAGS.reward_length,
+      batch_size=FLAGS.batch_size,
+      mesh=mesh,
+    )
+  from_file = read_known() if FLAGS.new_vs_samples else None
+  # Models one after another, then what they wrote, a policy at a time.
+  asked, files = None, {}
+  for label, names in arms.items():
+    for seed, name in enumerate(names):
+      found, files[label, seed] = draw(name, label, seed, rows, score, mesh)
+      if asked not in (None, found):
+        raise ValueError(
+          f"{name} was left {len(found)} prompts that are not those of "
+          "another policy; give --too_long=cut or a larger "
+          "--max_prompt_length."
+        )
+      asked = found
+  prompts = [row.prompt for row in asked]
+  known, num_known = None, 0
+  if FLAGS.new_vs or FLAGS.new_vs_samples:
+    known = known_traces(arms, files, prompts, from_file)
+    num_known = min(map(len, known))
+
+  pathlib.Path(FLAGS.workdir, "samples.jsonl").unlink(missing_ok=True)
+  columns = collections.defaultdict(list)  # Label -> by seed, name -> [N].
+  with logs.Logs(FLAGS.workdir, total_steps=1, tensorboard=False) as log:
+    note_repeated(prompts, log)
+    for label, names in arms.items():
+      for seed, name in enumerate(names):
+        greedy, samples = map(data.read_jsonl, files[label, seed])
+        scores = None
+        if reranker:
+          scores, _ = reranker(
+            [row["prompt"] for row in samples],
+            [row["response"] for row in samples],
+          )
+        found, right = questions(
+          greedy, samples, scores, None if label == FLAGS.new_vs else known
+        )
+        other = references[label][seed]
+        if other:
+          found |= trace_log_probs(other, asked, right, mesh)
+        columns[label].append(found)
+        about = {"arm": label, "model": name, "seed": seed}
+        log.samples(0, ({**about, "greedy": True, **row} for row in greedy))
+        log.samples(0, sample_records(about, samples, scores))
+    write_reasoning(columns, prompts, num_known, log)
+    training(arms, log)
+
+
+def draw(name, label, seed, rows, score, mesh):
+  """Draws what the workdir lacks of the greedy and the sampled responses.
+
+  Returns:
+    The rows that were asked, and the two files.
+  """
+  loaded = hf.load(name, dtype=FLAGS.dtype)
+  params = place(loaded, mesh)
+  encoded = encode(loaded.tokenizer, rows, FLAGS.too_long)
+  # As they were asked: the task does not know of a chat template.
+  as_asked = {row.place: row for row in rows}
+  asked = [as_asked[row.place] for row in encoded.rows]
+  if not all(isinstance(row.prompt, str) for row in asked):
+    asked = encoded.rows
+  files = []
+  for kind, num_samples in (("greedy", 1), ("sampled", FLAGS.num_samples)):
+    path = pathlib.Path(
+      FLAGS.workdir, "samples", f"{file_name(label)}-{seed}-{kind}.jsonl"
+    )
+    is_greedy = kind == "greedy"
+    made_of = reference.describe(
+      encoded,
+      params,
+      loaded.tokenizer,
+      config=loaded.model.config.to_hf(),
+      asked=logged.fingerprint(asked),
+      score=score.description,
+      num_samples=num_samples,
+      temperature=None if is_greedy else FLAGS.temperature,
+      top_p=None if is_greedy else FLAGS.top_p,
+      seed=None if is_greedy else FLAGS.seed,
+      max_length=FLAGS.max_length,
+      stop_at_eos=FLAGS.stop_at_eos,
+      stop_strings=FLAGS.stop_strings,
+      has_tags=forced_of(name) is not None,
+      dtype=FLAGS.dtype,
+    )
+    forget_others(path, made_of)
+    responses.collect(
+      path,
+      responder_of(
+        name,
+        loaded,
+        encoded,
+        mesh,
+        greedy=is_greedy,
+        num_samples=num_samples,
+      ),
+      params,
+      [row.prompt for row in asked],
+      score,
+      progress=functools.partial(show_progress, path.stem, len(asked)),
+    )
+    files.append(path)
+  return asked, files
+
+
+def file_name(label):
+  """A label as part of a file's name."""
+  return re.sub(r"[^\w.-]+", "_", label)
+
+
+def forget_others(path, made_of):
+  """Removes samples that were made of something else than what is named."""
+  manifest = path.with_suffix(".json")
+  text = json.dumps(made_of, indent=2, sort_keys=True, default=str) + "\n"
+  if path.exists() and manifest.exists() and manifest.read_text() == text:
+    return
+  if path.exists():
+    print(f"{path} is of another policy or other flags: drawn again.")
+    path.unlink()
+  # Before the first sample: no sample is ever beside another's manifest.
+  path.parent.mkdir(parents=True, exist_ok=True)
+  manifest.write_text(text)
+
+
+def show_progress(name, num_prompts, num_answered, rows):
+  """A line for each batch."""
+  right = np.mean([row["parts"].get("is_correct", False) for row in rows])
+  print(
+    f"{name}: {num_answered} of {num_prompts}, {right:.1%} right", flush=True
+  )
+
+
+def read_known():
+  """The rows of a file of samples, of one policy."""
+  name = FLAGS.new_vs_samples
+  rows = data.read_jsonl(name, required=("prompt", "response"))
+  if len({row.get("arm") for row in rows}) > 1:
+    raise ValueError(
+      f"--new_vs_samples={name} holds several policies; name a file of one, "
+      "such as those of samples/."
+    )
+  return [row for row in rows if not row.get("greedy")]
+
+
+def known_traces(arms, files, prompts, rows):
+  """Per prompt what the other policy wrote: by these rows, or by its files."""
+  if rows is None:
+    seeds = range(len(arms[FLAGS.new_vs]))
+    rows = sum((data.read_jsonl(files[FLAGS.new_vs, s][1]) for s in seeds), [])
+  written = collections.defaultdict(list)
+  for row in rows:
+    written[row["prompt"]].append(row["response"])
+  for prompt in prompts:
+    if prompt not in written:
+      raise ValueError(
+        f"--new_vs_samples={FLAGS.new_vs_samples} has no sample for the prompt "
+        f"{prompt[:60]!r}."
+      )
+  return [written[prompt] for prompt in prompts]
+
+
+def questions(greedy, samples, scores, known):
+  """What the samples of one policy say of each question.
+
+  Args:
+    greedy: N rows.
+    samples: N K rows.
+    scores: `[N K]` of the classifier, or None.
+    known: per question the texts of another policy, or None.
+
+  Returns:
+    Name to `[N]` numbers, and per question its different right traces.
+  """
+  columns, right = collections.defaultdict(list), []
+  num_samples, key = FLAGS.num_samples, traces.KEYS[FLAGS.trace_key]
+  for i, first in enumerate(greedy):
+    group = slice(i * num_samples, (i + 1) * num_samples)
+    texts = [row["response"] for row in samples[group]]
+    parts = [row["parts"] for row in samples[group]]
+    finished = [row["finished"] for row in samples[group]]
+    answers = [part["answer"] for part in parts]
+    # A response that did not end is wrong and does not vote; see `collect`.
+    is_correct = [part["is_correct"] for part in parts]
+    vote = functools.partial(
+      evaluation.majority_vote, answers, is_correct, ties=FLAGS.ties
+    )
+    right.append(evaluation.correct_traces(texts, is_correct, key=key))
+    found = {
+      "greedy": first["parts"]["is_correct"],
+      "correct": sum(is_correct),
+      "vote": vote(),
+      "unique": len(right[-1]),
+      "unfinished": num_samples - sum(finished),
+      "no_answer": sum(
+        ended and answer is None
+        for ended, answer in zip(finished, answers, strict=True)
+      ),
+      "characters": sum(map(len, texts)),
+    }
+    if scores is not None:
+      found["rerank"] = evaluation.rerank(answers, is_correct, scores[group])
+      if not FLAGS.reward_transform.startswith("raw"):  # Votes are >= 0.
+        found["weighted_vote"] = vote(weights=scores[group])
+    if "is_valid" in samples[0]["parts"]:
+      is_valid = [part["is_valid"] for part in parts]
+      found["valid"] = sum(is_valid)
+      found["unique_valid"] = evaluation.unique_correct(
+        texts, is_valid, key=key
+      )
+    if known is not None:
+      found["new"], _ = evaluation.new_traces(
+        texts, is_correct, known[i], key=key
+      )
+    for name, value in found.items():
+      columns[name].append(value)
+  return {n: np.array(values) for n, values in columns.items()}, right
+
+
+def trace_log_probs(name, asked, right, mesh):
+  """How likely another policy finds right traces, summed by question."""
+  sums, counts = np.zeros(len(right)), np.zeros(len(right))
+  rows = [
+    dataclasses.replace(
+      row,
+      candidates=tuple(candidates),
+      rewards=None,
+      response_ids=None,
+      place=str(i),
+    )
+    for i, (row, candidates) in enumerate(zip(asked, right, strict=True))
+    if candidates
+  ]
+  if rows:
+    loaded, params = reference_of(name, mesh)
+    encoded = encode(loaded.tokenizer, rows, "skip")
+    data.check_positions(
+      sum(reference.lengths(encoded)), loaded.model.config.max_positions
+    )
+    log_probs = reference.response_log_probs(
+      loaded.model, params, encoded, batch_size=FLAGS.batch_size, mesh=mesh
+    )
+    for row, candidates, found in zip(
+      encoded.rows, encoded.response_ids, log_probs, strict=True
+    ):
+      counts[int(row.place)] = len(candidates)
+      for ids, values in zip(candidates, found, strict=False):
+        # Where no end token is drawn, it is not asked about.
+        length = len(ids) if FLAGS.stop_at_eos else len(ids) - 1
+        sums[int(row.place)] += values[:length].sum(dtype=np.float64)
+  return {"trace_log_prob": sums, "scored_traces": counts}
+
+
+@functools.lru_cache(maxsize=1)
+def reference_of(name, mesh):
+  """A model and its parameters on the mesh."""
+  loaded = hf.load(name, dtype=FLAGS.dtype)
+  return loaded, place(loaded, mesh)
+
+
+def sample_records(about, samples, scores):
+  """Lines for `samples.jsonl`, one after another."""
+  for i, row in enumerate(samples):
+    more = {} if scores is None else {"rerank_score": float(scores[i])}
+    yield {**about, "greedy": False, **row, **more}
+
+
+def reasoning_metrics(columns):
+  """Metrics as ratios of sums over questions: name to parts and wholes."""
+  num_samples = FLAGS.num_samples
+  one = np.ones(len(columns["greedy"]))
+  metrics = {
+    "maj@1": (columns["greedy"], one),
+    "p@1": (columns["correct"] / num_samples, one),
+    f"maj@{num_samples}": (columns["vote"], one),
+  }
+  for name, title in (("rerank", "rerank"), ("weighted_vote", "weighted maj")):
+    if name in columns:
+      metrics[f"{title}@{num_samples}"] = columns[name], one
+  for k in map(int, FLAGS.k or [num_samples]):
+    passed = evaluation.pass_at_k(num_samples, columns["correct"], k)
+    metrics[f"pass@{k}"] = passed, one
+  metrics["solved"] = columns["correct"] > 0, one
+  metrics["unique correct"] = columns["unique"], one
+  if "valid" in columns:
+    metrics["unique valid"] = columns["unique_valid"], one
+    metrics["valid of correct"] = columns["valid"], columns["correct"]
+  for name in ("no_answer", "unfinished", "characters"):
+    metrics[name.replace("_", " ")] = columns[name] / num_samples, one
+  if "new" in columns:
+    metrics["new traces"] = columns["new"], columns["unique"]
+  if "trace_log_prob" in columns:
+    metrics["reference log-prob"] = (
+      columns["trace_log_prob"],
+      columns["scored_traces"],
+    )
+  return metrics
+
+
+def write_reasoning(columns, prompts, num_known, log):
+  """Tables and files of what was found, from label to columns by seed."""
+  by_seed = {
+    label: [reasoning_metrics(seed) for seed in seeds]
+    for label, seeds in columns.items()
+  }
+  # Seeds answer the same questions: add them up first, then resample those.
+  summed = {
+    label: {
+      name: tuple(sum(seed[name][i] for seed in seeds) for i in range(2))
+      for name in seeds[0]
+    }
+    for label, seeds in by_seed.items()
+  }
+  first = next(iter(columns))
+  table, differences, outcomes, single = {}, {}, {}, {}
+  for label, metrics in summed.items():
+    table[label] = {"seeds": len(columns[label])}
+    differences[label], single[label] = {}, {}
+    for name, (parts, wholes) in metrics.items():
+      single[label][name] = [ratio(*seed[name]) for seed in by_seed[label]]
+      table[label][name] = "-"
+      if not np.any(wholes):
+        continue
+      table[label][name] = interval(evaluation.ratio_interval(parts, wholes))
+      baseline = summed[first].get(name)
+      if label != first and baseline and np.any(baseline[1]):
+        differences[label][name] = interval(
+          evaluation.ratio_interval(parts, wholes, baseline=baseline)
+        )
+    if "new traces" in metrics:
+      table[label]["K' of new traces"] = num_known
+    if label == first:
+      continue
+    for seed, found in enumerate(columns[label]):
+      # Against the seed in its place, or the only one.
+      other = seed % len(columns[first])
+      counts, p_value = evaluation.mcnemar(
+        found["greedy"], columns[first][other]["greedy"]
+      )
+      outcomes[f"{label} {seed}, {first} {other}"] = {
+        "both right": counts["both"],
+        "only the former": counts["only_first"],
+        "only the latter": counts["only_second"],
+        "neither": counts["neither"],
+        "p (McNemar, exact)": p_value,
+      }
+  del differences[first]
+  settings = f"{FLAGS.num_samples} samples, temperature {FLAGS.temperature:g}"
+  log.summary(table, title=f"{title_of(prompts)}; {settings}")
+  if differences:
+    log.summary(
+      differences,
+      title=f"The same minus {first}, question by question",
+      file="differences.json",
+    )
+    log.summary(
+      outcomes, title="Greedy answers, by question", file="greedy.json"
+    )
+  if 0 < num_known < 4 * FLAGS.num_samples:
+    log.note(
+      f"New traces are those that K' = {num_known} samples lack. That is less "
+      f"than 4 K = {4 * FLAGS.num_samples}: many are new by chance alone."
+    )
+  path = pathlib.Path(FLAGS.workdir, "metrics.json")
+  path.write_text(json.dumps(single, indent=2, ensure_ascii=False) + "\n")
+  data.write_jsonl(
+    path.with_name("questions.jsonl"),
+    (
+      {
+        "index": i,
+        "prompt": prompt,
+        "policies": {
+          label: [
+            {
+              "greedy": bool(seed["greedy"][i]),
+              "correct": int(seed["correct"][i]),
+              "vote": float(seed["vote"][i]),
+            }
+            for seed in seeds
+          ]
+          for label, seeds in columns.items()
+        },
+      }
+      for i, prompt in enumerate(prompts)
+    ),
+  )
+
+
+def ratio(parts, wholes):
+  """Of two sums; None where there is nothing to divide by."""
+  return float(np.sum(parts) / np.sum(wholes)) if np.any(wholes) else None
+
+
+# Tables and curves.
 
 
 def mean_and_range(seeds):

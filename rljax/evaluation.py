@@ -1,11 +1,14 @@
-"""What scores, answers and texts say: intervals, diversity, overlap."""
+"""What scores, answers and texts say: intervals, votes, diversity, overlap."""
 
 import collections
+import math
 import statistics
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+
+from rljax import traces
 
 
 def mean_interval(
@@ -123,6 +126,316 @@ def proportion_interval(
   low = (center - half_width) / scale if num_successes else 0.0
   high = (center + half_width) / scale if num_successes < n else 1.0
   return share, low, high
+
+
+def ratio_interval(
+  parts: Sequence[float],
+  wholes: Sequence[float],
+  *,
+  baseline: tuple[Sequence[float], Sequence[float]] | None = None,
+  num_resamples: int = 2000,
+  seed: int = 0,
+  level: float = 0.95,
+) -> tuple[float, float, float]:
+  """A ratio of two sums over questions, with its interval.
+
+    r = Σ_i parts_i / Σ_i wholes_i,   or r minus that of the baseline
+
+  Where questions count for as much as they have, such as the valid ones among
+  all right samples, `mean_interval` of the ratios would be of something else,
+  and undefined where a whole is 0. Questions are resampled with both numbers.
+
+  Args:
+    parts: `[N]` float.
+    wholes: `[N]` float, >= 0.
+    baseline: parts and wholes of another policy on the same questions, which
+      are resampled together with these.
+    num_resamples: see `mean_interval`; likewise `seed` and `level`. Resamples
+      whose wholes add up to 0 are left out.
+    seed: of the draws.
+    level: share of the resampled ratios inside the interval.
+
+  Returns:
+    The ratio or the difference of two, low end, high end.
+
+  Raises:
+    ValueError: if shapes differ, a number is not finite, or wholes are
+      negative or all 0.
+  """
+  rows = np.array([parts, wholes, *(baseline or ())], np.float64)
+  if rows.ndim != 2 or not rows.size or not np.all(np.isfinite(rows)):
+    raise ValueError(
+      f"Parts and wholes must be finite and [N] all, got {rows.shape[1:]}."
+    )
+  if rows[1::2].min() < 0 or not rows[1::2].sum(axis=1).all():
+    raise ValueError("Wholes must not be negative, nor all of them 0.")
+  _check_level(level)
+
+  def ratios(sums):
+    """Of `[2, ...]` or, with a baseline, `[4, ...]` sums."""
+    found = sums[0] / sums[1]
+    return found - sums[2] / sums[3] if baseline else found
+
+  rng = np.random.default_rng(seed)
+  num_rows = rows.shape[1]
+  # Some resamples at a time: memory must not grow with N * num_resamples.
+  num_together = max(65_536 // num_rows, 1)
+  drawn = []
+  for start in range(0, num_resamples, num_together):
+    size = (min(num_together, num_resamples - start), num_rows)
+    picks = rng.integers(num_rows, size=size)
+    picks += num_rows * np.arange(size[0])[:, None]
+    counts = np.bincount(picks.ravel(), minlength=picks.size).reshape(size)
+    sums = rows @ counts.astype(np.float64).T
+    drawn.append(ratios(sums[:, sums[1::2].all(axis=0)]))
+  found = float(ratios(rows.sum(axis=1)))
+  drawn = np.concatenate(drawn)
+  low, high = np.quantile(
+    drawn if drawn.size else [found], [(1 - level) / 2, (1 + level) / 2]
+  )
+  return found, float(low), float(high)
+
+
+def mcnemar(
+  is_correct: Sequence[bool], other: Sequence[bool]
+) -> tuple[dict[str, int], float]:
+  """Counts who was right on the same questions, and how likely by chance.
+
+    p = min(1, 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c))
+
+  b and c are the numbers of questions that only one of the two got right. If
+  neither is better, they are as the heads and tails of a fair coin.
+
+  Args:
+    is_correct: `[N]` bool, of one policy.
+    other: `[N]` bool, of another, in the same order.
+
+  Returns:
+    `both`, `only_first`, `only_second` and `neither`, and the exact two-sided
+    p-value.
+
+  Raises:
+    ValueError: if the shapes differ.
+
+  Source:
+    McNemar (1947), "Note on the Sampling Error of the Difference between
+    Correlated Proportions or Percentages", in its exact binomial form.
+  """
+  a, b = np.asarray(is_correct), np.asarray(other)
+  if (
+    a.ndim != 1 or a.shape != b.shape or {a.dtype, b.dtype} != {np.dtype(bool)}
+  ):
+    raise ValueError(
+      "mcnemar needs two [N] arrays of bool, got "
+      f"{a.dtype} {a.shape} and {b.dtype} {b.shape}."
+    )
+  counts = {
+    "both": int(np.sum(a & b)),
+    "only_first": int(np.sum(a & ~b)),
+    "only_second": int(np.sum(~a & b)),
+    "neither": int(np.sum(~a & ~b)),
+  }
+  fewer, more = sorted([counts["only_first"], counts["only_second"]])
+  tail = sum(math.comb(fewer + more, i) for i in range(fewer + 1))
+  return counts, min(1.0, 2 * tail / 2 ** (fewer + more))
+
+
+# Samples of a question, each right or wrong.
+
+
+def pass_at_k(
+  num_samples: int | Sequence[int], num_correct: int | Sequence[int], k: int
+) -> np.ndarray:
+  """How likely one of k samples is right, where c of n were.
+
+    pass@k = 1 - C(n - c, k) / C(n, k)
+
+  It is the mean over all subsets of k, and unbiased for k draws of the policy;
+  `1 - (1 - c/n)^k` is not.
+
+  Args:
+    num_samples: n, an int or `[N]` ints.
+    num_correct: c, an int or `[N]` ints, between 0 and n.
+    k: between 1 and the smallest n.
+
+  Returns:
+    Float in [0, 1], of the shape of the arguments.
+
+  Raises:
+    ValueError: if k or a c is beyond these bounds.
+
+  Source:
+    Chen et al. (2021), "Evaluating Large Language Models Trained on Code",
+    equation 1.
+  """
+  n, c = np.broadcast_arrays(num_samples, num_correct)
+  if n.dtype.kind not in "iu" or c.dtype.kind not in "iu":
+    raise ValueError(f"pass@k needs whole numbers, got {n.dtype}, {c.dtype}.")
+  if np.any(c < 0) or np.any(c > n):
+    raise ValueError("num_correct must lie between 0 and num_samples.")
+  if k < 1 or np.any(n < k):
+    raise ValueError(
+      f"k must lie between 1 and the number of samples, got k={k} for "
+      f"{n.min(initial=k)} samples."
+    )
+  # C(n - c, k) / C(n, k), a factor at a time; one is 0 where k > n - c.
+  none_right = np.ones(n.shape)
+  for i in range(k):
+    none_right = none_right * (n - c - i) / (n - i)
+  return 1.0 - none_right
+
+
+def majority_vote(
+  answers: Sequence[Hashable | None],
+  is_correct: Sequence[bool],
+  *,
+  ties: Literal["expected", "first_seen"] = "expected",
+  weights: Sequence[float] | None = None,
+) -> float:
+  """How right the answer is that most samples of a question give.
+
+  An answer is right if a sample that voted for it is. The two can differ only
+  where more than the answer is judged; a sample that is wrong whatever it
+  says, as one that ran out of length, should get the answer None.
+
+  Args:
+    answers: K answers, normalised; None does not vote.
+    is_correct: K bool, of the samples.
+    ties: "expected" is the share of right answers among those with the most
+      votes: what choosing one at random earns on average. "first_seen" takes
+      the one that was given first.
+    weights: K votes, finite and >= 0, such as the scores of a reward model;
+      None: one each.
+
+  Returns:
+    A number in [0, 1]; 0 if nobody votes.
+
+  Raises:
+    ValueError: if lengths differ or a weight is negative or not finite.
+
+  Source:
+    Wang et al. (2023), "Self-Consistency Improves Chain of Thought Reasoning
+    in Language Models".
+  """
+  if ties not in ("expected", "first_seen"):
+    raise ValueError(f'ties must be "expected" or "first_seen", got {ties!r}.')
+  if weights is None:
+    weights = [1.0] * len(answers)
+  weights = _numbers("weights", weights, len(answers))
+  if min(weights, default=0.0) < 0:
+    raise ValueError(f"weights must not be negative, got {min(weights)}.")
+  votes, right = {}, {}
+  for answer, correct, weight in zip(answers, is_correct, weights, strict=True):
+    if answer is not None:
+      votes.setdefault(answer, []).append(weight)
+      right[answer] = right.get(answer, False) or bool(correct)
+  if not votes:
+    return 0.0
+  # Rounded once: equal votes stay equal in whatever order they came.
+  totals = {answer: math.fsum(votes[answer]) for answer in votes}
+  most = max(totals.values())
+  winners = [answer for answer, total in totals.items() if total == most]
+  if ties == "first_seen":
+    winners = winners[:1]
+  return sum(right[answer] for answer in winners) / len(winners)
+
+
+def rerank(
+  answers: Sequence[Hashable | None],
+  is_correct: Sequence[bool],
+  scores: Sequence[float],
+) -> float:
+  """Whether the sample with the highest score is right.
+
+  Args:
+    answers: K answers; a sample with None is never chosen.
+    is_correct: K bool.
+    scores: K finite numbers, such as the logits of a reward model.
+
+  Returns:
+    1 or 0, or the share of right ones among samples with the same highest
+    score; 0 if there is no answer.
+
+  Raises:
+    ValueError: if lengths differ or a score is not finite.
+  """
+  scores = _numbers("scores", scores, len(answers))
+  rows = zip(answers, is_correct, scores, strict=True)
+  rows = [(bool(ok), score) for answer, ok, score in rows if answer is not None]
+  highest = max((score for _, score in rows), default=None)
+  best = [ok for ok, score in rows if score == highest]
+  return sum(best) / len(best) if best else 0.0
+
+
+def solved_fraction(is_correct: np.ndarray) -> float:
+  """The share of questions with a right sample; `[N, K]` bool."""
+  is_correct = np.asarray(is_correct)
+  if is_correct.ndim != 2 or not is_correct.size:
+    raise ValueError(
+      f"solved_fraction needs [N, K] samples, got {is_correct.shape}."
+    )
+  return float(np.mean(is_correct.astype(bool).any(axis=1)))
+
+
+def correct_traces(
+  texts: Sequence[str],
+  is_correct: Sequence[bool],
+  *,
+  key: Callable[[str], Hashable] = traces.whitespace_key,
+) -> list[str]:
+  """The different right samples of a question, in the order they came.
+
+  Args:
+    texts: K texts.
+    is_correct: K bool.
+    key: texts with the same key are the same trace; see `traces`.
+
+  Returns:
+    The first text of each.
+  """
+  found = {}
+  for text, correct in zip(texts, is_correct, strict=True):
+    if correct:
+      found.setdefault(key(text), text)
+  return list(found.values())
+
+
+def unique_correct(
+  texts: Sequence[str],
+  is_correct: Sequence[bool],
+  *,
+  key: Callable[[str], Hashable] = traces.whitespace_key,
+) -> int:
+  """How many different right samples a question has; see `correct_traces`."""
+  return len(correct_traces(texts, is_correct, key=key))
+
+
+def new_traces(
+  texts: Sequence[str],
+  is_correct: Sequence[bool],
+  reference_texts: Iterable[str],
+  *,
+  key: Callable[[str], Hashable] = traces.whitespace_key,
+) -> tuple[int, int]:
+  """How many right samples of a question another policy did not draw.
+
+  Summed over questions, first over second is the share of right traces that
+  are new; see `ratio_interval`. A trace that the other policy draws with
+  probability p is missing from its K' samples with (1 - p)^K', and counts as
+  new all the same: K' should be 4 K or more.
+
+  Args:
+    texts: K texts of one policy.
+    is_correct: K bool.
+    reference_texts: K' texts of the other policy, right or wrong.
+    key: texts with the same key are the same trace.
+
+  Returns:
+    The number of new ones, and that of all different right samples.
+  """
+  known = {key(text) for text in reference_texts}
+  found = correct_traces(texts, is_correct, key=key)
+  return sum(key(trace) not in known for trace in found), len(found)
 
 
 def answer_histogram(answers: Iterable[Hashable | None]) -> dict:
@@ -287,10 +600,72 @@ def perplexity(log_probs: np.ndarray, mask: np.ndarray) -> dict[str, float]:
   }
 
 
+def area_under_curve(
+  scores: Sequence[float], is_positive: Sequence[bool]
+) -> float:
+  """How likely a positive item scores above a negative one; a tie is half.
+
+    AUC = (Σ_{i positive} rank_i - P (P + 1) / 2) / (P M)
+
+  Ranks count from 1 at the lowest score, and equal scores share the mean of
+  theirs; P and M are the numbers of positive and negative items.
+
+  Args:
+    scores: `[N]` finite floats, such as the logits of a reward model.
+    is_positive: `[N]` bool.
+
+  Returns:
+    A number in [0, 1]: the area under the receiver operating characteristic.
+    1/2 is chance.
+
+  Raises:
+    ValueError: if shapes differ, a score is not finite, or all items are
+      positive or all negative.
+
+  Source:
+    Mann and Whitney (1947), "On a Test of Whether one of Two Random Variables
+    is Stochastically Larger than the Other".
+  """
+  scores = np.asarray(scores, np.float64)
+  is_positive = np.asarray(is_positive, bool)
+  if scores.ndim != 1 or scores.shape != is_positive.shape:
+    raise ValueError(
+      f"The curve needs [N] scores and as many labels, got {scores.shape} and "
+      f"{is_positive.shape}."
+    )
+  if not np.all(np.isfinite(scores)):
+    raise ValueError("scores must be finite.")
+  num_positive = int(is_positive.sum())
+  num_negative = len(scores) - num_positive
+  if not num_positive or not num_negative:
+    raise ValueError(
+      f"The curve needs items of both kinds, got {num_positive} positive and "
+      f"{num_negative} negative ones."
+    )
+  _, groups, counts = np.unique(scores, return_inverse=True, return_counts=True)
+  ranks = np.cumsum(counts) - (counts - 1) / 2
+  total = float(ranks[groups][is_positive].sum())
+  area = total - num_positive * (num_positive + 1) / 2
+  return area / (num_positive * num_negative)
+
+
 def _common_start(a: Sequence[str], b: Sequence[str]) -> int:
   """How many words two sequences begin with alike."""
   pairs = enumerate(zip(a, b, strict=False))
   return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _numbers(name: str, values: Sequence[float], length: int) -> list[float]:
+  """K finite numbers as Python has them."""
+  values = np.asarray(values, np.float64)
+  if values.shape != (length,):
+    raise ValueError(
+      f"{name} must be [K], one for each of {length} answers, got "
+      f"{values.shape}."
+    )
+  if not np.all(np.isfinite(values)):
+    raise ValueError(f"{name} must be finite.")
+  return values.tolist()
 
 
 def _check_level(level: float) -> None:

@@ -104,7 +104,8 @@ class Responder:
       stop_strings: texts that end a response, and are cut off it.
       num_samples: K, responses to each prompt. They share its keys and values.
       forced: `[V + 1]` int, tokens that must follow others; see
-        `generation.sample`.
+        `generation.sample`. They are left out of the texts: the policy did
+        not choose them.
 
     Raises:
       ValueError: if prompts and responses are longer than the context, or the
@@ -148,7 +149,7 @@ class Responder:
       "indices": np.arange(len(ids), dtype=np.int32),
     }
     self._key = jax.random.key(seed)
-    self._tokenizer = tokenizer
+    self._tokenizer, self._forced = tokenizer, forced
     self._stop_strings = tuple(stop_strings)
     self._batch_size, self._mesh = batch_size, mesh
 
@@ -184,6 +185,12 @@ class Responder:
       rollout = self.program(key, params, meshes.shard_batch(batch, self._mesh))
       num_rows = (end - start) * self.num_samples
       rollout = jax.tree.map(lambda x, n=num_rows: np.asarray(x)[:n], rollout)
+      if self._forced is not None:
+        ids = rollout.response_ids
+        last = np.roll(ids, 1, axis=1)
+        last[:, 0] = len(self._forced) - 1
+        chosen = rollout.response_mask & (self._forced[last] < 0)
+        rollout = rollout.replace(response_mask=chosen)
       texts = read(self._tokenizer, rollout, self._stop_strings)
       yield range(start, end), texts, rollout.finished
 

@@ -16,6 +16,7 @@ MAY_IMPORT = {
   "log_probs": ["masking"],
   "advantages": ["masking", "log_probs"],
   "rewards": ["masking", "log_probs"],
+  "reward_terms": ["rewards"],
   "sampling": ["masking", "log_probs"],
   "losses.*": ["masking", "log_probs"],
   # The one door to models reads the checkpoints that training wrote.
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "preflight",
     "rollout",
     "sampling",
+    "scoring",
   ],
   "reference": [
     "checkpoint",
@@ -50,19 +52,21 @@ MAY_IMPORT = {
     "rollout",
   ],
   "scoring": ["reward_model", "tasks"],
-  "evaluation": ["generation", "rollout", "log_probs", "masking"],
+  "evaluation": ["generation", "rollout", "log_probs", "masking", "traces"],
   "data": ["data", "edits"],
   "edits": ["data"],
   "logged": ["data", "tasks"],
-  "tasks.*": ["data", "edits", "logged", "tasks.*"],
+  "outcomes": ["data", "logged", "traces"],
+  "tasks.*": ["data", "edits", "logged", "tasks.*", "workers"],
   "tasks": ["tasks.*"],
   "meshes": [],
   "checkpoint": [],
   "runs": ["checkpoint"],
   "logs": [],
   "report": [],
+  "workers": [],
 }
-NO_JAX = ["data", "edits", "logged", "tasks", "tasks.*"]
+NO_JAX = ["data", "edits", "logged", "outcomes", "tasks", "tasks.*", "workers"]
 ARRAYS_ONLY = [
   "masking",
   "log_probs",

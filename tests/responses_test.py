@@ -186,6 +186,20 @@ class ResponderTest(parameterized.TestCase):
       self.assertLen(reply.split(), MAX_LENGTH)
       self.assertIn("crow", reply)
 
+  def test_forced_tokens_are_no_part_of_the_texts(self):
+    # A policy that says "owl" after "crow", else "crow"; "dove" is forced first
+    # and behind every "owl".
+    ids = {w: WORDS.convert_tokens_to_ids(w) for w in ("crow", "owl", "dove")}
+    table = np.zeros((32, len(WORDS), len(WORDS)), np.float32)
+    table[..., ids["crow"]] = 5.0
+    table[:, ids["crow"], ids["owl"]] = 9.0
+    forced = np.full(len(WORDS) + 1, -1, np.int32)
+    forced[[len(WORDS), ids["owl"]]] = ids["dove"]
+    ask = functools.partial(_responder, model=stand_in.model(len(WORDS)))
+    params = stand_in.params(table)
+    self.assertEqual(ask()(params)[0].split(), ["crow", "owl"] * 3)
+    self.assertEqual(ask(forced=forced)(params)[0].split(), ["crow", "owl"] * 2)
+
   def test_bad_input(self):
     # Eight columns hold the longest prompt.
     _responder(max_length=56)
