@@ -163,3 +163,76 @@ def pairwise_loss(
     "pairwise/accuracy": mean((jnp.sign(gaps) + 1.0) / 2.0),
     "pairwise/gap": mean(gaps),
   }
+
+
+def outcome_loss(
+  logits: Array,
+  labels: Array,
+  mask: Array,
+  *,
+  normalizer: str = "token_mean",
+  axis_name: str | None = None,
+) -> tuple[Array, Metrics]:
+  """Binary cross-entropy of how responses end, at tokens on the way.
+
+    l_t = -y_t log σ(x_t) - (1 - y_t) log σ(-x_t)
+
+  The loss averages l over the tokens of the batch ("token_mean"), or over a
+  sequence's tokens and then over the sequences that have any
+  ("sequence_mean"). No gradient flows to `labels`.
+
+  Args:
+    logits: `[B, T]` float x, of the prefix that ends in the token.
+    labels: `[B, T]` float y in [0, 1], 1 where the outcome is good.
+    mask: `[B, T]` bool, True on the tokens to learn from.
+    normalizer: "token_mean" or "sequence_mean".
+    axis_name: mapped axis that shards B, if any; the loss is then that of
+      the whole batch, on every shard.
+
+  Returns:
+    The scalar loss (0 if no token counts) and scalar metrics, averaged alike:
+    "bce/accuracy", the share of logits on the same side of 0 as their labels
+    are of 1/2 (half for one on either border), and "bce/positive_fraction",
+    the mean of the labels.
+
+  Raises:
+    ValueError: if the normalizer is unknown.
+
+  Source:
+    Cobbe et al. (2021), "Training Verifiers to Solve Math Word Problems", who
+    learn on all tokens from the outcome alone, with a squared error; as
+    cross-entropy it is the outcome reward model of Havrilla et al. (2024),
+    "Teaching Large Language Models to Reason with Reinforcement Learning".
+  """
+  chex.assert_rank([logits, labels, mask], 2)
+  chex.assert_equal_shape([logits, labels, mask])
+  chex.assert_type([logits, labels, mask], [float, float, bool])
+  if normalizer not in NORMALIZERS[:2]:
+    raise ValueError(
+      f"normalizer must be one of {', '.join(NORMALIZERS[:2])}, got "
+      f"{normalizer!r}."
+    )
+
+  logits = jnp.where(mask, jnp.asarray(logits, jnp.float32), 0.0)
+  labels = jnp.where(mask, jnp.asarray(labels, jnp.float32), 0.0)
+  labels = jax.lax.stop_gradient(labels)
+
+  def mean(x):
+    if normalizer == "token_mean":
+      return masking.masked_mean(x, mask, axis_name=axis_name)
+    per_sequence = masking.masked_mean(x, mask, axis=1)  # [B]
+    return masking.masked_mean(
+      per_sequence, jnp.any(mask, axis=1), axis_name=axis_name
+    )
+
+  # Not softplus(x) - x y: for a large x, that is the rounding of x.
+  loss = mean(
+    -labels * jax.nn.log_sigmoid(logits)
+    - (1.0 - labels) * jax.nn.log_sigmoid(-logits)
+  )
+  sides = jnp.sign(jax.lax.stop_gradient(logits)) * jnp.sign(labels - 0.5)
+  return loss, {
+    "bce/loss": jax.lax.stop_gradient(loss),
+    "bce/accuracy": mean((sides + 1.0) / 2.0),
+    "bce/positive_fraction": mean(labels),
+  }

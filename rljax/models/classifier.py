@@ -191,3 +191,23 @@ class CausalClassifier(nn.Module):
       `[B, L]` float32, one per label.
     """
     return self.score(self.backbone(ids, mask), mask)
+
+  def token_logits(self, ids: Array, mask: Array) -> Array:
+    """Logits of every beginning of whole texts.
+
+    That of token s is what `__call__` says of the text that ends there; a
+    text never sees what comes after.
+
+    Args:
+      ids: `[B, S]` int32.
+      mask: `[B, S]` bool, True at real tokens; padding on either side.
+
+    Returns:
+      `[B, S, L]` float32, 0 where masked.
+    """
+    hidden = self.backbone(ids, mask)  # [B, S, D]
+    # To the head, every token is a text of its own.
+    logits = self.score(
+      hidden.reshape(-1, 1, hidden.shape[-1]), mask.reshape(-1, 1)
+    )
+    return logits.reshape(*ids.shape, -1)

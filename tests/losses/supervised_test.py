@@ -446,3 +446,209 @@ class PairwiseLossTest(parameterized.TestCase):
     ):
       with self.assertRaises(AssertionError):
         supervised.pairwise_loss(*args)
+
+
+# One response of three tokens, and one of a single token.
+_LOGITS = np.float32([[2.0, -1.0, 0.5], [-3.0, 9.0, 9.0]])
+_LABELS = np.float32([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+_TARGETS = np.array([[True, True, True], [True, False, False]])
+
+
+def _labelled(seed, shape=(8, 5)):
+  """Logits, labels, hard and soft, and a mask with an empty row; numpy."""
+  rng = np.random.default_rng(seed)
+  mask = rng.random(shape) < 0.7
+  mask[rng.integers(shape[0])] = False
+  labels = rng.choice([0.0, 0.25, 0.5, 1.0], size=shape)
+  return np.round(3 * rng.normal(size=shape), 1), labels, mask
+
+
+def _outcome_oracle(logits, labels, mask, normalizer):
+  """Loss, accuracy and share of positives, token by token."""
+  rows = []
+  for row in zip(logits, labels, mask, strict=True):
+    tokens = []
+    for x, y, counts in zip(*row, strict=True):
+      if counts:
+        p = 1 / (1 + math.exp(-x))
+        is_right = (x > 0) == (y > 0.5)
+        right = 0.5 if x == 0 or y == 0.5 else float(is_right)
+        tokens.append([-y * math.log(p) - (1 - y) * math.log(1 - p), right, y])
+    if tokens:
+      rows.append(tokens)
+  if normalizer == "token_mean":
+    rows = [[token] for tokens in rows for token in tokens]
+  return np.mean([np.mean(tokens, axis=0) for tokens in rows], axis=0)
+
+
+@functools.cache
+def _outcome(normalizer="token_mean"):
+  """Value and gradient, compiled once for each shape."""
+  loss_fn = functools.partial(supervised.outcome_loss, normalizer=normalizer)
+  return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+
+
+class OutcomeLossTest(parameterized.TestCase):
+  @chex.all_variants
+  def test_hand_computed(self):
+    @self.variant
+    def losses(logits, labels, mask):
+      return [
+        supervised.outcome_loss(logits[:1], labels[:1], mask[:1]),
+        supervised.outcome_loss(logits, labels, mask),
+        supervised.outcome_loss(
+          logits, labels, mask, normalizer="sequence_mean"
+        ),
+      ]
+
+    first, by_token, by_sequence = losses(_LOGITS, _LABELS, _TARGETS)
+    # log(1 + e^-2), log(1 + e^-1), log(1 + e^-.5); then log(1 + e^3).
+    wrong = math.log1p(math.exp(3))  # 3.048587
+    for (loss, metrics), expected, accuracy in (
+      (first, 0.304756, 1.0),
+      (by_token, (3 * 0.304756 + wrong) / 4, 0.75),
+      (by_sequence, (0.304756 + wrong) / 2, 0.5),
+    ):
+      np.testing.assert_allclose(loss, expected, atol=1e-6)
+      np.testing.assert_array_equal(metrics["bce/loss"], loss)
+      np.testing.assert_allclose(metrics["bce/accuracy"], accuracy)
+      self.assertLen(metrics, 3)
+    for (_, metrics), share in (
+      (first, 2 / 3),
+      (by_token, 3 / 4),
+      (by_sequence, (2 / 3 + 1) / 2),
+    ):
+      np.testing.assert_allclose(
+        metrics["bce/positive_fraction"], share, rtol=1e-6
+      )
+
+  def test_gradient(self):
+    # (σ(x) - y) / n.
+    _, grad = _outcome()(_LOGITS, _LABELS, _TARGETS)
+    sigmoid = 1 / (1 + np.exp(-_LOGITS))
+    expected = np.where(_TARGETS, sigmoid - _LABELS, 0) / 4
+    np.testing.assert_allclose(grad, expected, rtol=1e-5)
+    _, grad = _outcome("sequence_mean")(_LOGITS, _LABELS, _TARGETS)
+    expected = np.where(_TARGETS, sigmoid - _LABELS, 0) / [[6], [2]]
+    np.testing.assert_allclose(grad, expected, rtol=1e-5)
+    logits, labels, mask = _float32(_labelled(1))
+    chex.assert_numerical_grads(
+      jax.jit(lambda x: supervised.outcome_loss(x, labels, mask)[0]),
+      (logits,),
+      order=1,
+      atol=2e-3,
+      rtol=1e-2,
+    )
+
+  def test_large_logits(self):
+    logits = np.float32([[20.0, 20.0, 1e4, -1e4]])
+    labels = np.float32([[1.0, 0.0, 0.0, 1.0]])
+    for i, expected in enumerate([2.0611537e-9, 20.0, 1e4, 1e4]):
+      mask = np.arange(4)[None] == i
+      (loss, _), grad = _outcome()(logits, labels, mask)
+      np.testing.assert_allclose(loss, expected, rtol=1e-5)
+      self.assertTrue(np.all(np.isfinite(grad)))
+
+  @hypothesis.given(seed=_SEEDS, normalizer=st.sampled_from(_NORMALIZERS[:2]))
+  def test_matches_oracle(self, seed, normalizer):
+    logits, labels, mask = _float32(_labelled(seed))
+    (loss, metrics), _ = _outcome(normalizer)(logits, labels, mask)
+    names = ("bce/accuracy", "bce/positive_fraction")
+    np.testing.assert_allclose(
+      [loss, *(metrics[name] for name in names)],
+      _outcome_oracle(*_labelled(seed), normalizer),
+      rtol=1e-5,
+      atol=1e-6,
+    )
+
+  @hypothesis.given(seed=_SEEDS, normalizer=st.sampled_from(_NORMALIZERS[:2]))
+  def test_masked_entries_and_order_are_inert(self, seed, normalizer):
+    logits, labels, mask = map(np.asarray, _float32(_labelled(seed)))
+    expected, expected_grad = _outcome(normalizer)(logits, labels, mask)
+    actual, grad = _outcome(normalizer)(
+      np.where(mask, logits, np.nan), np.where(mask, labels, np.nan), mask
+    )
+    chex.assert_trees_all_equal((actual, grad), (expected, expected_grad))
+    np.testing.assert_array_equal(np.asarray(grad)[~mask], 0.0)
+    order = np.random.default_rng(seed).permutation(len(logits))
+    actual, grad = _outcome(normalizer)(
+      logits[order], labels[order], mask[order]
+    )
+    chex.assert_trees_all_close(
+      (actual, grad), (expected, expected_grad[order]), rtol=1e-5, atol=1e-6
+    )
+
+  @parameterized.parameters(*_NORMALIZERS[:2])
+  def test_split_batch(self, normalizer):
+    # One response a shard, and one of them has no token.
+    logits, labels, mask = _float32(_labelled(7))
+
+    def step(scale, logits, labels, mask, axis_name=None):
+      def loss_fn(scale):
+        return supervised.outcome_loss(
+          scale * logits,
+          labels,
+          mask,
+          normalizer=normalizer,
+          axis_name=axis_name,
+        )
+
+      results, grad = jax.value_and_grad(loss_fn, has_aux=True)(scale)
+      if axis_name is not None:
+        grad = jax.lax.pmean(grad, axis_name)
+      return results, grad
+
+    shards = jax.vmap(
+      functools.partial(step, axis_name="data"),
+      axis_name="data",
+      in_axes=(None, 0, 0, 0),
+    )
+    scale = jnp.float32(1.3)
+    expected = jax.jit(step)(scale, logits, labels, mask)
+    actual = jax.jit(shards)(
+      scale, logits[:, None], labels[:, None], mask[:, None]
+    )
+    for shard in (0, 7):
+      chex.assert_trees_all_close(
+        jax.tree.map(lambda x, shard=shard: np.asarray(x)[shard], actual),
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
+      )
+
+  def test_no_gradient_to_labels_nor_through_metrics(self):
+    loss_fn = lambda labels: supervised.outcome_loss(_LOGITS, labels, _TARGETS)
+    grad = jax.grad(jax.jit(lambda labels: loss_fn(labels)[0]))(_LABELS)
+    np.testing.assert_array_equal(grad, np.zeros_like(_LABELS))
+    grad = jax.grad(
+      jax.jit(
+        lambda logits: sum(
+          supervised.outcome_loss(logits, _LABELS, _TARGETS)[1].values()
+        )
+      )
+    )(_LOGITS)
+    np.testing.assert_array_equal(grad, np.zeros_like(_LOGITS))
+
+  @parameterized.parameters(*_NORMALIZERS[:2])
+  def test_no_token(self, normalizer):
+    (loss, metrics), grad = _outcome(normalizer)(
+      _LOGITS, _LABELS, np.zeros_like(_TARGETS)
+    )
+    for value in (loss, grad, *metrics.values()):
+      np.testing.assert_array_equal(value, np.zeros(value.shape))
+
+  def test_bad_input(self):
+    with self.assertRaisesRegex(
+      ValueError, "one of token_mean, sequence_mean, got 'sequence_sum'"
+    ):
+      supervised.outcome_loss(
+        _LOGITS, _LABELS, _TARGETS, normalizer="sequence_sum"
+      )
+    for args in (
+      (_LOGITS[0], _LABELS[0], _TARGETS[0]),
+      (_LOGITS, _LABELS[:, :2], _TARGETS),
+      (_LOGITS, _LABELS > 0, _TARGETS),
+      (_LOGITS, _LABELS, _LABELS),
+    ):
+      with self.assertRaises(AssertionError):
+        supervised.outcome_loss(*args)

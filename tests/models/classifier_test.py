@@ -17,9 +17,9 @@ from tests import tiny
 _GOLDEN = ("llama_classifier", "gpt2_classifier")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(model, params, *arrays):
-  return model.apply({"params": params}, *arrays)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def _apply(model, params, *arrays, method=None):
+  return model.apply({"params": params}, *arrays, method=method)
 
 
 def _params(names, tensors):
@@ -157,6 +157,45 @@ class CausalClassifierTest(parameterized.TestCase):
       mask = jnp.pad(jnp.ones((1, 5), bool), width)
       logits = _apply(model, params, padded, mask)
       np.testing.assert_allclose(logits, alone, rtol=1e-5, atol=1e-6)
+
+  @parameterized.product(
+    backbone=(tiny.gpt2_config(), tiny.llama_config()),
+    padding=("left", "right"),
+  )
+  def test_token_logits_are_those_of_the_beginnings(self, backbone, padding):
+    config = classifier.CausalClassifierConfig(backbone, ("a", "b"))
+    model, params = _random(config)
+    lengths, width = (4, 1, 0, 6), 6
+    rng = np.random.default_rng(1)
+    ids = jnp.asarray(rng.integers(0, 40, (len(lengths), width)), jnp.int32)
+    mask = np.arange(width) < np.array(lengths)[:, None]
+    if padding == "left":
+      mask = mask[:, ::-1]
+    found = _apply(model, params, ids, mask, method="token_logits")
+    self.assertEqual(found.shape, (len(lengths), width, 2))
+    self.assertEqual(found.dtype, jnp.float32)
+    np.testing.assert_array_equal(found[~mask], 0.0)
+    self.assertGreater(np.abs(found[mask]).min(), 0.0)
+    for end in range(width):
+      seen = mask & (np.arange(width) <= end)
+      expected = _apply(model, params, ids, seen)
+      rows = mask[:, end]
+      np.testing.assert_allclose(
+        found[rows, end], expected[rows], rtol=1e-5, atol=1e-5
+      )
+
+  @parameterized.parameters(tiny.gpt2_config(), tiny.llama_config())
+  def test_last_token_logits_are_those_of_the_text(self, backbone):
+    model, params = _random(classifier.CausalClassifierConfig(backbone))
+    ids, mask = tiny.batch()
+    found = _apply(model, params, ids, mask, method="token_logits")
+    last = [np.flatnonzero(row)[-1] for row in mask]
+    np.testing.assert_allclose(
+      found[np.arange(len(ids)), last],
+      _apply(model, params, ids, mask),
+      rtol=1e-5,
+      atol=1e-5,
+    )
 
   @parameterized.parameters(tiny.gpt2_config(), tiny.llama_config())
   def test_partition_rules_are_those_of_the_backbone(self, backbone):
