@@ -1,4 +1,4 @@
-"""PPO on a language model with a programmed reward.
+"""PPO on a language model with programmed or learnt rewards.
 
 A minute on two CPU cores, after `experiments/sft.py` has made the policy:
   python experiments/ppo.py --flagfile=experiments/flags/arithmetic_cpu.flags \
@@ -8,8 +8,20 @@ Source: Padula and Soemers (2024), arXiv 2410.17126, section by section as in
 their code: rollout, token rewards, GAE, whitening, epochs of clipped updates.
 Departures: one mask of allowed tokens for sampler and loss (--mask_in_loss),
 the KL modes have names, and the ratio guard stops the entropy terms too.
+
+The token rewards are the sum of the --reward_terms:
+  score               what the task says of a response, on its last token
+  steps               --step_reward for every line that matches the reference
+  reward_model        what --reward_model says, on the last token
+  dense_reward_model  by how much each line changes what --reward_model, with
+                      the policy's tokens, expects: --step_coef * difference
+The rows of Havrilla et al. (2024), arXiv 2403.04642: sparse is score; dense
+heuristic is score,steps; sparse ORM is score,reward_model (or reward_model
+alone); dense ORM is score,dense_reward_model. Their critic is
+--critic=branch:4, layers of its own that send no gradient into the policy.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -34,14 +46,16 @@ from rljax import (
   preflight,
   report,
   responses,
+  reward_terms,
   rewards,
   runs,
   sampling,
+  scoring,
   tasks,
 )
 from rljax import rollout as rollouts
 from rljax.losses import entropy, ppo
-from rljax.models import heads, hf
+from rljax.models import classifier, heads, hf, value_branch
 
 # Run.
 flags.DEFINE_string("workdir", None, "Checkpoints, logs, plots.", required=True)
@@ -49,6 +63,7 @@ flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.")
 flags.DEFINE_integer("steps", 1024, "Rollouts, each followed by its updates.")
 flags.DEFINE_integer("save_every", 200, "Steps between checkpoints.")
 flags.DEFINE_integer("eval_every", 100, "Steps between held-out evaluations.")
+flags.DEFINE_bool("keep_best", False, "In best: the best of evaluations.")
 flags.DEFINE_integer("samples_every", 50, "Steps between sample tables.")
 flags.DEFINE_integer("samples_logged", 32, "Rows of a sample table.")
 flags.DEFINE_string("mesh", "data:-1", "Axes data, fsdp, tensor; -1: the rest.")
@@ -61,13 +76,16 @@ flags.DEFINE_list("task_options", [], "name=value, handed to task.prompts.")
 flags.DEFINE_list("score_options", [], "name=value, handed to task.score.")
 flags.DEFINE_integer("num_prompts", 131_072, "Training prompts to draw from.")
 flags.DEFINE_integer("num_eval_prompts", 512, "Held-out prompts.")
+flags.DEFINE_enum("eval_split", "test", ["test", "validation"], "Of the task.")
 flags.DEFINE_integer("max_prompt_length", 512, "Tokens; longer is an error.")
 # Models.
 flags.DEFINE_string(
   "policy", None, "Workdir, directory or name.", required=True
 )
 flags.DEFINE_string("reference", "", "Of --kl=initial; default: the policy.")
-flags.DEFINE_string("critic", "shared", "shared, separate, or a model.")
+flags.DEFINE_string(
+  "critic", "shared", "shared, separate, branch:<layers>, or a model."
+)
 flags.DEFINE_bool("detach_values", False, "No value gradient in the trunk.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of compute.")
 flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
@@ -83,6 +101,15 @@ flags.DEFINE_float("min_p", 0.0, "0: off.")
 flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
 flags.DEFINE_list("stop_strings", [], r"Texts that end a response; \n too.")
 # Rewards.
+flags.DEFINE_list("reward_terms", ["score"], "Their sum is the reward.")
+flags.DEFINE_string("unfinished_score", "", "Of responses without an end.")
+flags.DEFINE_float("step_reward", 0.1, "Of a line that matches.")
+flags.DEFINE_float("step_reward_limit", 0.5, "Of all such lines together.")
+flags.DEFINE_float("step_coef", 1.0, "Of dense_reward_model.")
+flags.DEFINE_string("reward_model", "", "A classifier of texts.")
+flags.DEFINE_string("reward_transform", "sigmoid", "Of its logits.")
+flags.DEFINE_string("reward_template", "{prompt}{response}", "What it reads.")
+flags.DEFINE_integer("reward_length", 512, "Tokens that it reads.")
 flags.DEFINE_enum("kl", "none", ["none", "initial", "old"], "KL penalty.")
 flags.DEFINE_enum("kl_estimator", "k1", ["k1", "k2", "k3"], "Of --kl=initial.")
 flags.DEFINE_float("kl_coef", 0.2, "First or fixed coefficient.")
@@ -129,6 +156,7 @@ COLUMNS = (
 )
 PANELS = {
   "Reward": ["reward/mean", "eval/reward"],
+  "Reward terms": [f"reward/{name}" for name in reward_terms.TERMS[1:]],
   "Correct": ["task/is_correct", "eval/is_correct"],
   "Entropy (nats)": ["entropy/token", "entropy/batch"],
   "Answers": ["answers/distinct"],
@@ -154,6 +182,7 @@ def main(_):
   score_options = tasks.options(FLAGS.score_options)
   tasks.check_options(task.score, score_options)
   score = functools.partial(tasks.score_all, task, **score_options)
+  unfinished_score = parse_unfinished_score()
   settings = sampling.Settings(
     temperature=FLAGS.temperature,
     top_k=FLAGS.top_k,
@@ -161,11 +190,19 @@ def main(_):
     min_p=FLAGS.min_p,
   )
 
-  # Models. A shared critic is a linear head on the policy's hidden states.
+  # Models. A shared critic is a linear head on the policy's hidden states; a
+  # branch has layers of its own between the two.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
   policy, tokenizer = loaded.model, loaded.tokenizer
   critic, params = policy, {"policy": loaded.params}
-  if FLAGS.critic == "separate":
+  if num_layers := branch_layers():
+    branch = value_branch.ValueBranch(policy.config, num_layers)
+    params["value_branch"] = jax.jit(branch.init)(
+      jax.random.key(FLAGS.seed),
+      jnp.zeros((1, 1, policy.config.hidden_size)),
+      jnp.ones((1, 1), bool),
+    )["params"]
+  elif FLAGS.critic == "separate":
     params["critic"] = loaded.params
   elif FLAGS.critic != "shared":
     other = hf.load(FLAGS.critic, dtype=FLAGS.dtype, remat=FLAGS.remat)
@@ -191,6 +228,22 @@ def main(_):
         )
       reference = other.params
 
+  # Models that reward: one reads texts, the other the policy's own tokens.
+  if "reward_model" in FLAGS.reward_terms:
+    model_score = scoring.scorer(
+      "",
+      {},
+      FLAGS.reward_model,
+      transform=FLAGS.reward_transform,
+      template=FLAGS.reward_template,
+      max_length=FLAGS.reward_length,
+      batch_size=FLAGS.batch_size,
+      mesh=mesh,
+    )
+  outcome_model = None
+  if "dense_reward_model" in FLAGS.reward_terms:
+    outcome_model = load_outcome_model(tokenizer)
+
   # Prompts become ids here, once. All batches have one shape.
   vocab_size = policy.config.vocab_size
   stop_ids = data.stop_ids(tokenizer) if FLAGS.stop_at_eos else ()
@@ -199,17 +252,29 @@ def main(_):
   loss_allowed = allowed if FLAGS.mask_in_loss else None
   stop_strings = None
   ends = runs.unescaped(FLAGS.stop_strings)
-  if ends:
+  has_steps = {"steps", "dense_reward_model"} & set(FLAGS.reward_terms)
+  line_feeds = np.zeros(vocab_size, np.int32)  # In each token.
+  if ends or has_steps:
     token_bytes = data.token_bytes(tokenizer, vocab_size=vocab_size)
+  if ends:
     stop_strings = generation.stop_table(ends, token_bytes)
+  if has_steps:
+    line_feeds[:] = [piece.count(b"\n") for piece in token_bytes]
   prompts, eval_prompts = (
     task.prompts(split, FLAGS.seed, num=num, **task_options)
     for split, num in (
       ("train", FLAGS.num_prompts),
-      ("test", FLAGS.num_eval_prompts),
+      (FLAGS.eval_split, FLAGS.num_eval_prompts),
     )
   )
-  score(eval_prompts[:1], [""])  # Bad options show here, not after a rollout.
+  # Bad options show here, not after a rollout.
+  _, parts = score(eval_prompts[:1], [""])
+  if "steps" in FLAGS.reward_terms and "step_matches" not in parts[0]:
+    raise ValueError(
+      "--reward_terms=steps needs a task whose parts say step_matches, line by "
+      f"line, such as reasoning; those of --task={FLAGS.task} are "
+      f"{', '.join(parts[0]) or 'none'}."
+    )
   data.require_tokens(
     tokenizer, eos=FLAGS.stop_at_eos, text=prompts[0] if prompts else None
   )
@@ -219,7 +284,8 @@ def main(_):
   prompt_ids, prompt_mask = data.pad_left(
     encoded, length=max(map(len, encoded))
   )
-  for model in (policy, critic):
+  models = [policy, critic] + ([outcome_model.model] if outcome_model else [])
+  for model in models:
     data.check_positions(
       prompt_ids.shape[1] + FLAGS.max_length, model.config.max_positions
     )
@@ -238,9 +304,14 @@ def main(_):
 
   def forward(params, rollout):
     """Token statistics, hidden states and values, `[N, T, ...]` each."""
-    statistics, hidden = statistics_of(params["policy"], rollout)
-    features = hidden
-    if "critic" in params:
+    text, mask = rollouts.text_hidden(policy, params["policy"], rollout)
+    features = hidden = rollouts.at_responses(text, rollout)
+    statistics, _ = statistics_of(params["policy"], rollout, hidden=hidden)
+    if "value_branch" in params:
+      variables = {"params": params["value_branch"]}
+      features = branch.apply(variables, text, mask)
+      features = rollouts.at_responses(features, rollout)
+    elif "critic" in params:
       features = rollouts.response_hidden(critic, params["critic"], rollout)
     elif FLAGS.detach_values:
       features = jax.lax.stop_gradient(hidden)
@@ -359,6 +430,12 @@ def main(_):
     reference = meshes.place(
       reference, meshes.shardings(reference, rules, mesh)
     )
+  if outcome_model is not None:
+    outcome_rules = hf.partition_rules(outcome_model.model)
+    outcome_params = meshes.place(
+      outcome_model.params,
+      meshes.shardings(outcome_model.params, outcome_rules, mesh),
+    )
   state = {
     "params": params,
     "optimizer": optimizer.init(params),
@@ -367,11 +444,21 @@ def main(_):
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
 
-  def prepare(state, reference, rollout, scores):
+  def prepare(state, reference, rollout, earned):
     """What stays fixed while a rollout is learnt from, and its metrics."""
     mask = rollout.response_mask
     old, hidden, old_values = forward(state["params"], rollout)
-    token_rewards = rewards.place_score(scores, mask)
+    by_term = reward_terms.token_rewards(
+      earned,
+      jnp.asarray(line_feeds > 0)[rollout.response_ids],
+      mask,
+      counts=None if unfinished_score is None else rollout.finished,
+      step_coef=FLAGS.step_coef,
+    )
+    token_rewards = functools.reduce(jnp.add, by_term.values())
+    totals = token_rewards.sum(axis=1)
+    # What is logged as the reward: the score, where it is a term.
+    outcomes = earned.get("score", totals)
     _, metrics = batch_entropy(state["params"], hidden, mask)
     if FLAGS.kl == "initial":
       ref, _ = statistics_of(reference, rollout)
@@ -408,19 +495,24 @@ def main(_):
     gap = jnp.abs(rollout.log_probs - old.log_probs)
     metrics |= {
       "entropy/token": masking.masked_mean(old.entropies, mask),
-      "reward/mean": scores.mean(),
-      "reward/std": scores.std(),
+      "reward/mean": outcomes.mean(),
+      "reward/std": outcomes.std(),
+      "reward/total": totals.mean(),
       "reward/with_kl": token_rewards.sum(axis=1).mean(),
       "values/mean": masking.masked_mean(old_values, mask),
       "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
       "response/finished": rollout.finished.astype(jnp.float32).mean(),
       "sampler/log_prob_gap": jnp.where(mask, gap, 0.0).max(),
+    } | {
+      f"reward/{name}": placed.sum(axis=1).mean()
+      for name, placed in by_term.items()
+      if name != "score"
     }
     return jax.lax.stop_gradient(batch), metrics
 
-  def learn(state, reference, rollout, scores, key):
+  def learn(state, reference, rollout, earned, key):
     """All epochs of one rollout, without leaving the devices."""
-    batch, metrics = prepare(state, reference, rollout, scores)
+    batch, metrics = prepare(state, reference, rollout, earned)
 
     def update(carry, rows):
       params, optimizer_state = carry
@@ -478,15 +570,27 @@ def main(_):
       pad_id=data.pad_id(tokenizer),
     ),
   )
+  expect = preflight.Compiled(
+    "expect",
+    # The model has one label, "right": this is its probability.
+    lambda params, rollout: jax.nn.sigmoid(
+      rollouts.prefix_logits(outcome_model.model, params, rollout)[:, :, 0]
+    ),
+  )
   learn = preflight.Compiled(
     "learn", learn, donate_argnums=0, out_shardings=(state_shardings, None)
   )
 
   # A run that was stopped goes on where its last checkpoint is.
   checkpoints = checkpoint.Checkpoints(FLAGS.workdir)
-  first_step = 0
+  best_checkpoints = contextlib.nullcontext()
+  best_dir = os.path.join(FLAGS.workdir, "best")
+  if FLAGS.keep_best:  # Of --eval_every, by eval/is_correct or eval/reward.
+    best_checkpoints = checkpoint.Checkpoints(best_dir, keep=1)
+  first_step, best = 0, None
   if restored := checkpoints.restore_latest(state):
-    first_step, state, _ = restored
+    first_step, state, meta = restored
+    best = meta.get("best")
 
   def rollout_of(step):
     """The prompts of a step and the policy's responses to them."""
@@ -513,17 +617,73 @@ def main(_):
     stop_strings=ends,
   )
 
-  def evaluate():
-    """Greedy answers to the test prompts."""
-    scores, parts = score(eval_prompts, answer(state["params"]["policy"]))
+  def judge(texts, replies, finished):
+    """What the task says, or --unfinished_score where a reply has no end."""
+    scores, parts = score(texts, replies)
+    if unfinished_score is not None:
+      _, parts = scoring.unfinished_are_wrong(scores, parts, finished)
+      scores = np.where(finished, scores, np.float32(unfinished_score))
+    return scores, parts
+
+  def earn(rollout, texts, replies):
+    """The scores and their parts, and what each term needs on the devices."""
+    scores, parts = judge(texts, replies, np.asarray(rollout.finished))
+    earned = {}
+    for name in FLAGS.reward_terms:
+      if name == "score":
+        earned[name] = scores
+      elif name == "steps":
+        ids, mask = map(
+          np.asarray, (rollout.response_ids, rollout.response_mask)
+        )
+        earned[name] = reward_terms.step_rewards(
+          [part["step_matches"] for part in parts],
+          np.where(mask, line_feeds[ids], 0),
+          reward=FLAGS.step_reward,
+          limit=FLAGS.step_reward_limit,
+        )
+      elif name == "reward_model":
+        earned[name], _ = model_score(texts, replies)
+      else:
+        earned[name] = expect(outcome_params, rollout)
+    return scores, parts, meshes.shard_batch(earned, mesh)
+
+  def evaluate(step):
+    """Greedy answers to the held-out prompts."""
+    batches = list(answer.batches(state["params"]["policy"]))
+    replies = [text for _, texts, _ in batches for text in texts]
+    finished = np.concatenate([ended for _, _, ended in batches])
+    scores, parts = judge(eval_prompts, replies, finished)
     means = {"reward": scores.mean(), **tasks.mean_parts(parts)}
-    return {f"eval/{name}": float(value) for name, value in means.items()}
+    metrics = {f"eval/{name}": float(value) for name, value in means.items()}
+    if FLAGS.keep_best:
+      keep_if_best(step, metrics)
+    return metrics
+
+  def keep_if_best(step, metrics):
+    """Saves the parameters that beat all evaluations before, the start's too.
+
+    If none does, the last ones count as the best.
+    """
+    nonlocal best
+    value = metrics.get("eval/is_correct", metrics["eval/reward"])
+    best = best or {"step": 0, "value": value}
+    is_better = value > best["value"]
+    if is_better:
+      best = {"step": step, "value": value}
+    is_last_choice = step == FLAGS.steps and not best["step"]
+    if is_last_choice:
+      log.note("Nothing beat the start: the last parameters are the best.")
+    if is_better or is_last_choice:
+      best_checkpoints.save(step, {"params": state["params"]}, best)
+      # Before the state that says so: a kill between them repeats these steps.
+      best_checkpoints.wait()
 
   # Before anything is trained: do sampler and learner agree?
   if FLAGS.preflight != "off":
     rollout, texts, learn_key = rollout_of(first_step)
-    scores = meshes.shard_batch(score(texts, read(rollout))[0], mesh)
-    batch, _ = jax.jit(prepare)(state, reference, rollout, scores)
+    _, _, earned = earn(rollout, texts, read(rollout))
+    batch, _ = jax.jit(prepare)(state, reference, rollout, earned)
     rows = jax.tree.map(lambda x: x[:micro_batch_size], batch)
     run = jax.jit(gradients, static_argnums=3)
     checks = preflight.check(
@@ -545,17 +705,18 @@ def main(_):
       if FLAGS.batch_entropy_coef
       else (1e-3 if FLAGS.dtype == "float32" else 0.1),
     )
-    learn.compile(state, reference, rollout, scores, learn_key)
+    learn.compile(state, reference, rollout, earned, learn_key)
     preflight.show(
       checks,
-      sample.compilations + learn.compilations,
+      sample.compilations + expect.compilations + learn.compilations,
       {name: preflight.tree_bytes(part) for name, part in state.items()}
       | {"reference": preflight.tree_bytes(reference)},
     )
     preflight.judge(checks, FLAGS.preflight)
 
   checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
-  hf.save_config(os.path.join(FLAGS.workdir, "model"), policy, tokenizer)
+  for folder in [FLAGS.workdir] + ([best_dir] if FLAGS.keep_best else []):
+    hf.save_config(os.path.join(folder, "model"), policy, tokenizer)
   log = logs.Logs(
     FLAGS.workdir,
     total_steps=FLAGS.steps,
@@ -563,22 +724,26 @@ def main(_):
     columns=COLUMNS,
     wandb_project=FLAGS.wandb_project,
   )
-  for message in checkpoints.messages:
-    log.note(message)
+  for kept in (checkpoints, best_checkpoints):
+    for message in getattr(kept, "messages", ()):
+      log.note(message)
   log.curves(functools.partial(report.curves, panels=PANELS))
-  with log, checkpoints, checkpoint.Preemption() as preemption:
+  with (
+    log,
+    checkpoints,
+    best_checkpoints,
+    checkpoint.Preemption() as preemption,
+  ):
     for step in range(first_step, FLAGS.steps):
       # Row `step` of the metrics is about the policy after `step` rollouts.
-      metrics = {}
+      metrics = {"rollouts": step * num_rows}
       if step % FLAGS.eval_every == 0:
-        metrics = evaluate()
+        metrics |= evaluate(step)
       started = time.perf_counter()
       rollout, texts, learn_key = rollout_of(step)
       replies = read(rollout)
-      scores, parts = score(texts, replies)
-      state, learnt = learn(
-        state, reference, rollout, meshes.shard_batch(scores, mesh), learn_key
-      )
+      scores, parts, earned = earn(rollout, texts, replies)
+      state, learnt = learn(state, reference, rollout, earned, learn_key)
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics |= {f"task/{k}": v for k, v in tasks.mean_parts(parts).items()}
@@ -613,16 +778,16 @@ def main(_):
       done = step + 1
       stop = preemption.should_stop()
       if done % FLAGS.save_every == 0 or done == FLAGS.steps or stop:
-        checkpoints.save(done, state, {"step": done})
+        checkpoints.save(done, state, {"step": done, "best": best})
       if stop and done < FLAGS.steps:
         log.note(f"Stopped by a signal after step {done}; all is saved.")
         return preemption.exit_status
-      for program in (sample, answer.program, learn):
+      for program in (sample, expect, answer.program, learn):
         program.freeze()
 
     # The numbers before and after, and where everything lies.
-    metrics = evaluate()
-    log.write(FLAGS.steps, metrics)
+    metrics = evaluate(FLAGS.steps)
+    log.write(FLAGS.steps, metrics | {"rollouts": FLAGS.steps * num_rows})
     rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     shown = ("reward/mean", "entropy/token", "entropy/batch", *metrics)
     table = {
@@ -632,7 +797,10 @@ def main(_):
       }
       for name in shown
     }
-    log.summary(table, title=f"{FLAGS.task}: {FLAGS.workdir}")
+    title = f"{FLAGS.task}: {FLAGS.workdir}"
+    if FLAGS.keep_best:
+      title += f"; the best, of step {best['step'] or FLAGS.steps}, in best"
+    log.summary(table, title=title)
 
 
 def validate(num_rows, minibatch_size, micro_batch_size, mesh):
@@ -659,6 +827,79 @@ def validate(num_rows, minibatch_size, micro_batch_size, mesh):
   for name in ("kl_target", "reference"):
     if FLAGS[name].value and FLAGS.kl != "initial":
       raise ValueError(f"--{name} has a meaning for --kl=initial alone.")
+  branch_layers()
+  parse_unfinished_score()
+  terms, known = FLAGS.reward_terms, reward_terms.TERMS
+  if not terms or sorted(terms) != sorted(set(terms) & set(known)):
+    raise ValueError(
+      f"--reward_terms must be some of {', '.join(known)}, each once, got "
+      f"{','.join(terms) or 'none'}."
+    )
+  uses_model = {"reward_model", "dense_reward_model"} & set(terms)
+  if bool(uses_model) != bool(FLAGS.reward_model):
+    raise ValueError(
+      "--reward_model and the terms reward_model and dense_reward_model of "
+      f"--reward_terms need each other, got {FLAGS.reward_model or 'none'} "
+      f"and {','.join(terms)}."
+    )
+
+
+def branch_layers():
+  """N of --critic=branch:N; 0 for other critics."""
+  kind, colon, number = FLAGS.critic.partition(":")
+  if kind != "branch":
+    return 0
+  if not (number.isdecimal() and int(number)):
+    raise ValueError(
+      "--critic=branch needs a number of layers, such as branch:4, got "
+      f"{FLAGS.critic}."
+    )
+  return int(number)
+
+
+def parse_unfinished_score():
+  """--unfinished_score as a number, or None."""
+  if not FLAGS.unfinished_score:
+    return None
+  if not (FLAGS.stop_at_eos or FLAGS.stop_strings):
+    raise ValueError(
+      "--unfinished_score is for responses that run out of length, as all do "
+      "without --stop_at_eos or --stop_strings."
+    )
+  try:
+    score = float(FLAGS.unfinished_score)
+  except ValueError:
+    score = math.nan
+  if not math.isfinite(score):
+    raise ValueError(
+      "--unfinished_score must be a number or empty, got "
+      f"{FLAGS.unfinished_score!r}."
+    )
+  return score
+
+
+def load_outcome_model(tokenizer):
+  """--reward_model, to be read on the policy's own tokens."""
+  name = FLAGS.reward_model
+  loaded = hf.load_classifier(name, dtype=FLAGS.dtype)
+  if not isinstance(loaded.model, classifier.CausalClassifier):
+    raise ValueError(
+      "--reward_terms=dense_reward_model needs a causal classifier, which sees "
+      f"no later tokens; --reward_model={name} is of the type "
+      f"{type(loaded.model).__name__}."
+    )
+  if len(loaded.labels) != 1:
+    raise ValueError(
+      "--reward_terms=dense_reward_model needs a classifier with one label; "
+      f"--reward_model={name} has {', '.join(loaded.labels)}."
+    )
+  if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
+    raise ValueError(
+      "--reward_terms=dense_reward_model reads the policy's own tokens, but "
+      f"--reward_model={name} has another vocabulary than "
+      f"--policy={FLAGS.policy}; --reward_terms=reward_model reads texts."
+    )
+  return loaded
 
 
 def smallest_divisor(number):

@@ -26,10 +26,130 @@ def place_score(scores: Array, mask: Array) -> Array:
   chex.assert_equal_shape_prefix([scores, mask], 1)
   chex.assert_type([scores, mask], [float, bool])
   scores = jnp.asarray(scores, jnp.float32)
-  num_left = jax.lax.cumsum(
-    jnp.asarray(mask, jnp.int32), axis=1, reverse=True
-  )  # This token and those after it.
-  return jnp.where(mask & (num_left == 1), scores[:, None], 0.0)
+  return jnp.where(_is_last(mask), scores[:, None], 0.0)
+
+
+def place_step_rewards(
+  step_rewards: Array, step_ends: Array, mask: Array
+) -> Array:
+  """Rewards of steps, each on the token that ends its step.
+
+    r_t = R_k if t is the k-th step end, else 0
+
+  What the steps without an end token have earned, such as a last line without
+  a line feed, is added to the last unmasked token. So nothing is lost: the
+  sum over t is the sum over k.
+
+  Args:
+    step_rewards: `[B, S]` float, R of the steps in their order; 0 for steps
+      that a row does not have.
+    step_ends: `[B, T]` bool, True on tokens that end a step. Ends after the
+      S-th earn nothing, and masked ones are none.
+    mask: `[B, T]` bool, True on response tokens. A row without any has no
+      place for rewards and gets zeros.
+
+  Returns:
+    `[B, T]` float32. No gradient flows through it.
+  """
+  chex.assert_rank([step_rewards, step_ends, mask], 2)
+  chex.assert_equal_shape([step_ends, mask])
+  chex.assert_equal_shape_prefix([step_rewards, mask], 1)
+  chex.assert_type([step_rewards, step_ends, mask], [float, bool, bool])
+  step_rewards = jax.lax.stop_gradient(jnp.asarray(step_rewards, jnp.float32))
+  num_steps = step_rewards.shape[1]
+  ends = jnp.asarray(step_ends) & mask
+  num_ends = jnp.cumsum(jnp.asarray(ends, jnp.int32), axis=1)  # Up to t.
+  step = jnp.clip(num_ends - 1, 0, num_steps - 1)
+  placed = jnp.where(
+    ends & (num_ends <= num_steps),
+    jnp.take_along_axis(step_rewards, step, axis=1),
+    0.0,
+  )
+  is_open = jnp.arange(num_steps)[None, :] >= num_ends[:, -1:]  # [B, S]
+  rest = jnp.sum(jnp.where(is_open, step_rewards, 0.0), axis=1)
+  return placed + place_score(rest, mask)
+
+
+def potential_rewards(
+  potentials: Array,
+  step_ends: Array,
+  mask: Array,
+  *,
+  initial: float = 0.5,
+  scale: float = 1.0,
+) -> Array:
+  """Rewards for the change of a potential from one step to the next.
+
+    r_t = c (Φ_i - Φ_{i-1}) if t is the i-th point, else 0;   Φ_0 = `initial`
+
+  The points of a row are its step ends and its last unmasked token. With Φ
+  the probability that a prefix leads to a right answer this is the dense
+  reward of an outcome model. It telescopes to c (Φ_last - Φ_0): there is
+  nothing to be earned by writing more steps.
+
+  Args:
+    potentials: `[B, T]` float, Φ of the text up to and including token t; at
+      other tokens than the points it may be anything.
+    step_ends: `[B, T]` bool, True on tokens that end a step; masked ones are
+      none.
+    mask: `[B, T]` bool, True on response tokens.
+    initial: Φ_0, of the prompt alone.
+    scale: c, reward per unit of potential.
+
+  Returns:
+    `[B, T]` float32. No gradient flows through it.
+
+  Source:
+    Ng, Harada and Russell (1999), "Policy Invariance under Reward
+    Transformations", with the outcome model of Havrilla et al. (2024),
+    "Teaching Large Language Models to Reason with Reinforcement Learning".
+  """
+  chex.assert_rank([potentials, step_ends, mask], 2)
+  chex.assert_equal_shape([potentials, step_ends, mask])
+  chex.assert_type([potentials, step_ends, mask], [float, bool, bool])
+  points = (jnp.asarray(step_ends) & mask) | _is_last(mask)
+  potentials = jax.lax.stop_gradient(jnp.asarray(potentials, jnp.float32))
+  potentials = jnp.where(points, potentials, 0.0)
+  # Column of the last point before each token; -1 where there is none.
+  column = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
+  latest = jax.lax.cummax(jnp.where(points, column, -1), axis=1)
+  before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  previous = jnp.where(
+    before >= 0,
+    jnp.take_along_axis(potentials, jnp.maximum(before, 0), axis=1),
+    initial,
+  )
+  return jnp.where(points, scale * (potentials - previous), 0.0)
+
+
+def overlong_penalty(lengths: Array, *, max_length: int, buffer: int) -> Array:
+  """Penalties that grow over the last tokens before a length limit.
+
+    0                               if n <= L - b
+    ((L - b) - n) / b               if L - b < n <= L
+    -1                              if n > L
+
+  Args:
+    lengths: `[...]` int n, tokens of the responses.
+    max_length: L, in tokens.
+    buffer: b in [1, L], tokens before the limit that are priced.
+
+  Returns:
+    float32, the shape of `lengths`, to be added to scores.
+
+  Raises:
+    ValueError: if `buffer` is below 1 or above `max_length`.
+
+  Source:
+    Yu et al. (2025), "DAPO", equation 13.
+  """
+  chex.assert_type(lengths, int)
+  if not 1 <= buffer <= max_length:
+    raise ValueError(
+      f"buffer must lie between 1 and max_length={max_length}, got {buffer}."
+    )
+  excess = jnp.asarray(lengths) - (max_length - buffer)
+  return -jnp.clip(excess.astype(jnp.float32) / buffer, 0.0, 1.0)
 
 
 def kl_penalty(
@@ -142,3 +262,10 @@ class AdaptiveKL:
     chex.assert_rank([kl, num_samples], 0)
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return self.replace(coef=self.coef * (1.0 + error * num_samples / horizon))
+
+
+def _is_last(mask: Array) -> Array:
+  """`[B, T]` bool, True on the last unmasked token of each row."""
+  # This token and those after it.
+  num_left = jax.lax.cumsum(jnp.asarray(mask, jnp.int32), axis=1, reverse=True)
+  return jnp.asarray(mask) & (num_left == 1)

@@ -103,6 +103,34 @@ def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
   Returns:
     `[N, T, D]`.
   """
+  hidden, _ = text_hidden(model, params, batch)
+  return at_responses(hidden, batch)
+
+
+def at_responses(states: Array, batch: Batch) -> Array:
+  """Of `text_hidden`, what the response tokens were drawn from.
+
+  Args:
+    states: `[N, P + T - 1, ...]`, one for each token that was read.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, T, ...]`, whose entry t stands behind all that comes before token t.
+  """
+  return states[:, batch["prompt_ids"].shape[1] - 1 :]
+
+
+def text_hidden(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
+  """Hidden states of prompts and responses, all but the last token's.
+
+  Args:
+    model: module, called on ids and mask.
+    params: its parameters.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, P + T - 1, D]`, and the mask `[N, P + T - 1]` bool of real tokens.
+  """
   prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"]
   response_ids, response_mask = batch["response_ids"], batch["response_mask"]
   arrays = [prompt_ids, prompt_mask, response_ids, response_mask]
@@ -110,12 +138,34 @@ def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
   chex.assert_type(arrays, [int, bool, int, bool])
   chex.assert_equal_shape(arrays[:2])
   chex.assert_equal_shape(arrays[2:])
-  prompt_length = prompt_ids.shape[1]
   # Nothing is drawn after the last response token: it need not be read.
   ids = jnp.concatenate([prompt_ids, response_ids[:, :-1]], axis=1)
   mask = jnp.concatenate([prompt_mask, response_mask[:, :-1]], axis=1)
-  hidden = model.apply({"params": params}, ids, mask)
-  return hidden[:, prompt_length - 1 :]
+  return model.apply({"params": params}, ids, mask), mask
+
+
+def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
+  """What a causal classifier says of the responses, token by token.
+
+  `logits[:, t]` is about the prompt and the response tokens up to and with t:
+  here nothing is shifted.
+
+  Args:
+    model: a `classifier.CausalClassifier` with the policy's tokens.
+    params: its parameters.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, T, L]` float32, 0 where masked.
+  """
+  ids, mask = (
+    jnp.concatenate(
+      [batch[f"prompt_{name}"], batch[f"response_{name}"]], axis=1
+    )
+    for name in ("ids", "mask")
+  )
+  logits = model.apply({"params": params}, ids, mask, method="token_logits")
+  return logits[:, batch["prompt_ids"].shape[1] :]
 
 
 def token_statistics(
@@ -126,6 +176,7 @@ def token_statistics(
   temperature: float,
   allowed: Array | None = None,
   chunk_size: int | None = None,
+  hidden: Array | None = None,
 ) -> tuple[log_prob_functions.TokenStatistics, Array]:
   """Log-probabilities and entropies of the response tokens under `params`.
 
@@ -140,11 +191,13 @@ def token_statistics(
     allowed: `[V]` bool, tokens that may be drawn, or None.
     chunk_size: response positions whose logits exist at the same time; None
       for all of them.
+    hidden: `[N, T, D]` of `response_hidden`, where it is known already.
 
   Returns:
     The `TokenStatistics` `[N, T]` and the hidden states `[N, T, D]`.
   """
-  hidden = response_hidden(model, params, batch)
+  if hidden is None:
+    hidden = response_hidden(model, params, batch)
   statistics = log_prob_functions.from_hidden(
     lambda h: model.apply({"params": params}, h, method="logits"),
     hidden,

@@ -1,5 +1,6 @@
 """Tests of rollouts: alignment, statistics, records."""
 
+import functools
 import json
 
 import jax
@@ -9,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 from rljax import rollout as rollouts
 from rljax import sampling
+from rljax.models import classifier
 from tests import stand_in, tiny
 
 
@@ -97,6 +99,51 @@ class RolloutTest(parameterized.TestCase):
     np.testing.assert_allclose(
       statistics.log_probs, rollout.log_probs, rtol=1e-5
     )
+
+  def test_whole_text_and_its_responses(self):
+    config = tiny.gpt2_config()
+    model, params = tiny.model(config), tiny.params(config)
+    rollout = _rollout(model, params, stop_ids=(4,))
+    hidden, mask = rollouts.text_hidden(model, params, rollout)
+    self.assertEqual(hidden.shape, (6, 3 + 4 - 1, config.hidden_size))
+    np.testing.assert_array_equal(mask[:, :3], rollout.prompt_mask)
+    np.testing.assert_array_equal(mask[:, 3:], rollout.response_mask[:, :-1])
+    of_responses = rollouts.at_responses(hidden, rollout)
+    np.testing.assert_array_equal(
+      of_responses, rollouts.response_hidden(model, params, rollout)
+    )
+    # Handed in, they are not computed again.
+    known, found = rollouts.token_statistics(
+      model, params, rollout, temperature=1.0, hidden=2.0 * of_responses
+    )
+    np.testing.assert_array_equal(found, 2.0 * of_responses)
+    own, _ = rollouts.token_statistics(model, params, rollout, temperature=1.0)
+    self.assertGreater(np.abs(known.log_probs - own.log_probs).max(), 0.01)
+
+  def test_classifier_reads_up_to_each_token(self):
+    config = tiny.gpt2_config()
+    policy, params = tiny.model(config), tiny.params(config)
+    rollout = _rollout(policy, params, stop_ids=(4,))
+    model = classifier.CausalClassifier(
+      classifier.CausalClassifierConfig(config, ("right",))
+    )
+    kernel = jnp.float32(np.random.default_rng(2).normal(size=(16, 1)))
+    judge = {"backbone": params, "score": {"kernel": kernel}}
+    read = jax.jit(functools.partial(rollouts.prefix_logits, model))
+    logits = read(judge, rollout)
+    self.assertEqual(logits.shape, (6, 4, 1))
+    whole = jax.jit(lambda ids, mask: model.apply({"params": judge}, ids, mask))
+    ids, mask = (
+      np.concatenate([rollout[f"prompt_{x}"], rollout[f"response_{x}"]], axis=1)
+      for x in ("ids", "mask")
+    )
+    for t in range(4):
+      # The text that ends with token t, and nothing behind it.
+      expected = whole(ids, mask & (np.arange(7) <= 3 + t))
+      is_real = rollout.response_mask[:, t]
+      np.testing.assert_allclose(
+        logits[is_real, t], expected[is_real], atol=2e-5
+      )
 
   def test_wrong_shapes_are_told(self):
     params = stand_in.random_params(np.random.default_rng(0))

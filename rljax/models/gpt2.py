@@ -326,7 +326,9 @@ class GPT2(nn.Module):
     return (self.wte(ids) + self.wpe(positions)).astype(self.config.dtype)
 
   def _forward(self, ids, mask):
-    x = self._embed(ids, attention.positions(mask))
+    return self._layers(self._embed(ids, attention.positions(mask)), mask)
+
+  def _layers(self, x, mask):
     allowed = attention.causal_mask(mask)
     keys_values = []
     for layer in self.layers:
@@ -346,6 +348,20 @@ class GPT2(nn.Module):
       `[B, S, D]` in the compute dtype, after the last norm.
     """
     return self._forward(ids, mask)[0]
+
+  def apply_layers(self, hidden: Array, mask: Array) -> Array:
+    """The blocks and the last norm, on states in the place of embeddings.
+
+    Initialised by this method, the model has no embeddings.
+
+    Args:
+      hidden: `[B, S, D]`, of tokens in their places.
+      mask: `[B, S]` bool, True at real tokens; padding on either side.
+
+    Returns:
+      `[B, S, D]` in the compute dtype, after the last norm.
+    """
+    return self._layers(hidden.astype(self.config.dtype), mask)[0]
 
   def prefill(
     self, ids: Array, mask: Array, num_samples: int, response_length: int

@@ -438,8 +438,10 @@ class Llama(nn.Module):
       self.lm_head = OutputLayer(c)
 
   def _forward(self, ids, mask):
+    return self._layers(self.embed_tokens(ids).astype(self.config.dtype), mask)
+
+  def _layers(self, x, mask):
     c = self.config
-    x = self.embed_tokens(ids).astype(c.dtype)
     cos, sin = rope_lib.angles(attention.positions(mask), c.rope, c.head_dim)
     allowed = attention.causal_mask(mask)
     keys_values = []
@@ -463,6 +465,20 @@ class Llama(nn.Module):
     if self.is_initializing():
       self.logits(hidden[:, :1])  # Or the output layer would get no kernel.
     return hidden
+
+  def apply_layers(self, hidden: Array, mask: Array) -> Array:
+    """The blocks and the last norm, on states in the place of embeddings.
+
+    Initialised by this method, the model has no embeddings.
+
+    Args:
+      hidden: `[B, S, D]`, of tokens in their places.
+      mask: `[B, S]` bool, True at real tokens; padding on either side.
+
+    Returns:
+      `[B, S, D]` in the compute dtype, after the last norm.
+    """
+    return self._layers(hidden.astype(self.config.dtype), mask)[0]
 
   def prefill(
     self, ids: Array, mask: Array, num_samples: int, response_length: int

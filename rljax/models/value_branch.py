@@ -1,0 +1,57 @@
+"""A value branch: layers of its own for a critic on the policy's trunk."""
+
+import dataclasses
+
+import chex
+import flax.linen as nn
+import jax
+
+from rljax.models import gpt2, llama
+
+Array = jax.Array
+
+
+class ValueBranch(nn.Module):
+  """Layers of the policy's family on its last hidden states.
+
+    branch(h) = norm(block_N(... block_1(sg(h))))
+
+  The blocks see the text with the policy's mask and positions, and start with
+  new weights. No gradient flows to `hidden`: a critic that learns through the
+  trunk disturbs the policy. A `heads.ValueHead` belongs on top.
+
+  Attributes:
+    config: of the policy; the branch has its widths and dtypes.
+    num_layers: N >= 1.
+
+  Source:
+    Havrilla et al. (2024), "Teaching Large Language Models to Reason with
+    Reinforcement Learning", who take four layers and detach them. That they
+    stand on the last states, behind the last norm, is our choice.
+  """
+
+  config: gpt2.GPT2Config | llama.LlamaConfig
+  num_layers: int
+
+  def setup(self):
+    if self.num_layers < 1:
+      raise ValueError(f"num_layers must be positive, got {self.num_layers}.")
+    config = dataclasses.replace(self.config, num_layers=self.num_layers)
+    is_gpt2 = isinstance(config, gpt2.GPT2Config)
+    self.decoder = gpt2.GPT2(config) if is_gpt2 else llama.Llama(config)
+
+  def __call__(self, hidden: Array, mask: Array) -> Array:
+    """States for a value head.
+
+    Args:
+      hidden: `[B, S, D]` float, the policy's last states of whole texts.
+      mask: `[B, S]` bool, True at real tokens; padding on either side.
+
+    Returns:
+      `[B, S, D]` in the compute dtype. As in the policy, that of a token
+      depends on the tokens up to it.
+    """
+    chex.assert_rank([hidden, mask], [3, 2])
+    chex.assert_equal_shape_prefix([hidden, mask], 2)
+    chex.assert_type([hidden, mask], [float, bool])
+    return self.decoder.apply_layers(jax.lax.stop_gradient(hidden), mask)
