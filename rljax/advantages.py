@@ -8,8 +8,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rljax import masking
+
 Array = jax.Array
 
+GROUP_SCALES = ("group", "batch", "none")
 PRIORITY_MODES = ("good_priority", "good_random", "all_priority", "none")
 
 
@@ -104,6 +107,140 @@ def returns_to_go(rewards: Array, mask: Array, *, discount: float) -> Array:
     gae_lambda=1.0,
   )
   return returns
+
+
+def group_relative(
+  group_scores: Array,
+  *,
+  scale: str,
+  ddof: int = 1,
+  epsilon: float = 1e-4,
+  axis_name: str | None = None,
+) -> Array:
+  """Advantages of responses over the other responses to their prompt.
+
+    c_bj = R_bj - mean_k R_bk
+
+    group:  A_bj = c_bj / (std_k R_bk + ε)       GRPO
+    batch:  A_bj = c_bj / (std(c) + ε)           REINFORCE++ with baseline
+    none:   A_bj = c_bj                          Dr. GRPO
+
+  where std(c) is over all responses of the batch. A group whose scores are
+  all equal gets exactly 0, whatever ε.
+
+  No gradient flows through the result.
+
+  Args:
+    group_scores: `[B, G]` float R, of G responses to each of B prompts.
+    scale: one of the three names above.
+    ddof: 1 for the unbiased variance, 0 for the population's. DeepSeekMath
+      does not say which; common libraries take 1.
+    epsilon: ε >= 0, in units of score.
+    axis_name: mapped axis that shards B, if any. It matters for "batch"
+      alone: a group is whole on its shard.
+
+  Returns:
+    `[B, G]` float32.
+
+  Raises:
+    ValueError: if the scale is unknown, or `ddof` or `epsilon` is negative.
+
+  Source:
+    Shao et al. (2024), "DeepSeekMath", section 4.1.2; Hu et al. (2025),
+    "REINFORCE++"; Liu et al. (2025), "Understanding R1-Zero-Like Training".
+  """
+  if scale not in GROUP_SCALES:
+    raise ValueError(
+      f"scale must be one of {', '.join(GROUP_SCALES)}, got {scale!r}."
+    )
+  if ddof < 0 or not epsilon >= 0:
+    raise ValueError(
+      f"ddof and epsilon must not be negative, got {ddof} and {epsilon}."
+    )
+  centred = _centred_groups(group_scores)
+  if scale == "none":
+    return centred
+  if scale == "group":
+    degrees = max(centred.shape[1] - ddof, 1)
+    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / degrees
+  else:
+    # The mean of centred scores is 0.
+    variance = masking.masked_variance(
+      centred, jnp.ones(centred.shape, bool), ddof=ddof, axis_name=axis_name
+    )[None, None]
+  std = jnp.sqrt(variance)
+  return jnp.where(std > 0, centred / jnp.where(std > 0, std + epsilon, 1.0), 0)
+
+
+def leave_one_out(group_scores: Array) -> Array:
+  """Advantages over the mean of the other responses to the same prompt.
+
+    A_bj = R_bj - Σ_{k≠j} R_bk / (G - 1) = G / (G - 1) (R_bj - mean_k R_bk)
+
+  A group whose scores are all equal gets exactly 0. No gradient flows through
+  the result.
+
+  Args:
+    group_scores: `[B, G]` float R, of G >= 2 responses to each of B prompts;
+      with their KL penalties, if there are any.
+
+  Returns:
+    `[B, G]` float32.
+
+  Raises:
+    ValueError: if G is 1.
+
+  Source:
+    Kool et al. (2019), "Buy 4 REINFORCE Samples, Get a Baseline for Free!";
+    Ahmadian et al. (2024), "Back to Basics: Revisiting REINFORCE-Style
+    Optimization for Learning from Human Feedback in LLMs".
+  """
+  centred = _centred_groups(group_scores)
+  size = centred.shape[1]
+  if size < 2:
+    raise ValueError("leave_one_out needs groups of at least 2, got 1.")
+  return centred * (size / (size - 1))
+
+
+def reinforce_pp(
+  rewards: Array,
+  mask: Array,
+  *,
+  ddof: int = 1,
+  epsilon: float = 1e-8,
+  axis_name: str | None = None,
+) -> Array:
+  """Returns of tokens, normalised over all tokens of the batch.
+
+    G_t = Σ_{s>=t} r_s
+    A_t = (G_t - mean(G)) / sqrt(var(G) + ε)
+
+  With the score on the last token and -β k1 on each, G_t is the score less
+  the price of the drift from t on. It needs no group: one response to each
+  prompt will do. No gradient flows through the result.
+
+  Args:
+    rewards: `[B, T]` float, as `rewards.place_score` and `kl_penalty` make.
+    mask: `[B, T]` bool, True on response tokens.
+    ddof: 1 for the unbiased variance, 0 for the population's.
+    epsilon: ε > 0, in squared units of reward.
+    axis_name: mapped axis that shards B, if any; mean and variance are then
+      those of the whole batch.
+
+  Returns:
+    `[B, T]` float32, 0 where masked.
+
+  Raises:
+    ValueError: if `ddof` is negative or `epsilon` is not positive.
+
+  Source:
+    Hu et al. (2025), "REINFORCE++: A Simple and Efficient Approach for
+    Aligning Large Language Models".
+  """
+  returns = returns_to_go(rewards, mask, discount=1.0)
+  return masking.masked_whiten(
+    returns, mask, ddof=ddof, epsilon=epsilon, axis_name=axis_name
+  )
 
 
 def sequence(sequence_rewards: Array, sequence_values: Array) -> Array:
@@ -228,6 +365,17 @@ def drawn_scores(
   return jnp.where(
     drawn, scores / jnp.where(drawn, num_drawn * weights, 1.0), 0.0
   )
+
+
+def _centred_groups(group_scores: Array) -> Array:
+  """`[B, G]` float32 scores less the mean of their row."""
+  chex.assert_rank(group_scores, 2)
+  chex.assert_type(group_scores, float)
+  scores = jax.lax.stop_gradient(jnp.asarray(group_scores, jnp.float32))
+  # Less the first, equal scores are 0 before their mean is: a mean of three
+  # 0.1 is not 0.1, and a tiny std would blow the difference up.
+  scores = scores - scores[:, :1]
+  return scores - jnp.mean(scores, axis=1, keepdims=True)
 
 
 def _check_rows(x: Array) -> None:

@@ -1,9 +1,10 @@
-"""Clipped losses of proximal policy optimization, per response token."""
+"""Clipped losses of proximal policy optimization and of its descendants."""
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from rljax import log_probs as log_probs_lib
 from rljax import masking
 
 Array = jax.Array
@@ -83,10 +84,7 @@ def clipped_policy_loss(
   _check_positive(
     clip_epsilon=clip_epsilon, clip_epsilon_high=clip_epsilon_high
   )
-  if normalizer not in NORMALIZERS:
-    raise ValueError(
-      f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}."
-    )
+  _check_normalizer(normalizer)
 
   counts = mask
   if ratio_guard is not None:
@@ -110,42 +108,196 @@ def clipped_policy_loss(
   )
   token_losses = jnp.maximum(unclipped, clipped)  # [B, T]
 
-  if normalizer == "token_mean":
-    loss = masking.masked_mean(token_losses, counts, axis_name=axis_name)
-  elif normalizer == "sequence_mean":
-    sequence_losses = masking.masked_mean(token_losses, counts, axis=1)  # [B]
-    loss = masking.masked_mean(
-      sequence_losses, jnp.any(counts, axis=1), axis_name=axis_name
-    )
-  else:
-    num_slots = mask.size
-    if axis_name is not None:
-      num_slots *= jax.lax.axis_size(axis_name)
-    total = masking.masked_sum(token_losses, counts, axis_name=axis_name)
-    loss = total / num_slots
-
-  log_ratio, clipped, unclipped = jax.lax.stop_gradient(
-    (log_ratio, clipped, unclipped)
-  )
-
-  def mean(x):
-    return masking.masked_mean(x, mask, axis_name=axis_name)
-
-  ratio_min = jnp.min(jnp.where(mask, jnp.exp(log_ratio), jnp.inf))
-  ratio_max = jnp.max(jnp.where(mask, jnp.exp(log_ratio), 0.0))
-  if axis_name is not None:
-    ratio_min = jax.lax.pmin(ratio_min, axis_name)
-    ratio_max = jax.lax.pmax(ratio_max, axis_name)
+  loss = _normalized(token_losses, counts, normalizer, axis_name)
   return loss, {
     "ppo/policy_loss": jax.lax.stop_gradient(loss),
-    "ppo/clip_fraction": mean((clipped > unclipped).astype(jnp.float32)),
-    "ppo/ratio_mean": mean(jnp.exp(log_ratio)),
-    # 0 where no token counts, as all the others.
-    "ppo/ratio_min": jnp.minimum(ratio_min, ratio_max),
-    "ppo/ratio_max": ratio_max,
-    "ppo/approx_kl": mean(jnp.expm1(log_ratio) - log_ratio),
-    "ppo/approx_kl_k2": mean(0.5 * jnp.square(log_ratio)),
+    **_ratio_metrics(log_ratio, clipped > unclipped, mask, axis_name),
   }
+
+
+def gspo_loss(
+  log_probs: Array,
+  old_log_probs: Array,
+  sequence_advantages: Array,
+  mask: Array,
+  *,
+  clip_epsilon: float,
+  clip_epsilon_high: float | None = None,
+  axis_name: str | None = None,
+) -> tuple[Array, Metrics]:
+  """Clipped surrogate loss with one ratio for a whole response.
+
+    s_i = exp(Σ_t m_it log(π(y_it) / π_old(y_it)) / Σ_t m_it)
+    l_i = max(-A_i s_i, -A_i clip(s_i, 1 - ε, 1 + ε_high))
+
+  The loss is the mean of l over the sequences that have any token. No gradient
+  flows to `old_log_probs` and `sequence_advantages`. Where log s exceeds 60 it
+  is taken as 60, without gradient, to keep everything finite.
+
+  Args:
+    log_probs: `[B, T]` float, of the trained policy.
+    old_log_probs: `[B, T]` float, of the policy that sampled the tokens.
+    sequence_advantages: `[B]` float A.
+    mask: `[B, T]` bool, True on response tokens.
+    clip_epsilon: ε > 0. A mean over tokens varies little: the paper has 3e-4.
+    clip_epsilon_high: ε_high > 0, 4e-4 in the paper; ε if None.
+    axis_name: mapped axis that shards B, if any; the loss is then that of
+      the whole batch, on every shard.
+
+  Returns:
+    The scalar loss (0 if no token counts) and the metrics of
+    `clipped_policy_loss`, over sequences in place of tokens.
+
+  Raises:
+    ValueError: if a clip epsilon is not positive.
+
+  Source:
+    Zheng et al. (2025), "Group Sequence Policy Optimization".
+  """
+  arrays = [log_probs, old_log_probs, mask]
+  chex.assert_rank([*arrays, sequence_advantages], [2, 2, 2, 1])
+  chex.assert_equal_shape(arrays)
+  chex.assert_equal_shape_prefix([mask, sequence_advantages], 1)
+  chex.assert_type([*arrays, sequence_advantages], [float, float, bool, float])
+  if clip_epsilon_high is None:
+    clip_epsilon_high = clip_epsilon
+  _check_positive(
+    clip_epsilon=clip_epsilon, clip_epsilon_high=clip_epsilon_high
+  )
+  counts = jnp.any(mask, axis=1)  # [B]
+  log_ratio = masking.masked_mean(
+    _difference(log_probs, old_log_probs, mask), mask, axis=1
+  )
+  log_ratio = jnp.minimum(log_ratio, _MAX_LOG_RATIO)
+  ratio = jnp.exp(log_ratio)
+  advantages = jax.lax.stop_gradient(
+    jnp.asarray(sequence_advantages, jnp.float32)
+  )
+  unclipped = -advantages * ratio
+  clipped = -advantages * jnp.clip(
+    ratio, 1.0 - clip_epsilon, 1.0 + clip_epsilon_high
+  )
+  loss = masking.masked_mean(
+    jnp.maximum(unclipped, clipped), counts, axis_name=axis_name
+  )
+  return loss, {
+    "ppo/policy_loss": jax.lax.stop_gradient(loss),
+    **_ratio_metrics(log_ratio, clipped > unclipped, counts, axis_name),
+  }
+
+
+def cispo_loss(
+  log_probs: Array,
+  old_log_probs: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  max_ratio: float,
+  normalizer: str = "token_mean",
+  axis_name: str | None = None,
+) -> tuple[Array, Metrics]:
+  """Policy gradient weighted by a ratio that is bounded, not dropped.
+
+    l_t = -sg[min(ρ_t, ρ_max)] A_t log π(y_t),   ρ_t = π(y_t) / π_old(y_t)
+
+  Every token keeps a gradient, where the clipped surrogate silences those
+  whose ratio has moved. The value of the loss means nothing; its gradient
+  does. No gradient flows to `old_log_probs` and `advantages`.
+
+  Args:
+    log_probs: `[B, T]` float, of the trained policy.
+    old_log_probs: `[B, T]` float, of the policy that sampled the tokens.
+    advantages: `[B, T]` float.
+    mask: `[B, T]` bool, True on response tokens.
+    max_ratio: ρ_max > 0, the 1 + ε_high of the paper.
+    normalizer: as in `clipped_policy_loss`.
+    axis_name: mapped axis that shards B, if any; the loss is then that of
+      the whole batch, on every shard.
+
+  Returns:
+    The scalar loss (0 if no token counts) and the metrics of
+    `clipped_policy_loss`, where "ppo/clip_fraction" is the share of tokens
+    whose ratio exceeds ρ_max.
+
+  Raises:
+    ValueError: if `max_ratio` is not positive, or the normalizer is unknown.
+
+  Source:
+    MiniMax (2025), "MiniMax-M1", without a bound below, as in its runs.
+  """
+  arrays = [log_probs, old_log_probs, advantages, mask]
+  chex.assert_rank(arrays, 2)
+  chex.assert_equal_shape(arrays)
+  chex.assert_type(arrays, [float, float, float, bool])
+  _check_positive(max_ratio=max_ratio)
+  _check_normalizer(normalizer)
+  log_ratio = _log_ratio(log_probs, old_log_probs, mask)
+  ratio = jnp.exp(log_ratio)
+  weights = jax.lax.stop_gradient(
+    jnp.minimum(ratio, max_ratio) * jnp.asarray(advantages, jnp.float32)
+  )
+  log_probs = jnp.where(mask, jnp.asarray(log_probs, jnp.float32), 0.0)
+  loss = _normalized(-weights * log_probs, mask, normalizer, axis_name)
+  return loss, {
+    "ppo/policy_loss": jax.lax.stop_gradient(loss),
+    **_ratio_metrics(log_ratio, ratio > max_ratio, mask, axis_name),
+  }
+
+
+def kl_to_reference(
+  log_probs: Array,
+  ref_log_probs: Array,
+  mask: Array,
+  *,
+  kind: str = "k3",
+  normalizer: str = "token_mean",
+  axis_name: str | None = None,
+) -> Array:
+  """Differentiable estimate of the KL to a reference policy.
+
+    d_t = log π_ref(y_t) - log π(y_t)
+    k2: d² / 2,   k3: exp(d) - 1 - d
+
+  averaged as the loss is that it is added to. On samples of π the gradient of
+  k3, which GRPO takes, is in expectation that of KL(π_ref‖π), and the gradient
+  of k2 that of KL(π‖π_ref). That of k1 is 0, so there is none here. No
+  gradient flows to `ref_log_probs`. Where d exceeds 60 it is taken as 60,
+  without gradient, to keep everything finite.
+
+  Args:
+    log_probs: `[B, T]` float, of the trained policy.
+    ref_log_probs: `[B, T]` float, of the reference policy.
+    mask: `[B, T]` bool, True on response tokens.
+    kind: "k2" or "k3".
+    normalizer: as in `clipped_policy_loss`.
+    axis_name: mapped axis that shards B, if any.
+
+  Returns:
+    float32 scalar, nats per token ("constant": per slot of the padded batch);
+    0 if no token counts.
+
+  Raises:
+    ValueError: if `kind` or the normalizer is unknown.
+
+  Source:
+    Shao et al. (2024), "DeepSeekMath", equation 4; Schulman (2020),
+    "Approximating KL Divergence".
+  """
+  arrays = [log_probs, ref_log_probs, mask]
+  chex.assert_rank(arrays, 2)
+  chex.assert_equal_shape(arrays)
+  chex.assert_type(arrays, [float, float, bool])
+  if kind not in ("k2", "k3"):
+    raise ValueError(f"kind must be k2 or k3, got {kind!r}.")
+  _check_normalizer(normalizer)
+  # log(π / π_ref) from below, for exp(d) to stay finite.
+  log_ratio = jnp.maximum(
+    _difference(log_probs, ref_log_probs, mask), -_MAX_LOG_RATIO
+  )
+  estimate = log_probs_lib.kl_estimate(
+    log_ratio, jnp.zeros_like(log_ratio), kind=kind
+  )
+  return _normalized(estimate, mask, normalizer, axis_name)
 
 
 def clipped_value_loss(
@@ -313,12 +465,69 @@ def ratio_guard(
 _ratio_guard = ratio_guard
 
 
+def _difference(log_probs: Array, constant: Array, mask: Array) -> Array:
+  """log π less other log-probabilities, which are constant; 0 where masked."""
+  log_probs = jnp.asarray(log_probs, jnp.float32)
+  constant = jax.lax.stop_gradient(jnp.asarray(constant, jnp.float32))
+  return jnp.where(mask, log_probs - constant, 0.0)
+
+
 def _log_ratio(log_probs: Array, old_log_probs: Array, mask: Array) -> Array:
   """log ρ `[B, T]`, 0 where masked, at most `_MAX_LOG_RATIO`."""
-  log_probs = jnp.asarray(log_probs, jnp.float32)
-  old_log_probs = jax.lax.stop_gradient(jnp.asarray(old_log_probs, jnp.float32))
-  log_ratio = jnp.where(mask, log_probs - old_log_probs, 0.0)
-  return jnp.minimum(log_ratio, _MAX_LOG_RATIO)
+  return jnp.minimum(
+    _difference(log_probs, old_log_probs, mask), _MAX_LOG_RATIO
+  )
+
+
+def _normalized(
+  token_losses: Array, mask: Array, normalizer: str, axis_name: str | None
+) -> Array:
+  """Averages `[B, T]` losses in one of the three ways of the first loss."""
+  if normalizer == "token_mean":
+    return masking.masked_mean(token_losses, mask, axis_name=axis_name)
+  if normalizer == "sequence_mean":
+    sequence_losses = masking.masked_mean(token_losses, mask, axis=1)  # [B]
+    return masking.masked_mean(
+      sequence_losses, jnp.any(mask, axis=1), axis_name=axis_name
+    )
+  num_slots = mask.size
+  if axis_name is not None:
+    num_slots *= jax.lax.axis_size(axis_name)
+  total = masking.masked_sum(token_losses, mask, axis_name=axis_name)
+  return total / num_slots
+
+
+def _ratio_metrics(
+  log_ratio: Array, is_clipped: Array, mask: Array, axis_name: str | None
+) -> Metrics:
+  """What the ratios tell, over the unmasked tokens or sequences."""
+  log_ratio = jax.lax.stop_gradient(log_ratio)
+  ratio = jnp.exp(log_ratio)
+
+  def mean(x):
+    return masking.masked_mean(x, mask, axis_name=axis_name)
+
+  ratio_min = jnp.min(jnp.where(mask, ratio, jnp.inf))
+  ratio_max = jnp.max(jnp.where(mask, ratio, 0.0))
+  if axis_name is not None:
+    ratio_min = jax.lax.pmin(ratio_min, axis_name)
+    ratio_max = jax.lax.pmax(ratio_max, axis_name)
+  return {
+    "ppo/clip_fraction": mean(is_clipped.astype(jnp.float32)),
+    "ppo/ratio_mean": mean(ratio),
+    # 0 where no token counts, as all the others.
+    "ppo/ratio_min": jnp.minimum(ratio_min, ratio_max),
+    "ppo/ratio_max": ratio_max,
+    "ppo/approx_kl": mean(jnp.expm1(log_ratio) - log_ratio),
+    "ppo/approx_kl_k2": mean(0.5 * jnp.square(log_ratio)),
+  }
+
+
+def _check_normalizer(normalizer: str) -> None:
+  if normalizer not in NORMALIZERS:
+    raise ValueError(
+      f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}."
+    )
 
 
 def _check_positive(**settings: float) -> None:
