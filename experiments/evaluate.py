@@ -367,13 +367,13 @@ def responder_of(name, loaded, encoded, mesh, *, greedy, num_samples=1):
     stop_at_eos=FLAGS.stop_at_eos,
     stop_strings=runs.unescaped(FLAGS.stop_strings),
     num_samples=num_samples,
-    forced=forced_of(name),
+    **tags_of(name),
   )
 
 
-def forced_of(name):
+def tags_of(name):
   """The tags of a return-conditioned policy, which it brings along."""
-  return responses.load_forced(name) if FLAGS.forced_tags else None
+  return responses.load_forced(name) if FLAGS.forced_tags else {}
 
 
 def place(loaded, mesh):
@@ -602,7 +602,7 @@ def draw(name, label, seed, rows, score, mesh):
       max_length=FLAGS.max_length,
       stop_at_eos=FLAGS.stop_at_eos,
       stop_strings=FLAGS.stop_strings,
-      has_tags=forced_of(name) is not None,
+      has_tags=bool(tags_of(name)),
       dtype=FLAGS.dtype,
     )
     forget_others(path, made_of)
@@ -619,7 +619,7 @@ def draw(name, label, seed, rows, score, mesh):
       params,
       [row.prompt for row in asked],
       score,
-      progress=functools.partial(show_progress, path.stem, len(asked)),
+      progress=responses.Progress(path.stem, len(asked)),
     )
     files.append(path)
   return asked, files
@@ -642,14 +642,6 @@ def forget_others(path, made_of):
   # Before the first sample: no sample is ever beside another's manifest.
   path.parent.mkdir(parents=True, exist_ok=True)
   manifest.write_text(text)
-
-
-def show_progress(name, num_prompts, num_answered, rows):
-  """A line for each batch."""
-  right = np.mean([row["parts"].get("is_correct", False) for row in rows])
-  print(
-    f"{name}: {num_answered} of {num_prompts}, {right:.1%} right", flush=True
-  )
 
 
 def read_known():
@@ -866,22 +858,6 @@ def write_reasoning(columns, prompts, num_known, log):
         "p (McNemar, exact)": p_value,
       }
   del differences[first]
-  settings = f"{FLAGS.num_samples} samples, temperature {FLAGS.temperature:g}"
-  log.summary(table, title=f"{title_of(prompts)}; {settings}")
-  if differences:
-    log.summary(
-      differences,
-      title=f"The same minus {first}, question by question",
-      file="differences.json",
-    )
-    log.summary(
-      outcomes, title="Greedy answers, by question", file="greedy.json"
-    )
-  if 0 < num_known < 4 * FLAGS.num_samples:
-    log.note(
-      f"New traces are those that K' = {num_known} samples lack. That is less "
-      f"than 4 K = {4 * FLAGS.num_samples}: many are new by chance alone."
-    )
   path = pathlib.Path(FLAGS.workdir, "metrics.json")
   path.write_text(json.dumps(single, indent=2, ensure_ascii=False) + "\n")
   data.write_jsonl(
@@ -905,6 +881,23 @@ def write_reasoning(columns, prompts, num_known, log):
       for i, prompt in enumerate(prompts)
     ),
   )
+  # The summary comes last: where it is, everything is.
+  settings = f"{FLAGS.num_samples} samples, temperature {FLAGS.temperature:g}"
+  if differences:
+    log.summary(
+      differences,
+      title=f"The same minus {first}, question by question",
+      file="differences.json",
+    )
+    log.summary(
+      outcomes, title="Greedy answers, by question", file="greedy.json"
+    )
+  log.summary(table, title=f"{title_of(prompts)}; {settings}")
+  if 0 < num_known < 4 * FLAGS.num_samples:
+    log.note(
+      f"New traces are those that K' = {num_known} samples lack. That is less "
+      f"than 4 K = {4 * FLAGS.num_samples}: many are new by chance alone."
+    )
 
 
 def ratio(parts, wholes):

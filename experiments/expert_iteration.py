@@ -124,6 +124,7 @@ PANELS = {
 
 def main(_):
   validate()
+  runs.check_one_process()
   may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
   in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
@@ -142,6 +143,7 @@ def main(_):
       transform=FLAGS.reward_transform,
       template=FLAGS.reward_template,
       max_length=FLAGS.reward_length,
+      batch_size=FLAGS.batch_size,
       mesh=mesh,
     )
 
@@ -151,14 +153,12 @@ def main(_):
   rules = hf.partition_rules(model)
   place = lambda tree: meshes.place(tree, meshes.shardings(tree, rules, mesh))
   policy = base = place(loaded.params)
+  models = {"policy": loaded.params}
   if FLAGS.base:
     other = hf.load(FLAGS.base, dtype=FLAGS.dtype, remat=FLAGS.remat)
-    if other.model.config != model.config:
-      raise ValueError(
-        f"--base={FLAGS.base} is another architecture than the policy: "
-        f"{other.model.config} and {model.config}."
-      )
+    runs.check_same_kind(f"--base={FLAGS.base}", other, loaded)
     base = place(other.params)
+    models["base"] = other.params
 
   # Prompts, and the responders that answer them.
   prompts, eval_prompts = (
@@ -168,19 +168,35 @@ def main(_):
       ("validation", FLAGS.num_eval_prompts),
     )
   )
-  score(eval_prompts[:1], [""])  # Bad options show here, not after sampling.
-  examples = []
-  if FLAGS.num_examples or FLAGS.shots:
-    number = max(FLAGS.num_examples, FLAGS.shots)
-    more = tasks.options(FLAGS.example_options)
-    examples = task.supervised(
-      "train", FLAGS.seed, num=number, **options, **more
-    )
+  # Bad options and tasks show here, not after hours of sampling.
+  _, parts = score(eval_prompts[:1], [""])
+  needed = {
+    "valid": ["is_valid"],
+    "reward_model": ["answer"],
+    "both": ["answer"],
+  }
+  tasks.check_parts(
+    FLAGS.task, parts, "is_correct", *needed.get(FLAGS.filter, [])
+  )
+
+  def supervised_pairs(split, num):
+    """(prompt, response) pairs of the task."""
+    if not num:
+      return []
+    if not hasattr(task, "supervised"):
+      raise ValueError(f"--task={FLAGS.task} has no solutions to learn from.")
+    more = options | tasks.options(FLAGS.example_options)
+    tasks.check_options(task.supervised, more)
+    return task.supervised(split, FLAGS.seed, num=num, **more)
+
+  examples = supervised_pairs("train", FLAGS.num_examples)
+  # Shots are of another split: no prompt is asked beside its own solution.
+  shots = supervised_pairs("validation", FLAGS.shots)
 
   def render(texts):
-    rows = logged.from_prompts(texts, FLAGS.task)
-    rendered, _ = logged.render(rows, tokenizer, FLAGS.prompt_format)
-    return [row.prompt for row in rendered]
+    return logged.render_prompts(
+      texts, FLAGS.task, tokenizer, FLAGS.prompt_format
+    )
 
   def encode(texts):
     return data.encode_prompts(
@@ -206,16 +222,30 @@ def main(_):
   )
   sample = first_sample = ask(encode(prompts))
   if FLAGS.shots:
-    shown = "".join(f"{p}{r}\n\n" for p, r in examples[: FLAGS.shots])
+    shown = "".join(f"{p}{r}\n\n" for p, r in shots)
     first_sample = ask(encode([shown + prompt for prompt in prompts]))
   answer = responder(
     encode(eval_prompts), settings=sampling.Settings(greedy=True)
   )
 
   # A fit: supervised learning on the data of a round.
+  def encode_pairs(pairs):
+    """(prompt ids, response ids) of pairs of texts."""
+    texts = render([prompt for prompt, _ in pairs])
+    prompt_ids = encode([prompt for prompt, _ in pairs])
+    return [
+      (ids, data.encode_response(tokenizer, text, ids, response)[0])
+      for text, ids, (_, response) in zip(texts, prompt_ids, pairs, strict=True)
+    ]
+
+  encoded_examples = encode_pairs(examples)
   lengths = (
-    data.bucket_length(max(map(len, encode(prompts)))),
-    data.bucket_length(FLAGS.max_length),
+    data.bucket_length(
+      max(map(len, [*encode(prompts), *(ids for ids, _ in encoded_examples)]))
+    ),
+    data.bucket_length(
+      max([FLAGS.max_length, *(len(ids) for _, ids in encoded_examples)])
+    ),
   )
   data.check_positions(sum(lengths), model.config.max_positions)
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
@@ -256,6 +286,7 @@ def main(_):
   )
 
   # All that may be wrong with the flags has been said by now.
+  runs.check_models(FLAGS.workdir, models)
   checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
   finished = read_rounds()
   log = logs.Logs(
@@ -284,19 +315,18 @@ def main(_):
 
   def fit(folder, rows, start, number, stopped):
     """Fits the weights `start` to the rows; None if a signal stopped it."""
-    encoded = data.encode_pairs(
-      tokenizer,
-      list(
-        zip(
-          render([row["prompt"] for row in rows]),
-          [row["response"] for row in rows],
-          strict=True,
-        )
-      ),
-      max_prompt_length=FLAGS.max_prompt_length,
-      max_response_length=lengths[1],
-    )
-    steps = math.ceil(len(encoded) * FLAGS.epochs / FLAGS.batch_size)
+    encoded = encode_pairs([(row["prompt"], row["response"]) for row in rows])
+    # A trace can be longer in its usual tokens than in those it was drawn as.
+    fitting = [pair for pair in encoded if len(pair[1]) <= lengths[1]]
+    if len(fitting) < len(encoded):
+      log.note(
+        f"{len(encoded) - len(fitting)} of {len(encoded)} traces are left out: "
+        f"encoded anew they have more than {lengths[1]} tokens."
+      )
+    encoded = fitting
+    # Where there are fewer rows than a batch holds, an update has them all.
+    num_updated = min(FLAGS.batch_size, len(encoded))
+    steps = math.ceil(len(encoded) * FLAGS.epochs / num_updated)
     schedule = optax.schedules.warmup_cosine_decay_schedule(
       init_value=0.0 if FLAGS.warmup else FLAGS.learning_rate,
       peak_value=FLAGS.learning_rate,
@@ -359,7 +389,10 @@ def main(_):
       folder = round_folder(number)
       started = time.perf_counter()
 
-      def progress(done, batch):
+      shown = responses.Progress(f"round {number}", len(prompts))
+
+      def progress(done, batch, shown=shown):
+        shown(done, batch)
         if preemption.should_stop():
           raise Stopped
 
@@ -377,7 +410,7 @@ def main(_):
         log.note("Stopped by a signal while sampling; all is saved.")
         return preemption.exit_status
       sampled = time.perf_counter()
-      before = data_before(number, examples[: FLAGS.num_examples])
+      before = data_before(number, examples)
       kept, counts = traces.add_distinct(
         before,
         rows,

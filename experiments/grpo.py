@@ -24,7 +24,8 @@ unless they are given explicitly. All else has one default for all of them.
   [2] --kl_estimator=k2 --kl_coef=0.01
   [3] --surrogate=gspo --clip_epsilon=3e-4 --clip_epsilon_high=4e-4
 
-The flags in force, the preset's among them, are in flags.json.
+The --kl_coef of REINFORCE++ is ours: its paper gives none that we know of. The
+flags in force, the preset's among them, are in flags.json.
 
 Sources: GRPO, Shao et al. (2024), arXiv 2402.03300; Dr. GRPO, Liu et al.
 (2025), arXiv 2503.20783; DAPO, Yu et al. (2025), arXiv 2503.14476; RLOO,

@@ -13,7 +13,7 @@ RewardModel appends it always. Any flag --reward_model takes the workdir.
 [0, 1], such as the samples.jsonl of expert_iteration.py:
   python experiments/outcome_reward_model.py --policy=runs/sft \
     --flagfile=experiments/flags/merge_sums_orm.flags \
-    --data=runs/ei/round_1/samples.jsonl --workdir=runs/orm
+    --data=runs/ei/rounds/1/samples.jsonl --workdir=runs/orm
 
 It reads prefixes as well. With --labels=outcome the label of the whole
 solution is that of all its steps, its lines; with --labels=sorm a step is good

@@ -102,7 +102,9 @@ flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
 flags.DEFINE_list("stop_strings", [], r"Texts that end a response; \n too.")
 # Rewards.
 flags.DEFINE_list("reward_terms", ["score"], "Their sum is the reward.")
-flags.DEFINE_string("unfinished_score", "", "Of responses without an end.")
+flags.DEFINE_float(
+  "unfinished_score", None, "Of responses without an end; unset: as any other."
+)
 flags.DEFINE_float("step_reward", 0.1, "Of a line that matches.")
 flags.DEFINE_float("step_reward_limit", 0.5, "Of all such lines together.")
 flags.DEFINE_float("step_coef", 1.0, "Of dense_reward_model.")
@@ -182,7 +184,6 @@ def main(_):
   score_options = tasks.options(FLAGS.score_options)
   tasks.check_options(task.score, score_options)
   score = functools.partial(tasks.score_all, task, **score_options)
-  unfinished_score = parse_unfinished_score()
   settings = sampling.Settings(
     temperature=FLAGS.temperature,
     top_k=FLAGS.top_k,
@@ -452,7 +453,7 @@ def main(_):
       earned,
       jnp.asarray(line_feeds > 0)[rollout.response_ids],
       mask,
-      counts=None if unfinished_score is None else rollout.finished,
+      counts=None if FLAGS.unfinished_score is None else rollout.finished,
       step_coef=FLAGS.step_coef,
     )
     token_rewards = functools.reduce(jnp.add, by_term.values())
@@ -620,9 +621,9 @@ def main(_):
   def judge(texts, replies, finished):
     """What the task says, or --unfinished_score where a reply has no end."""
     scores, parts = score(texts, replies)
-    if unfinished_score is not None:
+    if FLAGS.unfinished_score is not None:
       _, parts = scoring.unfinished_are_wrong(scores, parts, finished)
-      scores = np.where(finished, scores, np.float32(unfinished_score))
+      scores = np.where(finished, scores, np.float32(FLAGS.unfinished_score))
     return scores, parts
 
   def earn(rollout, texts, replies):
@@ -828,7 +829,21 @@ def validate(num_rows, minibatch_size, micro_batch_size, mesh):
     if FLAGS[name].value and FLAGS.kl != "initial":
       raise ValueError(f"--{name} has a meaning for --kl=initial alone.")
   branch_layers()
-  parse_unfinished_score()
+  if FLAGS.unfinished_score is not None:
+    if not (FLAGS.stop_at_eos or FLAGS.stop_strings):
+      raise ValueError(
+        "--unfinished_score is for responses that run out of length, as all "
+        "do without --stop_at_eos or --stop_strings."
+      )
+    if not math.isfinite(FLAGS.unfinished_score):
+      raise ValueError(
+        f"--unfinished_score must be finite, got {FLAGS.unfinished_score}."
+      )
+    if FLAGS.unfinished_score and "score" not in FLAGS.reward_terms:
+      raise ValueError(
+        f"--unfinished_score={FLAGS.unfinished_score} stands in for the score, "
+        "which is none of the --reward_terms: give 0, or the term."
+      )
   terms, known = FLAGS.reward_terms, reward_terms.TERMS
   if not terms or sorted(terms) != sorted(set(terms) & set(known)):
     raise ValueError(
@@ -855,27 +870,6 @@ def branch_layers():
       f"{FLAGS.critic}."
     )
   return int(number)
-
-
-def parse_unfinished_score():
-  """--unfinished_score as a number, or None."""
-  if not FLAGS.unfinished_score:
-    return None
-  if not (FLAGS.stop_at_eos or FLAGS.stop_strings):
-    raise ValueError(
-      "--unfinished_score is for responses that run out of length, as all do "
-      "without --stop_at_eos or --stop_strings."
-    )
-  try:
-    score = float(FLAGS.unfinished_score)
-  except ValueError:
-    score = math.nan
-  if not math.isfinite(score):
-    raise ValueError(
-      "--unfinished_score must be a number or empty, got "
-      f"{FLAGS.unfinished_score!r}."
-    )
-  return score
 
 
 def load_outcome_model(tokenizer):

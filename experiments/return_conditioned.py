@@ -118,6 +118,7 @@ PANELS = {
 
 def main(_):
   validate()
+  runs.check_one_process()
   may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
   in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
@@ -138,12 +139,9 @@ def main(_):
   base = loaded.params
   if FLAGS.base:
     other = hf.load(FLAGS.base, dtype=FLAGS.dtype, remat=FLAGS.remat)
-    if other.model.config != model.config:
-      raise ValueError(
-        f"--base={FLAGS.base} is another architecture than the policy: "
-        f"{other.model.config} and {model.config}."
-      )
+    runs.check_same_kind(f"--base={FLAGS.base}", other, loaded)
     base = other.params
+  models = {"policy": loaded.params, "base": base}
   tags = (FLAGS.good_tag, FLAGS.bad_tag)
   tag_ids = [one_token(tokenizer, tag) for tag in tags]
 
@@ -165,19 +163,20 @@ def main(_):
       ("validation", FLAGS.num_eval_prompts),
     )
   )
-  score(eval_prompts[:1], [""])  # Bad options show here, not after sampling.
+  # Bad options and tasks show here, not after hours of sampling.
+  _, parts = score(eval_prompts[:1], [""])
+  tasks.check_parts(FLAGS.task, parts, "is_correct")
 
-  def encode(texts, continued=()):
+  def encode(texts, continued=None):
     """Prompts in their format, and behind each what it is continued with."""
-    rows, _ = logged.render(
-      logged.from_prompts(texts, FLAGS.task), tokenizer, FLAGS.prompt_format
+    texts = logged.render_prompts(
+      texts, FLAGS.task, tokenizer, FLAGS.prompt_format
     )
-    texts = [row.prompt for row in rows]
-    if continued:
+    max_length = FLAGS.max_prompt_length
+    if continued is not None:
       texts = [a + b for a, b in zip(texts, continued, strict=True)]
-    return data.encode_prompts(
-      tokenizer, texts, max_length=FLAGS.max_prompt_length
-    )
+      max_length += FLAGS.max_length
+    return data.encode_prompts(tokenizer, texts, max_length=max_length)
 
   responder = functools.partial(
     responses.Responder,
@@ -203,25 +202,38 @@ def main(_):
     "free": answer(),
   }
 
+  check_positions(max(map(len, encode(prompts))), model.config.max_positions)
+  runs.check_models(FLAGS.workdir, models)
   checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
   path_of = functools.partial(os.path.join, FLAGS.workdir)
   with checkpoint.Preemption() as preemption:
 
-    def progress(done, rows):
-      if preemption.should_stop():
-        raise Stopped
+    def progress_of(name, num_prompts):
+      shown = responses.Progress(name, num_prompts)
+
+      def progress(done, rows):
+        shown(done, rows)
+        if preemption.should_stop():
+          raise Stopped
+
+      return progress
 
     def solve():
       """Solutions to the training prompts, right and wrong."""
       if FLAGS.data:
-        return [row for path in FLAGS.data for row in data.read_jsonl(path)]
+        required = ("prompt", "response", "finished", "parts")
+        return [
+          row
+          for path in FLAGS.data
+          for row in data.read_jsonl(path, required=required)
+        ]
       return responses.collect(
         path_of("solutions.jsonl"),
         ask(encode(prompts), num_samples=FLAGS.num_solutions),
         policy,
         prompts,
         score,
-        progress=progress,
+        progress=progress_of("solutions", len(prompts)),
       )
 
     def complete(solutions):
@@ -231,8 +243,14 @@ def main(_):
         for row in solutions
         for prefix in traces.prefixes(row["response"])
       }
-      values = {}
+      values, num_drawn = {}, 0
       encoded = encode([p for p, _ in pairs], [prefix for _, prefix in pairs])
+      bare = {
+        p: len(ids)
+        for p, ids in zip(
+          prompts_of(pairs), encode(prompts_of(pairs)), strict=True
+        )
+      }
       by_length = collections.defaultdict(list)
       for pair, ids in zip(pairs, encoded, strict=True):
         by_length[data.bucket_length(len(ids))].append((pair, ids))
@@ -241,6 +259,12 @@ def main(_):
           prompt + prefix: (prompt, prefix) for (prompt, prefix), _ in group
         }
 
+        # The whole may be as long as a solution, and no longer.
+        rest = [
+          max(1, FLAGS.max_length - len(ids) + bare[prompt])
+          for (prompt, _), ids in group
+        ]
+
         def score_whole(asked, completions, texts=texts):
           prompts, starts = zip(*(texts[text] for text in asked), strict=True)
           whole = [a + b for a, b in zip(starts, completions, strict=True)]
@@ -248,28 +272,40 @@ def main(_):
 
         rows = responses.collect(
           path_of("completions", f"{length}.jsonl"),
-          ask([ids for _, ids in group], num_samples=FLAGS.num_completions),
+          ask(
+            [ids for _, ids in group],
+            num_samples=FLAGS.num_completions,
+            max_length=max(rest),
+            max_lengths=rest,
+          ),
           policy,
           list(texts),
           score_whole,
-          progress=progress,
+          draw=length,  # Groups have random numbers of their own.
+          progress=progress_of(f"completions, {length} tokens", len(group)),
         )
+        num_drawn += len(rows)
         for i, (pair, _) in enumerate(group):
           own = rows[
             i * FLAGS.num_completions : (i + 1) * FLAGS.num_completions
           ]
           values[pair] = float(np.mean([traces.is_kept(row) for row in own]))
-      return values
+      return values, num_drawn
 
+    num_drawn = 0
     try:
       if FLAGS.labels:
-        labelled = data.read_jsonl(
-          FLAGS.labels, required=("prompt", "response", "values", "is_correct")
-        )
+        required = ["prompt", "response", "values", "is_correct"]
+        if FLAGS.label == "advantage":
+          required.append("start_value")
+        labelled = data.read_jsonl(FLAGS.labels, required=required)
       else:
         found = solve()
         chosen = distinct_solutions(found)
-        labelled = label(found, chosen, complete(chosen))
+        values, num_drawn = complete(chosen)
+        if not FLAGS.data:
+          num_drawn += len(found)
+        labelled = label(found, chosen, values)
         data.write_jsonl(path_of("labels.jsonl"), labelled)
     except Stopped:
       print("Stopped by a signal while sampling; all is saved.")
@@ -317,7 +353,9 @@ def main(_):
       )
       return supervised.nll_loss(statistics.log_probs, batch["learnt"])
 
-    steps = math.ceil(len(encoded) * FLAGS.epochs / FLAGS.batch_size)
+    # Where there are fewer rows than a batch holds, an update has them all.
+    num_updated = min(FLAGS.batch_size, len(encoded))
+    steps = math.ceil(len(encoded) * FLAGS.epochs / num_updated)
     optimizer = optax.chain(
       optax.clip_by_global_norm(FLAGS.max_grad_norm or math.inf),
       optax.adamw(
@@ -368,7 +406,11 @@ def main(_):
     if restored := checkpoints.restore_latest(state):
       first_step, state, _ = restored
     hf.save_config(path_of("model"), model, tokenizer)
-    responses.save_forced(FLAGS.workdir, forced(FLAGS.good_tag))
+    responses.save_forced(
+      FLAGS.workdir,
+      forced(FLAGS.good_tag),
+      one_token(tokenizer, " ") if FLAGS.blank_slot else None,
+    )
     log = logs.Logs(
       FLAGS.workdir,
       total_steps=steps,
@@ -399,12 +441,14 @@ def main(_):
           update.freeze()
       metrics = evaluate()
       log.write(steps, metrics)
+      checkpoints.wait()  # Where a summary is, everything is.
       log.summary(
         {
           "correct, good steps asked for": metrics["eval/good"],
           "correct, bad steps asked for": metrics["eval/bad"],
           "correct, without a tag": metrics["eval/free"],
           "solutions": len(rows),
+          "samples drawn for them": num_drawn,
           "policy": FLAGS.workdir,
         }
       )
@@ -433,6 +477,23 @@ def validate():
     raise ValueError(
       f"--learning_rate must be positive, got {FLAGS.learning_rate}."
     )
+
+
+def check_positions(prompt_length, max_positions):
+  """Says now if a prefix could turn out too long for its completion."""
+  shortest = {}  # Padded length -> tokens of the shortest prefix with it.
+  for num_tokens in range(FLAGS.max_length):
+    padded = data.bucket_length(prompt_length + num_tokens)
+    shortest.setdefault(padded, num_tokens)
+  data.check_positions(
+    max(padded + FLAGS.max_length - n for padded, n in shortest.items()),
+    max_positions,
+  )
+
+
+def prompts_of(pairs):
+  """The prompts of (prompt, prefix), each once."""
+  return list(dict.fromkeys(prompt for prompt, _ in pairs))
 
 
 def one_token(tokenizer, tag):

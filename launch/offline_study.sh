@@ -28,6 +28,11 @@ once() {
   if [[ -e "$workdir/summary.json" ]]; then return; fi
   echo "== $workdir"
   "$PYTHON" "$@" --workdir="$workdir"
+  # A script that a signal stopped has saved its state and ends well.
+  if [[ ! -e "$workdir/summary.json" ]]; then
+    echo "$workdir was stopped before its end; start again to go on." >&2
+    exit 1
+  fi
 }
 
 for seed in $SEEDS; do

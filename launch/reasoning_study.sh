@@ -28,6 +28,11 @@ once() {
   echo "== $workdir, $(date +%T)"
   echo "== $workdir, $(date +%T)" >&3
   "$PYTHON" "$@" --workdir="$workdir"
+  # A script that a signal stopped has saved its state and ends well.
+  if [[ ! -e "$workdir/summary.json" ]]; then
+    echo "$workdir was stopped before its end; start again to go on." >&2
+    exit 1
+  fi
 }
 
 # Samples of policies, and what they are worth: labels, then flags.
@@ -118,17 +123,31 @@ one_seed() {
   judge "$base" orm_ei ei "$base/ei/best"
   judge "$base" orm_ppo ppo "$base/ppo/best"
 
-  # Everything on the same test prompts, whatever the seed.
-  measure "$base/test" "$policies" --num_prompts="$NUM_TEST" --k=1,8,32 \
-    --rerank_model="$base/orm_ei" --new_vs=sft_8 --reference="$sft"
+  # What the supervised start writes by itself, and everything on test prompts:
+  # every seed has its own, so that their spread holds that of the questions.
+  measure "$base/known" "sft_8=$sft" "${seeded[@]}" \
+    --num_prompts="$NUM_TEST" --num_samples=128
+  measure "$base/test" "$policies" "${seeded[@]}" --num_prompts="$NUM_TEST" \
+    --k=1,8,32 --rerank_model="$base/orm_ei" --reference="$sft" \
+    --new_vs_samples="$base/known/samples/sft_8-0-sampled.jsonl"
   measure "$base/test_orm_ppo" "ei=$base/ei/best,ppo=$base/ppo/best" \
-    --num_prompts="$NUM_TEST" --k=32 --rerank_model="$base/orm_ppo"
+    "${seeded[@]}" --num_prompts="$NUM_TEST" --k=32 \
+    --rerank_model="$base/orm_ppo"
   echo "== seed $seed is done, $(date +%T)" >&3
 }
 
 exec 3>&1
+# Every seed is a process group of its own, which ends as a whole.
+set -m
 pids=()
-trap 'kill ${pids[@]+"${pids[@]}"} 2>/dev/null || true' INT TERM
+stop() {
+  for pid in ${pids[@]+"${pids[@]}"}; do
+    kill -- "-$pid" 2>/dev/null || true
+  done
+  echo "Stopped; the same command goes on." >&2
+  exit 130
+}
+trap stop INT TERM
 for seed in $SEEDS; do
   mkdir -p "$RUNS/$seed"
   one_seed "$seed" >>"$RUNS/$seed/log.txt" 2>&1 &
@@ -139,7 +158,7 @@ for pid in "${pids[@]}"; do
   wait "$pid" || status=$?
 done
 if ((status)); then
-  echo "A seed failed: the ends of $RUNS/*/log.txt say why." >&2
+  echo "A seed did not finish: the ends of $RUNS/*/log.txt say why." >&2
   exit "$status"
 fi
 "$PYTHON" -m benchmarks.reasoning --runs="$RUNS" --seeds="${SEEDS// /,}"

@@ -347,6 +347,32 @@ def render(
   return rendered, skipped
 
 
+def render_prompts(
+  prompts: Sequence[str],
+  name: str,
+  tokenizer,
+  prompt_format: Literal["plain", "chat"],
+) -> list[str]:
+  """Writes the prompts of a task the way a model is asked.
+
+  Args:
+    prompts: N texts.
+    name: of the task, for messages.
+    tokenizer: see `render`; likewise `prompt_format`.
+    prompt_format: "plain" or "chat".
+
+  Returns:
+    N texts.
+
+  Raises:
+    ValueError: if the chat template refuses one of them.
+  """
+  rows, skipped = render(from_prompts(prompts, name), tokenizer, prompt_format)
+  if skipped:
+    raise ValueError(f"{len(skipped)} prompts cannot be asked: {skipped[0]}")
+  return [row.prompt for row in rows]
+
+
 def first_replies(rows: Iterable[Row]) -> list[Row]:
   """Rows with the reply to learn from alone."""
   return [

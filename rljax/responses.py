@@ -1,6 +1,7 @@
 """Responses of a policy to a fixed set of prompts, as texts."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -87,6 +88,8 @@ class Responder:
     stop_strings: Sequence[str] = (),
     num_samples: int = 1,
     forced: np.ndarray | None = None,
+    forced_as: int | None = None,
+    max_lengths: Sequence[int] | None = None,
   ):
     """Pads the prompts and prepares the sampler.
 
@@ -104,8 +107,11 @@ class Responder:
       stop_strings: texts that end a response, and are cut off it.
       num_samples: K, responses to each prompt. They share its keys and values.
       forced: `[V + 1]` int, tokens that must follow others; see
-        `generation.sample`. They are left out of the texts: the policy did
-        not choose them.
+        `generation.sample`.
+      forced_as: the token that stands for them in the texts; None: they are
+        left out, for the policy did not choose them.
+      max_lengths: N limits of the responses to each prompt, `max_length` at
+        most.
 
     Raises:
       ValueError: if prompts and responses are longer than the context, or the
@@ -137,6 +143,7 @@ class Responder:
         stop_ids=stop_ids,
         stop_strings=stop_table,
         num_samples=num_samples,
+        lengths=jnp.repeat(batch["lengths"], num_samples),
         forced=forced,
         pad_id=data.pad_id(tokenizer),
       )
@@ -147,9 +154,13 @@ class Responder:
       "ids": ids,
       "mask": mask,
       "indices": np.arange(len(ids), dtype=np.int32),
+      "lengths": np.full(len(ids), max_length, np.int32)
+      if max_lengths is None
+      else np.minimum(np.asarray(max_lengths, np.int32), max_length),
     }
     self._key = jax.random.key(seed)
-    self._tokenizer, self._forced = tokenizer, forced
+    self._tokenizer = tokenizer
+    self._forced, self._forced_as = forced, forced_as
     self._stop_strings = tuple(stop_strings)
     self._batch_size, self._mesh = batch_size, mesh
 
@@ -186,13 +197,42 @@ class Responder:
       num_rows = (end - start) * self.num_samples
       rollout = jax.tree.map(lambda x, n=num_rows: np.asarray(x)[:n], rollout)
       if self._forced is not None:
-        ids = rollout.response_ids
-        last = np.roll(ids, 1, axis=1)
-        last[:, 0] = len(self._forced) - 1
-        chosen = rollout.response_mask & (self._forced[last] < 0)
-        rollout = rollout.replace(response_mask=chosen)
+        rollout = self._without_forced(rollout)
       texts = read(self._tokenizer, rollout, self._stop_strings)
       yield range(start, end), texts, rollout.finished
+
+  def _without_forced(self, rollout: rollouts.Rollout) -> rollouts.Rollout:
+    """The same with other tokens, or none, where the policy had no choice."""
+    ids = rollout.response_ids
+    last = np.roll(ids, 1, axis=1)
+    last[:, 0] = len(self._forced) - 1  # What comes before the first token.
+    is_forced = self._forced[last] >= 0
+    if self._forced_as is not None:
+      return rollout.replace(
+        response_ids=np.where(is_forced, self._forced_as, ids)
+      )
+    return rollout.replace(response_mask=rollout.response_mask & ~is_forced)
+
+
+class Progress:
+  """Prints how far a call of `collect` has come, every few seconds at most."""
+
+  def __init__(self, name: str, num_prompts: int, seconds: float = 5.0):
+    """Takes the name of what is drawn, and how many prompts there are."""
+    self._name, self._num_prompts = name, num_prompts
+    self._seconds, self._next = seconds, 0.0
+
+  def __call__(self, done: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Says that `done` prompts are answered, the last of them by `rows`."""
+    if time.monotonic() < self._next and done < self._num_prompts:
+      return
+    self._next = time.monotonic() + self._seconds
+    right = np.mean([bool(row["parts"].get("is_correct")) for row in rows])
+    print(
+      f"{self._name}: {done} of {self._num_prompts} prompts, {right:.0%} of "
+      "the last right",
+      flush=True,
+    )
 
 
 def collect(
@@ -230,6 +270,11 @@ def collect(
     ValueError: if the file holds rows of other prompts or another K.
   """
   num_samples = responder.num_samples
+  if responder.num_prompts != len(prompts):
+    raise ValueError(
+      f"The responder has {responder.num_prompts} prompts, and {len(prompts)} "
+      "texts were given."
+    )
   rows = _rows_so_far(path)
   for number, row in enumerate(rows):
     index, sample = divmod(number, num_samples)
@@ -264,38 +309,50 @@ def collect(
 _FORCED = "forced.json"
 
 
-def save_forced(workdir: str | os.PathLike[str], forced: np.ndarray) -> None:
+def save_forced(
+  workdir: str | os.PathLike[str],
+  forced: np.ndarray,
+  forced_as: int | None = None,
+) -> None:
   """Files which tokens a policy is to be sampled with.
 
   Args:
     workdir: of the policy.
     forced: `[V + 1]` int, see `generation.sample`.
+    forced_as: the token that stands for them in texts, or None.
   """
   after = {str(i): int(forced[i]) for i in np.flatnonzero(forced[:-1] >= 0)}
   data.write_jsonl(
     os.path.join(workdir, _FORCED),
-    [{"vocab_size": len(forced) - 1, "first": int(forced[-1]), "after": after}],
+    [
+      {
+        "vocab_size": len(forced) - 1,
+        "first": int(forced[-1]),
+        "after": after,
+        "shown_as": forced_as,
+      }
+    ],
   )
 
 
-def load_forced(name: str) -> np.ndarray | None:
+def load_forced(name: str | os.PathLike[str]) -> dict[str, Any]:
   """The tokens that a policy is to be sampled with, if there are any.
 
   Args:
     name: of the policy, in any form that a flag --policy takes.
 
   Returns:
-    `[V + 1]` int32, see `generation.sample`, or None.
+    `forced` and `forced_as` for a `Responder`; nothing where there are none.
   """
   path = os.path.join(name, _FORCED)
   if not os.path.isfile(path):
-    return None
+    return {}
   (found,) = data.read_jsonl(path)
   forced = np.full(found["vocab_size"] + 1, -1, np.int32)
   forced[-1] = found["first"]
   for token, following in found["after"].items():
     forced[int(token)] = following
-  return forced
+  return {"forced": forced, "forced_as": found["shown_as"]}
 
 
 def _rows_so_far(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

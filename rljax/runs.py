@@ -1,8 +1,10 @@
 """What every script does before its own work begins."""
 
+import json
 import os
+import pathlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +44,66 @@ def start(
   checkpoint.prepare_workdir(values.workdir)
   checkpoint.check_flags(values.workdir, in_force, may_change)
   return in_force
+
+
+def check_models(workdir: str, models: Mapping[str, Any]) -> None:
+  """Holds the models that a run starts from against those of its first start.
+
+  The flags name folders, whose content may change between two starts. Files
+  the fingerprints in `models.json` the first time.
+
+  Args:
+    workdir: of the run.
+    models: name of the flag -> parameters.
+
+  Raises:
+    ValueError: if a model is another than when the run began.
+  """
+  path = pathlib.Path(workdir, "models.json")
+  found = {
+    name: checkpoint.fingerprint(params) for name, params in models.items()
+  }
+  if not path.exists():
+    partial = path.with_name(".models.json.partial")
+    partial.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(partial, path)
+    return
+  known = json.loads(path.read_text())
+  for name, value in found.items():
+    if known.get(name) != value:
+      raise ValueError(
+        f"--{name} holds other weights than when the run in {workdir} began; "
+        "choose another workdir, or bring them back."
+      )
+
+
+def check_same_kind(name: str, other: Any, policy: Any) -> None:
+  """Raises ValueError unless a model can stand in for the policy.
+
+  Args:
+    name: of the model, with its flag.
+    other: the model, its `model` and `tokenizer`, as `hf.load` gives them.
+    policy: likewise.
+  """
+  if other.model.config != policy.model.config:
+    raise ValueError(
+      f"{name} is another architecture than the policy: {other.model.config} "
+      f"and {policy.model.config}."
+    )
+  same = other.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+  if not same or other.tokenizer.eos_token_id != policy.tokenizer.eos_token_id:
+    raise ValueError(
+      f"{name} has another vocabulary or end token than the policy: they must "
+      "share both."
+    )
+
+
+def check_one_process() -> None:
+  """Raises ValueError where several processes would write the same files."""
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"This script runs in one process, and there are {jax.process_count()}."
+    )
 
 
 def unescaped(texts: Sequence[str]) -> list[str]:

@@ -13,8 +13,14 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-# A calculation and its result, as in "48/2=24" or "3 x 4 = 12".
-_EQUATION = re.compile(r"[\d(][\d\s.,+\-*/x×÷()%$]{0,200}=\s*\$?-?[\d.,]*\d")
+# A calculation and its result, as in "48/2=24" or "$3 x (4 + 1) = 15", within
+# a line. What stands before it, such as the number of the step, is no part.
+# All repetitions are bounded: the text is a model's.
+_NUMBER = r"\$?-?(?:\d[\d,]{0,30}+(?:\.\d{1,30}+)?|\.\d{1,30}+)%?"
+_OPERAND = rf"\({{0,5}}[ ]?{_NUMBER}[ ]?\){{0,5}}"
+_EQUATION = re.compile(
+  rf"{_OPERAND}(?:[ ]?[+\-*/x×÷][ ]?{_OPERAND}){{1,20}}[ ]?=[ ]?{_NUMBER}"
+)
 
 
 def whitespace_key(text: str) -> str:
@@ -96,12 +102,13 @@ def add_distinct(
 def steps(response: str) -> list[str]:
   """The lines of a response, each with its line feed; empty ones are none.
 
-  Blank lines belong to the step before them, so that the steps joined are the
-  response. A response without any text has no step.
+  Blank lines belong to the step before them, or at the beginning to the first,
+  so that the steps joined are the response. A response without any text has no
+  step.
   """
   found: list[str] = []
   for line in re.findall(r"[^\n]*\n|[^\n]+", response):
-    if found and not line.strip():
+    if found and (not line.strip() or not found[-1].strip()):
       found[-1] += line
     else:
       found.append(line)
@@ -189,8 +196,8 @@ def tagged(
   # A tag comes right behind a line feed: there is one at the end of a step,
   # and none behind the last.
   parts = steps(response)
-  texts = [step.rstrip("\n") + "\n" for step in parts[:-1]]
-  texts += [step.rstrip("\n") for step in parts[-1:]]
+  texts = [step.strip("\n") + "\n" for step in parts[:-1]]
+  texts += [step.strip("\n") for step in parts[-1:]]
   return [
     (tags[0] if is_good else tags[1], text.removeprefix(slot))
     for text, is_good in zip(texts, labels, strict=True)
@@ -212,7 +219,7 @@ def mix(
     `[num_rows]` int64 indices, in random order.
 
   Raises:
-    ValueError: if there are too few rows of one kind.
+    ValueError: if there are too few rows of one kind, or none at all.
   """
   if not 0 <= share <= 1:
     raise ValueError(f"share must lie in [0, 1], got {share}.")
@@ -226,6 +233,11 @@ def mix(
     ]
     # A hair more, or .1 + .2 would count as a row less.
     num_rows = int(min(most) + 1e-9)
+  if not num_rows:
+    raise ValueError(
+      f"There is no mix with {share:.0%} right rows: {len(right)} are right "
+      f"and {len(wrong)} wrong."
+    )
   num_right = round(share * num_rows)
   for name, rows, number in (
     ("right", right, num_right),

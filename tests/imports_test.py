@@ -55,9 +55,10 @@ MAY_IMPORT = {
   "evaluation": ["generation", "rollout", "log_probs", "masking", "traces"],
   "data": ["data", "edits"],
   "edits": ["data"],
+  "traces": [],
   "logged": ["data", "tasks"],
   "outcomes": ["data", "logged", "traces"],
-  "tasks.*": ["data", "edits", "logged", "tasks.*", "workers"],
+  "tasks.*": ["data", "edits", "logged", "tasks.*", "traces", "workers"],
   "tasks": ["tasks.*"],
   "meshes": [],
   "checkpoint": [],
@@ -66,7 +67,16 @@ MAY_IMPORT = {
   "report": [],
   "workers": [],
 }
-NO_JAX = ["data", "edits", "logged", "outcomes", "tasks", "tasks.*", "workers"]
+NO_JAX = [
+  "data",
+  "edits",
+  "logged",
+  "outcomes",
+  "tasks",
+  "tasks.*",
+  "traces",
+  "workers",
+]
 ARRAYS_ONLY = [
   "masking",
   "log_probs",

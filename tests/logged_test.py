@@ -446,6 +446,16 @@ class RenderTest(parameterized.TestCase):
       ([_row(expected, ("a\n\nb", "c"))], []),
     )
 
+  def test_prompts_of_a_task(self):
+    render = logged.render_prompts
+    self.assertEqual(render(["1+2=", "3"], "t", None, "plain"), ["1+2=", "3"])
+    self.assertEqual(
+      render(["1+2="], "t", BYTES, "chat"),
+      ["<|start|>[user]1+2=[assistant]"],
+    )
+    with self.assertRaisesRegex(ValueError, "1 prompts cannot be asked: t"):
+      render(["1", "<|start|>2"], "t", BYTES, "chat")
+
   def test_a_row_that_the_template_refuses_is_named(self):
     alternating = _bytes(
       "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"

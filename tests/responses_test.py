@@ -4,6 +4,7 @@ import collections
 import functools
 import pathlib
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -157,9 +158,9 @@ class ResponderTest(parameterized.TestCase):
       data.encode_prompts(NUMBERS, prompts, max_length=9)
     )
     indices = np.arange(16, dtype=np.int32)
-    drawn = responder.program(
-      jax.random.key(0), params, {"ids": ids, "mask": mask, "indices": indices}
-    )
+    batch = {"ids": ids, "mask": mask, "indices": indices}
+    batch["lengths"] = np.full(16, 12, np.int32)
+    drawn = responder.program(jax.random.key(0), params, batch)
     ends = collections.Counter()
     for text, reply in zip(
       responses.read(NUMBERS, drawn), replies, strict=True
@@ -293,6 +294,10 @@ class CollectTest(parameterized.TestCase):
 
   def test_file_of_something_else(self):
     self.collect()
+    with self.assertRaisesRegex(ValueError, "has 7 prompts, and 6 texts"):
+      responses.collect(
+        self.path, _responder(), self.params, PROMPTS[1:], self.score
+      )
     for options in (
       {"num_samples": 2},
       {"prompts": PROMPTS[1:]},
@@ -302,12 +307,32 @@ class CollectTest(parameterized.TestCase):
         self.collect(**options)
 
   def test_forced_tokens_are_filed(self):
-    self.assertIsNone(responses.load_forced(self.folder))
-    self.assertIsNone(responses.load_forced("smollm2-135m"))
+    self.assertEqual(responses.load_forced(self.folder), {})
+    self.assertEqual(responses.load_forced("smollm2-135m"), {})
     forced = np.full(8, -1, np.int32)
     forced[[2, 7]] = 5
-    responses.save_forced(self.folder, forced)
-    np.testing.assert_array_equal(responses.load_forced(self.folder), forced)
+    for shown_as in (None, 3):
+      responses.save_forced(self.folder, forced, shown_as)
+      found = responses.load_forced(self.folder)
+      np.testing.assert_array_equal(found["forced"], forced)
+      self.assertEqual(found["forced_as"], shown_as)
+
+
+class ProgressTest(parameterized.TestCase):
+  def test_prints_now_and_then_and_at_the_end(self):
+    rows = [{"parts": {"is_correct": i < 3}} for i in range(4)]
+    progress = responses.Progress("round 1", 9, seconds=1000)
+    with mock.patch("builtins.print") as printed:
+      for done in (4, 8, 9):
+        progress(done, rows)
+    lines = [call.args[0] for call in printed.call_args_list]
+    self.assertEqual(
+      lines,
+      [
+        "round 1: 4 of 9 prompts, 75% of the last right",
+        "round 1: 9 of 9 prompts, 75% of the last right",
+      ],
+    )
 
 
 class ReadTest(parameterized.TestCase):

@@ -8,6 +8,7 @@ import tempfile
 from unittest import mock
 
 import jax
+import numpy as np
 from absl import flags, logging
 from absl.testing import parameterized
 
@@ -105,6 +106,43 @@ class CheckPositiveTest(parameterized.TestCase):
         ValueError, f"--batch_size must be positive, got {value}"
       ):
         runs.check_positive(values, "steps", "batch_size")
+
+
+class CheckModelsTest(parameterized.TestCase):
+  def test_weights_are_those_of_the_first_start(self):
+    workdir = self.enter_context(tempfile.TemporaryDirectory())
+    weights = {"a": np.float32([1, 2])}
+    runs.check_models(workdir, {"policy": weights, "base": weights})
+    runs.check_models(workdir, {"policy": weights, "base": weights})
+    other = {"a": np.float32([1, 3])}
+    with self.assertRaisesRegex(ValueError, "--base holds other weights than"):
+      runs.check_models(workdir, {"policy": weights, "base": other})
+
+  def test_same_kind(self):
+    policy = mock.Mock(**{"model.config": 1, "tokenizer.eos_token_id": 2})
+    policy.tokenizer.get_vocab.return_value = {"a": 0}
+
+    def other(config=1, end=2, vocabulary=("a",)):
+      found = mock.Mock(
+        **{"model.config": config, "tokenizer.eos_token_id": end}
+      )
+      found.tokenizer.get_vocab.return_value = {v: 0 for v in vocabulary}
+      return found
+
+    runs.check_same_kind("--base=x", other(), policy)
+    with self.assertRaisesRegex(ValueError, "--base=x is another architecture"):
+      runs.check_same_kind("--base=x", other(config=3), policy)
+    for different in (other(end=3), other(vocabulary=("b",))):
+      with self.assertRaisesRegex(ValueError, "vocabulary or end token"):
+        runs.check_same_kind("--base=x", different, policy)
+
+  def test_one_process(self):
+    runs.check_one_process()
+    with (
+      mock.patch.object(jax, "process_count", return_value=2),
+      self.assertRaisesRegex(ValueError, "in one process, .* are 2"),
+    ):
+      runs.check_one_process()
 
 
 class UnescapedTest(parameterized.TestCase):

@@ -109,3 +109,20 @@ class RewardModelTest(parameterized.TestCase):
         scoring.scorer("", {}, self.path, max_length=16, **options)
     with self.assertRaises(ValueError):
       scoring.scorer("word_lists", {}, self.path + "/nothing")
+
+
+class UnfinishedTest(parameterized.TestCase):
+  def test_unfinished_are_wrong(self):
+    part = {"is_correct": True, "is_valid": True, "answer": "7", "length": 3}
+    scores, parts = scoring.unfinished_are_wrong(
+      [1.0, 1.0], [part, {"other": 1}], [False, True]
+    )
+    np.testing.assert_array_equal(scores, np.float32([0, 1]))
+    self.assertEqual(
+      parts,
+      [
+        {"is_correct": False, "is_valid": False, "answer": None, "length": 3},
+        {"other": 1},
+      ],
+    )
+    self.assertTrue(part["is_correct"])  # What was given stays as it is.

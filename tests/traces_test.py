@@ -23,6 +23,9 @@ class KeysTest(parameterized.TestCase):
     ("3*4=12", "3*5=15", False),
     ("cost $1,200/2 = $600", "cost 1200/2=600.", True),
     ("48/2=24 and 24+48=72", "24+48=72 and 48/2=24", False),
+    ("1. 48/2=24\n2. 48+24=72", "48/2=24;48+24=72", True),
+    ("24\n48+24=72", "48+24=72", True),
+    ("(4 + 1) x 3 = 15", "4 + 1 x 3 = 15", False),
     ("no sums", "no  sums", True),
     ("no sums", "none", False),
   )
@@ -31,7 +34,8 @@ class KeysTest(parameterized.TestCase):
 
   def test_equation_key_is_bounded(self):
     traces.equation_key("1+" * 500_000)
-    traces.equation_key("(" * 500_000)
+    traces.equation_key("(" * 100_000)
+    traces.equation_key("1" * 500_000)
 
 
 class AddDistinctTest(absltest.TestCase):
@@ -82,7 +86,7 @@ class StepsTest(parameterized.TestCase):
     ("a\nb\n#c", ["a\n", "b\n", "#c"]),
     ("a\nb\n", ["a\n", "b\n"]),
     ("a\n\n \nb", ["a\n\n \n", "b"]),
-    ("\na", ["\n", "a"]),
+    ("\na\nb", ["\na\n", "b"]),
     ("", []),
     (" \n\n", []),
   )
@@ -165,6 +169,8 @@ class MixTest(parameterized.TestCase):
       ValueError, "takes 20 wrong ones; there are 10"
     ):
       traces.mix(self.RIGHT, share=0.5, num_rows=40, seed=0)
+    with self.assertRaisesRegex(ValueError, "0 are right and 3 wrong"):
+      traces.mix([False] * 3, share=1.0, num_rows=0, seed=0)
     with self.assertRaisesRegex(ValueError, "share must lie"):
       traces.mix(self.RIGHT, share=1.5, num_rows=4, seed=0)
 

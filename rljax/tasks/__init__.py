@@ -72,6 +72,24 @@ def check_options(
       )
 
 
+def check_parts(
+  name: str, parts: Sequence[Mapping[str, Any]], *needed: str
+) -> None:
+  """Raises ValueError unless what a task says of responses has these parts.
+
+  Args:
+    name: of the task.
+    parts: of any response.
+    *needed: names of the parts.
+  """
+  missing = [part for part in needed if part not in parts[0]]
+  if missing:
+    raise ValueError(
+      f"This needs a task whose score says {', '.join(missing)}; that of "
+      f"{name} says {', '.join(parts[0]) or 'nothing more'}."
+    )
+
+
 def score_all(
   task: Any, prompts: Sequence[str], responses: Sequence[str], **options: Any
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:

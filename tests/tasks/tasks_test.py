@@ -46,6 +46,15 @@ class OptionsTest(parameterized.TestCase):
       tasks.options(pairs)
 
 
+class CheckPartsTest(parameterized.TestCase):
+  def test_missing_parts_are_named(self):
+    tasks.check_parts("sums", [{"is_correct": True, "x": 1}], "is_correct")
+    with self.assertRaisesRegex(
+      ValueError, "score says answer, is_valid; that of sums says x"
+    ):
+      tasks.check_parts("sums", [{"x": 1}], "x", "answer", "is_valid")
+
+
 class ScoreAllTest(parameterized.TestCase):
   def test_one_by_one(self):
     scores, parts = tasks.score_all(
