@@ -6,8 +6,7 @@ K samples of each prompt by one prefill of the prompt, as expert iteration draws
 them, beside the same number of rows that each hold the prompt. The samples are
 equal but for rounding; the sides take turns, and the ratio is the median over
 pairs. By counting, the shared side multiplies the body of the model with
-B (P + K T) tokens instead of B K (P + T), and holds B P + B K T columns of keys
-and values instead of B K (P + T): the ceiling column is the ratio of the former.
+B (P + K T) tokens instead of B K (P + T); the ceiling is the ratio of the two.
 """
 
 import functools

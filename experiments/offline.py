@@ -337,6 +337,7 @@ def main(_):
   if restored := checkpoints.restore_latest(state):
     first_step, state, meta = restored
     best = meta["best"]
+  best_checkpoints.forget_after(best["step"] if best else 0)
   for folder in (FLAGS.workdir, best_dir):
     hf.save_config(os.path.join(folder, "model"), model, tokenizer)
   log = logs.Logs(

@@ -592,6 +592,8 @@ def main(_):
   if restored := checkpoints.restore_latest(state):
     first_step, state, meta = restored
     best = meta.get("best")
+  if FLAGS.keep_best:
+    best_checkpoints.forget_after(best["step"] if best else 0)
 
   def rollout_of(step):
     """The prompts of a step and the policy's responses to them."""

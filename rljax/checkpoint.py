@@ -158,6 +158,22 @@ class Checkpoints:
     """Steps of the checkpoints on disk, the earliest first."""
     return _steps(self._folder)
 
+  def forget_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps.
+
+    A run that was killed may have kept something of steps which it is about to
+    repeat, and which need not come out the same on every device.
+
+    Args:
+      step: the last one that stays.
+    """
+    self.wait()
+    for later in self.all_steps():
+      if later > step:
+        self._saved.discard(later)
+        if _is_first():
+          _remove(self._folder / str(later))
+
   def wait(self) -> None:
     """Returns when no save is under way, in any process.
 

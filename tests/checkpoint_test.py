@@ -172,6 +172,20 @@ class RoundTripTest(_WorkdirTest):
     self.assertEqual(meta, {"n": 1})
     np.testing.assert_array_equal(restored["x"], np.ones(2))
 
+  def test_forget_after(self):
+    self._save(2, 5, 9, keep=3)
+    with checkpoint.Checkpoints(self.workdir, keep=3) as checkpoints:
+      checkpoints.forget_after(5)
+      self.assertEqual(checkpoints.all_steps(), [2, 5])
+      # What was forgotten can be saved again.
+      checkpoints.save(9, _state(1), {"step": 1})
+      checkpoints.wait()
+      _, state, meta = checkpoints.restore_latest(_state(0))
+      self._assert_same(state, _state(1))
+      self.assertEqual(meta, {"step": 1})
+      checkpoints.forget_after(0)
+      self.assertEqual(checkpoints.all_steps(), [])
+
   def test_a_run_begun_anew_replaces(self):
     self._save(1, 7)
     with checkpoint.Checkpoints(self.workdir, keep=1) as checkpoints:
