@@ -94,6 +94,8 @@ PRESETS = {  # --advantage, --normalizer, --kl and others.
   ),
   "cispo": ("grpo", "token_mean", "none", {"surrogate": "cispo"}),
 }
+# Flags of a preset that go with another one.
+PAIRED = {"kl_estimator": "kl", "clip_epsilon_high": "clip_epsilon"}
 # What advantages.group_relative scales by.
 SCALES = {"grpo": "group", "dr_grpo": "none", "reinforce_pp_baseline": "batch"}
 
@@ -214,7 +216,9 @@ def main(_):
   names = ("advantage", "normalizer", "kl")
   preset = dict(zip(names, three, strict=True)) | others
   for name, value in preset.items():
-    if not FLAGS[name].present:
+    # Half of a pair that was given explicitly would not fit the other half.
+    given = FLAGS[name].present or FLAGS[PAIRED.get(name, name)].present
+    if not given:
       FLAGS[name].value = value() if callable(value) else value
   num_rows = FLAGS.batch_size * FLAGS.num_samples
   minibatch_size = FLAGS.minibatch_size or num_rows
@@ -247,12 +251,9 @@ def main(_):
     reference = loaded.params
     if FLAGS.reference:
       other = hf.load(FLAGS.reference, dtype=FLAGS.dtype, remat=FLAGS.remat)
-      if other.model.config != policy.config:
-        raise ValueError(
-          f"--reference={FLAGS.reference} is another architecture than the "
-          f"policy: {other.model.config} and {policy.config}."
-        )
+      runs.check_same_kind(f"--reference={FLAGS.reference}", other, loaded)
       reference = other.params
+  models = {"policy": loaded.params, "reference": reference}
 
   # Prompts become ids here, once. All batches have one shape.
   vocab_size = policy.config.vocab_size
@@ -446,6 +447,12 @@ def main(_):
         relative = advantages.group_relative(
           groups, scale=SCALES[FLAGS.advantage]
         )
+      if FLAGS.dynamic_sampling:
+        # Where they had to fill the batch, groups of equal scores teach
+        # nothing, whatever their lengths or drifts add to the rewards.
+        raw = scores.reshape(groups.shape)
+        differ = raw.max(axis=1) > raw.min(axis=1)
+        relative = jnp.where(differ[:, None], relative, 0.0)
       batch["advantages"] = jnp.where(mask, relative.reshape(-1, 1), 0.0)
     gap = jnp.abs(rollout.log_probs - old.log_probs)
     metrics |= {
@@ -638,6 +645,7 @@ def main(_):
     )
     preflight.judge(checks, FLAGS.preflight)
 
+  runs.check_models(FLAGS.workdir, models)
   checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
   hf.save_config(os.path.join(FLAGS.workdir, "model"), policy, tokenizer)
   log = logs.Logs(
@@ -738,6 +746,11 @@ def validate(num_rows, minibatch_size, micro_batch_size, mesh):
       f"--batch_size={FLAGS.batch_size} is more than the {FLAGS.num_prompts} "
       "of --num_prompts."
     )
+  for name in ("minibatch_size", "micro_batch_size"):
+    if FLAGS[name].value < 0:
+      raise ValueError(
+        f"--{name} must not be negative, got {FLAGS[name].value}."
+      )
   if num_rows % minibatch_size:
     raise ValueError(
       f"--minibatch_size={minibatch_size} does not divide the {num_rows} rows "
@@ -793,6 +806,22 @@ def validate(num_rows, minibatch_size, micro_batch_size, mesh):
     raise ValueError(
       "--unfinished_score would be the score of every response: without "
       "--stop_at_eos or --stop_strings none ever ends."
+    )
+  if FLAGS.unfinished_score is not None:
+    if not math.isfinite(FLAGS.unfinished_score):
+      raise ValueError(
+        f"--unfinished_score must be finite, got {FLAGS.unfinished_score}."
+      )
+    if FLAGS.dynamic_sampling and FLAGS.unfinished_score:
+      raise ValueError(
+        "--dynamic_sampling keeps the groups whose scores differ, and a "
+        f"--unfinished_score={FLAGS.unfinished_score} would tell wrong "
+        "responses apart: it must be 0."
+      )
+  if FLAGS.overlong_buffer and not ends:
+    raise ValueError(
+      "--overlong_buffer would price every response alike: without "
+      "--stop_at_eos or --stop_strings all have --max_length tokens."
     )
 
 

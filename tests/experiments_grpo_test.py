@@ -34,7 +34,7 @@ DYNAMIC = (
   "--minibatch_size=8",
   "--micro_batch_size=4",
   "--warmup_steps=2",
-  "--overlong_buffer=1",
+  "--clip_epsilon_high=0.3",
 )
 
 
@@ -121,9 +121,9 @@ class RunTest(absltest.TestCase):
       ("advantage", "grpo"),
       ("normalizer", "token_mean"),
       ("kl", "none"),
-      ("clip_epsilon_high", 0.28),
+      ("clip_epsilon_high", 0.3),  # Explicit; the preset says 0.28.
       ("dynamic_sampling", True),
-      ("overlong_buffer", 1),  # Explicit; the preset says none for one token.
+      ("overlong_buffer", 0),  # A fifth of one token.
     ):
       self.assertEqual(in_force[name], value, name)
 
@@ -134,7 +134,7 @@ class RunTest(absltest.TestCase):
         [
           *("--kl=loss", "--preflight=strict", "--unfinished_score=-1"),
           # Two words in ten: responses differ in length.
-          *("--stop_strings=1", "--max_length=3"),
+          *("--stop_strings=1", "--max_length=3", "--overlong_buffer=1"),
         ],
         True,
         True,
@@ -200,6 +200,16 @@ class RunTest(absltest.TestCase):
         ["--algorithm=gspo", "--advantage=reinforce_pp"],
         "one advantage for a response",
       ),
+      (
+        ["--stop_at_eos", "--unfinished_score=nan"],
+        "unfinished_score must be finite",
+      ),
+      (
+        ["--stop_at_eos", "--dynamic_sampling", "--unfinished_score=-1"],
+        "would tell wrong responses apart",
+      ),
+      (["--overlong_buffer=1"], "would price every response alike"),
+      (["--minibatch_size=-8"], "minibatch_size must not be negative"),
       (["--clip_epsilon=0"], "clip_epsilon must be positive, got 0.0"),
       (["--kl_coef=-1"], "kl_coef must not be negative, got -1.0"),
       (["--num_prompts=3"], "batch_size=4 is more than the 3 of --num_prompts"),
