@@ -6,6 +6,7 @@ import math
 import shutil
 
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from rljax import checkpoint, responses, traces
@@ -259,6 +260,65 @@ class ExpertIterationTest(absltest.TestCase):
     for (message, *_), error in zip(cases, errors, strict=True):
       self.assertIn(message, str(error))
     self.assertFalse((workdir / "rounds").exists())
+
+
+class LearningTest(absltest.TestCase):
+  @pytest.mark.slow
+  def test_one_round_after_a_hundred_traces(self):
+    """The end-to-end check of the specification: two minutes or so."""
+    options = "num_terms=3,max_term=9"
+    base, sft, workdir = (
+      scripts.scratch() / name for name in ("learn_base", "learn_sft", "learn")
+    )
+    task = ("--task=reasoning", "--weight_decay=0", "--eval_every=1000")
+    scripts.run(
+      SFT,
+      base,
+      *task,
+      f"--task_options={options},corpus=pretraining,slot=true",
+      "--tokenizer=character",
+      "--num_examples=20000",
+      "--hidden_size=64",
+      "--num_layers=3",
+      "--batch_size=96",
+      "--steps=300",
+      "--learning_rate=2e-3",
+      "--warmup_steps=30",
+      optimize=True,
+    )
+    scripts.run(
+      SFT,
+      sft,
+      *task,
+      f"--task_options={options},slot=true",
+      f"--policy={base}",
+      "--num_examples=100",
+      "--num_eval_prompts=50",
+      "--steps=13",
+      "--batch_size=64",
+      optimize=True,
+    )
+    scripts.run(
+      EI,
+      workdir,
+      "--task=reasoning",
+      f"--task_options={options}",
+      "--example_options=slot=true",
+      "--num_examples=100",
+      f"--policy={sft}",
+      f"--base={base}",
+      "--num_prompts=100",
+      "--num_eval_prompts=80",
+      "--num_samples=8",
+      "--max_length=16",
+      "--rounds=2",
+      optimize=True,
+    )
+    before, first, last = (_round(workdir, number) for number in range(3))
+    self.assertGreater(first["eval/is_correct"], before["eval/is_correct"])
+    # What round 2 samples, round 1 has learnt.
+    self.assertGreater(last["samples/is_correct"], first["samples/is_correct"])
+    self.assertGreater(last["samples/solved"], first["samples/solved"])
 
 
 class ReturnConditionedTest(absltest.TestCase):
