@@ -9,7 +9,9 @@ worker processes, and tells for every call its value or why there is none:
       print(outcome.value, outcome.failure)  # 6 None, then None timeout
 
 A worker serves many calls; it is killed, and another started, when a call runs
-out of time or memory or takes the process with it. Workers are fresh
+out of time or memory or takes the process with it. What earlier calls have
+kept is not blamed on a later one: a call that runs out of memory or dies in a
+worker that has served others is made once more, in a new one. Workers are fresh
 interpreters, never forks: a fork of a process that runs jax may hang. They
 import the function's module alone, not the script that made the pool. POSIX
 systems only.
@@ -54,8 +56,10 @@ class Outcome:
   Attributes:
     value: what the function returned; None if it failed.
     failure: None, or why there is no value: "timeout", "memory", "died" (the
-      process ended: a crash, an exit, the system's memory killer), or
-      "error: " and an exception's type and message.
+      process ended: a crash, `os._exit`, the system's memory killer), or
+      "error: " and an exception's type and message; `sys.exit` is an "error:
+      SystemExit". A call has run out of "memory" also if the function caught
+      the MemoryError: its value would depend on what was left.
   """
 
   value: Any = None
@@ -68,8 +72,9 @@ class Pool:
   Workers start at the first `map`, live until `close` (or the end of the
   `with` block, of the pool or of the program) and end by themselves within a
   second if this process is killed. A Ctrl-C reaches this process alone, and
-  stops the calls that are under way. Threads may share a pool; their calls of
-  `map` wait for each other.
+  stops the calls that are under way; workers do not heed the SIGTERM that a
+  scheduler sends to all processes of a job. Threads may share a pool; their
+  calls of `map` wait for each other.
   """
 
   def __init__(
@@ -120,6 +125,7 @@ class Pool:
     }
     self._lock = threading.Lock()
     self._workers: list[_Worker] = []
+    self._has_started = False  # Any worker, ever.
     # Runs at the end of the program too.
     self._finalizer = weakref.finalize(self, _stop, self._workers, os.getpid())
 
@@ -133,7 +139,11 @@ class Pool:
       N outcomes, in the order of the items.
 
     Raises:
-      RuntimeError: if a worker cannot start, with what it said.
+      RuntimeError: if no worker can start, with what the last one said. A
+        pool whose workers have started before tries twice, and goes on with
+        those that live.
+      pickle.PicklingError, TypeError or AttributeError: if an item cannot be
+        pickled.
     """
     with self._lock:
       try:
@@ -157,13 +167,17 @@ class Pool:
   def _map(self, items: list[tuple]) -> list[Outcome]:
     outcomes: list[Outcome] = [Outcome()] * len(items)
     waiting = collections.deque(range(len(items)))
-    num_done, lost = 0, set()
+    num_done, lost, again = 0, set(), set()
+    capacity, num_failed_starts = self._num_workers, 0
     while num_done < len(items):
-      while len(self._workers) < min(self._num_workers, len(items) - num_done):
+      while len(self._workers) < min(capacity, len(items) - num_done):
         self._workers.append(_Worker(self._settings, self._start_timeout))
       for worker in list(self._workers):
-        if waiting and worker.is_idle:
-          index = waiting.popleft()
+        if worker.is_idle and (waiting or worker.reserved is not None):
+          index = worker.reserved
+          if index is None:
+            index = waiting.popleft()
+          worker.reserved = None
           if not worker.give(index, items[index], self._timeout):
             self._drop(worker)
             # It was gone before it saw the item, which is not to blame; but
@@ -181,23 +195,46 @@ class Pool:
       ready = connection.wait([w.channel for w in busy], max(0.0, patience))
       for worker in busy:
         index = worker.item
-        if worker.channel in ready:
+        is_overdue = time.monotonic() >= worker.deadline
+        # Answers may have come while another one was read.
+        if worker.channel in ready or (
+          is_overdue and connection.wait([worker.channel], 0)
+        ):
           outcome = worker.take()
-        elif time.monotonic() >= worker.deadline:
+        elif is_overdue:
           outcome = Outcome(failure="timeout")
         else:
           continue
         if index is None:  # It was starting.
-          if outcome.failure is not None:
+          if outcome.failure is None:
+            self._has_started = True
+            continue
+          if worker.reserved is not None:
+            waiting.appendleft(worker.reserved)
+          self._drop(worker)
+          num_failed_starts += 1
+          if num_failed_starts > 1:
+            capacity = len(self._workers)
+          if not self._has_started or not capacity:
             raise RuntimeError(
               f"A worker for {self._settings['function']} cannot start: "
               f"{outcome.failure}."
             )
           continue
-        outcomes[index] = outcome
-        num_done += 1
         if outcome.failure in ("timeout", "memory", "died"):
           self._drop(worker)
+          if (
+            outcome.failure != "timeout"
+            and worker.num_given > 1
+            and index not in again
+          ):
+            again.add(index)
+            self._workers.append(
+              _Worker(self._settings, self._start_timeout, reserved=index)
+            )
+            continue
+        outcomes[index] = outcome
+        num_done += 1
     return outcomes
 
   def _drop(self, worker: "_Worker") -> None:
@@ -211,7 +248,12 @@ class Pool:
 class _Worker:
   """A process, and what it is doing: starting, one item, or nothing."""
 
-  def __init__(self, settings: dict[str, Any], start_timeout: float):
+  def __init__(
+    self,
+    settings: dict[str, Any],
+    start_timeout: float,
+    reserved: int | None = None,
+  ):
     self.channel, theirs = socket.socketpair()
     settings = settings | {
       "path": sys.path,
@@ -232,6 +274,8 @@ class _Worker:
       theirs.close()
     self.is_idle = False
     self.item: int | None = None
+    self.reserved = reserved  # The item to begin with.
+    self.num_given = 0
     self.deadline = time.monotonic() + start_timeout
 
   def give(self, index: int, arguments: tuple, timeout: float) -> bool:
@@ -246,15 +290,17 @@ class _Worker:
     except OSError:
       return False
     self.is_idle, self.item = False, index
+    self.num_given += 1
     self.deadline = time.monotonic() + timeout
     return True
 
   def take(self) -> Outcome:
     """Reads the answer that is there to be read."""
     self.is_idle, self.item = True, None
-    self.channel.settimeout(max(self.deadline - time.monotonic(), 1.0))
+    # A long answer may take a second more.
+    deadline = max(self.deadline, time.monotonic() + 1.0)
     try:
-      return Outcome(*pickle.loads(_receive(self.channel)))
+      return Outcome(*pickle.loads(_receive(self.channel, deadline)))
     except TimeoutError:
       return Outcome(failure="timeout")
     except (EOFError, OSError):
@@ -308,13 +354,15 @@ def _serve(
 ) -> None:
   """Answers calls until the parent hangs up."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   threading.Thread(target=_watch, args=(parent,), daemon=True).start()
   pipe = socket.socket(fileno=channel)
   try:
     call = _find(function)
     if setup is not None:
       _find(setup)()
-    _limit_memory(max_memory_bytes)
+    peak_of_exhausted = _limit_memory(max_memory_bytes)
+    errors = _MemoryErrors()
   except BaseException as error:
     _reply(pipe, (None, _describe(error)))
     os._exit(1)
@@ -328,16 +376,56 @@ def _serve(
     except (EOFError, OSError):
       os._exit(0)  # Whatever threads the function has left behind.
     _limit_time(max_seconds)
-    _reply(pipe, _answer(call, message))
+    reply = _answer(call, message, errors)
+    # Also if the function swallowed the error, or C code made do without.
+    if errors.num or _peak_bytes() > peak_of_exhausted:
+      reply = None, "memory"
+    _reply(pipe, reply)
 
 
-def _answer(call: Callable[..., Any], message: bytes) -> tuple | bytes:
+def _answer(
+  call: Callable[..., Any], message: bytes, errors: "_MemoryErrors"
+) -> tuple | bytes:
   try:
-    return pickle.dumps((call(*pickle.loads(message)), None))
+    with errors:
+      value = call(*pickle.loads(message))
+    return pickle.dumps((value, None))
   except MemoryError:
     return None, "memory"
   except BaseException as error:
     return None, _describe(error)
+
+
+class _MemoryErrors:
+  """Counts the MemoryErrors that are raised, also those that are caught."""
+
+  def __init__(self):
+    self.num = 0
+    if sys.version_info >= (3, 12):
+      tool, raised = 3, sys.monitoring.events.RAISE
+      sys.monitoring.use_tool_id(tool, __name__)
+      sys.monitoring.register_callback(tool, raised, self._raised)
+      sys.monitoring.set_events(tool, raised)
+
+  # Older interpreters know no other way. It makes calls slower by half or so.
+
+  def __enter__(self) -> None:
+    if sys.version_info < (3, 12):
+      sys.settrace(self._traced)
+
+  def __exit__(self, *unused: Any) -> None:
+    if sys.version_info < (3, 12):
+      sys.settrace(None)
+
+  def _raised(self, code: Any, offset: int, error: BaseException) -> None:
+    self.num += isinstance(error, MemoryError)
+
+  def _traced(self, frame: Any, event: str, argument: Any) -> Callable:
+    if event == "call":
+      frame.f_trace_lines = False
+    elif event == "exception":
+      self.num += issubclass(argument[0], MemoryError)
+    return self._traced
 
 
 def _describe(error: BaseException) -> str:
@@ -358,14 +446,20 @@ def _reply(pipe: socket.socket, reply: tuple | bytes) -> None:
     os._exit(0)
 
 
-def _receive(pipe: socket.socket) -> bytes:
-  (size,) = _SIZE.unpack(_read(pipe, _SIZE.size))
-  return bytes(_read(pipe, size))
+def _receive(pipe: socket.socket, deadline: float | None = None) -> bytes:
+  (size,) = _SIZE.unpack(_read(pipe, _SIZE.size, deadline))
+  return bytes(_read(pipe, size, deadline))
 
 
-def _read(pipe: socket.socket, size: int) -> bytearray:
+def _read(pipe: socket.socket, size: int, deadline: float | None) -> bytearray:
   data = bytearray()
   while len(data) < size:
+    if deadline is not None:
+      # Of all pieces together.
+      patience = deadline - time.monotonic()
+      if patience <= 0:
+        raise TimeoutError
+      pipe.settimeout(patience)
     piece = pipe.recv(min(size - len(data), 2**20))
     if not piece:
       raise EOFError
@@ -388,16 +482,33 @@ def _watch(parent: int) -> None:
   os.killpg(0, signal.SIGKILL)
 
 
-def _limit_memory(max_memory_bytes: int | None) -> None:
+def _limit_memory(max_memory_bytes: int | None) -> float:
+  """Sets the limit, and says what peak tells that memory has run out."""
   _set_limit("RLIMIT_CORE", 0)
   if max_memory_bytes is None:
-    return
+    return math.inf
   try:
     with open("/proc/self/statm") as file:
       used = int(file.read().split()[0]) * resource.getpagesize()
   except OSError:  # No Linux.
     used = 0
   _set_limit("RLIMIT_AS", used + max_memory_bytes)
+  # Setup may have had its own peak.
+  return max(used + max_memory_bytes - max_memory_bytes // 16, _peak_bytes())
+
+
+def _peak_bytes() -> float:
+  """The most address space that this process has had; 0 if nobody knows."""
+  try:
+    with open("/proc/self/status") as file:
+      for line in file:
+        if line.startswith("VmPeak:"):
+          return int(line.split()[1]) * 1024
+  except OSError:
+    pass
+  except MemoryError:
+    return math.inf
+  return 0
 
 
 def _limit_time(max_seconds: float) -> None:

@@ -1,13 +1,18 @@
 """Tests of worker processes, with functions that misbehave in every way."""
 
 import ctypes
+import gc
 import os
 import pathlib
+import pickle
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -41,6 +46,55 @@ def hang_alone():
 
 def eat(megabytes):
   return len(bytearray(megabytes * 2**20))
+
+
+def eat_and_hide(megabytes):
+  try:
+    return eat(megabytes)
+  except Exception:
+    return 0
+
+
+kept = []
+
+
+def keep(megabytes):
+  kept.append(bytearray(megabytes * 2**20))
+
+
+def die_if_not_new():
+  kept.append(0)
+  if len(kept) > 1:
+    os._exit(1)
+  return os.getpid()
+
+
+def trickle():
+  """Answers a byte at a time, for longer than anybody waits."""
+  (pipe,) = [
+    found
+    for found in gc.get_objects()
+    if type(found) is socket.socket and found.fileno() >= 0
+  ]
+  pipe.sendall((100).to_bytes(8, "big"))
+  while True:
+    pipe.sendall(b"x")
+    time.sleep(0.3)
+
+
+def start_if_allowed():
+  """Fails while there is a file of this name."""
+  if os.path.exists(os.environ["RLJAX_NO_START"]):
+    with open(os.environ["RLJAX_NO_START"], "a") as file:
+      file.write("x")
+    raise OSError("not now")
+
+
+def leave_once(path):
+  if not os.path.exists(path):
+    pathlib.Path(path).touch()
+    os._exit(1)
+  return "left"
 
 
 def leave(code):
@@ -197,6 +251,81 @@ class PoolTest(parameterized.TestCase):
     self.assertEqual(first, second)
     self.assertNotEqual(first, third)
 
+  @parameterized.parameters(1024, 255)
+  def test_caught_memory_errors_are_told(self, megabytes):
+    pool = self._pool("misbehave", max_memory_bytes=2**28)
+    items = [("process",), ("eat_and_hide", megabytes), ("process",)]
+    first, second, third = pool.map([*items, ("eat_and_hide", 10)])[:3]
+    self.assertEqual(second, workers.Outcome(failure="memory"))
+    self.assertIsNone(third.failure)
+    self.assertNotEqual(first, third)
+
+  def test_memory_that_earlier_calls_kept(self):
+    pool = self._pool("misbehave", max_memory_bytes=2**28)
+    items = [("process",), ("keep", 200), ("eat", 100), ("process",)]
+    first, second, third, fourth = pool.map(items)
+    self.assertIsNone(second.failure)
+    self.assertEqual(third, workers.Outcome(100 * 2**20))
+    self.assertNotEqual(first, fourth)
+
+  def test_second_chance_in_a_new_worker(self):
+    pool = self._pool("misbehave", num_workers=2)
+    # The idle worker, which has served others as well, must not take it.
+    outcomes = pool.map([("die_if_not_new",)] * 6)
+    self.assertEqual({o.failure for o in outcomes}, {None})
+    self.assertLen({o.value for o in outcomes}, 6)
+
+  def test_trickling_answers(self):
+    pool = self._pool("misbehave", timeout=1.0)
+    start = time.monotonic()
+    first, second = pool.map([("trickle",), ("double", 1)])
+    self.assertLess(time.monotonic() - start, 8)
+    self.assertEqual(first.failure, "timeout")
+    self.assertEqual(second.value, 2)
+
+  def test_answers_that_come_while_another_is_read(self):
+    pool = self._pool("double", timeout=1.0, num_workers=2)
+    pool.map([(0, 0.2), (0, 0.2)])
+    take = workers._Worker.take
+
+    def late(worker):
+      outcome = take(worker)
+      if outcome.value == 2:
+        time.sleep(1.5)  # The other's answer is there, its time is over.
+      return outcome
+
+    with mock.patch.object(workers._Worker, "take", late):
+      outcomes = pool.map([(1,), (2, 0.5)])
+    self.assertEqual([o.value for o in outcomes], [2, 4])
+
+  def test_failed_starts_in_mid_run(self):
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    path = pathlib.Path(folder) / "no"
+    self.enter_context(
+      mock.patch.dict(os.environ, {"RLJAX_NO_START": str(path)})
+    )
+    pool = self._pool(
+      "misbehave", num_workers=2, setup=f"{ME}:start_if_allowed"
+    )
+    pool.map([("double", 0, 0.3)] * 2)
+    path.write_text("")
+    # One worker goes, and cannot be replaced; the other one does the rest.
+    leave = ("leave_once", str(path.parent / "left"))
+    outcomes = pool.map([("double", 1, 3.0), leave, ("double", 2)])
+    self.assertEqual([o.value for o in outcomes], [2, "left", 4])
+    self.assertLen(path.read_text(), 2)
+    pool.close()
+    with self.assertRaisesRegex(RuntimeError, "cannot start.*not now"):
+      pool.map([("double", 1)])
+    path.unlink()
+    self.assertEqual(pool.map([("double", 1)])[0].value, 2)
+
+  def test_items_that_cannot_be_pickled(self):
+    pool = self._pool("double")
+    with self.assertRaises((pickle.PicklingError, TypeError, AttributeError)):
+      pool.map([(lambda: 0,)])
+    self.assertEqual(pool.map([(1,)])[0].value, 2)
+
   def test_hanging_workers_are_killed(self):
     pool = self._pool("misbehave", timeout=1.0)
     first, second, third = pool.map([("process",), ("hang",), ("process",)])
@@ -204,6 +333,12 @@ class PoolTest(parameterized.TestCase):
     self.assertNotEqual(first, third)
     self.assertEmpty(wait_for_death([first.value], 5))
     self.assertTrue(is_alive(third.value))
+
+  def test_terminate_is_not_heeded(self):
+    pool = self._pool("misbehave")
+    (first,) = pool.map([("process",)])
+    os.kill(first.value, signal.SIGTERM)
+    self.assertEqual(pool.map([("process",)]), [first])
 
   def test_worker_that_dies_between_calls(self):
     pool = self._pool("process")

@@ -198,27 +198,34 @@ def score(
 
   Where the answer is read, the first rule that finds its mark decides, even
   if nothing usable follows the mark (a truncated "#### " has no answer):
-    "hashes": the line behind the last "####"; the only rule of "strict".
+    "hashes": the line behind the last "####"; the only rule of "strict". A
+      heading ("#### Step 3: done") is no answer; nor is a line other than a
+      number if one of the next two marks follows it.
     "boxed": the braces of the last \boxed{...}.
     "answer_is": the sentence behind the last "answer is" or "answer:", if
       there is a digit or a backslash in it.
     "number": the last word with a digit, if it is a plain number.
   Several marks of a kind: the last one counts, as the latest the model said.
-  A repetition of the question is skipped, and a reply that goes on to ask the
-  next question (in the words in front of the template's question) is read up
-  to there. Only the last 16384 characters are searched.
+  A reply that begins with the question is read from behind it. One that comes
+  to ask the question again, or the next one (in the words in front of the
+  template's question), is read up to there. Only the last 16384 characters are
+  searched.
 
   What equals what. Plain numbers are integers, decimals, a/b, mixed numbers,
-  \frac{a}{b} and 1e3, of ASCII digits, compared as exact rationals: 1,560 is
-  1560, 156.0 is 156, 007 is 7, 1/2 is 0.5, but 0.333333 is not 1/3. Commas
-  must stand between groups of three digits. A minus may be U+2212. Currency
-  signs, units ("72 clips", "5 cm^2") and percent signs do not count: 50% is
-  50, and not 0.5. "3 million" is 3000000. Where several answers are offered
-  ("42 or 43", "42, 43"), none is taken. 1/0, nan and inf are no numbers, and
-  5! is an exclamation.
+  \frac{a}{b}, 0.\overline{6} and 1e3, of ASCII digits, compared as exact
+  rationals: 1,560 is 1560, 156.0 is 156, 007 is 7, 1/2 is 0.5, but 0.333333 is
+  not 1/3. Commas must stand between groups of three digits. A minus may be
+  U+2212. Currency signs, units ("72 clips", "5 cm^2") and percent signs do not
+  count: 50% is 50, and not 0.5. "3 million" is 3000000. Where several answers
+  are offered ("42 or 43", "42, 43", "x=42, y=43"), none is taken; nor is a
+  number that words change ("minus 42", "not 42", "42 dozen"), or, where the
+  truth is a number, a sum that is not worked out ("48+24"). 1/0, nan and inf
+  are no numbers, and 5! is an exclamation.
 
   Other expressions of at most 200 characters are compared by math-verify, with
-  3 seconds and a gigabyte each, and are wrong if that is not enough.
+  3 seconds and a gigabyte each, and are wrong if that is not enough. So are
+  numbers where the truth is none (2^{10}); but a truth in words is compared as
+  text, since math-verify takes a word for a product of letters.
 
   Args:
     prompt: one of `prompts`, drawn in this process.
@@ -372,6 +379,9 @@ _PLAIN = re.compile(
   """,
   re.VERBOSE | re.DOTALL,
 )
+_REPEATING = re.compile(
+  r"(-?)([0-9]{1,30})\.([0-9]{0,30})\\overline\s*\{([0-9]{1,30})\}"
+)
 _PLAINEST = re.compile(r" ?\$?(-?[0-9]{1,15})[.,!]? ?")  # Nearly all there are.
 # Bounded blanks: where two unbounded runs meet, time is quadratic.
 _RESULT = re.compile(
@@ -380,6 +390,13 @@ _RESULT = re.compile(
 _NOTE = re.compile(r"<<.*?>>")
 _STYLED = re.compile(
   r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\{([^{}]*)\}"
+)
+# Within a number: 1,\!560 and 1\,560.
+_GROUPED = re.compile(r"(?<=,)\\!|\\!(?=,)|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))")
+_SPACE = re.compile(
+  r"(?<!\\)\\[,:;!> ]|~"
+  r"|\\(?:q?quad|en(?:space|skip)|(?:thin|med|thick)space)(?![A-Za-z])"
+  r"|\\[hm]space\*?\s*\{[^{}]*\}"
 )
 _POWER = re.compile(r"(?<=[A-Za-z ])(?:\^\{?[23]\}?|[²³])")
 _DEGREES = re.compile(r"\^\{?\\circ\}?|°")
@@ -391,9 +408,33 @@ _MAGNITUDES = {
   "billion": 10**9,
   "trillion": 10**12,
 }
-# Words that make something else of the number in front of them.
+# Words that make something else of the number in front of them,
 _NO_UNITS = frozenset(
   ["or", "and", "to", "plus", "minus", "half", "pi", "factorial"]
+  + ["dozen", "dozens"]
+)
+# if they come right behind it,
+_CHANGES_BEHIND = (
+  "half",
+  "pi",
+  "factorial",
+  "squared",
+  "cubed",
+  "point",
+  "dozens?",
+  "halves",
+  "thirds",
+  "(?:ten|hundred|thousand|million|billion|trillion)ths?",
+  *(f"{magnitude}s" for magnitude in _MAGNITUDES),
+  "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve",
+  "(?:thir|four|fif|six|seven|eigh|nine)teen",
+  "(?:twen|thir|for|fif|six|seven|eigh|nine)ty",
+)
+_CHANGED_BEHIND = re.compile(rf"(?:{'|'.join(_CHANGES_BEHIND)})", re.IGNORECASE)
+# or of the number behind them.
+_CHANGES_BEFORE = frozenset(
+  ["minus", "negative", "not", "never", "or", "point", *_MAGNITUDES]
+  + ["half", "third", "quarter", "double", "triple", "twice"]
 )
 # What may stand right behind a digit: 3x is no 3.
 _ATTACHED = re.compile(
@@ -420,7 +461,16 @@ def number(text: str) -> str | None:
     return str(int(match[1]))
   if len(text) > _MAX_ANSWER:
     return None
-  match = _PLAIN.fullmatch(_bare(text))
+  text = _bare(text)
+  match = _REPEATING.fullmatch(text)
+  if match:
+    sign, whole, once, often = match.groups()
+    value = fractions.Fraction(
+      int(whole + once + often) - int(whole + once),
+      10 ** len(once) * (10 ** len(often) - 1),
+    )
+    return str(-value if sign else value)
+  match = _PLAIN.fullmatch(text)
   if not match:
     return None
   groups = match.groupdict("")
@@ -477,7 +527,9 @@ def _factor(unit: str) -> int | None:
   if not _WORDS.fullmatch(unit):
     return None
   words = re.findall("[a-z]+", unit.lower())
-  if not _NO_UNITS.isdisjoint(words):
+  if not _NO_UNITS.isdisjoint(words) or _CHANGED_BEHIND.fullmatch(words[0]):
+    return None
+  if not _MAGNITUDES.keys().isdisjoint(words[1:]):  # 42 hundred thousand.
     return None
   if len(words[0]) == 1 and words[0] not in _LETTERS:
     return None
@@ -488,14 +540,13 @@ def _factor(unit: str) -> int | None:
 
 def _bare(text: str) -> str:
   """A text of at most 200 characters without the markup around it."""
+  text = text.replace("−", "-").replace("{,}", ",")
+  if "\\" in text or "~" in text:
+    text = _GROUPED.sub("", text)
+    text = _SPACE.sub(" ", text)
+    if "\\begin" not in text:  # The rows of a matrix.
+      text = text.replace("\\\\", " ")
   for old, new in (
-    ("−", "-"),
-    ("{,}", ","),
-    ("\\!", ""),
-    ("\\,", ""),
-    ("\\;", " "),
-    ("\\ ", " "),
-    ("~", " "),
     ("\\$", "$"),
     ("\\left", ""),
     ("\\right", ""),
@@ -535,14 +586,30 @@ _BLANK = re.compile(r"\s")
 _DIGIT = re.compile("[0-9]")
 _OFFER = re.compile(r"\b(?:or|and)\b", re.IGNORECASE)
 _OPERATORS = frozenset("+-−*/×÷")
+_HEADING = re.compile(
+  r"[\s*_]*(?:[0-9]{1,2}[.:)]\s+[*_]*[A-Za-z]"
+  r"|(?:step|part|case|problem|question|method|example)\s*[0-9])",
+  re.IGNORECASE,
+)
+# "x = 41, y = 42", "x = 41 or x = 42".
+_SEVERAL = re.compile(
+  r"\bor\b|=.*(?:[;&]|,(?![0-9]{3})|\band\b)", re.IGNORECASE
+)
+# Apart from letters: 48+24 and \frac{1}{2} + \frac{1}{2}.
+_ARITHMETIC = re.compile(
+  r"(?:\\(?:[dt]?frac|times|cdot|div)(?![A-Za-z])|[-+*/()0-9.,\s{}$%×÷])*"
+)
+_SUM = re.compile(r"[0-9.,)}$%]\s*[-+]")
+_WORD_TRUTH = re.compile(r"[A-Za-z]{2,}(?:[ ,.']+[A-Za-z]+)*")
 _ALTERNATIVES = frozenset(["or", "and", "&", "either", "maybe", "perhaps", ""])
-_NEGATIONS = frozenset(["minus", "negative", "or"])
 _MATHEMATICS = re.compile(r"[-+*/^!|()\\×÷√π]")
 _SPLIT_NUMBER = re.compile(r"[0-9][\s~]+[0-9]")
 _PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=\()")
 # What changes a number that stands in front of it.
 _CONTINUED = re.compile(
-  r"\s*(?:[-+*/^×÷]|\\(?!text|mathrm|mbox|[\])%])|(?:half|pi|factorial)\b)",
+  r"\s*(?:[-+*/^×÷]|\\(?!text|mathrm|mbox|[\])%])"
+  rf"|(?:{'|'.join(_CHANGES_BEHIND)})\b"
+  rf"|(?:{'|'.join(_MAGNITUDES)})\s+(?:{'|'.join(_MAGNITUDES)})\b)",
   re.IGNORECASE,
 )
 _MAGNITUDE = re.compile(rf"\s+({'|'.join(_MAGNITUDES)})\b", re.IGNORECASE)
@@ -556,27 +623,68 @@ def _read(
   The verdict is "exact", "none" or "too_long"; or "unsettled" if math-verify
   has to say.
   """
-  if problem.question in response:
-    response = response.rpartition(problem.question)[2]
+  response = _without_echoes(response, problem)
   if problem.turn and problem.turn in response:
     response = f"\n{response}".partition(f"\n{problem.turn}")[0]
+  found, rule, verdict = _found(response, problem.truth, is_flexible)
+  if (
+    verdict == "exact"
+    and found != problem.truth
+    and (
+      number(problem.truth) is None and not _WORD_TRUTH.fullmatch(problem.truth)
+    )
+  ):
+    verdict = "unsettled"  # 1024 may be 2^{10}.
+  return found, rule, verdict
+
+
+def _without_echoes(response: str, problem: _Problem) -> str:
+  """The reply behind the questions it begins with, up to the next one."""
+  start = 0
+  while True:
+    place = response.find(problem.question, start)
+    if place < 0:
+      return response[start:]
+    before = response[start:place].strip(" \t\r\n*_>\"'")
+    if before not in ("", problem.turn):
+      return response[start:place]
+    start = place + len(problem.question)
+
+
+def _found(
+  response: str, truth: str, is_flexible: bool
+) -> tuple[str | None, str | None, str]:
+  """See `_read`."""
   tail = response[-_MAX_READ:]
   place = tail.rfind("####")
   if place >= 0:
     text = tail[place + 4 :].partition("\n")[0]
-    return _settled(text, problem.truth, "hashes")
+    if _PLAINEST.fullmatch(text):  # Most of what this is called for.
+      return number(text), "hashes", "exact"
+  box = answer_is = -1
+  if is_flexible:
+    box = tail.rfind("\\boxed")
+    answer_is = max((m.end() for m in _ANSWER_IS.finditer(tail)), default=-1)
+  while place >= 0:
+    text = tail[place + 4 :].partition("\n")[0]
+    is_heading = _HEADING.match(text) is not None or (
+      max(box, answer_is) > place + 4 + len(text)
+      and bool(text.strip())
+      and number(text) is None
+      and _result(text) is None
+    )
+    if not is_heading:
+      return _settled(text, truth, "hashes")
+    place = tail.rfind("####", 0, place)
   if not is_flexible:
     return None, None, "none"
-  place = tail.rfind("\\boxed")
-  if place >= 0:
-    text = _braced(tail[place + 6 :])
-    return _settled(text, problem.truth, "boxed")
-  place = max((match.end() for match in _ANSWER_IS.finditer(tail)), default=-1)
-  if place >= 0:
-    text = tail[place:].lstrip(" \t\n*_:").partition("\n")[0]
+  if box >= 0:
+    return _settled(_braced(tail[box + 6 :]), truth, "boxed")
+  if answer_is >= 0:
+    text = tail[answer_is:].lstrip(" \t\n*_:").partition("\n")[0]
     text = _SENTENCE_END.split(text, maxsplit=1)[0]
     if _DIGIT.search(text) or "\\" in text:
-      return _settled(text, problem.truth, "answer_is")
+      return _settled(text, truth, "answer_is")
   found, verdict = _last_number(tail)
   return found, "number" if verdict != "none" or found else None, verdict
 
@@ -586,13 +694,20 @@ def _settled(text: str, truth: str, rule: str) -> tuple[str | None, str, str]:
   text = text.strip()
   if len(text) > _MAX_ANSWER:
     return None, rule, "too_long"
-  found = number(text) or _result(text) or _only_number(text)
+  found = number(text)
   if found is not None:
     return found, rule, "exact"
-  text = " ".join(_bare(text).split())
-  if text == truth:
-    return text, rule, "exact"
+  bare = " ".join(_bare(text).split())
+  if bare == truth:
+    return truth, rule, "exact"
+  if "=" not in truth:  # y = 5 is not x = 5.
+    found = _result(text) or _only_number(text)
+    if found is not None:
+      return found, rule, "exact"
+  text = bare
   is_expression = bool(text) and text.count("{") == text.count("}")
+  if is_expression and _WORD_TRUTH.fullmatch(truth):
+    return text, rule, "exact"
   if number(truth) is not None:
     # math-verify takes "42 43" for a mixed number, of 85, and prose for a
     # product of letters.
@@ -600,7 +715,10 @@ def _settled(text: str, truth: str, rule: str) -> tuple[str | None, str, str]:
       is_expression
       and (_DIGIT.search(text) is not None or "\\" in text)
       and not _OFFER.search(text)
+      and not _SEVERAL.search(text)
       and not _SPLIT_NUMBER.search(text)
+      and not _is_changed(re.findall(r"[A-Za-z']+", text))
+      and not _is_sum(text)
       and _MATHEMATICS.search(text) is not None
     )
   if not is_expression:
@@ -612,6 +730,8 @@ def _result(text: str) -> str | None:
   """The number behind the last equality sign, if it stands alone there."""
   before, sign, after = text.rpartition("=")
   if not sign or before.rstrip()[-1:] in tuple("<>!"):
+    return None
+  if _SEVERAL.search(before) or _is_changed(before.split()[-1:]):
     return None
   return number(after)
 
@@ -625,9 +745,24 @@ def _only_number(text: str) -> str | None:
   before, after = words[: places[0]], words[places[0] :]
   if any(_MATHEMATICS.search(word) or "=" in word for word in before):
     return None
-  if not _NEGATIONS.isdisjoint(word.strip(".,;:").lower() for word in before):
+  if _is_changed(before):
     return None
   return number(" ".join(after))
+
+
+def _is_changed(words: Iterable[str]) -> bool:
+  """Whether words say that a number behind them is not meant as it is."""
+  for word in words:
+    word = word.strip(".,;:()*").lower()
+    if word in _CHANGES_BEFORE or word.endswith(("n't", "n’t")):
+      return True
+  return False
+
+
+def _is_sum(text: str) -> bool:
+  """Whether a sum of plain numbers waits to be worked out."""
+  text = _STYLED.sub("", text.rpartition("=")[2])
+  return bool(_SUM.search(text)) and _ARITHMETIC.fullmatch(text) is not None
 
 
 def _braced(text: str) -> str:
@@ -652,10 +787,14 @@ def _last_number(tail: str) -> tuple[str | None, str]:
   word = tail[start:end]
   if len(word) > _MAX_ANSWER:
     return None, "too_long"
-  after = tail[end : end + 20].partition("\n")[0]
+  after = tail[end : end + 40].partition("\n")[0]
   before = tail[max(0, start - _MAX_ANSWER) : start].rpartition("\n")[2].split()
   if before and before[-1] in _OPERATORS and "=" not in word:
     return None, "none"  # 10 - 3 is not worked out.
+  # "half of 42", but not "half of 84 is 42"; nor is a heading an answer.
+  near = before[-2:] if before and before[-1].lower() == "of" else before[-1:]
+  if _is_changed(near) or (before and before[0].startswith("####")):
+    return None, "none"
   if _CONTINUED.match(after):
     return None, "none"
   magnitude = _MAGNITUDE.match(after)

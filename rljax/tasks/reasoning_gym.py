@@ -33,6 +33,7 @@ MAX_CHARACTERS = 10_000
 
 # Generators whose scorer cannot be used.
 REFUSED = {
+  "coin_flip": "its scorer takes any beginning of an answer for right",
   "composite": "its parts are no plain options; name one of them",
   "game_of_life_halting": "its scorer takes any answer for right",
   "intermediate_integration": "its scorer runs the answer as Python",
@@ -46,7 +47,6 @@ REFUSED = {
 # takes "nan" for right: what an answer may consist of. Right answers do.
 ALPHABETS = {
   "binary_matrix": r"[0-9 \n]*",
-  "coin_flip": r"[0-9./]*",
   "complex_arithmetic": r"[0-9ij.+() -]*",
   # Without "**", and without names and strings.
   "countdown": r"(?!.*\*\*)[0-9+*/() -]{0,200}",
@@ -69,6 +69,9 @@ _CELLS = ("train", "train", "validation", "test")
 _CHUNK = 1024
 _MAX_REPEATED = 10_000
 _FIELDS = ("question", "expression")
+# The first number of a text, and what may stand between it and its sign.
+_FIRST_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?\b")
+_MINUS = re.compile(r"(?:[-−–]|\b(?:minus|negative))[ $£€]*$", re.IGNORECASE)
 _NUMBER = re.compile(r"\+?(-?)0*([0-9]+)(?:\.([0-9]*?)0*)?")
 
 # Prompt -> its data set, which can score it, and its problem.
@@ -429,11 +432,27 @@ def _is_right(
     character.isdigit() and not character.isascii() for character in text
   ):
     return False, "The answer has characters that no right one has."
+  if _is_overlooked(entry, text):
+    return False, None
   try:
     # Anything may happen in there to a text that its authors did not expect.
     return bool(dataset.score_answer(answer=text, entry=entry) == 1.0), None
   except Exception as error:
     return False, f"{type(error).__name__}: {error}"[:200]
+
+
+def _is_overlooked(entry: dict[str, Any], text: str) -> bool:
+  """Whether an answer is wrong in a way that its scorer does not see."""
+  generator = entry["metadata"]["source_dataset"]
+  if generator == "gsm_symbolic":
+    number = _FIRST_NUMBER.search(text)
+    return number is not None and (
+      bool(_MINUS.search(text, max(0, number.start() - 20), number.start()))
+      != entry["answer"].startswith("-")
+    )
+  if generator == "word_sorting":  # The right words, and then some.
+    return text.count(",") != entry["answer"].count(",")
+  return False
 
 
 def _normalized(text: str) -> str:

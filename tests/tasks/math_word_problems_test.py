@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import pytest
 from absl.testing import parameterized
 
-from rljax import data, tasks
+from rljax import data, tasks, workers
 from rljax.tasks import math_word_problems
 from tests import conftest
 
@@ -92,6 +92,93 @@ ANSWERS = (
     "exact",
   ),
   ("42", "Question: 42?", None, None, "none"),
+  # A model that asks itself the same question again has answered before.
+  (
+    "42",
+    f"#### 42\n\nQuestion: {QUESTION}\nAnswer:\n",
+    "42",
+    "hashes",
+    "exact",
+  ),
+  (
+    "42",
+    f"#### 41\n\nQuestion: {QUESTION}\nAnswer:\n#### 42",
+    "41",
+    "hashes",
+    "exact",
+  ),
+  ("42", f"**Question:** {QUESTION}\n#### 42", "42", "hashes", "exact"),
+  ("42", f"41 {QUESTION} 42", "41", "number", "exact"),
+  # Blanks of LaTeX are blanks.
+  *(
+    ("42", f"\\boxed{{40{blank}2}}", None, "boxed", "none")
+    for blank in (
+      *("\\quad ", " \\qquad ", " \\\\ ", "\\: ", "\\;", "\\,", "\\!", "\\>"),
+      *("\\enspace ", "~", "\\ ", "\\hspace{1em}", "\\hspace*{-1em} "),
+    )
+  ),
+  ("42", "\\boxed{42\\,\\text{cm}}", "42", "boxed", "exact"),
+  ("10000", "\\boxed{10\\,000}", "10000", "boxed", "exact"),
+  # Numbers that words change.
+  *(
+    (truth, text, None, None, "none")
+    for truth, text in (
+      ("42", "minus 42"),
+      ("42", "it is negative $42."),
+      ("42", "10 minus 42"),
+      ("42", "It is not 42."),
+      ("42", "It isn't 42."),
+      ("42", "zero point 42"),
+      ("42", "half of 42"),
+      ("42", "42 five"),
+      ("42", "42 squared"),
+      ("42", "42 dozen"),
+      ("4200", "42 hundred thousand"),
+    )
+  ),
+  *(
+    ("42", text, None, "answer_is", "none")
+    for text in (
+      "The answer is x = 43 or x = 42",
+      "The answer is not 42.",
+      "The answer is minus 42.",
+    )
+  ),
+  *(
+    (truth, f"#### {text}", None, "hashes", "none")
+    for truth, text in (
+      ("42", "x=41, y=42"),
+      ("42", "x = 41 and x = 42"),
+      ("42", "zero point 42"),
+      ("42", "42 point five"),
+      ("42", "42 five"),
+      ("42", "42 squared"),
+      ("42", "42 thousandths"),
+      ("42", "half of 42"),
+      ("42", "42 millions"),
+      ("42", "42 dozen"),
+      ("4200", "42 hundred thousand"),
+      ("4200000", "42 hundred thousand"),
+      # Not worked out.
+      ("72", "48+24"),
+      ("72", "$48 + $24"),
+      ("72", "x = 96 - 24"),
+      ("72", "48+24\\text{ clips}"),
+      ("1", "\\frac{1}{2} + \\frac{1}{2}"),
+      ("72", "6*7+30"),
+    )
+  ),
+  ("42", "half of 84 is 42", "42", "number", "exact"),
+  ("42", "#### half of 84 = 42", "42", "hashes", "exact"),
+  ("42", "#### a total of 42 square feet", "42", "hashes", "exact"),
+  # Headings.
+  ("42", "#### Step 3: done\n\\boxed{42}", "42", "boxed", "exact"),
+  ("42", "#### **Step 3**\n\\boxed{42}", "42", "boxed", "exact"),
+  ("42", "#### 3. Add up\nThe answer is 42.", "42", "answer_is", "exact"),
+  ("42", "#### Final 2 steps\n\\boxed{42}", "42", "boxed", "exact"),
+  ("42", "#### Conclusion\nThe answer is 42.", "42", "answer_is", "exact"),
+  ("42", "#### 42\n#### Step 3: done", "42", "hashes", "exact"),
+  ("3", "#### Step 3: done", None, None, "none"),
 )
 # (text, number).
 NUMBERS = (
@@ -141,6 +228,9 @@ NUMBERS = (
   ("50cm", "50"),
   ("50 cm^2", "50"),
   ("50^\\circ", "50"),
+  ("0.\\overline{6}", "2/3"),
+  ("-1.2\\overline{34}", "-611/495"),
+  ("0.\\overline{}", None),
   ("90°", "90"),
   ("50th", "50"),
   ("5!", "5"),
@@ -370,12 +460,46 @@ class MathVerifyTest(parameterized.TestCase):
       ("\\sqrt{2}", "\\sqrt{2}", "exact"),
       ("\\sqrt{2}", "\\frac{2}{\\sqrt{2}}", "verified"),
       ("x+1", "1 + x", "verified"),
+      ("x+1", "x + 4 - 3", "verified"),
+      ("x=5", "5", "verified"),
+      ("2^{10}", "1024", "verified"),
+      ("2^{10}", "2^{10} = 1024.0", "verified"),
+      ("Evelyn", "\\text{Evelyn}", "exact"),
     ):
       score, parts = math_word_problems.score(
         remember(truth), f"\\boxed{{{text}}}"
       )
       self.assertEqual((score, parts["verdict"]), (1.0, verdict))
       self.assertEqual(parts["answer"], truth)
+
+  def test_truths_that_are_no_numbers_wrong(self):
+    for truth, text, verdict in (
+      ("x=5", "y = 5", "verified"),
+      ("x=5", "6", "verified"),
+      ("2^{10}", "1025", "verified"),
+      # Letters commute.
+      ("Evelyn", "nylevE", "exact"),
+      ("BAC", "CAB", "exact"),
+      ("BAC", "5", "exact"),
+    ):
+      score, parts = math_word_problems.score(
+        remember(truth), f"\\boxed{{{text}}}"
+      )
+      self.assertEqual((score, parts["verdict"]), (0.0, verdict))
+      self.assertEqual(parts["answer"], text)
+
+  def test_memory_that_math_verify_makes_do_without(self):
+    with workers.Pool(
+      math_word_problems._verify,
+      setup=math_word_problems._warm_up,
+      timeout=10.0,
+      max_memory_bytes=8 * 2**20,
+    ) as pool:
+      outcomes = pool.map(
+        [("42", text) for text in ("6*7", "2^{3\\cdot 10^8}", "2*21")]
+      )
+    self.assertEqual([o.value for o in outcomes], [True, None, True])
+    self.assertEqual([o.failure for o in outcomes], [None, "memory", None])
 
   def test_duplicates_are_asked_once(self):
     pool = mock.Mock(wraps=math_word_problems._pool())

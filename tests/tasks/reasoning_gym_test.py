@@ -111,6 +111,7 @@ class PromptsTest(parameterized.TestCase):
     (dict(generator="rush_hour"), "gives no answer along"),
     (dict(generator="puzzle24"), "cannot be used: its scorer takes any number"),
     (dict(generator="composite"), "cannot be used: its parts"),
+    (dict(generator="coin_flip"), "cannot be used: its scorer takes any begi"),
     (
       dict(generator="number_sorting", direction="up"),
       "no option 'direction'",
@@ -303,6 +304,66 @@ class ScoreTest(parameterized.TestCase):
       reward, parts = reasoning_gym.score(prompt, answer)
       self.assertEqual((reward, parts["error"]), (1.0, None), answer)
 
+  # A beginning of the truth that is right says the same with fewer digits,
+  # signs or units.
+  ABBREVIATED = {
+    "advanced_geometry": "(-8.000, 0",
+    "decimal_arithmetic": "2.8163 for 2.81633281972",
+    "decimal_chain_sum": "8142.3 for 8142.30",
+    "fraction_simplification": "no closing $",
+    "knights_knaves": "no full stop",
+    "number_format": "917760785.49 for 917760785.492",
+    "polynomial_equations": "0 for 0.0",
+    "pool_matrix": "4 for 4.0 in the end",
+    "time_intervals": "95 for 95 days, 13:0 for 13:00",
+  }
+  # Too slow for this, or without an answer; they compare the whole text.
+  SKIPPED = ("boxnet", "futoshiki", "graph_color", "knight_swap", "rush_hour",
+    "sokoban", "sudoku", "zebra_puzzles")  # fmt: skip
+
+  def test_beginnings_of_the_truth_are_wrong(self):
+    from reasoning_gym import factory
+
+    num = 0
+    for generator in sorted(set(factory.DATASETS) - {*reasoning_gym.REFUSED}):
+      if generator in self.SKIPPED or generator in self.ABBREVIATED:
+        continue
+      for prompt in reasoning_gym.prompts(
+        "test", 0, num=3, generator=generator
+      ):
+        truth = _entry(prompt)["answer"].strip()
+        for end in sorted({*range(1, min(len(truth), 10))} | {
+          *range(max(1, len(truth) - 10), len(truth))
+        }):  # fmt: skip
+          reward, _ = reasoning_gym.score(prompt, truth[:end])
+          self.assertEqual(reward, 0.0, (generator, truth[:end], truth))
+          num += 1
+    self.assertGreater(num, 500)
+
+  @parameterized.parameters(
+    ("{}", True),
+    ("{} apples", True),
+    ("-{}", False),
+    ("−{}", False),
+    ("- {}", False),
+    ("-${}", False),
+    ("minus {}", False),
+    ("It is -{}", False),
+    ("{} - 3", True),
+  )
+  def test_signs_of_gsm_symbolic(self, form, is_correct):
+    prompt, entry = _one("gsm_symbolic")
+    reward, _ = reasoning_gym.score(prompt, form.format(entry["answer"]))
+    self.assertEqual(reward, float(is_correct))
+
+  @parameterized.parameters(
+    ("{}", True), ("{}, zebra", False), ("{},", False), ("{} zebra", False)
+  )
+  def test_length_of_word_sorting(self, form, is_correct):
+    prompt, entry = _one("word_sorting")
+    reward, _ = reasoning_gym.score(prompt, form.format(entry["answer"]))
+    self.assertEqual(reward, float(is_correct))
+
   # What these scorers would run, work on for ever, or take for right.
   @parameterized.parameters(
     ("binary_matrix", "__import__('os').abort()"),
@@ -315,7 +376,6 @@ class ScoreTest(parameterized.TestCase):
     ("countdown", "(" * 190 + "9" + ")" * 5),
     ("countdown", "1" + "-" * 198 + "1"),
     ("countdown", "factorial(99999999)"),
-    ("coin_flip", "1e999999999"),
     ("complex_arithmetic", "nan"),
     ("number_sorting", json.dumps([float("nan")] * 8)),
     ("chain_sum", "٣"),
