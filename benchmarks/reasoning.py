@@ -173,7 +173,7 @@ def number(value, decimals):
 
 
 def claims(found):
-  """Name, verdict and numbers of the claims C1 to C8 of the specification."""
+  """Name, verdict and numbers of the claims C1 to C8."""
   metrics = found["metrics"]
   several = len(metrics[START]["maj@1"]) >= 3
 

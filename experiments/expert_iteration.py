@@ -323,6 +323,11 @@ def main(_):
         f"{len(encoded) - len(fitting)} of {len(encoded)} traces are left out: "
         f"encoded anew they have more than {lengths[1]} tokens."
       )
+    if not fitting:
+      raise ValueError(
+        f"None of the traces fits into {lengths[1]} tokens: give a larger "
+        "--max_length."
+      )
     encoded = fitting
     # Where there are fewer rows than a batch holds, an update has them all.
     num_updated = min(FLAGS.batch_size, len(encoded))
