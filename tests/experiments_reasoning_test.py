@@ -17,6 +17,7 @@ from tests import scripts
 SFT = "experiments/sft.py"
 EI = "experiments/expert_iteration.py"
 RCRL = "experiments/return_conditioned.py"
+ORM = "experiments/outcome_reward_model.py"
 
 # One step, and two of them.
 SHORT, LONG = "num_terms=2,max_term=9", "num_terms=3,max_term=5"
@@ -193,6 +194,45 @@ class ExpertIterationTest(absltest.TestCase):
     self.assertEqual(
       hf.load(str(_iterated() / "best")).model.config.num_layers, 1
     )
+
+  def test_reward_model_as_a_filter(self):
+    judge = scripts.scratch() / "judge"
+    scripts.run(
+      ORM,
+      judge,
+      "--loss=bce",
+      f"--policy={_base()}",
+      f"--data={_iterated() / 'rounds/1/samples.jsonl'}",
+      "--eval_share=0.3",
+      "--steps=3",
+      "--batch_size=2",
+    )
+    flags = (
+      *TINY_EI,
+      *_models(),
+      "--rounds=1",
+      f"--reward_model={judge}",
+      "--reward_length=32",
+    )
+    # Everything reaches 0: what is right is left.
+    workdir = scripts.scratch() / "ei_both"
+    scripts.run(EI, workdir, *flags, "--filter=both", "--reward_threshold=0")
+    self.assertEqual(
+      (workdir / "rounds/1/data.jsonl").read_bytes(),
+      (_iterated() / "rounds/1/data.jsonl").read_bytes(),
+    )
+    # Nothing is above 1, and what was drawn is not lost.
+    workdir = scripts.scratch() / "ei_nothing"
+    done = scripts.run(
+      EI,
+      workdir,
+      *flags,
+      "--filter=reward_model",
+      "--reward_threshold=1.1",
+      ok=False,
+    )
+    self.assertIn("No sample of round 1 was kept, of 96", done.stderr)
+    self.assertLen(scripts.rows(workdir / "rounds/1", "samples.jsonl"), 96)
 
   def _resumed_like_uninterrupted(self, workdir):
     scripts.run(EI, workdir, *TINY_EI, *_models())
