@@ -224,7 +224,7 @@ def main(_):
       other = hf.load(FLAGS.reference, dtype=FLAGS.dtype, remat=FLAGS.remat)
       runs.check_same_kind(f"--reference={FLAGS.reference}", other, loaded)
       reference = other.params
-  models = {"policy": loaded.params, "reference": reference}
+  first_weights = {"policy": loaded.params, "reference": reference}
 
   # Models that reward: one reads texts, the other the policy's own tokens.
   if "reward_model" in FLAGS.reward_terms:
@@ -714,7 +714,7 @@ def main(_):
     )
     preflight.judge(checks, FLAGS.preflight)
 
-  runs.check_models(FLAGS.workdir, models)
+  runs.check_models(FLAGS.workdir, first_weights)
   checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
   for folder in [FLAGS.workdir] + ([best_dir] if FLAGS.keep_best else []):
     hf.save_config(os.path.join(folder, "model"), policy, tokenizer)
