@@ -216,7 +216,7 @@ class LabelTokensTest(parameterized.TestCase):
     # A blank last line belongs to the step before.
     ("1\n ", False, [0, 0, 0, 0], [0, 1, 0, 1]),
     # So does an empty first one to the step after.
-    ("\n1\n", False, [0, 1, 1, 1], [1, 0, 1, 1]),
+    ("\n1\n", False, [0, 0, 0, 0], [0, 0, 1, 1]),
   )
   def test_lines_and_tokens(self, response, joined, steps, is_end):
     part = _labelled(
