@@ -192,14 +192,14 @@ class TermsTest(absltest.TestCase):
       "--reward_terms=reward_model",
       f"--reward_model={_classifier('outcomes')}",
       "--reward_length=32",
-      "--unfinished_score=-0.5",
+      "--unfinished_score=0",
       "--max_length=4",
       "--steps=1",
     )
     first, last = scripts.rows(workdir)
     # Nothing ends: that is the score of greedy answers too.
     for row in (first, last):
-      self.assertEqual(row["eval/reward"], -0.5)
+      self.assertEqual(row["eval/reward"], 0.0)
       self.assertEqual(row["eval/is_correct"], 0.0)
     self.assertEqual(first["response/finished"], 0.0)
     # Without a score among the terms, the reward is their sum.
@@ -226,6 +226,10 @@ class BadInputTest(absltest.TestCase):
       (["--critic=branch"], "such as branch:4, got branch"),
       (["--critic=branch:0"], "such as branch:4, got branch:0"),
       (["--unfinished_score=nan"], "must be finite, got nan"),
+      (
+        ["--reward_terms=reward_model", model, "--unfinished_score=-1"],
+        "stands in for the score",
+      ),
       (["--unfinished_score=0", "--nostop_at_eos"], "as all do without"),
       ([dense, several], "one label; .* has LABEL_0, LABEL_1"),
       ([dense, other], "another vocabulary than --policy=.*reads texts"),
