@@ -220,7 +220,8 @@ def main(_):
     ),
     num_samples=FLAGS.num_samples,
   )
-  sample = first_sample = ask(encode(prompts))
+  prompt_ids = encode(prompts)
+  sample = first_sample = ask(prompt_ids)
   if FLAGS.shots:
     shown = "".join(f"{p}{r}\n\n" for p, r in shots)
     first_sample = ask(encode([shown + prompt for prompt in prompts]))
@@ -232,7 +233,9 @@ def main(_):
   def encode_pairs(pairs):
     """(prompt ids, response ids) of pairs of texts."""
     texts = render([prompt for prompt, _ in pairs])
-    prompt_ids = encode([prompt for prompt, _ in pairs])
+    prompt_ids = data.encode_prompts(
+      tokenizer, texts, max_length=FLAGS.max_prompt_length
+    )
     return [
       (ids, data.encode_response(tokenizer, text, ids, response)[0])
       for text, ids, (_, response) in zip(texts, prompt_ids, pairs, strict=True)
@@ -241,7 +244,7 @@ def main(_):
   encoded_examples = encode_pairs(examples)
   lengths = (
     data.bucket_length(
-      max(map(len, [*encode(prompts), *(ids for ids, _ in encoded_examples)]))
+      max(map(len, [*prompt_ids, *(ids for ids, _ in encoded_examples)]))
     ),
     data.bucket_length(
       max([FLAGS.max_length, *(len(ids) for _, ids in encoded_examples)])
@@ -304,13 +307,9 @@ def main(_):
 
   def evaluate(params):
     """Greedy answers to the validation prompts; maj@1."""
-    rows = []
-    for indices, texts, ended in answer.batches(params):
-      scores, parts = score([eval_prompts[i] for i in indices], texts)
-      scores, parts = scoring.unfinished_are_wrong(scores, parts, ended)
-      rows += parts
+    _, parts = responses.judge(answer, params, eval_prompts, score)
     return {
-      f"eval/{name}": value for name, value in tasks.mean_parts(rows).items()
+      f"eval/{name}": value for name, value in tasks.mean_parts(parts).items()
     }
 
   def fit(folder, rows, start, number, stopped):

@@ -392,10 +392,9 @@ def main(_):
       """Greedy accuracy on the validation prompts under each tag."""
       metrics = {}
       for name, respond in answers.items():
-        parts = []
-        for indices, texts, ended in respond.batches(state["params"]["policy"]):
-          scores, found = score([eval_prompts[i] for i in indices], texts)
-          parts += scoring.unfinished_are_wrong(scores, found, ended)[1]
+        _, parts = responses.judge(
+          respond, state["params"]["policy"], eval_prompts, score
+        )
         metrics[f"eval/{name}"] = float(
           np.mean([part["is_correct"] for part in parts])
         )

@@ -214,6 +214,28 @@ class Responder:
     return rollout.replace(response_mask=rollout.response_mask & ~is_forced)
 
 
+def judge(
+  responder: Responder,
+  params: Any,
+  prompts: Sequence[str],
+  score: Callable[..., tuple[np.ndarray, list[dict[str, Any]]]],
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+  """Scores one response to each prompt; one without an end is never right.
+
+  Args:
+    responder: for N prompts, one response to each.
+    params: parameters of the policy.
+    prompts: N texts, which are scored.
+    score: `(prompts, responses) -> (scores, parts)`.
+
+  Returns:
+    `[N]` float32 scores and N dicts of what they are made of.
+  """
+  _, texts, finished = zip(*responder.batches(params), strict=True)
+  scores, parts = score(list(prompts), [t for batch in texts for t in batch])
+  return scoring.unfinished_are_wrong(scores, parts, np.concatenate(finished))
+
+
 class Progress:
   """Prints how far a call of `collect` has come, every few seconds at most."""
 

@@ -269,6 +269,13 @@ class CollectTest(parameterized.TestCase):
       self.assertEqual(row["parts"]["answer"], expected)
       self.assertEqual(row["reward"], len(row["response"]) * row["finished"])
 
+  def test_judge_is_collect_without_a_file(self):
+    rows = self.collect(num_samples=1)
+    responder = _responder(settings=SAMPLED, batch_size=2)
+    scores, parts = responses.judge(responder, self.params, PROMPTS, self.score)
+    self.assertEqual(scores.tolist(), [row["reward"] for row in rows])
+    self.assertEqual(parts, [row["parts"] for row in rows])
+
   @parameterized.parameters(0, 1, 2, 3, 5, 6)
   def test_killed_and_called_again(self, num_rows):
     whole = self.collect()
