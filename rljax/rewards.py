@@ -122,6 +122,67 @@ def potential_rewards(
   return jnp.where(points, scale * (potentials - previous), 0.0)
 
 
+def generative_rewards(
+  probs: Array,
+  is_right: Array,
+  mask: Array,
+  *,
+  threshold: float = 0.5,
+  max_reward: float = 0.5,
+  max_penalty: float = 0.1,
+) -> Array:
+  """Rewards of tokens by how sure a generative reward model is of them.
+
+    r_t = clip(p_t - τ, 0, r_max)     in a right response
+    r_t = clip(p_t - τ, -r_min, 0)    in a wrong one
+
+  The reward model writes corrected responses. Forced along a given response,
+  it gives a low probability to the tokens that it would have changed. Nothing
+  in a wrong response earns more than 0, and nothing in a right one less.
+
+  Args:
+    probs: `[B, T]` float p in [0, 1], of the response tokens under the reward
+      model, each given those before it.
+    is_right: `[B]` bool, whether the response itself was found right. That
+      its correction was, or that no wrong step was named, does not do.
+    mask: `[B, T]` bool, True on response tokens.
+    threshold: τ in [0, 1], the probability that earns nothing.
+    max_reward: r_max >= 0. With 0, right responses earn nothing.
+    max_penalty: r_min >= 0. With 0, wrong responses cost nothing.
+
+  Returns:
+    `[B, T]` float32, 0 where masked. No gradient flows through it.
+
+  Raises:
+    ValueError: if `threshold` is outside [0, 1] or a bound is negative.
+
+  Source:
+    Chen et al. (2024), "Improving Large Language Models via Fine-grained
+    Reinforcement Learning with Minimum Editing Constraint", in the authors'
+    code, which keeps the rewards in bfloat16; there -0.1 is -0.10009766.
+  """
+  chex.assert_rank([probs, is_right, mask], [2, 1, 2])
+  chex.assert_equal_shape([probs, mask])
+  chex.assert_equal_shape_prefix([probs, is_right], 1)
+  chex.assert_type([probs, is_right, mask], [float, bool, bool])
+  if not 0 <= threshold <= 1:
+    raise ValueError(f"threshold must lie in [0, 1], got {threshold}.")
+  for name, bound in (
+    ("max_reward", max_reward),
+    ("max_penalty", max_penalty),
+  ):
+    if not bound >= 0:
+      raise ValueError(f"{name} must not be negative, got {bound}.")
+
+  probs = jax.lax.stop_gradient(jnp.asarray(probs, jnp.float32))
+  margin = jnp.where(mask, probs, threshold) - threshold
+  return jnp.where(
+    jnp.asarray(is_right)[:, None],
+    jnp.clip(margin, 0.0, max_reward),
+    jnp.clip(margin, -max_penalty, 0.0),
+  )
+
+
 def overlong_penalty(lengths: Array, *, max_length: int, buffer: int) -> Array:
   """Penalties that grow over the last tokens before a length limit.
 
