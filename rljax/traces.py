@@ -1,7 +1,8 @@
 """Reasoning traces as texts: their steps, their duplicates, what is kept.
 
 A trace is a response; a step is one of its lines, with the line feed that ends
-it. Rows are those of `responses.collect`.
+it, unless a task ends its steps by other characters. Rows are those of
+`responses.collect`.
 """
 
 import collections
@@ -99,25 +100,42 @@ def add_distinct(
   return merged, counts
 
 
-def steps(response: str) -> list[str]:
-  """The lines of a response, each with its line feed; empty ones are none.
+def steps(response: str, ends: str = "\n") -> list[str]:
+  """The steps of a response, each with the character that ends it.
 
-  Blank lines belong to the step before them, or at the beginning to the first,
-  so that the steps joined are the response. A response without any text has no
-  step.
+  Steps of nothing but white space are none: they belong to the step before
+  them, or at the beginning to the first, so that the steps joined are the
+  response. A response without any text has no step.
+
+  Args:
+    response: text.
+    ends: characters that end a step, each of them on its own. With "\\n" the
+      steps are the lines; with ";|" the text "12+5=17;3*17=51|A51" has the
+      steps "12+5=17;", "3*17=51|" and "A51".
+
+  Returns:
+    Its steps.
+
+  Raises:
+    ValueError: if no character ends a step.
   """
-  found: list[str] = []
-  for line in re.findall(r"[^\n]*\n|[^\n]+", response):
-    if found and (not line.strip() or not found[-1].strip()):
-      found[-1] += line
+  if not ends:
+    raise ValueError('ends must be one or more characters, such as "\\n".')
+  end = "".join(map(re.escape, ends))
+  found: list[list[str]] = []  # Pieces, as adding up texts takes long.
+  has_text = False
+  for piece in re.findall(rf"[^{end}]*[{end}]|[^{end}]+", response):
+    if found and (not has_text or not piece.strip()):
+      found[-1].append(piece)
     else:
-      found.append(line)
-  return found if response.strip() else []
+      found.append([piece])
+    has_text = has_text or bool(piece.strip())
+  return ["".join(pieces) for pieces in found] if has_text else []
 
 
-def prefixes(response: str) -> list[str]:
+def prefixes(response: str, ends: str = "\n") -> list[str]:
   """What stands before the second, third, ... step: P_1 .. P_{L-1}."""
-  parts = steps(response)
+  parts = steps(response, ends)
   return ["".join(parts[:i]) for i in range(1, len(parts))]
 
 

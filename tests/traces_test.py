@@ -95,7 +95,33 @@ class StepsTest(parameterized.TestCase):
     if expected:
       self.assertEqual("".join(traces.steps(text)), text)
 
+  @parameterized.parameters(
+    ("12+5=17;3*17=51|A51", ";|", ["12+5=17;", "3*17=51|", "A51"]),
+    ("1+1=2; \n", ";", ["1+1=2; \n"]),
+    ("a;;b", ";", ["a;", ";", "b"]),
+    ("\na;b", ";\n", ["\na;", "b"]),
+    ("a;\nb", ";", ["a;", "\nb"]),
+    ("a\n", ";", ["a\n"]),
+    # Characters with a meaning within brackets of a pattern.
+    ("a]b^c-d\\e", "^]-\\", ["a]", "b^", "c-", "d\\", "e"]),
+  )
+  def test_other_ends(self, text, ends, expected):
+    self.assertEqual(traces.steps(text, ends), expected)
+    self.assertEqual("".join(traces.steps(text, ends)), text)
+    self.assertLen(traces.prefixes(text, ends), len(expected) - 1)
+
+  def test_time_is_bounded(self):
+    for text in ("\n" * 300_000, "a" + "\n" * 300_000, "a" * 300_000):
+      self.assertEqual("".join(traces.steps(text + "b")), text + "b")
+
+  def test_nothing_ends_a_step(self):
+    with self.assertRaisesRegex(ValueError, "one or more characters"):
+      traces.steps("a", "")
+
   def test_prefixes(self):
+    self.assertEqual(
+      traces.prefixes("1+1=2;2*3=6|A6", ";|"), ["1+1=2;", "1+1=2;2*3=6|"]
+    )
     self.assertEqual(traces.prefixes("a\nb\n#c"), ["a\n", "a\nb\n"])
     self.assertEqual(traces.prefixes("a"), [])
     self.assertEqual(traces.prefixes(""), [])
