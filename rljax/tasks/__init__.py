@@ -12,10 +12,12 @@ import numpy as np
 _MODULES = {
   "arithmetic": "rljax.tasks.arithmetic",
   "arithmetic_format": "rljax.tasks.arithmetic_format",
+  "chains": "rljax.tasks.chains",
   "diversity": "rljax.tasks.diversity",
   "math_word_problems": "rljax.tasks.math_word_problems",
   "reasoning": "rljax.tasks.reasoning",
   "reasoning_gym": "rljax.tasks.reasoning_gym",
+  "sentiment": "rljax.tasks.sentiment",
   "word_lists": "rljax.tasks.word_lists",
 }
 

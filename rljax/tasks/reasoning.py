@@ -30,10 +30,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rljax import edits
 from rljax.tasks import tokenizers
 
 SPLITS = ("train", "validation", "test")
 CORPORA = ("clean", "pretraining")
+STEP_ENDS = "\n"
 # What may stand in front of a line: a blank, or a return-conditioned policy's
 # GOOD or BAD.
 TAGS = (" ", "G", "B")
@@ -333,6 +335,70 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
   }
 
 
+def first_wrong_step(prompt: str, response: str) -> int:
+  """Index of the first line that is not valid, as `score` counts them.
+
+  Args:
+    prompt: one of `prompts`.
+    response: what the model wrote. In texts of more than 1024 characters the
+      first line is wrong.
+
+  Returns:
+    The index, from 0; the number of lines if nothing is wrong but that there
+    are too few; -1 if the response is right in every line.
+
+  Raises:
+    ValueError: if the prompt is no sum.
+  """
+  _, parts = score(prompt, response)
+  return -1 if parts["is_valid"] else parts["num_valid_steps"]
+
+
+def rewrite(prompt: str, response: str) -> str:
+  """Repairs a response from its first wrong line on.
+
+  The lines before it stay as they are, tags included. Each line from there on
+  is worked out again, in the sample's own order of merges: it merges the place
+  that the sample's line of that number merged, whatever that made of the two
+  numbers. Where the line is no merge of the one before it, or could be several,
+  the one with the most numbers in their place counts, then the one with the
+  fewest edits, then the first. A line has the tag of the sample's line, or if
+  that has none the tag of the line before.
+
+  Args:
+    prompt: one of `prompts`.
+    response: what the model wrote. Of texts of more than 1024 characters
+      nothing is kept or read.
+
+  Returns:
+    A response whose lines are all valid; the one given if its are.
+
+  Raises:
+    ValueError: if the prompt is no sum.
+  """
+  num_kept = first_wrong_step(prompt, response)
+  if num_kept < 0:
+    return response
+  terms, digits = _parse(prompt)
+  text = response.rstrip(" \n") if len(response) <= MAX_CHARACTERS else ""
+  lines = text.split("\n") + [""] * len(terms)
+  untagged = steps(text) + [""] * len(terms)
+  numbers = [list(terms), *[_numbers(line, digits) for line in untagged]]
+  left = numbers[num_kept]
+  written, tag = lines[:num_kept], ""
+  for i in range(len(terms) - 1):
+    tag = lines[i][:1] if lines[i][:1] in TAGS else tag
+    if i >= num_kept:
+      # From what the sample had then, be it right or wrong.
+      before = numbers[i]
+      if before is None or len(before) != len(left):
+        before = left
+      left = _with_merge(left, _place(before, untagged[i], digits))
+      answer = "#" if len(left) == 1 else ""
+      written.append(tag + answer + _join(left, digits))
+  return "\n".join(written)
+
+
 # The tokenizer.
 
 
@@ -503,3 +569,21 @@ def _merged(
       # A wrong line can be read in two ways: the first one counts.
       found = result if found is None else found
   return found, False
+
+
+def _with_merge(terms: Sequence[int], place: int) -> list[int]:
+  result = terms[place] + terms[place + 1]
+  return [*terms[:place], result, *terms[place + 2 :]]
+
+
+def _place(before: Sequence[int], line: str, digits: int) -> int:
+  """Which merge of `before` comes nearest to a line."""
+  choices = [_with_merge(before, i) for i in range(len(before) - 1)]
+  after = _numbers(line, digits) or []
+  texts = [[*map(ord, _join(choice, digits))] for choice in choices]
+  distances = edits.distances([[*map(ord, line)]] * len(texts), texts)
+  agreements = [
+    sum(one == other for one, other in zip(choice, after, strict=False))
+    for choice in choices
+  ]
+  return min(range(len(texts)), key=lambda i: (-agreements[i], distances[i]))
