@@ -653,6 +653,50 @@ def area_under_curve(
   return area / (num_positive * num_negative)
 
 
+def localization(
+  flagged: Sequence[np.ndarray], changed: Sequence[np.ndarray]
+) -> dict[str, float]:
+  """How well flagged tokens are those that an edit changes.
+
+    precision = |F ∩ C| / |F|,   recall = |F ∩ C| / |C|,   chance = |C| / n
+
+  Counts are over the tokens of all texts. Flags thrown at random have the
+  precision `chance`, and as recall the share of tokens that they hit.
+
+  Args:
+    flagged: N arrays `[n]` bool, F.
+    changed: N arrays `[n]` bool, C.
+
+  Returns:
+    "precision", "recall", "chance" and "flagged", the share |F| / n. A share of
+    nothing is NaN.
+
+  Raises:
+    ValueError: if the arrays of a text differ in length, or there are none.
+  """
+  lengths = [[np.shape(x) for x in arrays] for arrays in (flagged, changed)]
+  if not len(flagged) or lengths[0] != lengths[1]:
+    raise ValueError(
+      "Each text needs as many flags as tokens that change or stay, got "
+      f"{lengths[0][:3]} and {lengths[1][:3]} for the first of "
+      f"{len(flagged)} and {len(changed)} texts."
+    )
+  flags, changes = (
+    np.concatenate([np.asarray(x, bool) for x in arrays])
+    for arrays in (flagged, changed)
+  )
+  hits, share = (
+    float(np.sum(flags & changes)),
+    lambda a, b: a / b if b else np.nan,
+  )
+  return {
+    "precision": share(hits, float(flags.sum())),
+    "recall": share(hits, float(changes.sum())),
+    "chance": share(float(changes.sum()), len(changes)),
+    "flagged": share(float(flags.sum()), len(flags)),
+  }
+
+
 def _common_start(a: Sequence[str], b: Sequence[str]) -> int:
   """How many words two sequences begin with alike."""
   pairs = enumerate(zip(a, b, strict=False))

@@ -86,27 +86,50 @@ def response_log_probs(
     prompt_length=prompt_length,
     response_length=response_length,
   )
-
-  def forward(params, batch):
-    statistics, _ = rollouts.token_statistics(
-      model,
-      params,
-      batch,
-      temperature=1.0,
-      chunk_size=chunk_size
-      or log_probs.chunk_size(batch_size, model.config.vocab_size),
-    )
-    return jnp.where(batch["response_mask"], statistics.log_probs, 0.0)
-
-  program = preflight.Compiled("reference", forward)
-  found = meshes.map_batches(
-    lambda batch: program(params, batch), arrays, batch_size, mesh
-  )
+  found = _log_probs(model, params, arrays, batch_size, mesh, chunk_size)
   result = np.zeros(
     (len(encoded.response_ids), num_candidates, response_length), np.float32
   )
   result[rows, candidates] = found
   return result
+
+
+def pair_log_probs(
+  model: Any,
+  params: Any,
+  pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+  *,
+  batch_size: int,
+  mesh: Any,
+  chunk_size: int | None = None,
+) -> list[np.ndarray]:
+  """Log-probabilities of responses, each behind its prompt, at temperature 1.
+
+  One forward pass over given tokens; nothing is decoded.
+
+  Args:
+    model: module.
+    params: its parameters, on the mesh.
+    pairs: N prompts and responses, as ids.
+    batch_size: responses at the same time.
+    mesh: from `meshes.make`.
+    chunk_size: as in `response_log_probs`.
+
+  Returns:
+    N arrays `[n]` float32, one entry per token of the response.
+
+  Raises:
+    ValueError: if the longest prompt and response are longer than the model's
+      context.
+  """
+  arrays = data.supervised_batch(pairs)
+  length = arrays["prompt_ids"].shape[1] + arrays["response_ids"].shape[1]
+  data.check_positions(length, model.config.max_positions)
+  found = _log_probs(model, params, arrays, batch_size, mesh, chunk_size)
+  return [
+    row[: len(response)]
+    for row, (_, response) in zip(found, pairs, strict=True)
+  ]
 
 
 def describe(
@@ -232,6 +255,26 @@ def load(
 def notes(directory: str | os.PathLike) -> dict[str, Any]:
   """What `save` noted beside the arrays, of a cache that `load` has read."""
   return json.loads((pathlib.Path(directory) / MANIFEST).read_text())["notes"]
+
+
+def _log_probs(model, params, arrays, batch_size, mesh, chunk_size):
+  """`[N, T]` float32 of the responses in `arrays`, batch by batch."""
+
+  def forward(params, batch):
+    statistics, _ = rollouts.token_statistics(
+      model,
+      params,
+      batch,
+      temperature=1.0,
+      chunk_size=chunk_size
+      or log_probs.chunk_size(batch_size, model.config.vocab_size),
+    )
+    return jnp.where(batch["response_mask"], statistics.log_probs, 0.0)
+
+  program = preflight.Compiled("reference", forward)
+  return meshes.map_batches(
+    lambda batch: program(params, batch), arrays, batch_size, mesh
+  )
 
 
 def _short(value: Any) -> str:

@@ -236,6 +236,29 @@ def judge(
   return scoring.unfinished_are_wrong(scores, parts, np.concatenate(finished))
 
 
+def answers(
+  responder: Responder,
+  params: Any,
+  prompts: Sequence[str],
+  score: Callable[..., tuple[np.ndarray, list[dict[str, Any]]]],
+) -> list[dict[str, Any]]:
+  """The same as rows for `samples.jsonl`; see `judge` and `records`.
+
+  Returns:
+    N rows of `records`, with `finished`.
+  """
+  _, texts, finished = zip(*responder.batches(params), strict=True)
+  texts, finished = sum(texts, []), np.concatenate(finished)
+  scores, parts = score(list(prompts), texts)
+  scores, parts = scoring.unfinished_are_wrong(scores, parts, finished)
+  return [
+    row | {"finished": bool(is_finished)}
+    for row, is_finished in zip(
+      records(prompts, texts, scores, parts), finished, strict=True
+    )
+  ]
+
+
 class Progress:
   """Prints how far a call of `collect` has come, every few seconds at most."""
 
@@ -249,12 +272,11 @@ class Progress:
     if time.monotonic() < self._next and done < self._num_prompts:
       return
     self._next = time.monotonic() + self._seconds
-    right = np.mean([bool(row["parts"].get("is_correct")) for row in rows])
-    print(
-      f"{self._name}: {done} of {self._num_prompts} prompts, {right:.0%} of "
-      "the last right",
-      flush=True,
-    )
+    text = f"{self._name}: {done} of {self._num_prompts} prompts"
+    if all("is_correct" in row["parts"] for row in rows):
+      right = np.mean([bool(row["parts"]["is_correct"]) for row in rows])
+      text += f", {right:.0%} of the last right"
+    print(text, flush=True)
 
 
 def collect(

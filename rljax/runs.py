@@ -46,7 +46,11 @@ def start(
   return in_force
 
 
-def check_models(workdir: str, models: Mapping[str, Any]) -> None:
+def check_models(
+  workdir: str,
+  models: Mapping[str, Any],
+  digests: Mapping[str, str] | None = None,
+) -> None:
   """Holds the models that a run starts from against those of its first start.
 
   The flags name folders, whose content may change between two starts. Files
@@ -55,14 +59,17 @@ def check_models(workdir: str, models: Mapping[str, Any]) -> None:
   Args:
     workdir: of the run.
     models: name of the flag -> parameters.
+    digests: what else it starts from -> its SHA-256, such as a data file.
 
   Raises:
-    ValueError: if a model is another than when the run began.
+    ValueError: if a model, or something else, is another than when the run
+      began.
   """
   path = pathlib.Path(workdir, "models.json")
+  digests = dict(digests or {})
   found = {
     name: checkpoint.fingerprint(params) for name, params in models.items()
-  }
+  } | digests
   if not path.exists():
     partial = path.with_name(".models.json.partial")
     partial.write_text(json.dumps(found, indent=2) + "\n")
@@ -71,9 +78,12 @@ def check_models(workdir: str, models: Mapping[str, Any]) -> None:
   known = json.loads(path.read_text())
   for name, value in found.items():
     if known.get(name) != value:
+      what = f"--{name} holds other weights"
+      if name in digests:
+        what = f"{name} are others"
       raise ValueError(
-        f"--{name} holds other weights than when the run in {workdir} began; "
-        "choose another workdir, or bring them back."
+        f"{what} than when the run in {workdir} began; choose another workdir, "
+        "or bring them back."
       )
 
 
@@ -90,6 +100,11 @@ def check_same_kind(name: str, other: Any, policy: Any) -> None:
       f"{name} is another architecture than the policy: {other.model.config} "
       f"and {policy.model.config}."
     )
+  check_same_tokens(name, other, policy)
+
+
+def check_same_tokens(name: str, other: Any, policy: Any) -> None:
+  """Raises ValueError unless two models have the same tokens; see above."""
   same = other.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
   if not same or other.tokenizer.eos_token_id != policy.tokenizer.eos_token_id:
     raise ValueError(

@@ -280,3 +280,32 @@ class McNemarTest(parameterized.TestCase):
       evaluation.mcnemar([True], [True, False])
     with self.assertRaisesRegex(ValueError, "arrays of bool, got float64"):
       evaluation.mcnemar([0.5], [True])
+
+
+class LocalizationTest(parameterized.TestCase):
+  def test_shares_are_over_all_tokens(self):
+    flagged = [np.array([1, 1, 0, 0], bool), np.array([0, 1], bool)]
+    changed = [np.array([1, 0, 1, 0], bool), np.array([0, 1], bool)]
+    found = evaluation.localization(flagged, changed)
+    expected = {
+      "precision": 2 / 3, "recall": 2 / 3, "chance": 3 / 6, "flagged": 3 / 6,
+    }  # fmt: skip
+    self.assertEqual(found, expected)
+
+  def test_precision_and_recall_differ(self):
+    found = evaluation.localization(
+      [np.array([1, 1, 1, 1], bool)], [np.array([0, 0, 0, 1], bool)]
+    )
+    self.assertEqual((found["precision"], found["recall"]), (0.25, 1.0))
+    self.assertEqual((found["chance"], found["flagged"]), (0.25, 1.0))
+
+  def test_shares_of_nothing_are_nan(self):
+    none = [np.zeros(3, bool)]
+    found = evaluation.localization(none, none)
+    self.assertTrue(np.isnan(found["precision"]) and np.isnan(found["recall"]))
+    self.assertEqual(found["chance"], 0.0)
+
+  def test_texts_must_fit(self):
+    for flagged, changed in (([np.ones(2)], [np.ones(3)]), ([], [])):
+      with self.assertRaisesRegex(ValueError, "as many flags"):
+        evaluation.localization(flagged, changed)

@@ -97,6 +97,41 @@ class LogProbsTest(parameterized.TestCase):
     np.testing.assert_array_equal(found[1, 1:], np.zeros((2, 6)))
     self.assertLess(np.max(found[expected != 0]), 0)
 
+  @parameterized.parameters((3, "data:1"), (4, "data:4"))
+  def test_pairs_are_scored_as_next_tokens_one_by_one(self, batch_size, spec):
+    pairs = [([3, 4, 5], [6, 7]), ([8], [9, 1, 2, 3, 4]), ([5, 5], [1])]
+    mesh = meshes.make(spec)
+    found = reference.pair_log_probs(
+      MODEL,
+      meshes.replicate(_params(), mesh),
+      pairs,
+      batch_size=batch_size,
+      mesh=mesh,
+    )
+    self.assertEqual([len(row) for row in found], [2, 5, 1])
+    for row, (prompt, response) in zip(found, pairs, strict=True):
+      for t, token in enumerate(response):
+        # One token behind all that comes before it.
+        before = np.int32([prompt + response[:t]])
+        batch = {
+          "prompt_ids": before,
+          "prompt_mask": np.ones(before.shape, bool),
+          "response_ids": np.int32([[token]]),
+          "response_mask": np.ones((1, 1), bool),
+        }
+        (alone,) = _statistics(MODEL, _params(), batch)
+        np.testing.assert_allclose(row[t], alone[0], atol=1e-5)
+
+  def test_pairs_must_fit_the_context(self):
+    with self.assertRaisesRegex(ValueError, "64 positions"):
+      reference.pair_log_probs(
+        MODEL,
+        _params(),
+        [([1] * 40, [2] * 40)],
+        batch_size=1,
+        mesh=meshes.make("data:1"),
+      )
+
 
 class CacheTest(parameterized.TestCase):
   def setUp(self):

@@ -269,6 +269,16 @@ class CollectTest(parameterized.TestCase):
       self.assertEqual(row["parts"]["answer"], expected)
       self.assertEqual(row["reward"], len(row["response"]) * row["finished"])
 
+  def test_answers_are_what_judge_judges(self):
+    responder = _responder()
+    scores, parts = responses.judge(responder, self.params, PROMPTS, self.score)
+    rows = responses.answers(responder, self.params, PROMPTS, self.score)
+    self.assertEqual([row["parts"] for row in rows], parts)
+    np.testing.assert_array_equal([row["reward"] for row in rows], scores)
+    self.assertEqual([row["prompt"] for row in rows], list(PROMPTS))
+    self.assertEqual([row["response"] for row in rows], responder(self.params))
+    self.assertEqual({type(row["finished"]) for row in rows}, {bool})
+
   def test_judge_is_collect_without_a_file(self):
     rows = self.collect(num_samples=1)
     responder = _responder(settings=SAMPLED, batch_size=2)

@@ -118,6 +118,14 @@ class CheckModelsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "--base holds other weights than"):
       runs.check_models(workdir, {"policy": weights, "base": other})
 
+  def test_other_things_to_start_from_are_those_of_the_first_start(self):
+    workdir = self.enter_context(tempfile.TemporaryDirectory())
+    weights = {"policy": {"a": np.float32([1, 2])}}
+    runs.check_models(workdir, weights, {"The rows of data": "abc"})
+    runs.check_models(workdir, weights, {"The rows of data": "abc"})
+    with self.assertRaisesRegex(ValueError, "The rows of data are others than"):
+      runs.check_models(workdir, weights, {"The rows of data": "abd"})
+
   def test_same_kind(self):
     policy = mock.Mock(**{"model.config": 1, "tokenizer.eos_token_id": 2})
     policy.tokenizer.get_vocab.return_value = {"a": 0}
@@ -133,8 +141,11 @@ class CheckModelsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "--base=x is another architecture"):
       runs.check_same_kind("--base=x", other(config=3), policy)
     for different in (other(end=3), other(vocabulary=("b",))):
-      with self.assertRaisesRegex(ValueError, "vocabulary or end token"):
-        runs.check_same_kind("--base=x", different, policy)
+      for check in (runs.check_same_kind, runs.check_same_tokens):
+        with self.assertRaisesRegex(ValueError, "vocabulary or end token"):
+          check("--base=x", different, policy)
+    # Of a model that shares the tokens alone.
+    runs.check_same_tokens("--base=x", other(config=3), policy)
 
   def test_one_process(self):
     runs.check_one_process()

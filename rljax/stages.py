@@ -1,0 +1,130 @@
+"""Stages of a pipeline, each with a folder of its own beside its inputs.
+
+A stage whose inputs have not changed is not repeated; one that was stopped
+goes on, if its writer can; one whose inputs have changed begins anew, and what
+it had written before is set aside, not deleted. An output that somebody edited
+by hand counts as changed, for the stages that read it.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_INPUTS, _DONE = "inputs.json", "done.json"
+
+
+class Stage:
+  """One stage: a folder, what it is made of, and whether it is whole.
+
+  Attributes:
+    folder: where the stage writes, made by now.
+    facts: what `finish` was told, or None while the stage is not finished.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    name: str,
+    inputs: Mapping[str, Any],
+    note: Callable[[str], None] = print,
+  ):
+    """Opens the folder `<workdir>/<name>`.
+
+    Args:
+      workdir: folder of the pipeline.
+      name: of the stage.
+      inputs: all that the outputs depend on, as values that `json` can write:
+        settings, `digest` of the stages before, fingerprints of models. None
+        of them may depend on where or when the stage runs.
+      note: called with a line if older results are set aside.
+
+    Raises:
+      ValueError: if the folder holds files that no stage has written.
+    """
+    self.name = name
+    self.folder = pathlib.Path(workdir, name)
+    self.facts: dict[str, Any] | None = None
+    inputs = json.loads(json.dumps(dict(inputs)))
+    if self.folder.exists() and any(self.folder.iterdir()):
+      found = _read(self.folder / _INPUTS)
+      if found is None:
+        raise ValueError(
+          f"{self.folder} is no folder of the stage {name}: it has no whole "
+          f"{_INPUTS}. Choose another folder."
+        )
+      if found == inputs:
+        self.facts = _read(self.folder / _DONE)
+        return
+      changed = [
+        key
+        for key in dict.fromkeys([*found, *inputs])
+        if found.get(key) != inputs.get(key)
+      ]
+      aside = self._set_aside()
+      note(
+        f"{name}: {', '.join(changed)} changed; begun anew, and what was there "
+        f"is in {aside}."
+      )
+    self.folder.mkdir(parents=True, exist_ok=True)
+    _write(self.folder / _INPUTS, inputs)
+
+  def path(self, file: str) -> str:
+    """Where a file of the stage lies."""
+    return os.fspath(self.folder / file)
+
+  def finish(self, **facts: Any) -> None:
+    """Files the stage as finished, with numbers for its reader."""
+    _write(self.folder / _DONE, facts | {"finished_at": time.time()})
+    self.facts = _read(self.folder / _DONE)
+
+  def digest(self, *files: str) -> str:
+    """SHA-256 of outputs as they are now, an input of the stages behind.
+
+    Args:
+      *files: names in the stage's folder.
+
+    Raises:
+      ValueError: if the stage is not finished, or a file is gone.
+    """
+    if self.facts is None:
+      raise ValueError(f"The stage {self.name} is not finished.")
+    total = hashlib.sha256()
+    for file in files:
+      try:
+        content = (self.folder / file).read_bytes()
+      except OSError as error:
+        raise ValueError(
+          f"{self.folder / file} cannot be read ({error.strerror}); delete "
+          f"{self.folder / _DONE} to make it again."
+        ) from error
+      total.update(hashlib.sha256(content).digest())
+    return total.hexdigest()
+
+  def _set_aside(self) -> pathlib.Path:
+    number = 1
+    while (aside := self.folder.with_name(f"{self.name}.old{number}")).exists():
+      number += 1
+    os.replace(self.folder, aside)
+    return aside
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+  """A JSON object, or None where there is no whole one."""
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+  return found if isinstance(found, dict) else None
+
+
+def _write(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  partial = path.with_name(f".{path.name}.partial")
+  with partial.open("w") as file:
+    file.write(json.dumps(dict(values), indent=2) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
