@@ -46,6 +46,7 @@ from rljax import (
   checkpoint,
   corrections,
   data,
+  gold_rewrites,
   log_probs,
   logged,
   logs,
@@ -68,7 +69,8 @@ from rljax.models import gpt2, hf, llama
 flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
 flags.DEFINE_string("stages", "", "Folder of the stages; empty: workdir.")
 flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.")
-flags.DEFINE_integer("steps", 2000, "Optimizer updates.")
+flags.DEFINE_integer("steps", 0, "Optimizer updates; 0: what --epochs make.")
+flags.DEFINE_float("epochs", 3.0, "Passes over the records.")
 flags.DEFINE_integer("save_every", 500, "Steps between checkpoints.")
 flags.DEFINE_integer("eval_every", 250, "Steps between held-out evaluations.")
 flags.DEFINE_string("mesh", "data:-1", "Axes data, fsdp, tensor; -1: the rest.")
@@ -129,10 +131,14 @@ PANELS = {"Loss (nats a token)": ["nll/loss", "eval/loss"]}
 def main(_):
   runs.check_positive(
     FLAGS,
-    *("steps", "save_every", "eval_every", "batch_size", "num_prompts"),
+    *("save_every", "eval_every", "batch_size", "num_prompts"),
     *("num_samples", "sample_batch_size", "max_length", "num_held_out"),
     *("teacher_batch_size", "teacher_length"),
   )
+  if FLAGS.steps < 0 or not (FLAGS.steps or FLAGS.epochs > 0):
+    raise ValueError(
+      f"--steps={FLAGS.steps} or --epochs={FLAGS.epochs} must be positive."
+    )
   num_questions = FLAGS.num_teacher_prompts or FLAGS.num_prompts
   if not FLAGS.num_held_out < num_questions <= FLAGS.num_prompts:
     raise ValueError(
@@ -323,6 +329,7 @@ def main(_):
   data.check_positions(sum(lengths), model.config.max_positions)
 
   # The training: plain next-token loss, on responses alone.
+  steps = FLAGS.steps or math.ceil(len(train) * FLAGS.epochs / FLAGS.batch_size)
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
     FLAGS.batch_size, model.config.vocab_size
   )
@@ -342,8 +349,8 @@ def main(_):
   schedule = optax.schedules.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=FLAGS.learning_rate,
-    warmup_steps=max(1, int(FLAGS.warmup * FLAGS.steps)),
-    decay_steps=max(2, FLAGS.steps),
+    warmup_steps=max(1, int(FLAGS.warmup * steps)),
+    decay_steps=max(2, steps),
   )
   optimizer = optax.chain(
     optax.clip_by_global_norm(FLAGS.max_grad_norm or math.inf),
@@ -393,7 +400,7 @@ def main(_):
   )
   log = logs.Logs(
     FLAGS.workdir,
-    total_steps=FLAGS.steps,
+    total_steps=steps,
     first_step=first_step,
     columns=COLUMNS,
     wandb_project=FLAGS.wandb_project,
@@ -417,7 +424,7 @@ def main(_):
     return {"eval/loss": np.average(losses, weights=tokens)}
 
   with log, checkpoints, checkpoint.Preemption() as preemption:
-    for step in range(first_step, FLAGS.steps):
+    for step in range(first_step, steps):
       started = time.perf_counter()
       indices = data.batch_indices(
         len(train), FLAGS.batch_size, step, seed=FLAGS.seed
@@ -426,7 +433,7 @@ def main(_):
       metrics = jax.device_get(metrics)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = metrics["nll/tokens"] / seconds
-      is_last = step + 1 == FLAGS.steps
+      is_last = step + 1 == steps
       if (step + 1) % FLAGS.eval_every == 0 or is_last:
         metrics |= evaluate()
       log.write(step, metrics)
@@ -444,7 +451,7 @@ def main(_):
     test = stages.Stage(
       FLAGS.workdir,
       "test",
-      {"rewrites": teaching.digest("rewrites.jsonl"), "steps": FLAGS.steps},
+      {"rewrites": teaching.digest("rewrites.jsonl"), "steps": steps},
     )
     try:
       answers = corrections.by_model(
@@ -517,7 +524,7 @@ def find_teacher(task):
     function = lambda question, _, wrong: task.rewrite(question, wrong)
     locate = getattr(task, "first_wrong_step", None)
   elif FLAGS.teacher == "gold":
-    function = rewriting.splice_with(step_ends=ends)
+    function = gold_rewrites.splice_with(step_ends=ends)
   else:
     module, _, name = FLAGS.teacher.partition(":")
     sys.path.append(os.getcwd())  # Where a user's own file may lie.

@@ -361,6 +361,7 @@ class ErrorsTest(absltest.TestCase):
     workdir = scripts.scratch() / "grm_errors"
     flags = (*GRM_FLAGS, f"--policy={policy()}")
     cases = (
+      (("--epochs=0",), "--steps=0 or --epochs=0.0 must be positive"),
       (("--num_held_out=20",), "--num_held_out=20 must be fewer than the 20"),
       (("--num_teacher_prompts=30",), "no more than --num_prompts=20"),
       (("--teacher=model",), "--teacher=model and --teacher_model=''"),

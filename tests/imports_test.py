@@ -55,7 +55,8 @@ MAY_IMPORT = {
   "evaluation": ["generation", "rollout", "log_probs", "masking", "traces"],
   "data": ["data", "edits"],
   "edits": [],
-  "rewriting": ["edits", "traces"],
+  "rewriting": ["traces"],
+  "gold_rewrites": ["edits", "rewriting", "traces"],
   "corrections": [
     "data",
     "responses",
@@ -82,6 +83,7 @@ MAY_IMPORT = {
 NO_JAX = [
   "data",
   "edits",
+  "gold_rewrites",
   "logged",
   "outcomes",
   "pages",
