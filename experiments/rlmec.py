@@ -28,14 +28,18 @@ Departures: whether a sample is right, its own verdict says, also where the
 reward model names no wrong step; the last step of a sample can be the wrong
 one; whole numbers of steps are read; blanks between kept and new steps are not
 edits; solutions without an end are left out; equal texts are taken once per
-question; masks are those of the tokens, whatever the padding; sums and counts
-are over the whole batch, not averaged over parts of it; no count is 0; all
-numbers are float32; prompts and solutions become tokens once, for all stages.
+question (those that differ in blanks are not equal); a rewrite is no longer
+than a sample may be; masks are those of the tokens, whatever the padding; sums
+and counts are over the whole batch, not averaged over parts of it; no count is
+0; all numbers are float32; a solution has the same tokens behind the policy's
+prompt and the reward model's.
 What stays as it is: the reward model reads the right solution, so that there
 are no rewards without one; behind the first wrong token it reads what it would
 not have written; samples whose rewrite is not right are dropped, which leaves
 fewer hard questions (the share that is kept is reported); solutions are drawn
 at --temperature and --top_p, while the ratio is to the policy at temperature 1.
+A sample that a stop string has ended is scored with an end token that the
+policy did not write.
 """
 
 import functools
@@ -65,12 +69,12 @@ from rljax import (
   reference,
   report,
   responses,
-  rewards,
   rewriting,
   runs,
   sampling,
   scoring,
   stages,
+  supervision,
   tasks,
 )
 from rljax import rollout as rollouts
@@ -95,7 +99,9 @@ flags.DEFINE_list("task_options", [], "name=value, handed to the task.")
 flags.DEFINE_list("score_options", [], "name=value, handed to task.score.")
 flags.DEFINE_integer("num_prompts", 2000, "Training questions to sample.")
 flags.DEFINE_integer("num_eval_prompts", 200, "Of --eval_split.")
-flags.DEFINE_enum("eval_split", "validation", ["validation", "test"], "")
+flags.DEFINE_enum(
+  "eval_split", "validation", ["validation", "test"], "Of the task."
+)
 flags.DEFINE_integer("max_prompt_length", 512, "Tokens; longer is an error.")
 flags.DEFINE_enum("prompt_format", "plain", ["plain", "chat"], "Of prompts.")
 # Models.
@@ -125,7 +131,7 @@ flags.DEFINE_enum("alignment", "clean", edits.MODES, "What counts as edited.")
 flags.DEFINE_enum(
   "token_rewards",
   "model",
-  ["model", "alignment", "sequence", "none"],
+  supervision.TOKEN_REWARDS,
   "By the reward model; of edited tokens; one for all tokens; or none.",
 )
 flags.DEFINE_float("threshold", 0.5, "Probability that earns nothing.")
@@ -135,7 +141,7 @@ flags.DEFINE_enum("rl_mode", "rlmec", token_level.MODES, "Of the loss.")
 flags.DEFINE_float("clip_epsilon", 0.3, "Of the ratio.")
 flags.DEFINE_float("imitation_coef", 1.0, "Of the regulariser; 0: without.")
 flags.DEFINE_enum(
-  "imitate", "rewrite", ["rewrite", "gold"], "Where the sample is wrong."
+  "imitate", "rewrite", supervision.IMITATED, "Where the sample is wrong."
 )
 flags.DEFINE_float("edited_weight", 1.0, "Of edited tokens, in imitation.")
 flags.DEFINE_float("kept_weight", 0.5, "Of the other tokens.")
@@ -215,8 +221,8 @@ def main(_):
   eval_prompts = task.prompts(
     FLAGS.eval_split, FLAGS.seed, num=FLAGS.num_eval_prompts, **options
   )
-  _, parts = score(prompts[:1], [pairs[0][1]])
-  tasks.check_parts(FLAGS.task, parts, "is_correct")
+  corrections.check_solution(score, *pairs[0])
+  corrections.check_template(template, template_name, tokenizer, pairs[0])
   step_ends = getattr(task, "STEP_ENDS", "\n")
 
   def render(texts):
@@ -263,10 +269,11 @@ def main(_):
         should_stop=preemption.should_stop,
         policy=checkpoint.fingerprint(loaded.params),
         asked=corrections.digest(render(prompts)),
-        settings=[
-          *(FLAGS.num_samples, FLAGS.max_length, FLAGS.temperature),
-          *(FLAGS.top_p, FLAGS.stop_strings, FLAGS.dtype),
-        ],
+        **corrections.values(
+          FLAGS,
+          *("num_samples", "max_length", "temperature", "top_p"),
+          *("stop_strings", "dtype"),
+        ),
       )
 
       # Stage 2: the reward model rewrites all wrong ones.
@@ -277,10 +284,13 @@ def main(_):
           "samples": sampled.digest("samples.jsonl"),
           "gold": corrections.digest(pairs),
           "reward model": checkpoint.fingerprint(reward_model.params),
-          "settings": [
-            *(template_name, locate, step_ends, FLAGS.max_length),
-            *(FLAGS.max_question_length, FLAGS.score_options, FLAGS.dtype),
-          ],
+          "scored by": score.description,
+          "template": template_name,
+          "locate": locate,
+          "step_ends": step_ends,
+          **corrections.values(
+            FLAGS, "max_length", "max_question_length", "dtype"
+          ),
         },
       )
       if rewritten.facts is None:
@@ -320,10 +330,13 @@ def main(_):
       "rewrites": rewritten.digest("rewrites.jsonl"),
       "policy": checkpoint.fingerprint(loaded.params),
       "reward model": checkpoint.fingerprint(reward_model.params),
-      "settings": [
-        *(template_name, FLAGS.max_right, FLAGS.alignment, FLAGS.seed),
-        *(FLAGS.max_question_length, FLAGS.prompt_format, FLAGS.threshold),
-      ],
+      "asked": corrections.digest(render(prompts)),
+      "template": template_name,
+      **corrections.values(
+        FLAGS,
+        *("max_right", "alignment", "seed", "max_length", "dtype"),
+        "max_question_length",
+      ),
     },
   )
   if supervising.facts is None:
@@ -335,6 +348,8 @@ def main(_):
       mesh,
     )
   rows = data.read_jsonl(supervising.path("supervision.jsonl"))
+  blame = localization(rows)
+  del reward_model, judge_params  # It has said all that it has to say.
   if len(rows) < FLAGS.batch_size:
     raise ValueError(
       f"--batch_size={FLAGS.batch_size} is more than the {len(rows)} rows of "
@@ -343,13 +358,23 @@ def main(_):
 
   # The supervision as arrays. Both texts of a row have one shape, so that one
   # pass reads them.
-  imitated = "gold" if FLAGS.imitate == "gold" else "rewrite"
   lengths = [
     data.bucket_length(max(len(row[name]) for row in rows for name in names))
-    for names in (["prompt_ids"], ["response_ids", f"{imitated}_ids"])
+    for names in (["prompt_ids"], ["response_ids", f"{FLAGS.imitate}_ids"])
   ]
   data.check_positions(sum(lengths), model.config.max_positions)
-  arrays = as_arrays(rows, imitated, lengths)
+  arrays = supervision.arrays(
+    rows,
+    prompt_length=lengths[0],
+    response_length=lengths[1],
+    token_rewards=FLAGS.token_rewards,
+    threshold=FLAGS.threshold,
+    max_reward=FLAGS.max_reward,
+    max_penalty=FLAGS.max_penalty,
+    imitate=FLAGS.imitate,
+    edited_weight=FLAGS.edited_weight,
+    kept_weight=FLAGS.kept_weight,
+  )
   num_rows = len(rows)
   steps = FLAGS.steps or math.ceil(num_rows * FLAGS.epochs / FLAGS.batch_size)
 
@@ -430,7 +455,7 @@ def main(_):
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads, metrics = jax.lax.scan(add, zeros, parts)
-    return grads, {name: over_parts(name, x) for name, x in metrics.items()}
+    return grads, over_parts(metrics)
 
   schedule = optax.schedules.warmup_cosine_decay_schedule(
     init_value=0.0,
@@ -490,12 +515,13 @@ def main(_):
     log.note(message)
   log.skipped(supervising.facts["skipped"])
   log.note(
-    f"{num_rows} samples with supervision, "
-    f"{supervising.facts['wrong']} of them wrong; {steps} steps."
+    f"Of {corrections.shown(sampled.facts)}: "
+    f"{corrections.shown(rewritten.facts)}. Supervision of "
+    f"{corrections.shown(supervising.facts)}; {steps} steps."
   )
   log.curves(functools.partial(report.curves, panels=PANELS))
   if FLAGS.num_page_samples:
-    write_page(rows, arrays["rewards"], imitated, tokenizer)
+    write_page(rows, arrays["rewards"], tokenizer)
 
   def evaluate(step):
     """Greedy answers to the evaluation prompts."""
@@ -530,25 +556,34 @@ def main(_):
     log.summary(
       {
         "correct, greedily": final["eval/is_correct"],
+        "samples kept": supervising.facts["samples kept"],
         **{
-          name: supervising.facts[name]
-          for name in ("samples kept", "precision", "recall", "chance")
-          if name in supervising.facts
+          f"blamed tokens, own rewrites: {name}": blame[name]
+          for name in ("precision", "recall", "chance", "flagged")
         },
         "policy": FLAGS.workdir,
       }
     )
 
 
-def over_parts(name, values):
-  """A metric of the batch from those of its micro-batches.
+def over_parts(metrics):
+  """Metrics of a batch from those of its micro-batches.
 
-  Losses and counts add up. Shares and means are averaged over micro-batches,
-  though these have unlike numbers of tokens.
+  Losses and counts add up; shares and means weigh by the tokens that they are
+  of. What is a share of all response tokens weighs by rewarded ones as well.
   """
-  if name.endswith(("loss", "count")):
-    return values.sum()
-  return values.min() if name.endswith("_min") else values.mean()
+  found = {}
+  for name, values in metrics.items():
+    kind = name.split("/")[0]
+    if name.endswith(("loss", "count")):
+      found[name] = values.sum()
+    elif name.endswith("_min"):
+      found[name] = values.min()
+    else:
+      counts = metrics[f"{kind}/count"]
+      total = jnp.maximum(counts.sum(), 1.0)
+      found[name] = (values * counts).sum() / total
+  return found
 
 
 def validate():
@@ -569,6 +604,25 @@ def validate():
     )
   if not 0 <= FLAGS.warmup < 1:
     raise ValueError(f"--warmup must lie in [0, 1), got {FLAGS.warmup}.")
+  if not 0 <= FLAGS.threshold <= 1:
+    raise ValueError(f"--threshold must lie in [0, 1], got {FLAGS.threshold}.")
+  if not FLAGS.clip_epsilon > 0:
+    raise ValueError(
+      f"--clip_epsilon must be positive, got {FLAGS.clip_epsilon}."
+    )
+  for name in (
+    *("max_reward", "max_penalty", "imitation_coef"),
+    *("edited_weight", "kept_weight"),
+  ):
+    if not FLAGS[name].value >= 0:
+      raise ValueError(
+        f"--{name} must not be negative, got {FLAGS[name].value}."
+      )
+  if FLAGS.imitation_coef and not (FLAGS.edited_weight or FLAGS.kept_weight):
+    raise ValueError(
+      "--edited_weight=0 and --kept_weight=0 leave nothing to imitate: give "
+      "--imitation_coef=0 instead."
+    )
   if FLAGS.token_rewards == "none" and not FLAGS.imitation_coef:
     raise ValueError(
       "--token_rewards=none and --imitation_coef=0 leave nothing to learn."
@@ -586,6 +640,10 @@ def supervise(stage, rewritten, policy, judge, mesh):
   # the policy's prompt and the reward model's.
   unlimited = functools.partial(
     data.encode_prompts, tokenizer, max_length=sys.maxsize
+  )
+  # What fits into the reward model behind the longest sample.
+  question_limit = data.longest_in_bucket(
+    judge_model.config.max_positions - data.bucket_length(FLAGS.max_length)
   )
   rows, questions, skipped = [], [], []
   rendered = render([row["prompt"] for row in kept])
@@ -609,14 +667,17 @@ def supervise(stage, rewritten, policy, judge, mesh):
     }
     too_long = (
       len(question_ids) + len(ids["response_ids"]) > FLAGS.max_question_length
-      or len(ids["rewrite_ids"]) > FLAGS.max_length
+      or len(question_ids) > question_limit
+      or max(len(ids["response_ids"]), len(ids["rewrite_ids"]))
+      > FLAGS.max_length
     )
     if too_long:
       skipped.append(
-        f"{row['prompt']!r}: the sample with its question has "
-        f"{len(question_ids) + len(ids['response_ids'])} tokens and the "
-        f"rewrite {len(ids['rewrite_ids'])}; the limits are "
-        f"{FLAGS.max_question_length} and {FLAGS.max_length}."
+        f"{row['prompt'][:80]!r}: the reward model's question has "
+        f"{len(question_ids)} tokens, the sample {len(ids['response_ids'])} "
+        f"and the rewrite {len(ids['rewrite_ids'])}. Limits are "
+        f"{FLAGS.max_question_length} for the first two together, "
+        f"{question_limit} for the question, {FLAGS.max_length} for the others."
       )
       continue
     rows.append(row | {"prompt_ids": prompt_ids} | ids)
@@ -647,12 +708,13 @@ def supervise(stage, rewritten, policy, judge, mesh):
     for row, alignment in zip(rows, alignments, strict=True):
       row[f"{name}_edited"] = alignment.edited.tolist()
       row[f"{name}_distance"] = alignment.distance
-      if name == "rewrite":
-        row["dropped"] = alignment.dropped.tolist()
+      row[f"{name}_dropped"] = alignment.dropped.tolist()
   for row, judged_row, first_row in zip(rows, judged, first, strict=True):
     row["probs"] = np.exp(judged_row).tolist()
     row["ref_log_probs"] = first_row.tolist()
 
+  for row in rows:
+    row["dropped"] = row["rewrite_dropped"]
   wrong = [row for row in rows if not row["is_right"]]
   right = [row for row in rows if row["is_right"]]
   data.write_jsonl(stage.path("supervision.jsonl"), rows)
@@ -674,69 +736,29 @@ def supervise(stage, rewritten, policy, judge, mesh):
       for row in wrong
     ],
   )
-  blamed = [np.array(row["probs"]) < FLAGS.threshold for row in wrong]
-  changed = [np.array(row["dropped"]) for row in wrong]
   stage.finish(
     **{"samples kept": len(verified) / len(rewritten)},
     wrong=len(wrong),
     right=len(right),
-    distance=float(np.mean([row["rewrite_distance"] for row in wrong])),
-    distance_to_gold=float(np.mean([row["gold_distance"] for row in wrong])),
-    **evaluation.localization(blamed, changed),
     skipped=skipped,
+    **{
+      "edits of a rewrite": mean_of(wrong, "rewrite_distance"),
+      "edits to the gold solution": mean_of(wrong, "gold_distance"),
+    },
   )
 
 
-def as_arrays(rows, imitated, lengths):
-  """The supervision, padded: all that a batch is drawn from."""
-  pad = lambda name, kind: np.stack(
-    [
-      np.pad(np.asarray(row[name], kind), (0, lengths[1] - len(row[name])))
-      for row in rows
-    ]
+def mean_of(rows, name):
+  return float(np.mean([row[name] for row in rows]))
+
+
+def localization(rows):
+  """Whether blamed tokens are those that the model's own rewrites drop."""
+  wrong = [row for row in rows if not row["is_right"]]
+  return evaluation.localization(
+    [np.array(row["probs"]) < FLAGS.threshold for row in wrong],
+    [np.array(row["dropped"]) for row in wrong],
   )
-  batch = data.supervised_batch(
-    [(row["prompt_ids"], row["response_ids"]) for row in rows],
-    prompt_length=lengths[0],
-    response_length=lengths[1],
-  )
-  # A right sample is imitated itself, whatever the gold solution looks like.
-  targets = [
-    row["response_ids"] if row["is_right"] else row[f"{imitated}_ids"]
-    for row in rows
-  ]
-  ids, mask = data.pad_right(targets, length=lengths[1])
-  is_right = np.array([row["is_right"] for row in rows])
-  edited = pad(f"{imitated}_edited", bool) & ~is_right[:, None]
-  if FLAGS.token_rewards == "model":
-    probs = pad("probs", np.float32)
-  elif FLAGS.token_rewards == "alignment":
-    # An oracle: it is sure of every token, and blames those that are edited.
-    probs = np.where(pad("dropped", bool), np.float32(0), np.float32(1))
-  else:
-    # One reward for the sequence: each token of a wrong one is to blame.
-    probs = np.where(is_right[:, None], np.float32(1), np.float32(0))
-    probs = np.broadcast_to(probs, batch["response_mask"].shape)
-  token_rewards = np.asarray(
-    rewards.generative_rewards(
-      jnp.asarray(probs),
-      jnp.asarray(is_right),
-      jnp.asarray(batch["response_mask"]),
-      threshold=FLAGS.threshold,
-      max_reward=FLAGS.max_reward,
-      max_penalty=FLAGS.max_penalty,
-    )
-  )
-  if FLAGS.token_rewards == "none":
-    token_rewards = np.zeros_like(token_rewards)
-  weights = np.where(edited, FLAGS.edited_weight, FLAGS.kept_weight)
-  return batch | {
-    "ref_log_probs": pad("ref_log_probs", np.float32),
-    "rewards": token_rewards,
-    "imitated_ids": ids,
-    "imitated_mask": mask,
-    "weights": np.where(mask, weights, 0).astype(np.float32),
-  }
 
 
 def check_first(metrics):
@@ -750,7 +772,7 @@ def check_first(metrics):
     )
 
 
-def write_page(rows, token_rewards, imitated, tokenizer):
+def write_page(rows, token_rewards, tokenizer):
   """Some samples as a page: the token rewards, and what was edited."""
   wrong = [i for i, row in enumerate(rows) if not row["is_right"]]
   right = [i for i, row in enumerate(rows) if row["is_right"]]
@@ -764,13 +786,13 @@ def write_page(rows, token_rewards, imitated, tokenizer):
     if not row["is_right"]:
       facts |= {
         "first wrong step": row["error_step"],
-        "edits": row[f"{imitated}_distance"],
+        "edits": row[f"{FLAGS.imitate}_distance"],
         "edits to the gold solution": row["gold_distance"],
       }
       rewrite = pages.from_ids(
         tokenizer,
-        row[f"{imitated}_ids"],
-        marked=np.array(row[f"{imitated}_edited"]),
+        row[f"{FLAGS.imitate}_ids"],
+        marked=np.array(row[f"{FLAGS.imitate}_edited"]),
       )
     samples.append(
       pages.Sample(
@@ -779,7 +801,7 @@ def write_page(rows, token_rewards, imitated, tokenizer):
           tokenizer,
           row["response_ids"],
           values=token_rewards[i, : len(row["response_ids"])],
-          marked=np.array(row["dropped"]),
+          marked=np.array(row[f"{FLAGS.imitate}_dropped"]),
         ),
         rewrite,
         facts,
@@ -792,8 +814,8 @@ def write_page(rows, token_rewards, imitated, tokenizer):
     value_name="reward",
     scale=(FLAGS.max_penalty or 1.0, FLAGS.max_reward or 1.0),
     notes=[
-      "Underlined in a sample: what the rewrite drops or replaces. Underlined "
-      "in a rewrite: what is new.",
+      "Underlined in a sample: what is dropped or replaced in the text beside "
+      f"it, a {FLAGS.imitate}. Underlined there: what is new.",
     ],
     num_in_all=len(rows),
   )

@@ -12,8 +12,9 @@ none is given), with files to open and with what they were made of:
   teacher/   rewrites.jsonl: of the wrong ones, what the teacher makes of them
   records/   records.jsonl: what is learnt, three kinds of prompt and response
 
-A stage whose inputs are as before is not repeated; one that was stopped goes
-on. `experiments/rlmec.py` finds the same samples there.
+and behind it test/ in the workdir: rewrites of questions that were held out. A
+stage whose inputs are as before is not repeated; one that was stopped goes on.
+With the same flags of sampling, `experiments/rlmec.py` finds the samples there.
 
 --teacher says who rewrites: "task" for the task itself, which knows which step
 went wrong; "gold" for a splice of the sample's good steps and the solution's
@@ -25,8 +26,9 @@ Source: Chen et al. (2024), arXiv 2401.06081, after the authors' code: records
 of three kinds in one file, prompts masked, right solutions kept with
 probability (rewrites / all samples). Departures: whether a solution is right,
 its own verdict says, not the teacher's; equal texts are taken once per
-question, not once at all; solutions without an end are left out; the draw of
-right solutions is seeded; the teacher need not be a language model.
+question, not once at all, and texts that differ in blanks are not equal;
+solutions without an end are left out; the draw of right solutions is seeded;
+the teacher need not be a language model.
 """
 
 import functools
@@ -164,7 +166,7 @@ def main(_):
     meshes.check_divisible(FLAGS[name].value, mesh, f"--{name}")
   task = tasks.load(FLAGS.task)
   score = scoring.scorer(FLAGS.task, tasks.options(FLAGS.score_options))
-  teacher = find_teacher(task)
+  teacher, teacher_inputs = find_teacher(task)
 
   # The policy, and questions with their solutions.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype)
@@ -176,13 +178,7 @@ def main(_):
   tasks.check_options(task.supervised, options)
   pairs = task.supervised("train", FLAGS.seed, num=FLAGS.num_prompts, **options)
   prompts, gold = [prompt for prompt, _ in pairs], dict(pairs)
-  _, parts = score(prompts[:1], [pairs[0][1]])
-  tasks.check_parts(FLAGS.task, parts, "is_correct")
-  if not parts[0]["is_correct"]:
-    raise ValueError(
-      f"The task's own solution {pairs[0][1][:200]!r} is scored as wrong: "
-      "--task_options and --score_options do not fit each other."
-    )
+  corrections.check_solution(score, *pairs[0])
   step_ends = getattr(task, "STEP_ENDS", "\n")
 
   # The model that learns: its tokens are the policy's, as its probabilities
@@ -199,6 +195,7 @@ def main(_):
       jnp.ones((1, 1), bool),
     )["params"]
   template = rewriting.TEMPLATES[FLAGS.template]
+  corrections.check_template(template, FLAGS.template, tokenizer, pairs[0])
 
   # Stage 1: samples of the policy.
   folder = FLAGS.stages or FLAGS.workdir
@@ -232,10 +229,11 @@ def main(_):
         should_stop=preemption.should_stop,
         policy=checkpoint.fingerprint(loaded.params),
         asked=corrections.digest(rendered),
-        settings=[
-          *(FLAGS.num_samples, FLAGS.max_length, FLAGS.temperature),
-          *(FLAGS.top_p, FLAGS.stop_strings, FLAGS.dtype),
-        ],
+        **corrections.values(
+          FLAGS,
+          *("num_samples", "max_length", "temperature", "top_p"),
+          *("stop_strings", "dtype"),
+        ),
       )
       found = data.read_jsonl(samples.path("samples.jsonl"))
 
@@ -247,11 +245,9 @@ def main(_):
         {
           "samples": samples.digest("samples.jsonl"),
           "gold": corrections.digest([gold[prompt] for prompt in asked]),
-          "teacher": [FLAGS.teacher, FLAGS.teacher_model],
-          "settings": [
-            *(FLAGS.teacher_format, FLAGS.teacher_length, FLAGS.template),
-            *(FLAGS.locate, FLAGS.score_options),
-          ],
+          "step_ends": step_ends,
+          "scored by": score.description,
+          **teacher_inputs,
         },
       )
       if teaching.facts is None:
@@ -277,8 +273,8 @@ def main(_):
     {
       "rewrites": teaching.digest("rewrites.jsonl"),
       "held_out": corrections.digest(sorted(held_out)),
-      "seed": FLAGS.seed,
-      "settings": [FLAGS.template, FLAGS.locate, step_ends],
+      "step_ends": step_ends,
+      **corrections.values(FLAGS, "seed", "template", "locate"),
     },
   )
   if recording.facts is None:
@@ -308,10 +304,16 @@ def main(_):
       ids, _ = data.encode_response(
         tokenizer, row["prompt"], prompt_ids, row["response"]
       )
-      if len(prompt_ids) > FLAGS.max_question_length:
+      limit = min(
+        FLAGS.max_question_length,
+        data.longest_in_bucket(
+          model.config.max_positions - data.bucket_length(len(ids))
+        ),
+      )
+      if len(prompt_ids) > limit:
         skipped.append(
           f"{name}: a question has {len(prompt_ids)} tokens, the limit is "
-          f"{FLAGS.max_question_length}."
+          f"{limit} (--max_question_length, and the context of the model)."
         )
         continue
       rows.append((prompt_ids, ids))
@@ -319,8 +321,9 @@ def main(_):
     raise ValueError(
       f"There are {len(train)} records to learn from and "
       f"{len(held_out_rows)} held-out ones, of {len(rewrites)} rewrites in "
-      f"{teaching.folder}: --batch_size={FLAGS.batch_size} needs more "
-      "questions, samples, or a teacher that succeeds more often."
+      f"{teaching.folder}; {len(skipped)} were left out for their length. "
+      f"--batch_size={FLAGS.batch_size} needs more questions or samples, a "
+      "longer context, or a teacher that succeeds more often."
     )
   lengths = [
     data.bucket_length(max(len(row[part]) for row in train + held_out_rows))
@@ -408,6 +411,10 @@ def main(_):
   for message in checkpoints.messages:
     log.note(message)
   log.skipped(skipped)
+  log.note(
+    f"Of {len(found)} samples: {corrections.shown(teaching.facts)}. Records: "
+    f"{corrections.shown(recording.facts['records'])}."
+  )
   log.curves(functools.partial(report.curves, panels=PANELS))
 
   def evaluate():
@@ -465,9 +472,7 @@ def main(_):
         mesh=mesh,
         batch_size=FLAGS.batch_size,
         max_length=lengths[1],
-        max_prompt_length=min(
-          FLAGS.max_question_length, model.config.max_positions - lengths[1]
-        ),
+        max_prompt_length=FLAGS.max_question_length,
         locate=FLAGS.locate,
         step_ends=step_ends,
         should_stop=preemption.should_stop,
@@ -511,10 +516,21 @@ def test_metrics(answers, rows):
 
 
 def find_teacher(task):
-  """A function of folder, records, score, mesh and signal that rewrites."""
-  if FLAGS.teacher == "model":
-    return by_teacher_model
+  """A function of folder, records, score, mesh and signal that rewrites.
+
+  Returns:
+    It, and what its rewrites depend on.
+  """
   ends, locate = getattr(task, "STEP_ENDS", "\n"), None
+  inputs = {"teacher": FLAGS.teacher}
+  if FLAGS.teacher == "model":
+    loaded = hf.load(FLAGS.teacher_model, dtype=FLAGS.dtype)
+    inputs |= {"model": checkpoint.fingerprint(loaded.params)}
+    inputs |= corrections.values(
+      FLAGS,
+      *("teacher_format", "teacher_length", "max_question_length", "dtype"),
+    )
+    return functools.partial(by_teacher_model, loaded, ends), inputs
   if FLAGS.teacher == "task":
     if not hasattr(task, "rewrite"):
       raise ValueError(
@@ -529,7 +545,10 @@ def find_teacher(task):
     module, _, name = FLAGS.teacher.partition(":")
     sys.path.append(os.getcwd())  # Where a user's own file may lie.
     try:
-      function = getattr(importlib.import_module(module), name)
+      module = importlib.import_module(module)
+      function = getattr(module, name)
+      with open(module.__file__) as file:
+        inputs["source"] = corrections.digest(file.read())
     except (ImportError, AttributeError, ValueError) as error:
       raise ValueError(
         f"--teacher={FLAGS.teacher} is none of task, gold and model, and no "
@@ -541,12 +560,11 @@ def find_teacher(task):
       rows, function, score, locate=locate, step_ends=ends
     )
 
-  return rewrite
+  return rewrite, inputs
 
 
-def by_teacher_model(folder, rows, score, mesh, should_stop):
+def by_teacher_model(loaded, step_ends, folder, rows, score, mesh, should_stop):
   """Rewrites by --teacher_model, which is asked in two calls."""
-  loaded = hf.load(FLAGS.teacher_model, dtype=FLAGS.dtype)
   shardings = meshes.shardings(
     loaded.params, hf.partition_rules(loaded.model), mesh
   )
@@ -562,7 +580,7 @@ def by_teacher_model(folder, rows, score, mesh, should_stop):
     batch_size=FLAGS.teacher_batch_size,
     max_length=FLAGS.teacher_length,
     max_prompt_length=FLAGS.max_question_length,
-    step_ends=getattr(tasks.load(FLAGS.task), "STEP_ENDS", "\n"),
+    step_ends=step_ends,
     render=lambda texts: logged.render_prompts(
       texts, FLAGS.teacher_model, loaded.tokenizer, FLAGS.teacher_format
     ),

@@ -38,6 +38,20 @@ def digest(values: Any) -> str:
   return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
+def values(flags: Any, *names: str) -> dict[str, Any]:
+  """Flags by name, as the inputs of a stage."""
+  return {name: flags[name].value for name in names}
+
+
+def shown(facts: Mapping[str, Any]) -> str:
+  """The numbers that a stage was finished with, as a line."""
+  return ", ".join(
+    f"{value:.3g} {name}" if isinstance(value, float) else f"{value} {name}"
+    for name, value in facts.items()
+    if isinstance(value, int | float) and name != "finished_at"
+  )
+
+
 def sample(
   workdir: str | os.PathLike[str],
   make_responder: Callable[..., responses.Responder],
@@ -136,11 +150,16 @@ def metrics(
     rewrite: the task's own `(prompt, response) -> text`, to compare with.
 
   Returns:
-    Numbers of right and wrong solutions; of the wrong ones the share whose
-    rewrite is right, and with `rewrite` the share that is the task's own.
+    Numbers of right and wrong solutions, and of those that were too long to be
+    asked about; of the wrong ones the share whose rewrite is right, and with
+    `rewrite` the share that is the task's own.
   """
   wrong = [row for row in rows if not row["is_right"]]
-  found = {"right": len(rows) - len(wrong), "wrong": len(wrong)}
+  found = {
+    "right": len(rows) - len(wrong),
+    "wrong": len(wrong),
+    "too long": sum(row.get("too_long", False) for row in rows),
+  }
   if wrong:
     found["verified"] = float(np.mean([row["is_verified"] for row in wrong]))
     if rewrite:
@@ -170,7 +189,11 @@ def verified(
   Returns:
     The records with `error_step`, `rewrite` and `is_verified`.
   """
-  _, parts = score([row["prompt"] for row in rows], list(rewrites))
+  rewrites = [
+    _as_in(row["response"], text)
+    for row, text in zip(rows, rewrites, strict=True)
+  ]
+  _, parts = score([row["prompt"] for row in rows], rewrites)
   return [
     row
     | {
@@ -263,7 +286,8 @@ def by_model(
     batch_size: questions at the same time.
     max_length: tokens of a rewrite.
     max_prompt_length: tokens of a question; a solution whose question is
-      longer gets no rewrite, and its record has `too_long`.
+      longer, or does not fit the model's context beside a rewrite, gets no
+      rewrite, and its record has `too_long`.
     locate: whether to ask for the first wrong step; False: rewrite all.
     step_ends: characters that end a step.
     render: turns questions into texts as the model is asked, such as by a chat
@@ -275,14 +299,17 @@ def by_model(
 
   Raises:
     Stopped: if `should_stop` said so.
-    ValueError: if the folder holds answers to other questions, or questions
-      and answers are longer than the model's context.
+    ValueError: if the folder holds answers to other questions.
   """
 
   def ask(name, asked, prompts, length):
     """Replies to those of the questions that are not too long."""
     ids = data.encode_prompts(tokenizer, prompts, max_length=sys.maxsize)
-    fits = [i for i, x in enumerate(ids) if len(x) <= max_prompt_length]
+    limit = min(
+      max_prompt_length,
+      data.longest_in_bucket(model.config.max_positions - length),
+    )
+    fits = [i for i, x in enumerate(ids) if len(x) <= limit]
     if not fits:
       return {}
     responder = responses.Responder(
@@ -385,6 +412,57 @@ def load_settings(name: str | os.PathLike[str]) -> Mapping[str, Any]:
   """
   path = os.path.join(name, _SETTINGS)
   return data.read_jsonl(path)[0] if os.path.isfile(path) else {}
+
+
+def check_solution(score: Score, prompt: str, solution: str) -> None:
+  """Raises ValueError unless a task's own solution is scored as right."""
+  _, (parts,) = score([prompt], [solution])
+  if "is_correct" not in parts:
+    raise ValueError(
+      "The score of the task must have the part is_correct, got "
+      f"{', '.join(parts)}."
+    )
+  if not parts["is_correct"]:
+    raise ValueError(
+      f"The task's own solution {solution[:200]!r} is scored as wrong: "
+      "--task_options and --score_options do not fit each other."
+    )
+
+
+def check_template(
+  template: rewriting.Template, name: str, tokenizer: Any, pair: Sequence[str]
+) -> None:
+  """Raises ValueError unless a tokenizer can write what a template asks.
+
+  Args:
+    template: of the questions.
+    name: of the template, for the message.
+    tokenizer: of the model that is asked.
+    pair: a prompt and its solution, to try with.
+  """
+  prompt, solution = pair
+  for text in (
+    template.locate_prompt(prompt, solution, [solution]),
+    template.locate_target(0),
+    template.rewrite_prompt(prompt, solution, solution),
+  ):
+    try:
+      data.encode_prompts(tokenizer, [text], max_length=sys.maxsize)
+    except ValueError as error:
+      raise ValueError(
+        f"--template={name} has characters that the model's tokenizer cannot "
+        f"write; others are {', '.join(sorted(rewriting.TEMPLATES))}. {error}"
+      ) from error
+
+
+def _as_in(sample: str, text: str) -> str:
+  """A rewrite with the white space that its sample begins and ends with.
+
+  It would count as an edit otherwise.
+  """
+  start = sample[: len(sample) - len(sample.lstrip())]
+  end = sample[len(sample.rstrip()) :]
+  return f"{start}{text.strip()}{end}" if text.strip() else ""
 
 
 def _in_order(rows: Rows, wrong: Rows) -> Rows:

@@ -558,6 +558,14 @@ def bucket_length(length: int, buckets: Sequence[int] | None = None) -> int:
   return power * 3 // 4 if power >= 4 and power * 3 // 4 >= length else power
 
 
+def longest_in_bucket(limit: int) -> int:
+  """The longest row that `pad_left` and `pad_right` pad to `limit` at most."""
+  length = max(limit, 0)
+  while length and bucket_length(length) > limit:
+    length -= 1
+  return length
+
+
 def pad_left(
   ids: Sequence[Sequence[int]],
   *,

@@ -238,6 +238,13 @@ TEMPLATES = {
     rewrite="{question}G{gold}P{response}R{kept}",
     has_labels=False,
   ),
+  # The same for vocabularies without letters, such as that of merge sums.
+  "lines": Template(
+    locate="{question}\n{gold}\n\n{steps}\n=",
+    target="{k}",
+    rewrite="{question}\n{gold}\n\n{response}\n\n{kept}",
+    has_labels=False,
+  ),
   "instruction": Template(
     locate=(
       "A problem is given with a reference solution and a prediction, whose "

@@ -49,7 +49,9 @@ class Stage:
     self.folder = pathlib.Path(workdir, name)
     self.facts: dict[str, Any] | None = None
     inputs = json.loads(json.dumps(dict(inputs)))
-    if self.folder.exists() and any(self.folder.iterdir()):
+    if self.folder.exists() and set(os.listdir(self.folder)) - {
+      f".{_INPUTS}.partial"  # A kill may leave it, and nothing else.
+    }:
       found = _read(self.folder / _INPUTS)
       if found is None:
         raise ValueError(

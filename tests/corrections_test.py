@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from rljax import corrections, data, meshes, responses, rewriting, scoring
-from rljax.tasks import chains
+from rljax.tasks import chains, reasoning
 
 QUESTION = "Q12+5*3"
 GOLD = "12+5=17|17*3=51;A51"
@@ -23,6 +23,7 @@ LAST = "12+5=17;3*17=51|A52"
 TOKENIZER = chains.character_tokenizer()
 COMPACT = rewriting.TEMPLATES["compact"]
 SCORE = scoring.scorer("chains", {})
+MODEL = mock.Mock(**{"config.max_positions": 192})
 
 
 def _row(response, question=QUESTION):
@@ -40,7 +41,6 @@ class FakeResponder:
   asked = []
 
   def __init__(self, table, model, tokenizer, prompt_ids, **options):
-    del model
     self.prompts = [
       tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids
     ]
@@ -78,7 +78,7 @@ class ByModelTest(parameterized.TestCase):
     fake = functools.partial(FakeResponder, table)
     with mock.patch.object(responses, "Responder", fake):
       return corrections.by_model(
-        self.folder, rows, None, TOKENIZER, None, COMPACT, SCORE, **options
+        self.folder, rows, MODEL, TOKENIZER, None, COMPACT, SCORE, **options
       )
 
   def test_two_calls_keep_the_steps_before_the_first_wrong_one(self):
@@ -137,6 +137,16 @@ class ByModelTest(parameterized.TestCase):
     self.assertEqual([row.get("too_long", False) for row in found], [0, 1])
     self.assertEqual([row["is_verified"] for row in found], [True, False])
     self.assertLen(FakeResponder.asked, 2)
+
+  def test_questions_that_do_not_fit_the_context_are_not_asked(self):
+    # 192 positions, 32 of a rewrite: buckets of 128 fit, and not those of 192.
+    rows = [_row(SECOND), _row("1" * 100)]
+    found = self.rewrite(
+      lambda prompt: "1" if prompt.endswith("L") else "3*17=51|A51",
+      rows,
+      max_prompt_length=999,
+    )
+    self.assertEqual([row.get("too_long", False) for row in found], [0, 1])
 
   def test_without_locating_there_is_one_call(self):
     found = self.rewrite(lambda _: RIGHT, [_row(SECOND)], locate=False)
@@ -211,6 +221,35 @@ class ByFunctionTest(absltest.TestCase):
     found = corrections.by_function([_row(SECOND)], lambda *_: " ", always)
     self.assertFalse(found[0]["is_verified"])
 
+  def test_rewrites_have_the_white_space_of_their_samples(self):
+    for sample, rewrite in ((f" {SECOND}\n", RIGHT), (SECOND, f"\n{RIGHT} ")):
+      (row,) = corrections.by_function(
+        [_row(sample)], lambda *_, text=rewrite: text, SCORE
+      )
+      expected = f" {RIGHT}\n" if sample[0] == " " else RIGHT
+      self.assertEqual(row["rewrite"], expected)
+
+  def test_solutions_of_the_task_must_be_right(self):
+    corrections.check_solution(SCORE, QUESTION, GOLD)
+    with self.assertRaisesRegex(ValueError, "own solution .* scored as wrong"):
+      corrections.check_solution(SCORE, QUESTION, SECOND)
+    partial = mock.Mock(return_value=(np.ones(1), [{"length": 3}]))
+    with self.assertRaisesRegex(ValueError, "part is_correct, got length"):
+      corrections.check_solution(partial, QUESTION, GOLD)
+
+  def test_templates_must_be_writable(self):
+    pair = (QUESTION, GOLD)
+    corrections.check_template(COMPACT, "compact", TOKENIZER, pair)
+    for name in ("lines", "instruction"):
+      with self.assertRaisesRegex(ValueError, f"--template={name} has"):
+        template = rewriting.TEMPLATES[name]
+        corrections.check_template(template, name, TOKENIZER, pair)
+    lines = rewriting.TEMPLATES["lines"]
+    merged = ("07+04=", "#11")
+    corrections.check_template(
+      lines, "lines", reasoning.character_tokenizer(), merged
+    )
+
   def test_teachers_must_return_texts(self):
     with self.assertRaisesRegex(ValueError, "must return a text, got None"):
       corrections.by_function([_row(SECOND)], lambda *_: None, SCORE)
@@ -235,9 +274,16 @@ class RecordsTest(absltest.TestCase):
     ]
     self.assertEqual(
       corrections.metrics(rows, chains.rewrite),
-      {"right": 1, "wrong": 3, "verified": 2 / 3, "like the task's": 1 / 3},
+      {
+        "right": 1,
+        "wrong": 3,
+        "too long": 0,
+        "verified": 2 / 3,
+        "like the task's": 1 / 3,
+      },
     )
-    self.assertEqual(corrections.metrics(rows[:1]), {"right": 1, "wrong": 0})
+    found = corrections.metrics([rows[0] | {"too_long": True}])
+    self.assertEqual(found, {"right": 1, "wrong": 0, "too long": 1})
 
   def test_settings_travel_with_the_model(self):
     with tempfile.TemporaryDirectory() as folder:

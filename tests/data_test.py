@@ -631,6 +631,16 @@ class PaddingTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "Row 1 has 3 tokens.* is 2"):
       data.pad_left([[1], [1, 2, 3]], length=2)
 
+  def test_longest_in_bucket(self):
+    for limit in range(1, 300):
+      longest = data.longest_in_bucket(limit)
+      self.assertLessEqual(data.bucket_length(longest), limit)
+      self.assertGreater(data.bucket_length(longest + 1), limit)
+    self.assertEqual(data.longest_in_bucket(127), 96)
+    self.assertEqual(
+      (data.longest_in_bucket(0), data.longest_in_bucket(-5)), (0, 0)
+    )
+
 
 class BatchesTest(parameterized.TestCase):
   def test_supervised_batch(self):

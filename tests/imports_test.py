@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "stages",
     "traces",
   ],
+  "supervision": ["data", "rewards"],
   "stages": [],
   "doctor": ["meshes"],
   "pages": [],

@@ -103,6 +103,13 @@ class StageTest(parameterized.TestCase):
     (self.workdir / "samples").mkdir()
     self.assertIsNone(self.stage(seed=1).facts)
 
+  def test_a_kill_at_the_very_start_leaves_a_folder_to_go_on_in(self):
+    folder = self.workdir / "samples"
+    folder.mkdir()
+    (folder / ".inputs.json.partial").write_text("{")
+    self.assertIsNone(self.stage(seed=1).facts)
+    self.assertEmpty(self.notes)
+
   def test_a_half_written_end_is_no_end(self):
     stage = self.stage(seed=1)
     stage.finish(rows=5)
