@@ -19,6 +19,13 @@ their vote is, and what is among them that the first policy does not write:
     --max_length=24 --num_samples=32 --k=1,8,32 --temperature=0.7 \
     --reference=runs/sft --new_vs=sft --rerank_model=runs/outcome_reward_model
 
+What a reward has done to a policy: how diverse its samples are, and how likely
+the model finds them that it started from:
+  python experiments/evaluate.py --workdir=runs/evaluation \
+    --policies=start=smollm2-135m,none=runs/none,initial=runs/initial \
+    --task=sentiment --task_options=data=../shared/data/sentiment --nogreedy \
+    --max_length=15 --metrics=text,perplexity --reference=smollm2-135m
+
 Writes every response with its score (`samples.jsonl`), the table
 (`summary.json`), and, where the policies are workdirs of training runs, their
 learning curves in one picture (`arms.png`). Of reasoning also every metric by
@@ -32,6 +39,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -57,7 +65,7 @@ from rljax import (
 )
 from rljax.models import hf
 
-METRICS = ("answers", "text", "log", "reasoning")
+METRICS = ("answers", "text", "perplexity", "log", "reasoning")
 
 # Run.
 flags.DEFINE_string("workdir", None, "Where results go.", required=True)
@@ -103,7 +111,9 @@ flags.DEFINE_list(
 )
 flags.DEFINE_integer("max_response_length", 512, "Tokens of logged replies.")
 flags.DEFINE_list(
-  "reference", [], "Of log and reasoning: one, or one for each seed."
+  "reference",
+  [],
+  "Of perplexity, log and reasoning: one, or one for each seed.",
 )
 flags.DEFINE_float("clip_epsilon", 0.9, "Of log: the bounds of ratios.")
 flags.DEFINE_list("k", [], "Of pass@k; empty: --num_samples.")
@@ -180,6 +190,11 @@ def main(_):
     raise ValueError(
       f"--clip_epsilon must lie between 0 and 1, got {FLAGS.clip_epsilon}."
     )
+  if "perplexity" in FLAGS.metrics and not FLAGS.reference:
+    raise ValueError(
+      "--metrics=perplexity needs a --reference: the model that says how "
+      "likely the replies are."
+    )
   if "reasoning" in FLAGS.metrics or FLAGS.num_samples != 1:
     check_reasoning_flags(arms)
   if os.path.exists(os.path.join(FLAGS.workdir, "checkpoints")):
@@ -237,8 +252,7 @@ def main(_):
       table[label] |= mean_and_range(
         [text_metrics(prompts, seed[2]) for seed in seeds]
       )
-    if "log" in FLAGS.metrics:
-      table[label] |= mean_and_range([seed[3] for seed in seeds])
+    table[label] |= mean_and_range([seed[3] for seed in seeds])
     first = next(iter(scores_of))
     if label != first:
       if len(scores_of[label]) != len(scores_of[first]):
@@ -324,7 +338,7 @@ def prompts_of():
 
 
 def respond(name, rows, ratios_to, mesh):
-  """Prompts and responses of one model, and what it says of logged replies."""
+  """Prompts and responses of one model, and how likely replies are."""
   loaded = hf.load(name, dtype=FLAGS.dtype)
   params = place(loaded, mesh)
   encoded = encode(loaded.tokenizer, rows, FLAGS.too_long)
@@ -332,7 +346,10 @@ def respond(name, rows, ratios_to, mesh):
   more = {}
   if "log" in FLAGS.metrics:
     more = log_metrics(loaded, params, encoded, ratios_to, mesh)
-  return [row.prompt for row in encoded.rows], answer(params), more
+  replies = answer(params)
+  if "perplexity" in FLAGS.metrics:
+    more |= reply_perplexity(ratios_to, encoded.rows, replies, mesh)
+  return [row.prompt for row in encoded.rows], replies, more
 
 
 def encode(tokenizer, rows, too_long):
@@ -417,6 +434,35 @@ def text_metrics(prompts, replies):
       replies, n, definition="words"
     )
   return metrics | {"prompt coverage": coverage, "prompt density": density}
+
+
+def reply_perplexity(name, asked, replies, mesh):
+  """How likely another policy finds replies; their ends are not asked about."""
+  rows = [
+    dataclasses.replace(
+      row, candidates=(reply,), rewards=None, response_ids=None
+    )
+    for row, reply in zip(asked, replies, strict=True)
+    if reply
+  ]
+  titles = {
+    kind: f"{kind} under the reference"
+    for kind in ("perplexity", "perplexity_per_reply")
+  }
+  if not rows:
+    return dict.fromkeys(titles.values(), math.nan)
+  loaded, params = reference_of(name, mesh)
+  encoded = encode(loaded.tokenizer, rows, "error")
+  data.check_positions(
+    sum(reference.lengths(encoded)), loaded.model.config.max_positions
+  )
+  log_probs = reference.response_log_probs(
+    loaded.model, params, encoded, batch_size=FLAGS.batch_size, mesh=mesh
+  )[:, 0]  # [N, T]
+  counts = np.array([len(ids) - 1 for (ids,) in encoded.response_ids])
+  mask = np.arange(log_probs.shape[1]) < counts[:, None]
+  found = evaluation.perplexity(log_probs, mask)
+  return {title: found[kind] for kind, title in titles.items()}
 
 
 def log_metrics(loaded, params, encoded, ratios_to, mesh):

@@ -36,6 +36,7 @@ from rljax import (
   logged,
   logs,
   meshes,
+  pages,
   preflight,
   reference,
   report,
@@ -56,6 +57,9 @@ flags.DEFINE_integer("steps", 9000, "Updates, before they are scaled.")
 flags.DEFINE_bool("scale_steps", True, "By the share of rows that are drawn.")
 flags.DEFINE_integer("save_every", 500, "Steps between checkpoints.")
 flags.DEFINE_integer("eval_every", 900, "Steps, scaled likewise.")
+flags.DEFINE_integer(
+  "num_page_samples", 8, "In tokens.html; 0: no page.", lower_bound=0
+)
 flags.DEFINE_string("mesh", "data:-1", "Axes data, fsdp, tensor; -1: the rest.")
 flags.DEFINE_string("compilation_cache", "~/.cache/rljax", "Empty for none.")
 flags.DEFINE_string("wandb_project", "", "Also log to this project.")
@@ -129,7 +133,10 @@ def main(_):
     *("steps", "save_every", "eval_every", "batch_size", "sample_batch_size"),
     "max_response_length",
   )
-  may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
+  may_change = (
+    *("workdir", "mesh", "compilation_cache", "wandb_project"),
+    "num_page_samples",
+  )
   in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
   micro_batch_size = FLAGS.micro_batch_size or FLAGS.batch_size
@@ -210,10 +217,9 @@ def main(_):
       for number in (steps, eval_every)
     )
 
-  def batch_of(step):
-    rows, candidates = np.unravel_index(
-      sampler.draw(FLAGS.batch_size, step), weights.shape
-    )
+  def batch_of(replies):
+    """The logged replies of these numbers, N x K of them in all."""
+    rows, candidates = np.unravel_index(replies, weights.shape)
     batch = logged.batch(
       encoded,
       rows,
@@ -228,13 +234,16 @@ def main(_):
     micro_batch_size, model.config.vocab_size
   )
 
-  def loss_fn(params, batch):
+  def log_probs_of(params, batch):
     statistics, _ = rollouts.token_statistics(
       model, params, batch, temperature=1.0, chunk_size=chunk_size
     )
+    return statistics.log_probs
+
+  def loss_of(log_probs, batch):
     return offline.offline_loss(
       FLAGS.algorithm,
-      statistics.log_probs,
+      log_probs,
       batch.get("ref_log_probs"),
       batch.get("rewards"),
       batch.get("advantages"),
@@ -243,6 +252,24 @@ def main(_):
       gold_floor=FLAGS.gold_floor,
       kl_coef=FLAGS.kl_coef,
     )
+
+  def loss_fn(params, batch):
+    return loss_of(log_probs_of(params, batch), batch)
+
+  def weigh(params, batch):
+    """What multiplies the gradient of each token's log-probability, `[B, T]`.
+
+      w_it = -B ∂L / ∂ log π(y_it),   B = number of replies with a token
+
+    The loss is a mean over B replies. This is the w of `token_weights`, such
+    as the advantage times the clipped ratio for a_lol, less the coefficient of
+    a penalty; taken from the loss, it needs no word about the method.
+    """
+    gradient, _ = jax.grad(loss_of, has_aux=True)(
+      log_probs_of(params, batch), batch
+    )
+    counts = batch["response_mask"].any(axis=1)
+    return -gradient * counts.sum(dtype=jnp.float32)
 
   rows_sharding = meshes.batch_sharding(mesh)
   num_micro_batches = FLAGS.batch_size // micro_batch_size
@@ -316,11 +343,49 @@ def main(_):
   )
   texts = [row.prompt for row in prompts.rows]
 
+  # Of the replies that can be drawn, some to look at, from all over the log.
+  weigh = preflight.Compiled("weigh", weigh)
+  if FLAGS.num_page_samples:
+    drawable = np.flatnonzero(weights)
+    num = min(FLAGS.num_page_samples, len(drawable))
+    watched = drawable[np.linspace(0, len(drawable) - 1, num).astype(int)]
+
+  def show_tokens(step):
+    """A page of logged replies and what multiplies their tokens' gradients."""
+    params, batch = state["params"]["policy"], batch_of(watched)
+    token_weights = meshes.map_batches(
+      functools.partial(weigh, params), batch, micro_batch_size, mesh
+    )
+    places = np.transpose(np.unravel_index(watched, weights.shape))
+    rows = [encoded.rows[i] for i, _ in places]
+    pages.write(
+      os.path.join(FLAGS.workdir, "tokens.html"),
+      f"{FLAGS.algorithm}: logged replies after {step} updates",
+      pages.from_arrays(
+        tokenizer,
+        [row.prompt for row in rows],
+        batch["response_ids"],
+        batch["response_mask"],
+        token_weights,
+        facts=[
+          {"row": row.place, "reward": row.rewards and row.rewards[k]}
+          | {name: x[i] for name, x in batch.items() if x.ndim == 1}
+          for i, (row, (_, k)) in enumerate(zip(rows, places, strict=True))
+        ],
+      ),
+      value_name="weight",
+      notes=["A weight multiplies the gradient of a token's log-probability."],
+      limit=FLAGS.num_page_samples,
+      num_in_all=len(drawable),
+    )
+
   def evaluate(step):
     """The dev reward, which selects; samples are written down."""
     replies = respond(state["params"]["policy"])
     scores, parts = score(texts, replies)
     log.samples(step, responses.records(texts, replies, scores, parts))
+    if FLAGS.num_page_samples:
+      show_tokens(step)
     return {
       "dev/reward": float(scores.mean()),
       "dev/words": evaluation.mean_words(replies),
@@ -393,7 +458,7 @@ def main(_):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = judge(step) if step % eval_every == 0 else {}
       started = time.perf_counter()
-      batch = batch_of(step)
+      batch = batch_of(sampler.draw(FLAGS.batch_size, step))
       state, learnt = update(state, meshes.shard_batch(batch, mesh))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
@@ -406,7 +471,7 @@ def main(_):
       if stop and done < steps:
         log.note(f"Stopped by a signal after step {done}; all is saved.")
         return preemption.exit_status
-      for program in (update, respond.program):
+      for program in (update, respond.program, weigh):
         program.freeze()
     log.write(steps, judge(steps))
     if not best["step"]:

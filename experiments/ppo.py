@@ -43,6 +43,7 @@ from rljax import (
   logs,
   masking,
   meshes,
+  pages,
   preflight,
   report,
   responses,
@@ -66,6 +67,9 @@ flags.DEFINE_integer("eval_every", 100, "Steps between held-out evaluations.")
 flags.DEFINE_bool("keep_best", False, "In best: the best of evaluations.")
 flags.DEFINE_integer("samples_every", 50, "Steps between sample tables.")
 flags.DEFINE_integer("samples_logged", 32, "Rows of a sample table.")
+flags.DEFINE_integer(
+  "num_page_samples", 8, "In tokens.html; 0: no page.", lower_bound=0
+)
 flags.DEFINE_string("mesh", "data:-1", "Axes data, fsdp, tensor; -1: the rest.")
 flags.DEFINE_enum("preflight", "strict", ["strict", "warn", "off"], "On red.")
 flags.DEFINE_string("compilation_cache", "~/.cache/rljax", "Empty for none.")
@@ -94,6 +98,12 @@ flags.DEFINE_integer("chunk_size", 0, "Positions with logits; 0: what fits.")
 flags.DEFINE_integer("batch_size", 128, "Prompts per step.")
 flags.DEFINE_integer("num_samples", 1, "Responses per prompt.")
 flags.DEFINE_integer("max_length", 1, "Response tokens.")
+flags.DEFINE_integer(
+  "min_length",
+  0,
+  "Each response has a limit of its own, drawn from here to --max_length; 0: "
+  "all have that.",
+)
 flags.DEFINE_float("temperature", 1.0, "Of sampler and trainer.")
 flags.DEFINE_integer("top_k", 0, "0: off.")
 flags.DEFINE_float("top_p", 1.0, "1: off.")
@@ -175,7 +185,7 @@ def main(_):
   validate(num_rows, minibatch_size, micro_batch_size, mesh)
   may_change = (
     *("workdir", "mesh", "preflight", "compilation_cache"),
-    *("wandb_project", "samples_logged"),
+    *("wandb_project", "samples_logged", "num_page_samples"),
   )
   in_force = runs.start(FLAGS, may_change)
   task = tasks.load(FLAGS.task)
@@ -195,6 +205,8 @@ def main(_):
   # branch has layers of its own between the two.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
   policy, tokenizer = loaded.model, loaded.tokenizer
+  if task_options.get("tokenizer") == "policy":  # Prompts of so many tokens.
+    task_options["tokenizer"] = tokenizer
   critic, params = policy, {"policy": loaded.params}
   if num_layers := branch_layers():
     branch = value_branch.ValueBranch(policy.config, num_layers)
@@ -553,7 +565,7 @@ def main(_):
 
   sample = preflight.Compiled(
     "sample",
-    lambda key, params, ids, mask: rollouts.sample(
+    lambda key, params, ids, mask, lengths: rollouts.sample(
       key,
       policy,
       params,
@@ -565,6 +577,7 @@ def main(_):
       allowed=allowed,
       stop_ids=stop_ids,
       stop_strings=stop_strings,
+      lengths=lengths,
       pad_id=data.pad_id(tokenizer),
     ),
   )
@@ -574,6 +587,10 @@ def main(_):
     lambda params, rollout: jax.nn.sigmoid(
       rollouts.prefix_logits(outcome_model.model, params, rollout)[:, :, 0]
     ),
+  )
+  # Not an output of `learn`, whose numbers must not depend on a page.
+  weigh = preflight.Compiled(
+    "weigh", lambda *args: prepare(*args)[0]["advantages"]
   )
   learn = preflight.Compiled(
     "learn", learn, donate_argnums=0, out_shardings=(state_shardings, None)
@@ -597,10 +614,13 @@ def main(_):
     rows = data.batch_indices(
       len(prompts), FLAGS.batch_size, step, seed=FLAGS.seed
     )
-    ids, mask = meshes.shard_batch((prompt_ids[rows], prompt_mask[rows]), mesh)
+    ids, mask, lengths = meshes.shard_batch(
+      (prompt_ids[rows], prompt_mask[rows], draw_lengths(num_rows, step, 1)),
+      mesh,
+    )
     key = jax.random.fold_in(jax.random.key(FLAGS.seed), step)
     sample_key, learn_key = jax.random.split(key)
-    rollout = sample(sample_key, state["params"]["policy"], ids, mask)
+    rollout = sample(sample_key, state["params"]["policy"], ids, mask, lengths)
     texts = [prompts[i] for i in rows for _ in range(FLAGS.num_samples)]
     return rollout, texts, learn_key
 
@@ -615,6 +635,7 @@ def main(_):
     mesh=mesh,
     stop_at_eos=FLAGS.stop_at_eos,
     stop_strings=ends,
+    max_lengths=draw_lengths(len(eval_prompts), 0, 2),
   )
 
   def judge(texts, replies, finished):
@@ -647,6 +668,26 @@ def main(_):
       else:
         earned[name] = expect(outcome_params, rollout)
     return scores, parts, meshes.shard_batch(earned, mesh)
+
+  def show_tokens(step, rollout, texts, scores, parts, earned):
+    """A page of responses and the advantages that are learnt from next."""
+    facts = zip(scores.tolist(), parts, strict=True)
+    pages.write(
+      os.path.join(FLAGS.workdir, "tokens.html"),
+      f"{FLAGS.task}: a rollout after {step} steps",
+      pages.from_arrays(
+        tokenizer,
+        texts,
+        rollout.response_ids,
+        rollout.response_mask,
+        weigh(state, reference, rollout, earned),
+        facts=[{"reward": reward} | part for reward, part in facts],
+        limit=FLAGS.num_page_samples,
+      ),
+      value_name="advantage",
+      limit=FLAGS.num_page_samples,
+      num_in_all=num_rows,
+    )
 
   def evaluate(step):
     """Greedy answers to the held-out prompts."""
@@ -744,6 +785,11 @@ def main(_):
       rollout, texts, learn_key = rollout_of(step)
       replies = read(rollout)
       scores, parts, earned = earn(rollout, texts, replies)
+      is_shown = step % FLAGS.eval_every == 0 or step + 1 == FLAGS.steps
+      if FLAGS.num_page_samples and is_shown:
+        paused = time.perf_counter()
+        show_tokens(step, rollout, texts, scores, parts, earned)
+        started += time.perf_counter() - paused
       state, learnt = learn(state, reference, rollout, earned, learn_key)
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
@@ -783,7 +829,7 @@ def main(_):
       if stop and done < FLAGS.steps:
         log.note(f"Stopped by a signal after step {done}; all is saved.")
         return preemption.exit_status
-      for program in (sample, expect, answer.program, learn):
+      for program in (sample, expect, answer.program, weigh, learn):
         program.freeze()
 
     # The numbers before and after, and where everything lies.
@@ -823,6 +869,11 @@ def validate(num_rows, minibatch_size, micro_batch_size, mesh):
       f"--micro_batch_size={micro_batch_size} does not divide the minibatches "
       f"of {minibatch_size} rows."
     )
+  if not 0 <= FLAGS.min_length <= FLAGS.max_length:
+    raise ValueError(
+      f"--min_length must lie between 0 and --max_length={FLAGS.max_length}, "
+      f"got {FLAGS.min_length}."
+    )
   meshes.check_divisible(FLAGS.batch_size, mesh, "--batch_size")
   meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
   for name in ("kl_target", "reference"):
@@ -857,6 +908,17 @@ def validate(num_rows, minibatch_size, micro_batch_size, mesh):
       f"--reward_terms need each other, got {FLAGS.reward_model or 'none'} "
       f"and {','.join(terms)}."
     )
+
+
+def draw_lengths(num_responses, *place):
+  """How many tokens each response may have; `place` tells draws apart."""
+  return np.random.default_rng([FLAGS.seed, *place]).integers(
+    FLAGS.min_length or FLAGS.max_length,
+    FLAGS.max_length,
+    num_responses,
+    np.int32,
+    endpoint=True,
+  )
 
 
 def branch_layers():
