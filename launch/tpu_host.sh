@@ -1,0 +1,182 @@
+#!/usr/bin/env bash
+# The half of launch/tpu_vm.sh that runs on every host of a TPU slice, where it
+# is copied to ~/tpu_host.sh. Prints one line, which begins with "host 0 of 2:",
+# or what the job prints.
+#
+#   bash tpu_host.sh setup [ADDRESS:/PATH]   environment, and the shared folder
+#   bash tpu_host.sh sync COMMIT             the code, from ~/COMMIT.bundle
+#   bash tpu_host.sh commit                  what is checked out
+#   bash tpu_host.sh run COMMAND ...         in the foreground
+#   bash tpu_host.sh start COMMAND ...       in the background
+#   bash tpu_host.sh status | logs | stop    of what was started
+#
+# ~/rljax holds the code, ~/venv the environment, ~/shared what all hosts see
+# and what is there after a preemption, ~/job what is known of the job.
+set -euo pipefail
+
+NAME="${NAME:-tpu}"
+PORT="${PORT:-8476}"
+PYTHON_VERSION="${PYTHON_VERSION:-3.12}"
+EXTRAS="${EXTRAS:-tpu}"
+TAIL="${TAIL:-50}"
+PATIENCE="${PATIENCE:-300}"
+code="$HOME/rljax" venv="$HOME/venv" shared="$HOME/shared" job="$HOME/job"
+export PATH="$venv/bin:$HOME/.local/bin:$PATH"
+
+metadata() {
+  curl --silent --fail --header "Metadata-Flavor: Google" \
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+
+# Where jax itself looks for them on a TPU VM.
+id="$(metadata agent-worker-number)"
+IFS=, read -ra hosts <<<"$(metadata worker-network-endpoints)"
+num="${#hosts[@]}"
+# A host is its address, or name:number:address.
+export RLJAX_COORDINATOR="${hosts[0]##*:}:$PORT"
+export RLJAX_NUM_PROCESSES="$num" RLJAX_PROCESS_ID="$id"
+
+say() { echo "host $id of $num: $*"; }
+is_shared() { mountpoint --quiet "$shared"; }
+log="$job/log"
+if is_shared; then log="$shared/logs/$NAME-$id.log"; fi
+
+job_pid() {
+  local pid
+  pid="$(cat "$job/pid" 2>/dev/null)" || return 1
+  # After a restart of the machine the number may be another program's.
+  ps -o args= -p "$pid" 2>/dev/null | grep -q "tpu_host.sh job" || return 1
+  echo "$pid"
+}
+
+verb="${1:-}"
+shift || true
+case "$verb" in
+  setup)
+    if ! command -v uv >/dev/null; then
+      python3 -m pip install --quiet --user uv
+    fi
+    if [[ ! -x "$venv/bin/python" ]]; then
+      # The Python of the TPU images is older than rljax asks for.
+      uv venv --quiet --python "$PYTHON_VERSION" "$venv"
+    fi
+    if [[ -n "${1:-}" ]] && ! is_shared; then
+      mkdir -p "$shared"
+      sudo apt-get -qq update
+      sudo apt-get -qq install --yes nfs-common >/dev/null
+      sudo mount -t nfs "$1" "$shared"
+      sudo mkdir -p "$shared/runs" "$shared/logs"
+      # A new share belongs to root.
+      sudo chown "$(id -u):$(id -g)" "$shared/runs" "$shared/logs"
+    fi
+    if is_shared; then say "is set up, with ~/shared"; else say "is set up"; fi
+    ;;
+  sync)
+    if [[ ! -d "$code/.git" ]]; then git init --quiet "$code"; fi
+    git -C "$code" fetch --quiet "$HOME/$1.bundle" HEAD
+    git -C "$code" checkout --quiet --force --detach "$1"
+    rm -f "$HOME"/*.bundle
+    if is_shared; then ln -sfn "$shared/runs" "$code/runs"; fi
+    uv pip install --quiet --python "$venv/bin/python" \
+      --editable "${code}[$EXTRAS]"
+    say "has commit ${1:0:12}"
+    ;;
+  commit)
+    state=clean
+    if ! git -C "$code" diff --quiet HEAD; then state=changed; fi
+    say "commit $(git -C "$code" rev-parse HEAD) $state"
+    ;;
+  run)
+    cd "$code"
+    exec "$@"
+    ;;
+  start)
+    if job_pid >/dev/null; then
+      if [[ "$(cat "$job/command")" == "$(printf '%q ' "$@")" ]]; then
+        say "runs it already"
+        exit
+      fi
+      say "another job is running: $(cat "$job/command")" >&2
+      exit 1
+    fi
+    if ((num > 1)) && ! is_shared; then
+      say "several hosts need one folder for checkpoints: set" \
+        "SHARED=ADDRESS:/PATH and run the verb setup." >&2
+      exit 1
+    fi
+    mkdir -p "$job" "$(dirname "$log")"
+    rm -f "$job/status" "$job/stopped"
+    printf '%q ' "$@" >"$job/command"
+    # Done is a script that has written its summary, as in the other launchers:
+    # one that a signal stopped has saved its state and ends well, too.
+    : >"$job/workdir"
+    previous=""
+    for word in "$@"; do
+      if [[ "$previous" == --workdir ]]; then echo "$word" >"$job/workdir"; fi
+      if [[ "$word" == --workdir=* ]]; then
+        echo "${word#--workdir=}" >"$job/workdir"
+      fi
+      previous="$word"
+    done
+    setsid bash "$HOME/tpu_host.sh" job "$@" >>"$log" 2>&1 </dev/null &
+    echo $! >"$job/pid"
+    say "has started it"
+    ;;
+  job)
+    cd "$code"
+    echo "== $(date '+%F %T'), host $id of $num: $(cat "$job/command")"
+    # This shell outlives the signal that ends the job.
+    trap : TERM
+    status=0
+    "$@" || status=$?
+    echo "== $(date '+%F %T'), host $id of $num: ended with status $status"
+    echo "$status" >"$job/status"
+    ;;
+  status)
+    if [[ ! -e "$job/pid" ]]; then
+      say "idle"
+    elif job_pid >/dev/null; then
+      say "running"
+    else
+      # Without a status its shell was killed with it.
+      status="$(cat "$job/status" 2>/dev/null || echo 137)"
+      outcome=finished
+      workdir="$(cat "$job/workdir")"
+      cd "$code"
+      if [[ -e "$job/stopped" ]]; then
+        outcome=stopped
+      elif [[ -n "$workdir" && ! -e "$workdir/summary.json" ]]; then
+        outcome=unfinished
+      fi
+      say "ended $status $outcome"
+    fi
+    ;;
+  logs)
+    if [[ -n "${FOLLOW:-}" ]]; then
+      exec tail --lines="$TAIL" --follow=name "$log"
+    fi
+    tail --lines="$TAIL" "$log"
+    ;;
+  stop)
+    if ! pid="$(job_pid)"; then
+      say "nothing is running"
+      exit
+    fi
+    touch "$job/stopped"
+    kill -TERM -- "-$pid"
+    deadline=$((SECONDS + PATIENCE))
+    while job_pid >/dev/null; do
+      if ((SECONDS >= deadline)); then
+        kill -KILL -- "-$pid" 2>/dev/null || true
+        say "did not end in $PATIENCE s, and was killed"
+        exit
+      fi
+      sleep 0.2
+    done
+    say "has stopped"
+    ;;
+  *)
+    sed -n '2,/^set/{/^#/p}' "$0" >&2
+    exit 2
+    ;;
+esac
