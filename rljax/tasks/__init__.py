@@ -14,6 +14,7 @@ _MODULES = {
   "arithmetic_format": "rljax.tasks.arithmetic_format",
   "chains": "rljax.tasks.chains",
   "diversity": "rljax.tasks.diversity",
+  "games": "rljax.tasks.games",
   "math_word_problems": "rljax.tasks.math_word_problems",
   "reasoning": "rljax.tasks.reasoning",
   "reasoning_gym": "rljax.tasks.reasoning_gym",
