@@ -31,8 +31,15 @@ def start(
 
   Raises:
     ValueError: if the workdir cannot be written to, or holds a run with other
-      flags.
+      flags; or if a launcher has started several processes.
   """
+  # Each would train for itself, into the same files.
+  num_processes = os.environ.get("RLJAX_NUM_PROCESSES") or "1"
+  if num_processes != "1":
+    raise ValueError(
+      f"RLJAX_NUM_PROCESSES={num_processes}: this script runs in one process "
+      "so far. Start it on one host, whose devices --mesh shares."
+    )
   logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
   if values.compilation_cache:
     cache = os.path.expanduser(values.compilation_cache)

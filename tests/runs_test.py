@@ -67,6 +67,16 @@ class StartTest(parameterized.TestCase):
     self.config.assert_not_called()
     self.assertEqual(logging.get_verbosity(), logging.WARNING)
 
+  def test_one_of_several_processes_refuses(self):
+    with (
+      mock.patch.dict(os.environ, RLJAX_NUM_PROCESSES="2"),
+      self.assertRaisesRegex(ValueError, "RLJAX_NUM_PROCESSES=2: .* one proc"),
+    ):
+      self._start()
+    for one in ("1", ""):
+      with mock.patch.dict(os.environ, RLJAX_NUM_PROCESSES=one):
+        self._start()
+
   def test_started_again(self):
     may_change = ("compilation_cache", "steps")
     in_force = self._start()
