@@ -252,9 +252,12 @@ def reward_model(folder):
     characters([row["response"] for row in wrong]), characters(nearest(wrong))
   )
   threshold = settings["threshold"]
+  penalised = [np.array(row["probs"]) < threshold for row in wrong]
   found = evaluation.localization(
-    [np.array(row["probs"]) < threshold for row in wrong],
-    [alignment.dropped for alignment in alignments],
+    penalised, [alignment.dropped for alignment in alignments]
+  )
+  by_own = evaluation.localization(
+    penalised, [np.array(row["dropped"]) for row in wrong]
   )
   earned = np.concatenate([row["probs"] for row in rows if row["is_right"]])
   earned = np.clip(earned - threshold, 0, settings["max_reward"])
@@ -277,11 +280,11 @@ def reward_model(folder):
     "supervision, wrong": done["supervision"]["wrong"],
     "supervision, right": done["supervision"]["right"],
     "distance, smallest": float(np.mean([a.distance for a in alignments])),
-    "distance": done["supervision"]["distance"],
-    "distance to gold": done["supervision"]["distance_to_gold"],
+    "distance": float(np.mean([row["rewrite_distance"] for row in wrong])),
+    "distance to gold": float(np.mean([row["gold_distance"] for row in wrong])),
     **found,
     **{
-      f"{name}, own rewrite": done["supervision"][name]
+      f"{name}, own rewrite": by_own[name]
       for name in ("precision", "recall", "chance")
     },
     "reward in right samples": float(earned[earned > 0].mean()),

@@ -218,9 +218,10 @@ def main(_):
   tasks.check_options(task.supervised, options)
   pairs = task.supervised("train", FLAGS.seed, num=FLAGS.num_prompts, **options)
   prompts, gold = [prompt for prompt, _ in pairs], dict(pairs)
-  eval_prompts = task.prompts(
+  held_out = task.supervised(
     FLAGS.eval_split, FLAGS.seed, num=FLAGS.num_eval_prompts, **options
   )
+  eval_prompts = [prompt for prompt, _ in held_out]
   corrections.check_solution(score, *pairs[0])
   corrections.check_template(template, template_name, tokenizer, pairs[0])
   step_ends = getattr(task, "STEP_ENDS", "\n")

@@ -138,11 +138,13 @@ def join(prefix: str, continuation: str) -> str:
   The white space between them is the sample's own, if the prefix ends in any;
   else that of the continuation, several line feeds made one. None comes before
   a continuation that begins the text. So no leading or doubled line feed
-  counts as an edit, and rewrites look alike whatever was retained. (A blank
-  that a continuation begins with is lost: join no texts whose lines begin with
-  a slot for tags.)
+  counts as an edit, and rewrites look alike whatever was retained. Behind a
+  line feed the blanks that a line begins with stay: some texts keep a slot
+  there for a tag.
   """
   text = continuation.lstrip()
+  if prefix.endswith("\n"):
+    return prefix + (continuation.lstrip("\r\n") if text else "")
   if not prefix or not text or prefix[-1].isspace():
     return prefix + text
   between = continuation[: len(continuation) - len(text)]

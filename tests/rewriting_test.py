@@ -97,7 +97,9 @@ class RetainedTest(parameterized.TestCase):
     ("", " b\n", "b\n"),
     ("a\n", "b", "a\nb"),
     ("a\n", "\n\nb", "a\nb"),
-    ("a\n", " b", "a\nb"),
+    ("a\n", " b", "a\n b"),  # A slot, such as merge sums have.
+    ("a\n", "\n b", "a\n b"),
+    ("a ", " b", "a b"),
     ("a\n\n", "b", "a\n\nb"),
     ("a", "\n\n b", "a\nb"),
     ("a", " b", "a b"),
@@ -112,7 +114,7 @@ class RetainedTest(parameterized.TestCase):
   @parameterized.parameters(0, 1, 2)
   def test_rewrites_begin_with_the_samples_steps(self, error_step):
     kept = rewriting.retained(self.STEPS, error_step)
-    for reply in ("x\ny", "\nx\ny", " x\ny"):
+    for reply in ("x\ny", "\nx\ny"):
       steps = traces.steps(rewriting.join(kept, reply))
       self.assertEqual(steps[:error_step], list(self.STEPS[:error_step]))
       self.assertEqual(steps[error_step:], ["x\n", "y"])
