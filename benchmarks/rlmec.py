@@ -464,8 +464,8 @@ def checks(found):
     )
     return gap["low"] >= 0 and other["low"] > 0, (
       f"Without imitation, PPO's clipped loss minus start is {signed(gap)} and "
-      f"minus RLMEC's loss {signed(other)}; intervals that are not below 0, "
-      "and above 0, are asked for."
+      f"minus RLMEC's loss {signed(other)}; lower ends of 0 or more, and above "
+      "0, are asked for."
     )
 
   without = ("surrogate_no_imitation", "no_imitation")

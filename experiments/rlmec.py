@@ -818,6 +818,7 @@ def write_page(rows, token_rewards, tokenizer):
       "Underlined in a sample: what is dropped or replaced in the text beside "
       f"it, a {FLAGS.imitate}. Underlined there: what is new.",
     ],
+    limit=FLAGS.num_page_samples,
     num_in_all=len(rows),
   )
 
