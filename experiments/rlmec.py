@@ -215,12 +215,14 @@ def main(_):
 
   # Questions with their solutions.
   options = tasks.options(FLAGS.task_options)
-  tasks.check_options(task.supervised, options)
-  pairs = task.supervised("train", FLAGS.seed, num=FLAGS.num_prompts, **options)
-  prompts, gold = [prompt for prompt, _ in pairs], dict(pairs)
-  held_out = task.supervised(
-    FLAGS.eval_split, FLAGS.seed, num=FLAGS.num_eval_prompts, **options
+  pairs, held_out = (
+    corrections.solved(task, split, FLAGS.seed, num, options)
+    for split, num in (
+      ("train", FLAGS.num_prompts),
+      (FLAGS.eval_split, FLAGS.num_eval_prompts),
+    )
   )
+  prompts, gold = [prompt for prompt, _ in pairs], dict(pairs)
   eval_prompts = [prompt for prompt, _ in held_out]
   corrections.check_solution(score, *pairs[0])
   corrections.check_template(template, template_name, tokenizer, pairs[0])

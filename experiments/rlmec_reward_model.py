@@ -175,8 +175,9 @@ def main(_):
     tree, meshes.shardings(tree, rules, mesh)
   )
   options = tasks.options(FLAGS.task_options)
-  tasks.check_options(task.supervised, options)
-  pairs = task.supervised("train", FLAGS.seed, num=FLAGS.num_prompts, **options)
+  pairs = corrections.solved(
+    task, "train", FLAGS.seed, FLAGS.num_prompts, options
+  )
   prompts, gold = [prompt for prompt, _ in pairs], dict(pairs)
   corrections.check_solution(score, *pairs[0])
   step_ends = getattr(task, "STEP_ENDS", "\n")

@@ -21,7 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from rljax import data, responses, rewriting, sampling, stages, traces
+from rljax import (
+  data,
+  responses,
+  rewriting,
+  sampling,
+  stages,
+  tasks,
+  traces,
+)
 
 Rows = list[dict[str, Any]]
 Score = Callable[..., tuple[np.ndarray, list[dict[str, Any]]]]
@@ -412,6 +420,30 @@ def load_settings(name: str | os.PathLike[str]) -> Mapping[str, Any]:
   """
   path = os.path.join(name, _SETTINGS)
   return data.read_jsonl(path)[0] if os.path.isfile(path) else {}
+
+
+def solved(
+  task: Any, split: str, seed: int, num: int, options: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+  """Questions of a task with their solutions.
+
+  Args:
+    task: a module of `rljax.tasks`.
+    split: of the task.
+    seed: of the draw.
+    num: how many.
+    options: keyword arguments of the task's `supervised`.
+
+  Raises:
+    ValueError: if the task has no solutions, or not such an option.
+  """
+  if not hasattr(task, "supervised"):
+    raise ValueError(
+      f"{task.__name__} has no solutions, which the reward model reads; choose "
+      "another --task."
+    )
+  tasks.check_options(task.supervised, options)
+  return task.supervised(split, seed, num=num, **options)
 
 
 def check_solution(score: Score, prompt: str, solution: str) -> None:

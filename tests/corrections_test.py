@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from rljax import corrections, data, meshes, responses, rewriting, scoring
-from rljax.tasks import chains, reasoning
+from rljax.tasks import chains, diversity, reasoning
 
 QUESTION = "Q12+5*3"
 GOLD = "12+5=17|17*3=51;A51"
@@ -228,6 +228,14 @@ class ByFunctionTest(absltest.TestCase):
       )
       expected = f" {RIGHT}\n" if sample[0] == " " else RIGHT
       self.assertEqual(row["rewrite"], expected)
+
+  def test_tasks_must_have_solutions(self):
+    pairs = corrections.solved(chains, "train", 0, 2, {"num_steps": 1})
+    self.assertEqual(pairs, chains.supervised("train", 0, num=2, num_steps=1))
+    with self.assertRaisesRegex(ValueError, "has no option 'style'"):
+      corrections.solved(chains, "train", 0, 2, {"style": 1})
+    with self.assertRaisesRegex(ValueError, "tasks.diversity has no solutions"):
+      corrections.solved(diversity, "train", 0, 2, {})
 
   def test_solutions_of_the_task_must_be_right(self):
     corrections.check_solution(SCORE, QUESTION, GOLD)

@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "rewriting",
     "sampling",
     "stages",
+    "tasks",
     "traces",
   ],
   "supervision": ["data", "rewards"],
