@@ -2,6 +2,12 @@
 
 import os
 import pathlib
+import signal
+
+# A shell that starts tests in the background has their interrupts ignored, and
+# those of the processes that they start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 _DEVICES = "--xla_force_host_platform_device_count=8"

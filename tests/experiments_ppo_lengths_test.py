@@ -141,6 +141,7 @@ class LengthsTest(absltest.TestCase):
     self.assertBetween(words[0], 2.97, 5.03)
     self.assertNotEqual(words[0], 4.0)  # All alike.
 
+  @pytest.mark.slow
   def test_other_devices_and_a_stop_change_nothing(self):
     again = scripts.scratch() / "again"
     shutil.copytree(_finished(), again)
@@ -195,6 +196,7 @@ class LengthsTest(absltest.TestCase):
   reason='needs vaderSentiment: pip install "rljax[sentiment]"',
 )
 class SentimentTest(absltest.TestCase):
+  @pytest.mark.slow
   def test_flagfile(self):
     """As for a CPU, but with a tiny model and reviews of our own."""
     workdir = scripts.scratch() / "sentiment"

@@ -180,6 +180,7 @@ class RewardModelTest(parameterized.TestCase):
     rows = scripts.rows(workdir / "teacher", "rewrites.jsonl")
     self.assertTrue(all(row["is_verified"] for row in rows))
 
+  @pytest.mark.slow
   def test_a_model_as_a_teacher(self):
     # It tells stories: that nothing of it is verified is part of the test.
     model = conftest.shared("data/models/stories260k")
@@ -351,6 +352,7 @@ class PipelineTest(parameterized.TestCase):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 class MergeSumsTest(absltest.TestCase):
   def test_the_task_of_the_other_papers(self):
     base = scripts.scratch() / "merge_sums"

@@ -147,6 +147,7 @@ def _pool(**options):
   )
 
 
+@pytest.mark.slow
 class GamePlayTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -278,6 +279,7 @@ def _spin(*unused):
     pass
 
 
+@pytest.mark.slow
 class OtherProcessTest(absltest.TestCase):
   def test_same_text_and_seed_same_games(self):
     games = game_rules.shipped()

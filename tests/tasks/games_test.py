@@ -300,6 +300,7 @@ class ScoreTest(parameterized.TestCase):
     tasks.check_options(games.score, {"cache": "", "seconds": 2})
 
 
+@pytest.mark.slow
 class PlayedTest(parameterized.TestCase):
   """With worker processes, which compile and play."""
 
