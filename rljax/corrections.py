@@ -103,21 +103,13 @@ def sample(
     },
   )
   if stage.facts is None:
-    responder = make_responder()
-    shown = responses.Progress("samples", len(prompts))
-
-    def progress(done, batch):
-      shown(done, batch)
-      if should_stop():
-        raise Stopped
-
     rows = responses.collect(
       stage.path("samples.jsonl"),
-      responder,
+      make_responder(),
       params,
       prompts,
       score,
-      progress=progress,
+      progress=_progress("samples", len(prompts), should_stop),
     )
     stage.finish(
       samples=len(rows),
@@ -329,13 +321,6 @@ def by_model(
       batch_size=batch_size,
       mesh=mesh,
     )
-    shown = responses.Progress(name, len(fits))
-
-    def progress(done, batch):
-      shown(done, batch)
-      if should_stop():
-        raise Stopped
-
     found = responses.collect(
       pathlib.Path(folder, f"{name}.jsonl"),
       responder,
@@ -343,7 +328,7 @@ def by_model(
       [prompts[i] for i in fits],
       # Judged below, all together: a reply is part of a rewrite.
       lambda prompts, replies: (np.zeros(len(replies)), [{} for _ in replies]),
-      progress=progress,
+      progress=_progress(name, len(fits), should_stop),
     )
     return {asked[i]: row for i, row in zip(fits, found, strict=True)}
 
@@ -367,9 +352,7 @@ def by_model(
       if row["finished"] and 0 <= step < len(steps_of[i]):
         error_steps[i] = step
 
-  kept = {
-    i: rewriting.retained(steps_of[i], max(error_steps[i], 0)) for i in wrong
-  }
+  kept = {i: rewriting.retained(steps_of[i], error_steps[i]) for i in wrong}
   questions = render(
     [
       template.rewrite_prompt(
@@ -485,6 +468,18 @@ def check_template(
         f"--template={name} has characters that the model's tokenizer cannot "
         f"write; others are {', '.join(sorted(rewriting.TEMPLATES))}. {error}"
       ) from error
+
+
+def _progress(name: str, num_prompts: int, should_stop: Callable[[], bool]):
+  """Shows how far `responses.collect` has come; stops it between batches."""
+  shown = responses.Progress(name, num_prompts)
+
+  def progress(done, batch):
+    shown(done, batch)
+    if should_stop():
+      raise Stopped
+
+  return progress
 
 
 def _as_in(sample: str, text: str) -> str:

@@ -231,9 +231,8 @@ def judge(
   Returns:
     `[N]` float32 scores and N dicts of what they are made of.
   """
-  _, texts, finished = zip(*responder.batches(params), strict=True)
-  scores, parts = score(list(prompts), [t for batch in texts for t in batch])
-  return scoring.unfinished_are_wrong(scores, parts, np.concatenate(finished))
+  _, _, scores, parts = _judged(responder, params, prompts, score)
+  return scores, parts
 
 
 def answers(
@@ -247,16 +246,26 @@ def answers(
   Returns:
     N rows of `records`, with `finished`.
   """
-  _, texts, finished = zip(*responder.batches(params), strict=True)
-  texts, finished = sum(texts, []), np.concatenate(finished)
-  scores, parts = score(list(prompts), texts)
-  scores, parts = scoring.unfinished_are_wrong(scores, parts, finished)
+  texts, finished, scores, parts = _judged(responder, params, prompts, score)
   return [
     row | {"finished": bool(is_finished)}
     for row, is_finished in zip(
       records(prompts, texts, scores, parts), finished, strict=True
     )
   ]
+
+
+def _judged(responder, params, prompts, score):
+  """One response to each prompt: texts, finished, scores and parts."""
+  _, texts, finished = zip(*responder.batches(params), strict=True)
+  texts = [text for batch in texts for text in batch]
+  finished = np.concatenate(finished)
+  scores, parts = score(list(prompts), texts)
+  return (
+    texts,
+    finished,
+    *scoring.unfinished_are_wrong(scores, parts, finished),
+  )
 
 
 class Progress:
