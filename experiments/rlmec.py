@@ -1,6 +1,6 @@
 """RLMEC: RL with token-level rewards of a generative reward model.
 
-A minute on one CPU core, after `experiments/rlmec_reward_model.py` has made the
+Three minutes on two thirds of a CPU core, after `experiments/rlmec_reward_model.py` has made the
 reward model of the same policy:
   python experiments/rlmec.py --flagfile=experiments/flags/chains_rlmec.flags \
     --policy=runs/base --reward_model=runs/grm --stages=runs/stages \
