@@ -1,7 +1,7 @@
 """RLMEC: RL with token-level rewards of a generative reward model.
 
-Three minutes on two thirds of a CPU core, after `experiments/rlmec_reward_model.py` has made the
-reward model of the same policy:
+Three minutes on two thirds of a CPU core, after
+`experiments/rlmec_reward_model.py` has made the model of the same policy:
   python experiments/rlmec.py --flagfile=experiments/flags/chains_rlmec.flags \
     --policy=runs/base --reward_model=runs/grm --stages=runs/stages \
     --workdir=runs/rlmec

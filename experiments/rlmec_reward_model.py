@@ -1,6 +1,7 @@
 """Trains a generative reward model, which corrects wrong solutions.
 
-Twelve minutes on two thirds of a CPU core, after `experiments/sft.py` has made the policy:
+Twelve minutes on two thirds of a CPU core, after `experiments/sft.py` has made
+the policy:
   python experiments/rlmec_reward_model.py --workdir=runs/grm \
     --flagfile=experiments/flags/chains_grm.flags --policy=runs/base \
     --stages=runs/stages
