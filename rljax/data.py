@@ -193,8 +193,8 @@ def require_tokens(
     eos: whether an end token is needed.
     pad: whether a padding token is needed. Masks are made from lengths, so
       that it may be the end token.
-    text: text that must survive encoding and decoding, such as the symbols of
-      a task.
+    text: text that must survive encoding and decoding, blanks aside, such as
+      the symbols of a task.
 
   Raises:
     ValueError: naming everything that is missing.
@@ -204,11 +204,9 @@ def require_tokens(
     missing.append("an end token (eos_token)")
   if pad and tokenizer.pad_token_id is None:
     missing.append("a padding token (pad_token)")
-  for character in dict.fromkeys(text or ""):
-    if not _survives(tokenizer, character):
-      missing.append(f"a way to write {character!r}")
-  if not missing and text and not _survives(tokenizer, text):
-    missing.append(f"a way to write {_shorten(text)}")
+  if text and not _survives(tokenizer, text):
+    lost = [repr(part) for part in _lost_parts(tokenizer, text)]
+    missing += [f"a way to write {part}" for part in lost or [_shorten(text)]]
   if missing:
     raise ValueError(
       f"The tokenizer {_name(tokenizer)} lacks {', '.join(missing)}."
@@ -975,8 +973,23 @@ def _survives(tokenizer, text: str) -> bool:
   except ValueError:
     return False
   back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-  # Tokenizers of the SentencePiece kind may add or drop a blank in front.
-  return back.lstrip() == text.lstrip()
+  # Tokenizers of the SentencePiece kind may add or drop a blank in front, and
+  # those of words set their own between them.
+  return "".join(back.split()) == "".join(text.split())
+
+
+def _lost_parts(tokenizer, text: str) -> list[str]:
+  """Words of a text that a tokenizer cannot write, or characters of them."""
+  splitter = tokenizer.backend_tokenizer.pre_tokenizer
+  spans = splitter.pre_tokenize_str(text) if splitter else [(text, (0, None))]
+  found = {}
+  for _, (start, end) in spans:
+    word = text[start:end].strip()
+    if word and not _survives(tokenizer, word):
+      lost = [c for c in word if not _survives(tokenizer, c)]
+      # A tokenizer of words has no characters to name.
+      found |= dict.fromkeys(lost if 0 < len(lost) < len(word) else [word])
+  return list(found)
 
 
 def _has_unknown(tokenizer, ids: Sequence[int]) -> bool:

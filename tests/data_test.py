@@ -19,6 +19,7 @@ from absl.testing import parameterized
 
 from rljax import data
 from rljax.tasks import arithmetic
+from rljax.tasks import tokenizers as words_tokenizers
 from tests import conftest
 
 TEXTS = (
@@ -300,6 +301,15 @@ class RequireTokensTest(parameterized.TestCase):
     # All characters have words, the number has none.
     with self.assertRaisesRegex(ValueError, "lacks a way to write '123'"):
       data.require_tokens(WORDS, text="123")
+
+  def test_words_of_many_characters(self):
+    words = words_tokenizers.of_words(["end", "of", "(", ")"], r"\w+|\S")
+    # It has no token for a letter of them, and does not need one.
+    data.require_tokens(words, text="(end)of(of)end")
+    with self.assertRaisesRegex(
+      ValueError, r"lacks a way to write 'start', a way to write 'xy'\.$"
+    ):
+      data.require_tokens(words, text="(end)start(xy)(xy)")
 
   def test_unknown_token_is_no_way_to_write(self):
     lossy = _metaspace(byte_fallback=False)
