@@ -23,6 +23,8 @@ from absl import app, flags
 from benchmarks import machine
 from rljax.tasks import game_pool, game_rules, game_variants, games
 
+SITES = game_rules.MAX_SITES
+
 flags.DEFINE_integer("batch", 128, "Texts of a batch.")
 flags.DEFINE_integer("repeats", 20, "Runs of the stages that are text alone.")
 flags.DEFINE_integer("seed", 0, "Of the changes.")
@@ -59,7 +61,7 @@ def make_texts(num, seed):
   found = ({}, {}, {})  # As ordered sets.
   while min(map(len, found)) < num:
     text = shipped[rng.integers(len(shipped))]
-    text, _, _ = game_variants._changed(text, donors, rng)
+    text, _, _ = game_variants._changed(text, donors, rng, SITES)
     if rng.random() < 0.3:  # A word is missing.
       lexemes = game_rules.words(text)
       del lexemes[rng.integers(len(lexemes))]

@@ -28,6 +28,7 @@ from rljax import (
   logs,
   meshes,
   preflight,
+  processes,
   report,
   runs,
   tasks,
@@ -58,7 +59,9 @@ flags.DEFINE_enum("too_long", "error", ["error", "skip", "cut"], "Longer rows.")
 # Model: a trained one, or random weights of a given shape.
 flags.DEFINE_string("policy", "", "Workdir, directory or name; empty: random.")
 flags.DEFINE_enum("family", "gpt2", ["gpt2", "llama"], "Of a random model.")
-flags.DEFINE_enum("tokenizer", "word", ["word", "character"], "Of the task.")
+flags.DEFINE_enum(
+  "tokenizer", "word", ["word", "character", "grammar"], "Of the task."
+)
 flags.DEFINE_integer("vocab_size", 0, "Of a random model; 0: the tokenizer's.")
 flags.DEFINE_integer("hidden_size", 96, "Of a random model.")
 flags.DEFINE_integer("num_layers", 2, "Of a random model.")
@@ -77,10 +80,10 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_float("learning_rate", 1e-3, "Highest, of AdamW.")
 flags.DEFINE_enum(
-  "schedule", "cosine", ["constant", "cosine"], "After warm-up."
+  "schedule", "cosine", ["constant", "linear", "cosine"], "After warm-up."
 )
 flags.DEFINE_integer("schedule_steps", 0, "It decays over these; 0: steps.")
-flags.DEFINE_float("final_learning_rate", 0.0, "Where cosine ends.")
+flags.DEFINE_float("final_learning_rate", 0.0, "Where it ends.")
 flags.DEFINE_integer("warmup_steps", 0, "Updates.")
 flags.DEFINE_float("weight_decay", 0.1, "Of AdamW.")
 flags.DEFINE_float("max_grad_norm", 1.0, "0: no clipping.")
@@ -92,6 +95,7 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   runs.check_positive(
     FLAGS, "steps", "batch_size", "eval_every", "save_every", "num_eval_prompts"
   )
@@ -112,11 +116,17 @@ def main(_):
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
   else:
     model, tokenizer = random_model(task)
-    params = jax.jit(model.init)(
+    initial = functools.partial(
+      model.init,
       jax.random.key(FLAGS.seed),
       jnp.zeros((1, 1), jnp.int32),
       jnp.ones((1, 1), bool),
-    )["params"]
+    )
+    params = jax.eval_shape(initial)["params"]
+  rules = hf.partition_rules(model, mesh)
+  meshes.shardings(params, rules, mesh)  # Else nothing is compiled.
+  if not FLAGS.policy:
+    params = jax.jit(initial)()["params"]
   train, held_out = examples(task, tokenizer)
   if len(train) < FLAGS.batch_size:
     raise ValueError(
@@ -150,15 +160,7 @@ def main(_):
       statistics.log_probs, batch["response_mask"], normalizer=FLAGS.normalizer
     )
 
-  schedule = optax.schedules.warmup_cosine_decay_schedule(
-    init_value=0.0 if FLAGS.warmup_steps else FLAGS.learning_rate,
-    peak_value=FLAGS.learning_rate,
-    warmup_steps=FLAGS.warmup_steps,
-    decay_steps=FLAGS.schedule_steps or FLAGS.steps,
-    end_value=FLAGS.learning_rate
-    if FLAGS.schedule == "constant"
-    else FLAGS.final_learning_rate,
-  )
+  schedule = learning_rates()
   optimizer = optax.chain(
     optax.clip_by_global_norm(FLAGS.max_grad_norm or math.inf),
     optax.adamw(schedule, weight_decay=FLAGS.weight_decay),
@@ -178,7 +180,6 @@ def main(_):
     }, metrics
 
   # State, placed on the mesh.
-  rules = hf.partition_rules(model)
   params = {"policy": params}
   params = meshes.place(params, meshes.shardings(params, rules, mesh))
   state = {"params": params, "optimizer": optimizer.init(params["policy"])}
@@ -250,6 +251,31 @@ def main(_):
         "policy": FLAGS.workdir,
       }
     )
+
+
+def learning_rates():
+  """The learning rate of each update."""
+  steps = FLAGS.schedule_steps or FLAGS.steps
+  first = 0.0 if FLAGS.warmup_steps else FLAGS.learning_rate
+  if FLAGS.schedule == "linear":
+    warmup = optax.linear_schedule(
+      first, FLAGS.learning_rate, FLAGS.warmup_steps
+    )
+    then = optax.linear_schedule(
+      FLAGS.learning_rate,
+      FLAGS.final_learning_rate,
+      max(steps - FLAGS.warmup_steps, 1),
+    )
+    return optax.join_schedules([warmup, then], [FLAGS.warmup_steps])
+  return optax.schedules.warmup_cosine_decay_schedule(
+    init_value=first,
+    peak_value=FLAGS.learning_rate,
+    warmup_steps=FLAGS.warmup_steps,
+    decay_steps=steps,
+    end_value=FLAGS.learning_rate
+    if FLAGS.schedule == "constant"
+    else FLAGS.final_learning_rate,
+  )
 
 
 def random_model(task):

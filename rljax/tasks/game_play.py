@@ -126,6 +126,43 @@ def measure(
     signal.setitimer(signal.ITIMER_PROF, 0)
 
 
+def position(
+  text: str, seed: int, num_plies: int, seconds: float
+) -> list[list[int]] | None:
+  """Plays a game at random for a while, and tells where the pieces are.
+
+  Args:
+    text: description of a game; anything.
+    seed: of the moves.
+    num_plies: how many moves; fewer if the game is over by then.
+    seconds: see `measure`.
+
+  Returns:
+    By site [piece, player], from 0 both, or [] for none; None if the game
+    cannot be compiled.
+  """
+  sys.settrace(None)
+  signal.setitimer(signal.ITIMER_PROF, seconds)
+  try:
+    jax, _ = _libraries()
+    numbers = _numbers_of(seed, num_plies, 1)
+    try:
+      env = _environment(text)
+      playouts = jax.jit(_playouts(env, 1, num_plies, with_boards=True))
+      board = playouts.lower(numbers).compile(_compiler_options(env))(numbers)
+    except MemoryError:
+      raise
+    except Exception:
+      return None
+    (board,) = jax.device_get(board)  # [P, M]
+    return [
+      next(([p, int(by)] for p, by in enumerate(site) if by >= 0), [])
+      for site in board.T
+    ]
+  finally:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
 def _measure(
   text: str, seed: int, num_games: int, max_plies: int
 ) -> dict[str, Any]:
@@ -138,10 +175,7 @@ def _measure(
     raise
   except Exception as error:
     return {"stage": "construct_error", "error": _name(error)}
-  # Drawn here, for less to compile. A remainder of 31 bits is as good as fair.
-  numbers = np.random.default_rng(seed).integers(
-    2**31, size=(max_plies, num_games), dtype=np.int32
-  )
+  numbers = _numbers_of(seed, max_plies, num_games)
   try:
     lowered = jax.jit(_playouts(env, num_games, max_plies)).lower(numbers)
     compiled = lowered.compile(_compiler_options(env))
@@ -150,6 +184,13 @@ def _measure(
   except Exception as error:
     return {"stage": "trace_error", "error": _name(error)}
   return _summary(jax.device_get(compiled(numbers)))
+
+
+def _numbers_of(seed: int, max_plies: int, num_games: int) -> np.ndarray:
+  # Drawn here, for less to compile. A remainder of 31 bits is as good as fair.
+  return np.random.default_rng(seed).integers(
+    2**31, size=(max_plies, num_games), dtype=np.int32
+  )
 
 
 def _name(error: Exception) -> str:
@@ -182,8 +223,13 @@ def _fast_options() -> dict[str, Any]:
   return options
 
 
-def _playouts(env: Any, num_games: int, max_plies: int) -> Any:
+def _playouts(
+  env: Any, num_games: int, max_plies: int, with_boards: bool = False
+) -> Any:
   """A function of `[T, N]` random numbers that tells how N games went.
+
+  Or where their pieces are, `[N, P, M]`, which tells of one game alone: the
+  others go on when they are over.
 
   It plays as `env.init` and `env.step` do. Those compute legal moves in two
   places, and handle illegal ones, which would all be compiled.
@@ -276,8 +322,8 @@ def _playouts(env: Any, num_games: int, max_plies: int) -> Any:
       }
       return state, played, t + 1
 
-    _, played, _ = jax.lax.while_loop(goes_on, body, (state, played, -1))
-    return played
+    state, played, _ = jax.lax.while_loop(goes_on, body, (state, played, -1))
+    return state.board if with_boards else played
 
   return playouts
 

@@ -21,7 +21,7 @@ from rljax import workers
 
 _FORMAT = 1  # Of what is kept on disk: rises when `game_play` changes.
 _CACHE_SIZE = 2**16
-_PATIENCE = 6  # Seconds of the clock for one of computing, on a busy machine.
+_PATIENCE = 15  # Seconds of the clock for one of computing, on a busy machine.
 
 # (text, settings) -> what was measured, in this process.
 _MEASURED: dict[tuple, dict[str, Any]] = {}
@@ -37,6 +37,7 @@ def measure(
   seconds: float = 20.0,
   memory_gb: float = 2.0,
   num_workers: int | None = None,
+  keep_limits: bool = False,
 ) -> list[dict[str, Any]]:
   """Compiles and plays games in worker processes, or knows what they did.
 
@@ -49,6 +50,8 @@ def measure(
     seconds: see `games.score_batch`.
     memory_gb: see `games.score_batch`.
     num_workers: see `games.score_batch`.
+    keep_limits: whether the cache keeps that a limit was hit, too; for who
+      asks again with the same limits.
 
   Returns:
     N dicts of `game_play.measure`, or with the "stage" of a limit: "timeout"
@@ -69,6 +72,8 @@ def measure(
       known = _kept(_place(cache, text, settings))
       if known is not None:
         _remember((text, settings), known)
+      elif keep_limits:
+        known = _kept(_place(cache, text, (*settings, *limits)))
     if known is not None:
       found[text] = known
   new = [text for text in texts if text not in found]
@@ -86,6 +91,8 @@ def measure(
         # A worker that was out of its seconds is gone. Crashes are rare.
         found[text] = {"stage": "timeout" if stage == "died" else stage}
         _remember((text, settings, limits), found[text])
+        if cache and keep_limits:
+          _keep(_place(cache, text, (*settings, *limits)), found[text])
     failures = collections.Counter(
       outcome.failure for outcome in outcomes if outcome.failure is not None
     )
@@ -99,13 +106,51 @@ def measure(
   return [found[text] for text in texts]
 
 
+def positions(
+  texts: Sequence[str],
+  plies: Sequence[int],
+  *,
+  seed: int = 0,
+  seconds: float = 20.0,
+  memory_gb: float = 2.0,
+  num_workers: int | None = None,
+) -> list[list[list[int]] | None]:
+  """Plays one game of each kind for a while, in worker processes.
+
+  Args:
+    texts: N descriptions.
+    plies: how many moves are played, for each.
+    seed: of the moves.
+    seconds: see `games.score_batch`.
+    memory_gb: see `games.score_batch`.
+    num_workers: see `games.score_batch`.
+
+  Returns:
+    N times what `game_play.position` gives; None where a limit was hit, too.
+  """
+  with workers.Pool(
+    "rljax.tasks.game_play:position",
+    setup="rljax.tasks.game_play:set_up",
+    timeout=_PATIENCE * seconds,
+    num_workers=num_workers or _num_cores(),
+    max_memory_bytes=int(memory_gb * 2**30),
+  ) as pool:
+    outcomes = pool.map(
+      [
+        (text, seed, num_plies, seconds)
+        for text, num_plies in zip(texts, plies, strict=True)
+      ]
+    )
+  return [outcome.value for outcome in outcomes]
+
+
 def _remember(key: tuple, measurement: dict[str, Any]) -> None:
   if len(_MEASURED) >= _CACHE_SIZE:
     _MEASURED.clear()
   _MEASURED[key] = measurement
 
 
-def _place(cache: str, text: str, settings: tuple[int, ...]) -> pathlib.Path:
+def _place(cache: str, text: str, settings: tuple) -> pathlib.Path:
   version = importlib.metadata.version("ludax")
   key = json.dumps([_FORMAT, version, *settings, text])
   name = hashlib.sha256(key.encode()).hexdigest()

@@ -96,6 +96,16 @@ def words(text: str) -> list[str]:
   return _LEXEME.findall(text)
 
 
+def placed_words(text: str) -> list[tuple[str, int]]:
+  """The words of a text with where they begin."""
+  return [(match[0], match.start()) for match in _LEXEME.finditer(text)]
+
+
+def tree(text: str) -> Tree:
+  """The outermost expression of a text whose brackets match."""
+  return _tree(words(text))
+
+
 def join(lexemes: Sequence[str]) -> str:
   """One line of what `words` gave, with no blank inside brackets."""
   text = " ".join(lexemes)
@@ -240,7 +250,7 @@ def checks(text: str, *, max_sites: int = MAX_SITES) -> dict[str, bool]:
       if head.isdigit():
         # The second number list of a pattern counts within the pattern.
         if not isinstance(node[-1], list) and not _is_number(parent):
-          indices.extend(map(_integer, node))
+          indices.extend(map(integer, node))
       elif head not in ("game", "region") and not (
         parent and parent[0] in ("regions", "pieces")
       ):
@@ -257,9 +267,9 @@ def checks(text: str, *, max_sites: int = MAX_SITES) -> dict[str, bool]:
     for player in node[1]
   }
   shape, *sizes = heads["board"][0][1]
-  rows, columns, sites = _dimensions(shape, [_integer(n) for n in sizes])
+  rows, columns, sites = dimensions(shape, [integer(n) for n in sizes])
   return {
-    "two_players": _integer(heads["players"][0][1]) == 2,
+    "two_players": integer(heads["players"][0][1]) == 2,
     "both_move": movers == {"P1", "P2"},
     "unique_pieces": len(set(pieces)) == len(pieces),
     "few_pieces": len(pieces) <= MAX_PIECES,
@@ -274,10 +284,10 @@ def checks(text: str, *, max_sites: int = MAX_SITES) -> dict[str, bool]:
     "pass_is_forced": "passed" not in known or "force_pass" in known,
     "promotion_exists": "promoted" not in known or "promote" in known,
     "line_fits": all(
-      _integer(node[2]) <= max(rows, columns) for node in heads.get("line", ())
+      integer(node[2]) <= max(rows, columns) for node in heads.get("line", ())
     ),
     "rows_on_board": all(
-      _integer(node[1]) < size
+      integer(node[1]) < size
       for name, size in (("row", rows), ("column", columns))
       for node in heads.get(name, ())
     ),
@@ -286,7 +296,7 @@ def checks(text: str, *, max_sites: int = MAX_SITES) -> dict[str, bool]:
   }
 
 
-def _dimensions(shape: str, sizes: Sequence[int]) -> tuple[int, int, int]:
+def dimensions(shape: str, sizes: Sequence[int]) -> tuple[int, int, int]:
   """Rows, columns and sites of a board."""
   if shape == "hexagon":  # It has rows in three directions, and no columns.
     rings = sizes[0] // 2
@@ -295,7 +305,8 @@ def _dimensions(shape: str, sizes: Sequence[int]) -> tuple[int, int, int]:
   return rows, columns, rows * columns
 
 
-def _integer(word: str) -> int:
+def integer(word: str) -> int:
+  """A number of a text; the largest that matters for one of many digits."""
   # The grammar knows no largest number, and Python may refuse to read one.
   return int(word) if len(word) <= 9 else 10**9
 
@@ -384,7 +395,18 @@ def compose(prompt: str, middle: str) -> str | None:
     prefix + middle + suffix, or None unless there is one marker of each kind,
     in order. They count without their blanks.
   """
-  text = prompt + middle
+  parts = _split(prompt + middle)
+  return parts and parts[0] + parts[2] + parts[1]
+
+
+def around(prompt: str) -> tuple[str, str] | None:
+  """What stands before and behind the gap of a prompt; None without a gap."""
+  parts = _split(prompt)
+  return parts and parts[:2]
+
+
+def _split(text: str) -> tuple[str, str, str] | None:
+  """What stands behind each of the markers."""
   marks = [marker.strip() for marker in MARKERS]
   if any(text.count(mark) != 1 for mark in marks):
     return None
@@ -393,7 +415,7 @@ def compose(prompt: str, middle: str) -> str | None:
     return None
   prefix = text[len(MARKERS[0]) : starts[1]]
   suffix = text[starts[1] + len(marks[1]) : starts[2]].removeprefix(" ")
-  return prefix + text[starts[2] + len(marks[2]) :] + suffix
+  return prefix, suffix, text[starts[2] + len(marks[2]) :]
 
 
 def cuts(text: str) -> list[tuple[str, str, str]]:
@@ -451,6 +473,10 @@ class Novelty:
 
   def __call__(self, text: str) -> float:
     """The distance of a canonical text that follows the grammar, in [0, 1]."""
+    return self.closest(text)[0]
+
+  def closest(self, text: str) -> tuple[float, int]:
+    """The distance, and which one of the different games is so near."""
     row = self._encode(text)
     counts = self._count(row)
     # Words that one has and the other lacks must be changed at least.
@@ -460,7 +486,7 @@ class Novelty:
       # Words that the corpus never has are in no count.
       np.maximum(-surplus, 0).sum(1) + len(row) - counts.sum(),
     ) / np.maximum(self._lengths, len(row))
-    best = 1.0
+    best, closest = 1.0, 0
     order = np.argsort(bounds, kind="stable")
     for start in range(0, len(order), 64):
       some = order[start : start + 64]
@@ -468,8 +494,9 @@ class Novelty:
         break
       distances = _distances(row, self._corpus[some], self._lengths[some])
       shares = distances / np.maximum(self._lengths[some], len(row))
-      best = min(best, float(shares.min()))
-    return best
+      if shares.min() < best:
+        best, closest = float(shares.min()), int(some[shares.argmin()])
+    return best, closest
 
   def _encode(self, text: str) -> np.ndarray:
     lexemes = _plain(_tree(words(neutral(text))))

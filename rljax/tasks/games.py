@@ -19,13 +19,14 @@ Source:
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from rljax import data as files
-from rljax.tasks import game_pool, game_rewards, game_rules
+from rljax.tasks import game_grammar, game_pool, game_rewards, game_rules
 
 SPLITS = ("train", "validation", "test")
 # Games that validation and test have, and training does not.
@@ -48,6 +49,8 @@ def prompts(
   corpus: str = "",
   min_share: float = 0.2,
   max_sites: int = game_rules.MAX_SITES,
+  max_words: int = 0,
+  max_gap: int = 0,
 ) -> list[str]:
   """Games with a gap, shuffled by the seed.
 
@@ -61,6 +64,9 @@ def prompts(
       "" for those that ludax ships.
     min_share: characters that must be cut out, for each one of the prompt.
     max_sites: of a board; larger ones are left out.
+    max_words: of a game, as `game_rules.words` counts them; longer ones are
+      left out. 0 for no limit.
+    max_gap: words that are cut out, at most; 0 for no limit.
 
   Returns:
     Prompts, see `game_rules.gap`, of canonical text with placeholders for
@@ -80,6 +86,8 @@ def prompts(
       corpus=corpus,
       min_share=min_share,
       max_sites=max_sites,
+      max_words=max_words,
+      max_gap=max_gap,
     )
   ]
 
@@ -93,6 +101,8 @@ def supervised(
   corpus: str = "",
   min_share: float = 0.2,
   max_sites: int = game_rules.MAX_SITES,
+  max_words: int = 0,
+  max_gap: int = 0,
 ) -> list[tuple[str, str]]:
   """The prompts of `prompts` with what was cut out of the games.
 
@@ -104,6 +114,8 @@ def supervised(
     corpus: see `prompts`.
     min_share: see `prompts`; 0 for all expressions.
     max_sites: see `prompts`.
+    max_words: see `prompts`.
+    max_gap: see `prompts`.
 
   Returns:
     Pairs of a prompt and a response.
@@ -113,9 +125,14 @@ def supervised(
   """
   if form not in ("middle", "whole"):
     raise ValueError(f'form must be "middle" or "whole", got {form!r}.')
-  games = texts(split, corpus=corpus, max_sites=max_sites)
+  most = max_gap or math.inf
+  games = [
+    text
+    for text in texts(split, corpus=corpus, max_sites=max_sites)
+    if not max_words or len(game_rules.words(text)) <= max_words
+  ]
   if form == "whole":
-    rows = [(WHOLE, text) for text in games]
+    rows = [(WHOLE, t) for t in games if len(game_rules.words(t)) <= most]
   else:
     rows = [
       (prompt, middle)
@@ -123,12 +140,14 @@ def supervised(
       for prefix, middle, suffix in game_rules.cuts(text)
       for prompt in [game_rules.gap(prefix, suffix)]
       if len(middle) >= min_share * len(prompt)
+      and len(game_rules.words(middle)) <= most
     ]
   rows = list(dict.fromkeys(rows))
   if not rows:
     raise ValueError(
       f"There is no game of at most {max_sites} sites with a gap of "
-      f"min_share={min_share} in the split {split!r}."
+      f"min_share={min_share} in the split {split!r}, as long as max_words="
+      f"{max_words} and max_gap={max_gap} allow."
     )
   num = len(rows) if num is None else num
   rng = np.random.default_rng([seed, SPLITS.index(split)])
@@ -185,9 +204,30 @@ def shipped(split: str) -> dict[str, str]:
   }
 
 
+def corpus_rows(path: str) -> list[dict[str, Any]]:
+  """The rows of a file of `game_variants.write`.
+
+  Raises:
+    ValueError: if it is not as expected.
+  """
+  return list(_corpus(str(path)))
+
+
 def grammar_tokenizer():
   """A fast tokenizer of the language, see `game_rules.grammar_tokenizer`."""
   return game_rules.grammar_tokenizer()
+
+
+def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
+  """The grammar of the language as arrays, see `game_grammar.grammar`."""
+  return game_grammar.grammar(tokenizer, vocab_size)
+
+
+def places(
+  prompts: Sequence[str], tokenizer: Any, vocab_size: int
+) -> dict[str, np.ndarray]:
+  """Where responses begin in the grammar, see `game_grammar.places`."""
+  return game_grammar.places(prompts, tokenizer, vocab_size)
 
 
 # Scores.
@@ -286,7 +326,7 @@ def score_batch(
       games too.
     cache: folder that keeps what was measured; "" for none. Several processes
       may share one. Limits that were hit are kept in this process alone.
-    seconds: of computing that a game may take, compiled and played; and six
+    seconds: of computing that a game may take, compiled and played; and fifteen
       times as many of the clock. If that was not enough in a worker that had
       served others, it gets them once more.
     memory_gb: that it may take in its process.

@@ -179,7 +179,7 @@ class ChecksTest(parameterized.TestCase):
     ("hexagon", (9,), (9, 0, 61)),
   )
   def test_sites(self, shape, sizes, expected):
-    self.assertEqual(game_rules._dimensions(shape, sizes), expected)
+    self.assertEqual(game_rules.dimensions(shape, sizes), expected)
 
 
 class NeutralTest(absltest.TestCase):

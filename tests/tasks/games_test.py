@@ -356,7 +356,9 @@ class PlayedTest(parameterized.TestCase):
 
   def test_no_worker_is_left_behind(self):
     program = (
-      "import sys, threading, time\n"
+      "import signal, sys, threading, time\n"
+      # A shell's background jobs are started deaf to it, and so are theirs.
+      "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
       "from rljax.tasks import game_pool, games\n"
       "pool = game_pool._pool(90.0, 2.0, 2)\n"
       "pool._settings['setup'] = None\n"

@@ -3,13 +3,14 @@
 import importlib.util
 import pathlib
 import tempfile
+import zlib
 
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from rljax import data
-from rljax.tasks import game_rules, game_variants, games
+from rljax import data, workers
+from rljax.tasks import game_boards, game_rules, game_variants, games
 from tests.tasks import games_test
 
 pytestmark = pytest.mark.skipif(
@@ -19,10 +20,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def _measure(text, *unused):
-  """Some games are bad: those with an odd number of words."""
-  is_bad = len(game_rules.words(text)) % 2
-  changes = {"first": 1.0, "second": 0.0} if is_bad else {}
-  return games_test.always(**changes)()
+  """Some games are bad: those with an odd number of words. All differ."""
+  if len(game_rules.words(text)) % 2:
+    return games_test.always(first=1.0, second=0.0)()
+  return games_test.always(branching=zlib.crc32(text.encode()) / 2**32)()
 
 
 class ExpandTest(parameterized.TestCase):
@@ -30,7 +31,8 @@ class ExpandTest(parameterized.TestCase):
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / "games.jsonl"
       with games_test.measuring(measure):
-        rows = game_variants.expand(path, **options)
+        rows = game_variants.expand(**options)
+      game_variants.write(path, rows)
       self.assertEqual(data.read_jsonl(path), rows)
       self.notice = path.with_name("games.jsonl.NOTICE").read_text()
       if rows:
@@ -44,27 +46,32 @@ class ExpandTest(parameterized.TestCase):
     self.assertIn("ludax", self.notice)
     texts = [row["text"] for row in rows]
     self.assertEqual(self.texts, texts)  # All sound, of one split, different.
-    shipped = games.texts("train")
+    shipped = games.texts("train", max_sites=37)
     self.assertEqual(texts[: len(shipped)], shipped)
+    names = [row["name"] for row in rows]
+    self.assertEqual(names, [f"train_{i}" for i in range(60)])
     for i, row in enumerate(rows):
       self.assertEqual(row["licence"], "Apache-2.0")
       self.assertStartsWith(row["source"], "ludax 1.")
       self.assertContainsSubset(row["roots"], games.shipped("train"))
+      shape, sizes = game_boards.board(row["text"])
+      self.assertLessEqual(game_rules.dimensions(shape, sizes)[2], 37)
       if i < len(shipped):
         self.assertEqual(row["parents"], row["roots"])
         self.assertEmpty(row["changes"])
         continue
       self.assertNotEmpty(row["changes"])
-      self.assertLess(max(row["parents"]), i)
-      # What it has been made of is in its parents, up to the changed words.
+      self.assertContainsSubset(
+        row["parents"], set(names[:i]) | set(games.shipped("train"))
+      )
       self.assertEqual(len(game_rules.words(row["text"])) % 2, 0)
       self.assertGreater(row["quality"], 0.9)
     kinds = {kind for row in rows for kind in row["changes"]}
-    self.assertEqual(kinds, {"swap", "integer", "shape", "word"})
+    self.assertEqual(kinds, {"swap", "integer", "board", "word"})
     # Games are changed again.
     self.assertTrue(
       any(
-        parent >= len(shipped)
+        parent in names[len(shipped) :]
         for row in rows[len(shipped) :]
         for parent in row["parents"]
       )
@@ -79,19 +86,93 @@ class ExpandTest(parameterized.TestCase):
     self.assertNotEqual(first, other)
     self.assertEmpty(set(first) & set(test))
 
+  def test_games_that_play_the_same_count_once(self):
+    rows = self._expand(games_test.always(), num=20, max_tries=100)
+    self.assertLen(rows, 1)
+
+  def test_games_of_other_splits_are_not_made_again(self):
+    rows = self._expand(num=20)
+    others = [row["text"].replace("piece_1", "stone") for row in rows[1:]]
+    again = self._expand(num=20, apart_from=others)
+    self.assertEqual(again[0]["text"], rows[0]["text"])
+    known = game_rules.Novelty(others)
+    self.assertGreater(min(known(row["text"]) for row in again), 0)
+
+  def test_games_that_are_large_are_changed_first(self):
+    rows = self._expand(
+      lambda text, *_: games_test.always(plies=50.0 + len(text) / 100)(),
+      num=4,
+      split="test",
+    )
+    self.assertEqual(
+      [(row["parents"], game_boards.board(row["text"])) for row in rows],
+      [
+        (["hex"], ("hex_rectangle", (6, 6))),
+        (["reversi"], ("square", (6,))),
+      ]
+      + [(row["parents"], game_boards.board(row["text"])) for row in rows[2:]],
+    )
+
+  def test_progress(self):
+    told = []
+    rows = self._expand(
+      num=30, progress=lambda kept, played: told.append((kept, played))
+    )
+    self.assertEqual(told[-1][0], len(rows))
+    self.assertEqual(told, sorted(told))
+    self.assertGreaterEqual(told[-1][1], 30)
+
+  def test_a_run_that_was_stopped_goes_on(self):
+    class Stop(Exception):
+      pass
+
+    def measure(text, *unused):
+      calls.append(text)
+      if len(calls) == stop_at:
+        raise Stop
+      # A limit depends on the machine: it must be remembered, too.
+      if len(calls) % 7 == 3:
+        return workers.Outcome(failure="timeout")
+      return _measure(text)
+
+    def expand(cache):
+      with games_test.measuring(measure):
+        return game_variants.expand(num=30, cache=cache)
+
+    with (
+      tempfile.TemporaryDirectory() as one,
+      tempfile.TemporaryDirectory() as other,
+    ):
+      calls, stop_at = [], None
+      whole = expand(one)
+      num_calls = len(calls)
+      calls, stop_at = [], 40
+      with self.assertRaises(Stop):
+        expand(other)
+      num_known = len(list(pathlib.Path(other).rglob("*.json")))
+      self.assertBetween(num_known, 1, 39)
+      calls = calls[:num_known]  # Those of the batch that was lost.
+      stop_at = None
+      self.assertEqual(expand(other), whole)
+      self.assertLen(calls, num_calls)
+
   def test_no_game_is_good_enough(self):
     rows = self._expand(
       games_test.always(first=1.0, second=0.0), num=20, max_tries=50
     )
-    self.assertEqual([row["text"] for row in rows], games.texts("train"))
+    self.assertEqual(
+      [row["text"] for row in rows], games.texts("train", max_sites=37)
+    )
 
   def test_bad_options(self):
     for options, message in (
       ({"split": "dev"}, "splits train"),
-      ({"max_sites": 3}, "No shipped game .* at most 3 sites"),
+      ({"max_sites": 8}, "max_sites must be from 9 to 121, got 8"),
+      ({"num": 0}, "num must be positive"),
+      ({"min_quality": 1.5}, "min_quality .* got 1.5"),
     ):
       with self.assertRaisesRegex(ValueError, message):
-        self._expand(num=3, **options)
+        self._expand(**{"num": 3} | options)
 
 
 class ChangedTest(absltest.TestCase):
@@ -106,7 +187,8 @@ class ChangedTest(absltest.TestCase):
     found = {
       text
       for text, changes, others in (
-        game_variants._changed("(game (y 3))", donors, rng) for _ in range(200)
+        game_variants._changed("(game (y 3))", donors, rng, 37)
+        for _ in range(200)
       )
       if changes == ["swap"]
     }

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# The study of board games: a small policy learns the language from changed games
+# of ludax, then by PPO with games that are compiled and played; how many of its
+# games can be read, compiled and played, are good, and are new, before and after
+# each, with and without the grammar as a constraint, over several seeds.
+#
+#   bash launch/games_study.sh              # three seeds on two cores
+#   SEEDS=0 bash launch/games_study.sh      # one seed
+#
+# Needs an environment with rljax and its extra "games" in it ($PYTHON). Seeds run
+# one after another, since each keeps $WORKERS processes busy that play games;
+# $RUNS/<seed>/log.txt has what a seed prints. A run that was stopped goes on
+# where it was, and one that is finished is not repeated.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON="${PYTHON:-python3}"
+RUNS="${RUNS:-runs/games}"       # Where the results go.
+SEEDS="${SEEDS:-0 1 2}"
+WORKERS="${WORKERS:-2}"          # Processes that play games.
+NUM_TRAIN="${NUM_TRAIN:-140}"    # Games of the corpus.
+NUM_EVAL="${NUM_EVAL:-48}"       # Validation prompts.
+CORPUS="${CORPUS:-$RUNS/corpus.jsonl}"
+CONSTRAINTS="${CONSTRAINTS:-none grammar}"
+flags=experiments/flags
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+# Runs a script unless its summary is there already.
+once() {
+  local workdir="$1"
+  shift
+  if [[ -e "$workdir/summary.json" ]]; then return; fi
+  echo "== $workdir, $(date +%T)"
+  echo "== $workdir, $(date +%T)" >&3
+  "$PYTHON" "$@" --workdir="$workdir"
+  # A script that a signal stopped has saved its state and ends well.
+  if [[ ! -e "$workdir/summary.json" ]]; then
+    echo "$workdir was stopped before its end; start again to go on." >&2
+    exit 1
+  fi
+}
+
+make_corpus() {
+  if [[ -e "$CORPUS" ]]; then return; fi
+  mkdir -p "$(dirname "$CORPUS")"
+  "$PYTHON" experiments/expand_games.py "--output=$CORPUS" \
+    "--num_train=$NUM_TRAIN" --num_validation=24 "--num_workers=$WORKERS" \
+    --seconds=8
+}
+
+one_seed() {
+  local seed="$1" base="$RUNS/$1" constraint
+  local games="corpus=$CORPUS,max_sites=37,max_words=126"
+  local task="$games,max_gap=63"
+  # What expand_games.py has measured need not be played again.
+  local score="corpus=$CORPUS,cache=$CORPUS.cache,max_sites=37"
+  score+=",num_games=32,seconds=8,num_workers=$WORKERS"
+
+  # The start is a policy with random weights: an update of size 0.
+  local whole=(experiments/sft.py "--seed=$seed"
+    "--flagfile=$flags/games_base.flags" "--task_options=$games,form=whole")
+  once "$base/start" "${whole[@]}" --steps=1 --warmup_steps=0 --learning_rate=0
+  once "$base/base" "${whole[@]}"
+  once "$base/sft" experiments/sft.py "--seed=$seed" "--policy=$base/base" \
+    "--flagfile=$flags/games_sft.flags" "--task_options=$task,min_share=0"
+  local ppo=(experiments/ppo.py "--seed=$seed" "--policy=$base/sft"
+    "--flagfile=$flags/games_ppo.flags" "--task_options=$task"
+    "--score_options=$score")
+  once "$base/ppo" "${ppo[@]}"
+  once "$base/ppo_grammar" "${ppo[@]}" --constraint=grammar
+
+  local policies="start=$base/start,sft=$base/sft,ppo=$base/ppo"
+  policies+=",ppo_grammar=$base/ppo_grammar"
+  for constraint in $CONSTRAINTS; do
+    once "$base/$constraint" experiments/evaluate.py --seed=0 --nogreedy \
+      "--policies=$policies" \
+      --task=games --split=validation "--task_options=$task" \
+      "--score_options=$score" "--num_prompts=$NUM_EVAL" --stop_at_eos \
+      --max_length=64 --batch_size=32 --metrics=text \
+      "--constraint=$constraint"
+  done
+  local arm
+  for arm in ppo ppo_grammar; do
+    "$PYTHON" experiments/draw_games.py "--samples=$base/$arm/samples.jsonl" \
+      "--output=$base/$arm/games.html" "--corpus=$CORPUS" --max_sites=37 \
+      "--num_workers=$WORKERS"
+  done
+  echo "== seed $seed is done, $(date +%T)" >&3
+}
+
+exec 3>&1
+# What runs is a process group of its own, which ends as a whole.
+set -m
+pid=""
+stop() {
+  if [[ -n "$pid" ]]; then kill -- "-$pid" 2>/dev/null || true; fi
+  echo "Stopped; the same command goes on." >&2
+  exit 130
+}
+trap stop INT TERM
+mkdir -p "$RUNS"
+make_corpus >>"$RUNS/corpus.txt" 2>&1 &
+pid=$!
+wait "$pid" || {
+  echo "There is no corpus: the end of $RUNS/corpus.txt says why." >&2
+  exit 1
+}
+for seed in $SEEDS; do
+  mkdir -p "$RUNS/$seed"
+  one_seed "$seed" >>"$RUNS/$seed/log.txt" 2>&1 &
+  pid=$!
+  wait "$pid" || {
+    echo "Seed $seed did not finish: $RUNS/$seed/log.txt says why." >&2
+    exit 1
+  }
+done
+"$PYTHON" -m benchmarks.games_study "--runs=$RUNS" "--seeds=${SEEDS// /,}" \
+  "--constraints=${CONSTRAINTS// /,}"
