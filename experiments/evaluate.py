@@ -51,6 +51,7 @@ from absl import app, flags
 from rljax import (
   data,
   evaluation,
+  grammars,
   logged,
   logs,
   meshes,
@@ -101,6 +102,9 @@ flags.DEFINE_float("temperature", 1.0, "Where not greedy.")
 flags.DEFINE_float("top_p", 1.0, "1: off.")
 flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
 flags.DEFINE_list("stop_strings", [], r"Texts that end a response; \n too.")
+flags.DEFINE_enum(
+  "constraint", "none", ["none", "grammar"], "The task's, on responses."
+)
 flags.DEFINE_bool("forced_tags", True, "Of policies that bring some along.")
 # What is measured beside the reward.
 flags.DEFINE_list(
@@ -194,6 +198,11 @@ def main(_):
     raise ValueError(
       "--metrics=perplexity needs a --reference: the model that says how "
       "likely the replies are."
+    )
+  if FLAGS.constraint == "grammar" and not FLAGS.stop_at_eos:
+    raise ValueError(
+      "--constraint=grammar lets a response end where its expression does: it "
+      "needs --stop_at_eos."
     )
   if "reasoning" in FLAGS.metrics or FLAGS.num_samples != 1:
     check_reasoning_flags(arms)
@@ -384,7 +393,21 @@ def responder_of(name, loaded, encoded, mesh, *, greedy, num_samples=1):
     stop_at_eos=FLAGS.stop_at_eos,
     stop_strings=runs.unescaped(FLAGS.stop_strings),
     num_samples=num_samples,
+    constraint=constraint_on(loaded, encoded),
     **tags_of(name),
+  )
+
+
+def constraint_on(loaded, encoded):
+  """What the responses must follow; None without a grammar."""
+  if FLAGS.constraint == "none":
+    return None
+  task, tokenizer = tasks.load(FLAGS.task), loaded.tokenizer
+  vocab_size = loaded.model.config.vocab_size
+  grammar = grammars.of_task(task, tokenizer, vocab_size)
+  texts = [row.prompt for row in encoded.rows]
+  return grammars.constraint(
+    grammar, **task.places(texts, tokenizer, vocab_size)
   )
 
 
@@ -395,7 +418,7 @@ def tags_of(name):
 
 def place(loaded, mesh):
   """The parameters of a model on the mesh."""
-  rules = hf.partition_rules(loaded.model)
+  rules = hf.partition_rules(loaded.model, mesh)
   return meshes.place(
     loaded.params, meshes.shardings(loaded.params, rules, mesh)
   )

@@ -39,12 +39,14 @@ from rljax import (
   data,
   evaluation,
   generation,
+  grammars,
   log_probs,
   logs,
   masking,
   meshes,
   pages,
   preflight,
+  processes,
   report,
   responses,
   reward_terms,
@@ -110,6 +112,9 @@ flags.DEFINE_float("top_p", 1.0, "1: off.")
 flags.DEFINE_float("min_p", 0.0, "0: off.")
 flags.DEFINE_bool("stop_at_eos", False, "Else the end token is never drawn.")
 flags.DEFINE_list("stop_strings", [], r"Texts that end a response; \n too.")
+flags.DEFINE_enum(
+  "constraint", "none", ["none", "grammar"], "The task's, on responses."
+)
 # Rewards.
 flags.DEFINE_list("reward_terms", ["score"], "Their sum is the reward.")
 flags.DEFINE_float(
@@ -178,6 +183,7 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   num_rows = FLAGS.batch_size * FLAGS.num_samples
   minibatch_size = FLAGS.minibatch_size or num_rows
   micro_batch_size = FLAGS.micro_batch_size or minibatch_size
@@ -193,7 +199,9 @@ def main(_):
   tasks.check_options(task.prompts, task_options)
   score_options = tasks.options(FLAGS.score_options)
   tasks.check_options(task.score, score_options)
-  score = functools.partial(tasks.score_all, task, **score_options)
+  score = scoring.divided(
+    functools.partial(tasks.score_all, task, **score_options)
+  )
   settings = sampling.Settings(
     temperature=FLAGS.temperature,
     top_k=FLAGS.top_k,
@@ -205,6 +213,8 @@ def main(_):
   # branch has layers of its own between the two.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
   policy, tokenizer = loaded.model, loaded.tokenizer
+  rules = hf.partition_rules(policy, mesh)
+  meshes.shardings(loaded.params, rules, mesh)  # Else nothing is compiled.
   if task_options.get("tokenizer") == "policy":  # Prompts of so many tokens.
     task_options["tokenizer"] = tokenizer
   critic, params = policy, {"policy": loaded.params}
@@ -260,6 +270,10 @@ def main(_):
   # Other special tokens and unused rows of the vocabulary are never drawn.
   allowed = jnp.asarray(data.allowed_tokens(tokenizer, vocab_size, stop_ids))
   loss_allowed = allowed if FLAGS.mask_in_loss else None
+  grammar = None
+  if FLAGS.constraint == "grammar":
+    grammar = grammars.of_task(task, tokenizer, vocab_size)
+    grammar = meshes.replicate(grammar, mesh)
   stop_strings = None
   ends = runs.unescaped(FLAGS.stop_strings)
   has_steps = {"steps", "dense_reward_model"} & set(FLAGS.reward_terms)
@@ -434,14 +448,15 @@ def main(_):
       weight_decay=FLAGS.weight_decay,
     ),
   )
-  rules = hf.partition_rules(policy)
+  # A critic may be of another family.
+  rules = (*rules[:-1], *hf.partition_rules(critic, mesh))
   params = meshes.place(params, meshes.shardings(params, rules, mesh))
   if reference is not None:
     reference = meshes.place(
       reference, meshes.shardings(reference, rules, mesh)
     )
   if outcome_model is not None:
-    outcome_rules = hf.partition_rules(outcome_model.model)
+    outcome_rules = hf.partition_rules(outcome_model.model, mesh)
     outcome_params = meshes.place(
       outcome_model.params,
       meshes.shardings(outcome_model.params, outcome_rules, mesh),
@@ -565,7 +580,7 @@ def main(_):
 
   sample = preflight.Compiled(
     "sample",
-    lambda key, params, ids, mask, lengths: rollouts.sample(
+    lambda key, params, ids, mask, lengths, within: rollouts.sample(
       key,
       policy,
       params,
@@ -578,6 +593,8 @@ def main(_):
       stop_ids=stop_ids,
       stop_strings=stop_strings,
       lengths=lengths,
+      constraint=within,
+      split_cache=meshes.cache_splitter(mesh),
       pad_id=data.pad_id(tokenizer),
     ),
   )
@@ -609,6 +626,13 @@ def main(_):
   if FLAGS.keep_best:
     best_checkpoints.forget_after(best["step"] if best else 0)
 
+  def constraint_on(texts):
+    """What the responses to prompts must follow; None without a grammar."""
+    if grammar is None:
+      return None
+    places = task.places(texts, tokenizer, vocab_size)
+    return grammars.constraint(grammar, **places)
+
   def rollout_of(step):
     """The prompts of a step and the policy's responses to them."""
     rows = data.batch_indices(
@@ -620,7 +644,15 @@ def main(_):
     )
     key = jax.random.fold_in(jax.random.key(FLAGS.seed), step)
     sample_key, learn_key = jax.random.split(key)
-    rollout = sample(sample_key, state["params"]["policy"], ids, mask, lengths)
+    within = constraint_on([prompts[i] for i in rows])
+    if within is not None:
+      within = within._replace(
+        start=meshes.shard_batch(within.start, mesh),
+        seconds=meshes.shard_batch(within.seconds, mesh),
+      )
+    rollout = sample(
+      sample_key, state["params"]["policy"], ids, mask, lengths, within
+    )
     texts = [prompts[i] for i in rows for _ in range(FLAGS.num_samples)]
     return rollout, texts, learn_key
 
@@ -636,6 +668,7 @@ def main(_):
     stop_at_eos=FLAGS.stop_at_eos,
     stop_strings=ends,
     max_lengths=draw_lengths(len(eval_prompts), 0, 2),
+    constraint=constraint_on(eval_prompts),
   )
 
   def judge(texts, replies, finished):
@@ -648,14 +681,14 @@ def main(_):
 
   def earn(rollout, texts, replies):
     """The scores and their parts, and what each term needs on the devices."""
-    scores, parts = judge(texts, replies, np.asarray(rollout.finished))
+    scores, parts = judge(texts, replies, processes.gather(rollout.finished))
     earned = {}
     for name in FLAGS.reward_terms:
       if name == "score":
         earned[name] = scores
       elif name == "steps":
-        ids, mask = map(
-          np.asarray, (rollout.response_ids, rollout.response_mask)
+        ids, mask = processes.gather(
+          (rollout.response_ids, rollout.response_mask)
         )
         earned[name] = reward_terms.step_rewards(
           [part["step_matches"] for part in parts],
@@ -671,6 +704,15 @@ def main(_):
 
   def show_tokens(step, rollout, texts, scores, parts, earned):
     """A page of responses and the advantages that are learnt from next."""
+    ids, mask, weights = processes.gather(
+      (
+        rollout.response_ids,
+        rollout.response_mask,
+        weigh(state, reference, rollout, earned),
+      )
+    )
+    if not processes.is_first():
+      return
     facts = zip(scores.tolist(), parts, strict=True)
     pages.write(
       os.path.join(FLAGS.workdir, "tokens.html"),
@@ -678,9 +720,9 @@ def main(_):
       pages.from_arrays(
         tokenizer,
         texts,
-        rollout.response_ids,
-        rollout.response_mask,
-        weigh(state, reference, rollout, earned),
+        ids,
+        mask,
+        weights,
         facts=[{"reward": reward} | part for reward, part in facts],
         limit=FLAGS.num_page_samples,
       ),
@@ -750,8 +792,7 @@ def main(_):
     preflight.show(
       checks,
       sample.compilations + expect.compilations + learn.compilations,
-      {name: preflight.tree_bytes(part) for name, part in state.items()}
-      | {"reference": preflight.tree_bytes(reference)},
+      state | {"reference": reference},
     )
     preflight.judge(checks, FLAGS.preflight)
 
@@ -799,7 +840,8 @@ def main(_):
           part.get("answer", text)
           for part, text in zip(parts, replies, strict=True)
         ),
-        "tokens_per_second": np.asarray(rollout.response_mask).sum() / seconds,
+        "tokens_per_second": processes.gather(rollout.response_mask).sum()
+        / seconds,
         "step_seconds": seconds,
       }
       log.write(step, metrics)
@@ -835,6 +877,8 @@ def main(_):
     # The numbers before and after, and where everything lies.
     metrics = evaluate(FLAGS.steps)
     log.write(FLAGS.steps, metrics | {"rollouts": FLAGS.steps * num_rows})
+    if not processes.is_first():
+      return
     rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     shown = ("reward/mean", "entropy/token", "entropy/batch", *metrics)
     table = {
@@ -874,6 +918,17 @@ def validate(num_rows, minibatch_size, micro_batch_size, mesh):
       f"--min_length must lie between 0 and --max_length={FLAGS.max_length}, "
       f"got {FLAGS.min_length}."
     )
+  if FLAGS.constraint == "grammar":
+    if not FLAGS.stop_at_eos:
+      raise ValueError(
+        "--constraint=grammar lets a response end where its expression does: "
+        "it needs --stop_at_eos."
+      )
+    if FLAGS.batch_entropy_coef or not FLAGS.mask_in_loss:
+      raise ValueError(
+        "--constraint=grammar allows other tokens in every row: it goes "
+        "neither with --batch_entropy_coef nor with --nomask_in_loss."
+      )
   meshes.check_divisible(FLAGS.batch_size, mesh, "--batch_size")
   meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
   for name in ("kl_target", "reference"):

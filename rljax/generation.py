@@ -6,7 +6,7 @@ logits does as well, so nothing in here knows a model family.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -34,6 +34,8 @@ class Samples:
       tokens were drawn from. Equals `log_probs` when nothing is truncated.
     finished: `[N]` bool, True where a stop id or a stop string ended the
       response, False where it ran out of length.
+    allowed: `[N, T, V]` bool under a constraint, the tokens that each was drawn
+      from, all behind the end; else None.
   """
 
   response_ids: Array
@@ -41,6 +43,7 @@ class Samples:
   log_probs: Array
   truncated_log_probs: Array
   finished: Array
+  allowed: Array | None = None
 
 
 def row_keys(key: Array, prompt_indices: Array, num_samples: int) -> Array:
@@ -153,6 +156,8 @@ def sample(
   stop_strings: Array | None = None,
   lengths: Array | None = None,
   forced: Array | None = None,
+  constraint: Any = None,
+  split_cache: Callable[[Any], Any] | None = None,
   pad_id: int = 0,
 ) -> Samples:
   """Draws `num_samples` responses to each prompt.
@@ -186,6 +191,12 @@ def sample(
       -1 where it is drawn; the last entry is for the first token. A forced
       token belongs to the response, is an input rather than a choice, and has
       log-probability 0.
+    constraint: what may follow what, for each prompt, such as
+      `grammars.Constraint`, or None: it has `repeat(num_samples)`, `start`,
+      `allowed(place)` and `advance(place, tokens)`. The log-probabilities are
+      those of the policy within it.
+    split_cache: keeps the keys and values where they belong on a mesh, see
+      `meshes.cache_splitter`; None leaves that to the compiler.
     pad_id: what stands after the end.
 
   Returns:
@@ -215,10 +226,12 @@ def sample(
   if forced is not None:
     forced = jnp.asarray(forced)
     chex.assert_rank(forced, 1)
+  if constraint is not None:
+    constraint = constraint.repeat(num_samples)
   keys = row_keys(key, prompt_indices, num_samples)
   variables = {"params": params}
 
-  def draw(step, logits, last_tokens):
+  def draw(step, logits, last_tokens, allowed):
     """The tokens of one step and their log-probabilities, `[N]` each."""
     logits = log_prob_functions.masked_logits(
       logits, temperature=settings.temperature, allowed=allowed
@@ -241,7 +254,14 @@ def sample(
       truncated_log_prob = jnp.where(is_free, truncated_log_prob, 0.0)
     return tokens, log_prob, truncated_log_prob
 
-  def record(step, state, drawn):
+  def allowed_at(state):
+    """`[V]`, or `[N, V]` under a constraint."""
+    if constraint is None:
+      return allowed
+    found = constraint.allowed(state["place"])
+    return found if allowed is None else found & allowed[None]
+
+  def record(step, state, drawn, allowed):
     """Writes one column and finds out which rows have ended with it."""
     tokens, log_prob, truncated_log_prob = drawn
     alive = ~state["finished"] & (step < lengths)
@@ -256,6 +276,12 @@ def sample(
     write = lambda name, column: jax.lax.dynamic_update_slice_in_dim(
       state[name], column[:, None], step, axis=1
     )
+    more = {}
+    if constraint is not None:
+      more = {
+        "allowed": write("allowed", allowed | ~alive[:, None]),
+        "place": constraint.advance(state["place"], tokens),
+      }
     return {
       "tokens": tokens,
       "response_ids": write("response_ids", tokens),
@@ -266,6 +292,7 @@ def sample(
       ),
       "finished": state["finished"] | (alive & stop),
       "automaton": automaton,
+      **more,
     }
 
   # The first token comes from the prompts' last column, once per prompt.
@@ -277,6 +304,8 @@ def sample(
     max_length,
     method="prefill",
   )
+  if split_cache is not None:
+    cache = split_cache(cache)
   logits = model.apply(variables, hidden[:, -1], method="logits")  # [B, V]
   shape = (num_rows, max_length)
   state = {
@@ -291,7 +320,12 @@ def sample(
   # Before the first token comes the entry of `forced` behind all tokens.
   before = jnp.full(num_rows, -1, jnp.int32)
   logits = jnp.repeat(logits, num_samples, axis=0)
-  state = record(0, state, draw(0, logits, before))
+  if constraint is not None:
+    state["place"] = constraint.start
+    state["allowed"] = jnp.ones((*shape, logits.shape[-1]), bool)
+  allowed_first = allowed_at(state)
+  drawn = draw(0, logits, before, allowed_first)
+  state = record(0, state, drawn, allowed_first)
 
   def goes_on(carry):
     step, state, _ = carry
@@ -303,9 +337,12 @@ def sample(
     hidden, cache = model.apply(
       variables, state["tokens"], cache, method="decode"
     )
+    if split_cache is not None:
+      cache = split_cache(cache)
     logits = model.apply(variables, hidden, method="logits")  # [N, V]
-    drawn = draw(step, logits, state["tokens"])
-    return step + 1, record(step, state, drawn), cache
+    allowed_now = allowed_at(state)
+    drawn = draw(step, logits, state["tokens"], allowed_now)
+    return step + 1, record(step, state, drawn, allowed_now), cache
 
   if max_length > 1:
     _, state, _ = jax.lax.while_loop(goes_on, decode, (1, state, cache))
@@ -315,6 +352,7 @@ def sample(
     log_probs=state["log_probs"],
     truncated_log_probs=state["truncated_log_probs"],
     finished=state["finished"],
+    allowed=state.get("allowed"),
   )
 
 

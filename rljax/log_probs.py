@@ -201,8 +201,8 @@ def from_hidden(
     chunk_size: columns per chunk, any number (T need not be a multiple). None,
       or T and more, makes one block that keeps its logits.
     temperature: τ > 0.
-    allowed: `[V]` bool (or broadcastable to every chunk: `[B, 1, V]`), None
-      for all.
+    allowed: `[V]` bool (or broadcastable to every chunk: `[B, 1, V]`; or
+      `[B, T, V]`, which is cut into chunks), None for all.
     with_entropy: False leaves `entropies` None.
 
   Returns:
@@ -215,7 +215,11 @@ def from_hidden(
   chex.assert_equal_shape_prefix([hidden, ids], 2)
   chex.assert_type([hidden, ids], [float, int])
 
-  def statistics(hidden, ids):
+  by_position = ()
+  if allowed is not None and allowed.ndim == 3 and allowed.shape[1] > 1:
+    by_position = (allowed,)
+
+  def statistics(hidden, ids, allowed=allowed):
     logits = masked_logits(
       logits_fn(hidden), temperature=temperature, allowed=allowed
     )  # [B, t, V]
@@ -225,7 +229,9 @@ def from_hidden(
       entropies=_entropies(logits).T if with_entropy else None,
     )
 
-  chunks = map_chunks(statistics, hidden, ids, chunk_size=chunk_size)
+  chunks = map_chunks(
+    statistics, hidden, ids, *by_position, chunk_size=chunk_size
+  )
   batch, length = ids.shape
   return jax.tree.map(lambda x: x.reshape(-1, batch)[:length].T, chunks)
 

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax import data, generation, meshes, preflight, sampling, scoring
+from rljax import (
+  data,
+  generation,
+  meshes,
+  preflight,
+  processes,
+  sampling,
+  scoring,
+)
 from rljax import rollout as rollouts
 
 
@@ -28,8 +36,7 @@ def read(
   """
   texts = data.decode(
     tokenizer,
-    np.asarray(rollout.response_ids),
-    np.asarray(rollout.response_mask),
+    *processes.gather((rollout.response_ids, rollout.response_mask)),
   )
   for stop in stop_strings:
     texts = [text.split(stop)[0] for text in texts]
@@ -90,6 +97,7 @@ class Responder:
     forced: np.ndarray | None = None,
     forced_as: int | None = None,
     max_lengths: Sequence[int] | None = None,
+    constraint: Any = None,
   ):
     """Pads the prompts and prepares the sampler.
 
@@ -112,6 +120,8 @@ class Responder:
         left out, for the policy did not choose them.
       max_lengths: N limits of the responses to each prompt, `max_length` at
         most.
+      constraint: `grammars.Constraint` of N rows, or None; see
+        `generation.sample`.
 
     Raises:
       ValueError: if prompts and responses are longer than the context, or the
@@ -130,7 +140,12 @@ class Responder:
       )
 
     def sample(key, params, batch):
-      return rollouts.sample(
+      within = None
+      if constraint is not None:
+        within = constraint._replace(
+          start=batch["start"], seconds=batch["seconds"]
+        )
+      rollout = rollouts.sample(
         key,
         model,
         params,
@@ -145,8 +160,13 @@ class Responder:
         num_samples=num_samples,
         lengths=jnp.repeat(batch["lengths"], num_samples),
         forced=forced,
+        constraint=within,
+        split_cache=meshes.cache_splitter(mesh),
         pad_id=data.pad_id(tokenizer),
       )
+
+      # Nobody reads it: it need not leave the devices.
+      return rollout.replace(allowed=None)
 
     self.num_prompts, self.num_samples = len(ids), num_samples
     self.program = preflight.Compiled("respond", sample)
@@ -158,6 +178,9 @@ class Responder:
       if max_lengths is None
       else np.minimum(np.asarray(max_lengths, np.int32), max_length),
     }
+    if constraint is not None:
+      self._arrays["start"] = constraint.start
+      self._arrays["seconds"] = constraint.seconds
     self._key = jax.random.key(seed)
     self._tokenizer = tokenizer
     self._forced, self._forced_as = forced, forced_as
@@ -192,10 +215,11 @@ class Responder:
       end = min(start + self._batch_size, self.num_prompts)
       # The last batch is filled up, with prompts whose answers are cut off.
       rows = np.arange(start, start + self._batch_size) % self.num_prompts
-      batch = {name: array[rows] for name, array in self._arrays.items()}
+      batch = jax.tree.map(lambda x, rows=rows: x[rows], self._arrays)
       rollout = self.program(key, params, meshes.shard_batch(batch, self._mesh))
       num_rows = (end - start) * self.num_samples
-      rollout = jax.tree.map(lambda x, n=num_rows: np.asarray(x)[:n], rollout)
+      rollout = processes.gather(rollout)
+      rollout = jax.tree.map(lambda x, n=num_rows: x[:n], rollout)
       if self._forced is not None:
         rollout = self._without_forced(rollout)
       texts = read(self._tokenizer, rollout, self._stop_strings)
@@ -328,7 +352,7 @@ def collect(
       f"The responder has {responder.num_prompts} prompts, and {len(prompts)} "
       "texts were given."
     )
-  rows = _rows_so_far(path)
+  rows = processes.from_first(lambda: _rows_so_far(path))
   for number, row in enumerate(rows):
     index, sample = divmod(number, num_samples)
     expected = (index, sample, *prompts[index : index + 1])
@@ -340,7 +364,8 @@ def collect(
   first = len(rows) // num_samples
   if len(rows) % num_samples:
     rows = rows[: first * num_samples]
-    data.write_jsonl(path, rows)
+    if processes.is_first():
+      data.write_jsonl(path, rows)
   for indices, texts, finished in responder.batches(
     params, first=first, draw=draw
   ):
@@ -353,7 +378,8 @@ def collect(
       | {"finished": bool(finished[i])}
       for i, row in enumerate(records(asked, texts, scores, parts))
     ]
-    data.append_jsonl(path, batch)
+    if processes.is_first():
+      data.append_jsonl(path, batch)
     rows += batch
     progress(indices[-1] + 1, batch)
   return rows

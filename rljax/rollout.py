@@ -5,9 +5,8 @@ from typing import Any
 
 import chex
 import jax.numpy as jnp
-import numpy as np
 
-from rljax import generation, sampling
+from rljax import generation, processes, sampling
 from rljax import log_probs as log_prob_functions
 
 Array = chex.Array
@@ -28,6 +27,8 @@ class Rollout:
     truncated_log_probs: `[N, T]` float32, the same after top-k, top-p and
       min-p.
     finished: `[N]` bool, True where a stop id or stop string ended the row.
+    allowed: `[N, T, V]` bool, the tokens that each was drawn from, where that
+      differs from row to row; else None.
   """
 
   prompt_ids: Array
@@ -37,6 +38,7 @@ class Rollout:
   log_probs: Array
   truncated_log_probs: Array
   finished: Array
+  allowed: Array | None = None
 
 
 def sample(
@@ -186,7 +188,7 @@ def token_statistics(
   Args:
     model: module, called on ids and mask.
     params: its parameters; gradients flow to them.
-    batch: as for `response_hidden`.
+    batch: as for `response_hidden`; and `allowed` `[N, T, V]`, if it has one.
     temperature: of the sampler.
     allowed: `[V]` bool, tokens that may be drawn, or None.
     chunk_size: response positions whose logits exist at the same time; None
@@ -198,6 +200,9 @@ def token_statistics(
   """
   if hidden is None:
     hidden = response_hidden(model, params, batch)
+  by_position = batch.get("allowed")
+  if by_position is not None:
+    allowed = by_position if allowed is None else by_position & allowed
   statistics = log_prob_functions.from_hidden(
     lambda h: model.apply({"params": params}, h, method="logits"),
     hidden,
@@ -235,13 +240,11 @@ def records(
     N dicts with `prompt`, `response`, `reward`, the ids and log-probabilities
     of the response, and the sampler's settings.
   """
-  host = {
-    name: np.asarray(getattr(rollout, name))
-    for name in (
-      *("response_ids", "response_mask", "finished"),
-      *("log_probs", "truncated_log_probs"),
-    )
-  }
+  names = (
+    *("response_ids", "response_mask", "finished"),
+    *("log_probs", "truncated_log_probs"),
+  )
+  host = processes.gather({name: getattr(rollout, name) for name in names})
   rows = []
   for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
     mask = host["response_mask"][i]

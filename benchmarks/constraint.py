@@ -1,0 +1,138 @@
+"""What it costs to keep the sampler within a grammar.
+
+  python -m benchmarks.constraint --json=benchmarks/results/constraint.json
+
+A policy with random weights fills gaps in board games, with the grammar on the
+device and without. Both draw the same number of tokens: nothing ends a row.
+Beside it what one would do instead: ask the parser on the host, row by row,
+which words may come next, between two steps of the device (the copies to and
+fro are not counted). Milliseconds of one step of all rows, the best of some
+runs, side by side in one process.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks import machine
+from rljax import data, generation, grammars, sampling
+from rljax.models import llama
+from rljax.tasks import game_rules, games
+
+flags.DEFINE_list("rows", ["1", "32", "128"], "Responses at the same time.")
+flags.DEFINE_integer("tokens", 64, "Of a response.")
+flags.DEFINE_integer("repeats", 5, "Runs, of which the best one counts.")
+flags.DEFINE_string("json", "", "Also write the rows to this file.")
+FLAGS = flags.FLAGS
+
+# That of experiments/flags/games_sft.flags.
+SIZE = {"hidden_size": 256, "num_layers": 4, "num_heads": 4}
+
+
+def main(_):
+  rows = [measure(int(num)) for num in FLAGS.rows]
+  machine.print_table("A step of the sampler", rows)
+  if FLAGS.json:
+    found = {"load": os.getloadavg()[0], "rows": rows}
+    pathlib.Path(FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure(num_rows):
+  """One number of rows, with the grammar and without."""
+  tokenizer = games.grammar_tokenizer()
+  vocab_size = len(tokenizer)
+  prompts = games.prompts("train", 0, num=num_rows, max_words=126)
+  encoded = data.encode_prompts(tokenizer, prompts, max_length=192)
+  ids, mask = map(jnp.asarray, data.pad_left(encoded, length=128))
+  model = llama.Llama(
+    llama.LlamaConfig(
+      vocab_size=vocab_size,
+      max_positions=128 + FLAGS.tokens,
+      intermediate_size=4 * SIZE["hidden_size"],
+      **SIZE,
+    )
+  )
+  params = model.init(jax.random.key(0), ids, mask)["params"]
+  allowed = data.allowed_tokens(
+    tokenizer, vocab_size, (tokenizer.eos_token_id,)
+  )
+
+  def draw(key, params, constraint, max_length):
+    return generation.sample(
+      key,
+      model,
+      params,
+      ids,
+      mask,
+      max_length=max_length,
+      settings=sampling.Settings(),
+      allowed=jnp.asarray(allowed),
+      constraint=constraint,
+    )
+
+  grammar = grammars.of_task(games, tokenizer, vocab_size)
+  places = games.places(prompts, tokenizer, vocab_size)
+  constraint = jax.device_put(grammars.constraint(grammar, **places))
+  run = jax.jit(draw, static_argnums=3)
+  seconds = {}
+  for name, within in (("none", None), ("grammar", constraint)):
+    # The prompts' part is in both, and drops out of the difference.
+    one, all_ = (
+      best(functools.partial(run, jax.random.key(0), params, within, length))
+      for length in (1, FLAGS.tokens)
+    )
+    seconds[name] = (all_ - one) / (FLAGS.tokens - 1)
+  samples = run(jax.random.key(0), params, constraint, FLAGS.tokens)
+  texts = data.decode(tokenizer, samples.response_ids, samples.response_mask)
+  return {
+    "rows": num_rows,
+    "no grammar, ms": 1e3 * seconds["none"],
+    "grammar on the device, ms": 1e3 * seconds["grammar"],
+    "ratio": seconds["grammar"] / seconds["none"],
+    "parser on the host, ms": 1e3 * num_rows * host(prompts[:32], texts[:32]),
+  }
+
+
+def best(function):
+  """Seconds of the fastest of several calls, behind one that compiles."""
+  jax.block_until_ready(function())
+  times = []
+  for _ in range(FLAGS.repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    times.append(time.perf_counter() - start)
+  return min(times)
+
+
+def host(prompts, texts):
+  """Seconds a token: which terminals may follow, then one is read."""
+  import lark
+
+  times = []
+  for prompt, text in zip(prompts, texts, strict=True):
+    prefix, _ = game_rules.around(prompt)
+    parser = game_rules._parser().parse_interactive(f"{prefix} {text}")
+    num_before = len(game_rules.words(prefix))
+    lexer = parser.lexer_thread.lex(parser.parser_state)
+    for number in range(num_before + len(game_rules.words(text))):
+      start = time.perf_counter()
+      if number >= num_before:
+        parser.accepts()
+      try:
+        parser.feed_token(next(lexer))
+      except (lark.UnexpectedInput, StopIteration):
+        break
+      if number >= num_before:
+        times.append(time.perf_counter() - start)
+  return float(np.median(times))
+
+
+if __name__ == "__main__":
+  app.run(main)
