@@ -150,7 +150,7 @@ def main(_):
   # The policy samples in round 1; the base is what every fit starts from.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
   model, tokenizer = loaded.model, loaded.tokenizer
-  rules = hf.partition_rules(model)
+  rules = hf.partition_rules(model, mesh)
   place = lambda tree: meshes.place(tree, meshes.shardings(tree, rules, mesh))
   policy = base = place(loaded.params)
   models = {"policy": loaded.params}

@@ -59,6 +59,7 @@ from rljax import (
   masking,
   meshes,
   preflight,
+  processes,
   report,
   responses,
   rewards,
@@ -212,6 +213,7 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   *three, others = PRESETS[FLAGS.algorithm]
   names = ("advantage", "normalizer", "kl")
   preset = dict(zip(names, three, strict=True)) | others
@@ -403,7 +405,7 @@ def main(_):
       weight_decay=FLAGS.weight_decay,
     ),
   )
-  rules = hf.partition_rules(policy)
+  rules = hf.partition_rules(policy, mesh)
   params = meshes.place(params, meshes.shardings(params, rules, mesh))
   if reference is not None:
     reference = meshes.place(
@@ -508,6 +510,7 @@ def main(_):
       allowed=allowed,
       stop_ids=stop_ids,
       stop_strings=stop_strings,
+      split_cache=meshes.cache_splitter(mesh),
       pad_id=data.pad_id(tokenizer),
     ),
   )
@@ -539,8 +542,8 @@ def main(_):
       len(prompts), FLAGS.batch_size, position, seed=FLAGS.seed
     )
     ids, mask = meshes.shard_batch((prompt_ids[rows], prompt_mask[rows]), mesh)
-    rollout = jax.tree.map(
-      np.asarray, sample(key, state["params"]["policy"], ids, mask)
+    rollout = processes.gather(
+      sample(key, state["params"]["policy"], ids, mask)
     )
     asked = [prompts[i] for i in rows for _ in range(FLAGS.num_samples)]
     replies = read(rollout)
@@ -640,8 +643,7 @@ def main(_):
     preflight.show(
       checks,
       sample.compilations + learn.compilations,
-      {name: preflight.tree_bytes(part) for name, part in state.items()}
-      | {"reference": preflight.tree_bytes(reference)},
+      state | {"reference": reference},
     )
     preflight.judge(checks, FLAGS.preflight)
 
@@ -721,6 +723,8 @@ def main(_):
     # The numbers before and after, and where everything lies.
     metrics = {"rollouts": position * num_rows, **evaluate()}
     log.write(FLAGS.steps, metrics)
+    if not processes.is_first():
+      return
     rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     shown = ("reward/mean", "entropy/token", "groups/acceptance", *metrics)
     table = {

@@ -38,6 +38,7 @@ from rljax import (
   meshes,
   pages,
   preflight,
+  processes,
   reference,
   report,
   responses,
@@ -128,6 +129,7 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   runs.check_positive(
     FLAGS,
     *("steps", "save_every", "eval_every", "batch_size", "sample_batch_size"),
@@ -146,6 +148,7 @@ def main(_):
       f"{FLAGS.batch_size} rows."
     )
   meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
+  meshes.check_divisible(FLAGS.sample_batch_size, mesh, "--sample_batch_size")
   clip_epsilon = parse_clip(FLAGS.clip_epsilon)
   if FLAGS.algorithm.endswith("_kl") and not FLAGS.kl_coef:
     raise ValueError(
@@ -168,7 +171,7 @@ def main(_):
   # The policy, the log, and what is known of it.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
   model, tokenizer = loaded.model, loaded.tokenizer
-  rules = hf.partition_rules(model)
+  rules = hf.partition_rules(model, mesh)
   params = meshes.place(
     loaded.params, meshes.shardings(loaded.params, rules, mesh)
   )
@@ -356,6 +359,8 @@ def main(_):
     token_weights = meshes.map_batches(
       functools.partial(weigh, params), batch, micro_batch_size, mesh
     )
+    if not processes.is_first():
+      return
     places = np.transpose(np.unravel_index(watched, weights.shape))
     rows = [encoded.rows[i] for i, _ in places]
     pages.write(
@@ -477,6 +482,8 @@ def main(_):
     if not best["step"]:
       log.note("Nothing beat the reference: the last parameters are the best.")
       keep_best(steps)
+    if not processes.is_first():
+      return
     rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     evaluations = [row for row in rows if "dev/reward" in row]
     log.summary(

@@ -29,6 +29,7 @@ from rljax import (
   logged,
   logs,
   meshes,
+  processes,
   reference,
   responses,
   runs,
@@ -81,6 +82,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+  processes.join()
   runs.check_positive(
     FLAGS, "epochs", "batch_size", "sample_batch_size", "max_response_length"
   )
@@ -110,7 +112,7 @@ def main(_):
   # The reference, the log and the prompts.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype)
   model, tokenizer = loaded.model, loaded.tokenizer
-  rules = hf.partition_rules(model)
+  rules = hf.partition_rules(model, mesh)
   params = meshes.place(
     loaded.params, meshes.shardings(loaded.params, rules, mesh)
   )

@@ -51,6 +51,7 @@ from rljax import (
   meshes,
   outcomes,
   preflight,
+  processes,
   reference,
   report,
   runs,
@@ -135,6 +136,7 @@ LEAST_AUC = 0.8
 
 
 def main(_):
+  processes.join()
   runs.check_positive(
     FLAGS,
     *("steps", "save_every", "eval_every", "batch_size", "num_eval_rows"),
@@ -165,7 +167,7 @@ def main(_):
     hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat), seed=FLAGS.seed
   )
   model, tokenizer = loaded.model, loaded.tokenizer
-  rules = hf.partition_rules(model)
+  rules = hf.partition_rules(model, mesh)
   paths = traverse_util.flatten_dict(loaded.params, sep="/")
   is_frozen = re.compile(FLAGS.frozen or r"(?!)").search
   frozen = {path: x for path, x in paths.items() if is_frozen(path)}

@@ -47,6 +47,7 @@ from rljax import (
   logs,
   meshes,
   preflight,
+  processes,
   reference,
   report,
   responses,
@@ -175,6 +176,7 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   runs.check_positive(
     FLAGS,
     *("steps", "save_every", "eval_every", "batch_size", "sample_batch_size"),
@@ -191,6 +193,7 @@ def main(_):
       f"{FLAGS.batch_size} rows."
     )
   meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
+  meshes.check_divisible(FLAGS.sample_batch_size, mesh, "--sample_batch_size")
   score = scoring.scorer(
     FLAGS.task,
     tasks.options(FLAGS.score_options),
@@ -205,7 +208,7 @@ def main(_):
   # The policy, the log, and what is known of it.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
   model, tokenizer = loaded.model, loaded.tokenizer
-  rules = hf.partition_rules(model)
+  rules = hf.partition_rules(model, mesh)
   params = meshes.place(
     loaded.params, meshes.shardings(loaded.params, rules, mesh)
   )
@@ -544,6 +547,8 @@ def main(_):
     if not best["step"]:
       log.note("Nothing beat the reference: the last parameters are the best.")
       keep_best(FLAGS.steps)
+    if not processes.is_first():
+      return
     rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     evaluations = [row for row in rows if "dev/reward" in row]
     log.summary(

@@ -133,7 +133,7 @@ def main(_):
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
   model, tokenizer = loaded.model, loaded.tokenizer
   vocab_size = model.config.vocab_size
-  rules = hf.partition_rules(model)
+  rules = hf.partition_rules(model, mesh)
   place = lambda tree: meshes.place(tree, meshes.shardings(tree, rules, mesh))
   policy = place(loaded.params)
   base = loaded.params

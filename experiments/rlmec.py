@@ -192,14 +192,14 @@ def main(_):
   runs.check_same_tokens(
     f"--reward_model={FLAGS.reward_model}", reward_model, loaded
   )
-  rules = hf.partition_rules(model)
+  rules = hf.partition_rules(model, mesh)
 
   def place(tree, rules=rules):
     return meshes.place(tree, meshes.shardings(tree, rules, mesh))
 
   policy = place(loaded.params)
   judge_params = place(
-    reward_model.params, hf.partition_rules(reward_model.model)
+    reward_model.params, hf.partition_rules(reward_model.model, mesh)
   )
   asked_as = corrections.load_settings(FLAGS.reward_model)
   template_name = FLAGS.template or asked_as.get("template")

@@ -196,6 +196,8 @@ def main(_):
       jnp.zeros((1, 1), jnp.int32),
       jnp.ones((1, 1), bool),
     )["params"]
+  rules = hf.partition_rules(model, mesh)
+  meshes.shardings(params, rules, mesh)  # Else nothing is drawn.
   template = rewriting.TEMPLATES[FLAGS.template]
   corrections.check_template(template, FLAGS.template, tokenizer, pairs[0])
 
@@ -224,7 +226,7 @@ def main(_):
           seed=FLAGS.seed,
           stop_strings=runs.unescaped(FLAGS.stop_strings),
         ),
-        place(loaded.params, hf.partition_rules(loaded.model)),
+        place(loaded.params, hf.partition_rules(loaded.model, mesh)),
         prompts,
         score,
         seed=FLAGS.seed,
@@ -375,7 +377,6 @@ def main(_):
       "optimizer": optimizer_state,
     }, metrics
 
-  rules = hf.partition_rules(model)
   started_from = params
   params = place({"policy": params}, rules)
   state = {"params": params, "optimizer": optimizer.init(params["policy"])}
@@ -568,7 +569,7 @@ def find_teacher(task):
 def by_teacher_model(loaded, step_ends, folder, rows, score, mesh, should_stop):
   """Rewrites by --teacher_model, which is asked in two calls."""
   shardings = meshes.shardings(
-    loaded.params, hf.partition_rules(loaded.model), mesh
+    loaded.params, hf.partition_rules(loaded.model, mesh), mesh
   )
   return corrections.by_model(
     folder,

@@ -77,8 +77,10 @@ for seed in $SEEDS; do
   references+="$RUNS/$seed/reference,"
 done
 for mode in sampled greedy; do
-  options=(--nogreedy --metrics=answers,text,log)
-  if [[ $mode == greedy ]]; then options=(--greedy --metrics=answers,text); fi
+  options=(--nogreedy "--metrics=answers,text,log")
+  if [[ $mode == greedy ]]; then
+    options=(--greedy "--metrics=answers,text")
+  fi
   "$PYTHON" experiments/evaluate.py --workdir="$RUNS/$mode" "${options[@]}" \
     --task=word_lists --num_prompts=267 --stop_at_eos --max_length=16 \
     --max_prompt_length=16 --max_response_length=16 --batch_size=267 \

@@ -72,7 +72,7 @@ one_seed() {
 
   # Expert iteration: from the supervised start, going on instead of starting
   # anew (claim 6), and from the base model without any supervised pair.
-  local ei=("${seeded[@]}" --flagfile=$flags/merge_sums_ei.flags
+  local ei=("${seeded[@]}" --flagfile="$flags/merge_sums_ei.flags"
     --base="$base/base")
   once "$base/ei" experiments/expert_iteration.py "${ei[@]}" \
     --policy="$sft" --num_examples=300
@@ -90,7 +90,7 @@ one_seed() {
 
   # PPO with each reward, from the supervised start and from the base, and
   # GRPO, with as many samples as three rounds of expert iteration.
-  local rl=("${seeded[@]}" --flagfile=$flags/merge_sums_ppo.flags)
+  local rl=("${seeded[@]}" --flagfile="$flags/merge_sums_ppo.flags")
   once "$base/ppo" experiments/ppo.py "${rl[@]}" --policy="$sft"
   once "$base/ppo_steps" experiments/ppo.py "${rl[@]}" --policy="$sft" \
     --reward_terms=score,steps
@@ -109,7 +109,7 @@ one_seed() {
   policies+=",grpo=$base/grpo"
 
   # Return-conditioned RL with three mixes of right and wrong solutions.
-  local rcrl=("${seeded[@]}" --flagfile=$flags/merge_sums_rcrl.flags
+  local rcrl=("${seeded[@]}" --flagfile="$flags/merge_sums_rcrl.flags"
     --policy="$base/ei/best" --base="$base/base") labels=()
   for share in 50 75 100; do
     once "$base/rcrl_$share" experiments/return_conditioned.py "${rcrl[@]}" \

@@ -40,6 +40,7 @@ _CHECKSUMS = "checksums.json"
 _UNFINISHED = ".saving"
 _REMOVED = ".removed"
 _UNREADABLE = ".unreadable"
+_SECONDS_AFTER_AN_ERROR = 30
 
 
 class Checkpoints:
@@ -200,8 +201,13 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *error):
-    self.close()
+  def __exit__(self, kind, *error):
+    if kind is None or jax.process_count() == 1:
+      self.close()
+    elif self._thread is not None:
+      # The other processes are elsewhere, or gone: this one is not to wait for
+      # ever. What all have handed over is on disk soon.
+      self._thread.join(_SECONDS_AFTER_AN_ERROR)
 
   def _commit(self, step, unfinished, response, leaves):
     """The end of a save, in its thread."""
@@ -478,9 +484,11 @@ class Preemption:
       return self.requested
     from jax.experimental import multihost_utils
 
-    return bool(
-      multihost_utils.process_allgather(np.array(self.requested)).any()
+    asked = multihost_utils.process_allgather(
+      np.int32([self.requested, self.exit_status])
     )
+    self.exit_status = int(asked[:, 1].max())
+    return bool(asked[:, 0].any())
 
   def __enter__(self):
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -519,8 +527,9 @@ def _agree(step):
 
 
 def _folder(workdir):
-  # Orbax takes absolute paths alone.
-  return pathlib.Path(os.path.abspath(workdir)) / "checkpoints"
+  # Orbax takes absolute paths alone, and the same in all processes: not by way
+  # of links from the home of each.
+  return pathlib.Path(os.path.realpath(workdir)) / "checkpoints"
 
 
 def _steps(folder):

@@ -15,6 +15,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rljax import processes
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -164,6 +166,36 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def cache_splitter(mesh: Mesh) -> Callable[[Tree], Tree]:
+  """A function that keeps a cache of keys and values split over a mesh.
+
+  For use under `jax.jit`, where it says what the compiler may not decide
+  otherwise: rows lie over `data` and `fsdp`, heads over `tensor`.
+
+  Args:
+    mesh: from `make`.
+
+  Returns:
+    A function of a tree, such as the cache of `models.attention`: arrays
+    `[rows, heads, ...]` with three dimensions or more, `[rows]`,
+    `[rows, length]` and numbers. It raises ValueError where rows or heads do
+    not divide.
+  """
+
+  def sharding_of(keys, leaf):
+    axes = (BATCH_AXES, "tensor") if leaf.ndim > 2 else (BATCH_AXES,)
+    spec = PartitionSpec(*axes[: leaf.ndim])
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    _check_spec(f"cache/{path}", leaf.shape, spec, mesh)
+    return NamedSharding(mesh, spec)
+
+  def split(cache):
+    shardings = jax.tree_util.tree_map_with_path(sharding_of, cache)
+    return jax.lax.with_sharding_constraint(cache, shardings)
+
+  return split
+
+
 def num_batch_shards(mesh: Mesh) -> int:
   """How many devices share the rows of a batch: those of `data` x `fsdp`."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -244,7 +276,7 @@ def map_batches(
 
   def call(rows):
     batch = jax.tree.map(lambda x: x[rows], arrays)
-    return jax.tree.map(np.asarray, function(shard_batch(batch, mesh)))
+    return processes.gather(function(shard_batch(batch, mesh)))
 
   results = [
     call(np.arange(start, start + batch_size) % num_rows)

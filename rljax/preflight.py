@@ -8,6 +8,7 @@ its first rollout, prints them as a table and refuses to train on red.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax import log_probs as log_prob_functions
+from rljax import processes, sampling
 from rljax import rollout as rollouts
-from rljax import sampling
 
 Array = chex.Array
 
@@ -181,9 +182,10 @@ def check(
       chunk_size=chunk_size,
     )
   )
-  mask = np.asarray(rollout.response_mask)
-  trainer = np.asarray(statistics(params, rollout))
-  again = np.asarray(statistics(params, rollout))
+  found = processes.gather(rollout.replace(allowed=None))
+  mask = found.response_mask
+  trainer = processes.gather(statistics(params, rollout))
+  again = processes.gather(statistics(params, rollout))
 
   def gap(a, b, mask=mask):
     return float(np.max(np.abs(np.where(mask, a - b, 0.0))))
@@ -191,7 +193,7 @@ def check(
   checks = [
     Check(
       "sampler and trainer log-probs agree",
-      gap(np.asarray(rollout.log_probs), trainer),
+      gap(found.log_probs, trainer),
       tolerance,
       "nats; else temperature, allowed tokens or positions differ",
     ),
@@ -218,7 +220,7 @@ def check(
   checks.append(
     Check(
       "pads change nothing",
-      gap(trainer, np.asarray(statistics(params, padded))),
+      gap(trainer, processes.gather(statistics(params, padded))),
       tolerance,
       f"nats; {extra} more pads on the left",
     )
@@ -229,13 +231,15 @@ def check(
     Check(
       "order of rows changes nothing",
       gap(
-        trainer[order], np.asarray(statistics(params, permuted)), mask[order]
+        trainer[order],
+        processes.gather(statistics(params, permuted)),
+        mask[order],
       ),
       tolerance,
       "nats",
     )
   )
-  checks.append(_end_token(rollout, stop_ids, has_stop_strings))
+  checks.append(_end_token(found, stop_ids, has_stop_strings))
   if gradients is not None:
     whole, metrics = gradients(1)
     names = ("ppo/ratio_min", "ppo/ratio_max")
@@ -314,22 +318,34 @@ def _relative_gap(tree, other) -> float:
 
 
 def tree_bytes(tree: Any) -> int:
-  """Bytes of a pytree's arrays, over all devices together."""
+  """Bytes of a pytree's arrays, each counted once."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes that a pytree's arrays take on one device, the fullest of all."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def show(
   checks: Sequence[Check],
   compilations: Sequence[dict[str, Any]] = (),
-  memory: dict[str, int] | None = None,
+  memory: dict[str, Any] | None = None,
 ) -> None:
   """Prints the checks, what was compiled, and memory by part.
 
+  Of several processes, the first one does.
+
   Args:
     checks: from `check`.
-    compilations: of `Compiled` programs.
-    memory: part -> bytes.
+    compilations: of `Compiled` programs; their memory is that of one device.
+    memory: part -> tree of jax arrays, or None.
   """
+  if not processes.is_first():
+    return
   from rich import console, table, text  # Only when it is shown.
 
   terminal = console.Console()
@@ -345,7 +361,9 @@ def show(
   terminal.print(found)
   sizes = ("argument", "output", "temporary")
   if compilations:
-    compiled = table.Table(title="Compiled", title_justify="left")
+    compiled = table.Table(
+      title="Compiled, memory per device", title_justify="left"
+    )
     compiled.add_column("program")
     for column in ("seconds", *sizes):
       compiled.add_column(column, justify="right")
@@ -356,9 +374,11 @@ def show(
   if memory:
     parts = table.Table(title="Memory", title_justify="left")
     parts.add_column("part")
-    parts.add_column("size", justify="right")
-    for name, size in memory.items():
-      parts.add_row(name, _megabytes(size))
+    for column in ("in all", "per device"):
+      parts.add_column(column, justify="right")
+    for name, tree in memory.items():
+      sizes = tree_bytes(tree), device_bytes(tree)
+      parts.add_row(name, *map(_megabytes, sizes))
     terminal.print(parts)
 
 

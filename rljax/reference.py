@@ -16,7 +16,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rljax import checkpoint, data, log_probs, logged, meshes, preflight
+from rljax import (
+  checkpoint,
+  data,
+  log_probs,
+  logged,
+  meshes,
+  preflight,
+  processes,
+)
 from rljax import rollout as rollouts
 
 ARRAYS, MANIFEST = "reference.npz", "manifest.json"
@@ -167,12 +175,16 @@ def save(
 ) -> None:
   """Writes arrays with their manifest, which is written last.
 
+  Of several processes, the first one does.
+
   Args:
     directory: made if it is missing.
     arrays: by name, each with one entry a row.
     made_of: from `describe`.
     notes: more for the reader of the manifest; nothing is checked by it.
   """
+  if not processes.is_first():
+    return
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   (directory / MANIFEST).unlink(missing_ok=True)

@@ -135,7 +135,7 @@ class RewardModel:
         "settings": np.frombuffer(as_bytes, np.uint8),
       }
     )
-    rules = hf.partition_rules(loaded.model)
+    rules = hf.partition_rules(loaded.model, self._mesh)
     self._params = meshes.place(
       loaded.params, meshes.shardings(loaded.params, rules, self._mesh)
     )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from rljax import checkpoint
+from rljax import checkpoint, processes
 
 
 def start(
@@ -31,15 +31,10 @@ def start(
 
   Raises:
     ValueError: if the workdir cannot be written to, or holds a run with other
-      flags; or if a launcher has started several processes.
+      flags; if the flags of several processes differ; or if a launcher has
+      started several of a script that does not call `processes.join`.
   """
-  # Each would train for itself, into the same files.
-  num_processes = os.environ.get("RLJAX_NUM_PROCESSES") or "1"
-  if num_processes != "1":
-    raise ValueError(
-      f"RLJAX_NUM_PROCESSES={num_processes}: this script runs in one process "
-      "so far. Start it on one host, whose devices --mesh shares."
-    )
+  processes.check_joined()
   logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
   if values.compilation_cache:
     cache = os.path.expanduser(values.compilation_cache)
@@ -48,6 +43,11 @@ def start(
     flag.name: flag.value
     for flag in values.get_key_flags_for_module(sys.argv[0])
   }
+  # The first that they tell each other, now that the cache is known.
+  folder = os.path.realpath(values.workdir)
+  processes.check_same(
+    "The flags of the processes", in_force | {"the folder of --workdir": folder}
+  )
   checkpoint.prepare_workdir(values.workdir)
   checkpoint.check_flags(values.workdir, in_force, may_change)
   return in_force
@@ -77,12 +77,17 @@ def check_models(
   found = {
     name: checkpoint.fingerprint(params) for name, params in models.items()
   } | digests
-  if not path.exists():
+  processes.check_same("The models or the data of the processes", found)
+
+  def first_start():
+    if path.exists():
+      return json.loads(path.read_text())
     partial = path.with_name(".models.json.partial")
     partial.write_text(json.dumps(found, indent=2) + "\n")
     os.replace(partial, path)
-    return
-  known = json.loads(path.read_text())
+    return found
+
+  known = processes.from_first(first_start)
   for name, value in found.items():
     if known.get(name) != value:
       what = f"--{name} holds other weights"
@@ -122,6 +127,7 @@ def check_same_tokens(name: str, other: Any, policy: Any) -> None:
 
 def check_one_process() -> None:
   """Raises ValueError where several processes would write the same files."""
+  processes.check_joined()
   if jax.process_count() > 1:
     raise ValueError(
       f"This script runs in one process, and there are {jax.process_count()}."

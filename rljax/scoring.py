@@ -4,10 +4,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from rljax import processes, tasks
 from rljax import reward_model as reward_models
-from rljax import tasks
 
 Scorer = Callable[
   [Sequence[str], Sequence[str]], tuple[np.ndarray, list[dict[str, Any]]]
@@ -56,8 +57,35 @@ def scorer(
       "Nothing scores the responses: name a --reward_model or a --task."
     )
   function = functools.partial(tasks.score_all, scored_by, **score_options)
+  if not reward_model:  # The devices share the texts for a model.
+    function = divided(function)
   function.description = description
   return function
+
+
+def divided(score: Scorer) -> Scorer:
+  """The same scorer, of which every process does its share of the responses.
+
+  Args:
+    score: not one that runs on the mesh, which all processes must call alike.
+
+  Returns:
+    A function of the same N prompts and N responses in every process, with the
+    same result in all of them. With one process it is `score`.
+  """
+
+  def score_rows(prompts, responses):
+    def score_own(own):
+      scores, parts = score(prompts[own], responses[own])
+      return [float(x) for x in scores], parts
+
+    found = processes.share(len(responses), score_own)
+    scores, parts = (sum(column, []) for column in zip(*found, strict=True))
+    return np.asarray(scores, np.float32), parts
+
+  return lambda prompts, responses: (
+    score_rows if jax.process_count() > 1 and len(responses) else score
+  )(prompts, responses)
 
 
 def unfinished_are_wrong(

@@ -244,7 +244,7 @@ class OfflineTest(parameterized.TestCase):
     runs = {
       "whole": ("--mesh=data:1",),
       "micro": ("--mesh=data:1", "--micro_batch_size=2"),
-      "both": ("--mesh=data:2,fsdp:2", "--micro_batch_size=4"),
+      "both": ("--mesh=data:2,fsdp:2,tensor:2", "--micro_batch_size=4"),
     }
     workdirs = {name: scripts.scratch() / f"layout-{name}" for name in runs}
     errors = scripts.drive(
@@ -253,7 +253,7 @@ class OfflineTest(parameterized.TestCase):
         (workdirs[name], *_flags(*steady, *flags))
         for name, flags in runs.items()
       ],
-      devices=4,
+      devices=8,
     )
     self.assertEqual(errors, [None] * 3)
     for name in ("micro", "both"):

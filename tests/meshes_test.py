@@ -188,6 +188,36 @@ class PlaceTest(parameterized.TestCase):
       meshes.shard_batch({"ids": np.zeros((12, 3))}, mesh)
 
 
+class CacheSplitterTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.mesh = meshes.make("data:2,fsdp:2,tensor:2")
+    self.split = jax.jit(meshes.cache_splitter(self.mesh))
+
+  def test_rows_and_heads(self):
+    cache = {
+      "layers": ({"keys": np.arange(96.0).reshape(8, 4, 3)},),
+      "mask": np.ones((8, 3), bool),
+      "lengths": np.arange(8),
+      "step": np.int32(5),
+    }
+    found = self.split(cache)
+    jax.tree.map(np.testing.assert_array_equal, found, cache)
+    shapes = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), found)
+    self.assertEqual(shapes["layers"][0]["keys"], (2, 2, 3))
+    self.assertEqual(shapes["mask"], (2, 3))
+    self.assertEqual(shapes["lengths"], (2,))
+    self.assertEqual(shapes["step"], ())
+
+  def test_what_does_not_divide_is_an_error(self):
+    with self.assertRaisesRegex(
+      ValueError,
+      "dimension 1 of cache/keys, of size 3, is not divisible by the 2 devices "
+      "of tensor; change tensor in --mesh",
+    ):
+      self.split({"keys": np.zeros((8, 3, 2))})
+
+
 class MapBatchesTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

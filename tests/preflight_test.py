@@ -202,7 +202,7 @@ class CheckTest(parameterized.TestCase):
             "temporary_bytes": 0,
           }
         ],
-        {"params": 3 * 2**20},
+        {"params": jnp.zeros((3, 2**18)), "reference": None},
       )
     for part in ("a thing", "RED", "learn", "1.5", "params", "3.0 MB"):
       self.assertIn(part, out.getvalue())
@@ -246,6 +246,15 @@ class CompiledTest(absltest.TestCase):
     tree = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4, jnp.bfloat16)}
     self.assertEqual(preflight.tree_bytes(tree), 24 + 8)
     self.assertEqual(preflight.tree_bytes(None), 0)
+    # Of the 64 and 6 bytes, a device has an eighth and all of them.
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    spread = lambda *spec: jax.sharding.NamedSharding(mesh, jax.P(*spec))
+    tree = {
+      "a": jax.device_put(jnp.zeros((2, 8)), spread(None, "data")),
+      "b": jax.device_put(jnp.zeros(3, jnp.bfloat16), spread()),
+    }
+    self.assertEqual(preflight.tree_bytes(tree), 64 + 6)
+    self.assertEqual(preflight.device_bytes(tree), 8 + 6)
 
 
 if __name__ == "__main__":

@@ -67,15 +67,16 @@ class StartTest(parameterized.TestCase):
     self.config.assert_not_called()
     self.assertEqual(logging.get_verbosity(), logging.WARNING)
 
-  def test_one_of_several_processes_refuses(self):
-    with (
-      mock.patch.dict(os.environ, RLJAX_NUM_PROCESSES="2"),
-      self.assertRaisesRegex(ValueError, "RLJAX_NUM_PROCESSES=2: .* one proc"),
-    ):
+  def test_one_of_several_that_have_not_met_refuses(self):
+    place = dict(RLJAX_COORDINATOR="127.0.0.1:1", RLJAX_PROCESS_ID="0")
+    for start in (self._start, runs.check_one_process):
+      with (
+        mock.patch.dict(os.environ, place, RLJAX_NUM_PROCESSES="2"),
+        self.assertRaisesRegex(ValueError, "PROCESSES=2: .* in one process"),
+      ):
+        start()
+    with mock.patch.dict(os.environ, place, RLJAX_NUM_PROCESSES="1"):
       self._start()
-    for one in ("1", ""):
-      with mock.patch.dict(os.environ, RLJAX_NUM_PROCESSES=one):
-        self._start()
 
   def test_started_again(self):
     may_change = ("compilation_cache", "steps")

@@ -310,8 +310,40 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
   return _read_tokenizer(_model_folder(kind, path))
 
 
-def partition_rules(model: nn.Module) -> tuple[tuple[str, Any], ...]:
-  """Where the parameters of a model go on a mesh: (path pattern, spec)."""
+def partition_rules(
+  model: nn.Module, mesh: jax.sharding.Mesh
+) -> tuple[tuple[str, Any], ...]:
+  """Where the parameters of a model go on a mesh.
+
+  Args:
+    model: a language model or a classifier.
+    mesh: from `meshes.make`.
+
+  Returns:
+    (path pattern, PartitionSpec) pairs for `meshes.shardings`.
+
+  Raises:
+    ValueError: if the devices of `tensor` cannot share the model's heads, as
+      they share its matrices and the cache.
+  """
+  config = getattr(model.config, "backbone", model.config)
+  num_devices = mesh.shape["tensor"]
+  num_kv_heads = getattr(config, "num_kv_heads", config.num_heads)
+  for kind, number in (
+    ("query heads", config.num_heads),
+    ("key and value heads", num_kv_heads),
+  ):
+    if number % num_devices:
+      sizes = [
+        str(size)
+        for size in range(1, config.num_heads + 1)
+        if not (config.num_heads % size or num_kv_heads % size)
+      ]
+      raise ValueError(
+        f"the {number} {kind} of a {type(model).__name__} cannot be shared by "
+        f"the {num_devices} devices of tensor; change tensor in --mesh to "
+        f"{' or '.join(sizes)}."
+      )
   return _family(model).partition_rules
 
 
@@ -391,9 +423,14 @@ def _save(directory, model, params, tokenizer, dtype, max_shard_bytes) -> None:
 def save_config(
   directory: str | os.PathLike, model: nn.Module, tokenizer: Any | None = None
 ) -> None:
-  """Writes config.json and the tokenizer: the `model/` folder of a workdir."""
+  """Writes config.json and the tokenizer: the `model/` folder of a workdir.
+
+  Of several processes, the first one does.
+  """
   if tokenizer is not None:
     _check_vocabulary(tokenizer, model, directory)
+  if jax.process_index():
+    return
   with _staged(directory) as stage:
     stored = np.dtype(model.config.param_dtype).name
     _write_config(stage, model, tokenizer, stored)

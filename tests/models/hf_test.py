@@ -766,7 +766,7 @@ class ClassifierTest(FolderTestCase):
     target = dataclasses.replace(target, **special)
     found = getattr(loaded.model.config, "backbone", loaded.model.config)
     self.assertEqual(found, target)
-    rules = hf.partition_rules(loaded.model)
+    rules = hf.partition_rules(loaded.model, meshes.make("data:1"))
     self.assertEqual(rules[-1][0], ".*")
     self.assertNotIn("generation_config.json", os.listdir(self.path))
 

@@ -70,7 +70,7 @@ class ValueBranchTest(parameterized.TestCase):
       self.assertEqual(shapes(found[f"layers_{i}"]), shapes(policy["layers_0"]))
     # On a mesh they lie as the policy's do.
     mesh = meshes.make("data:2,fsdp:2,tensor:2")
-    rules = hf.partition_rules(tiny.model(config))
+    rules = hf.partition_rules(tiny.model(config), mesh)
     specs = lambda tree: meshes.shardings(tree, rules, mesh)
     placed = specs({"value_branch": params})["value_branch"]["decoder"]
     self.assertEqual(placed["layers_2"], specs(policy)["layers_0"])

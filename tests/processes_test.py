@@ -1,0 +1,512 @@
+"""Two real processes over gloo, compared with one."""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+from rljax import checkpoint, meshes, processes
+from rljax.models import hf
+from rljax.tasks import arithmetic, word_lists
+from tests import conftest, processes_job, scripts, tiny
+
+ROOT = conftest.REPOSITORY
+LAUNCHER = ROOT / "launch" / "local_processes.sh"
+PPO = "experiments/ppo.py"
+TINY_PPO = (
+  "--task_options=style=last",
+  "--num_prompts=256",
+  "--num_eval_prompts=24",
+  "--batch_size=8",
+  "--steps=3",
+  "--save_every=2",
+  "--eval_every=2",
+  "--samples_every=1",
+  "--learning_rate=3e-4",
+  "--epochs=1",
+  "--num_page_samples=0",
+  "--preflight=off",
+)
+WORDS = (
+  "--task=word_lists",
+  "--max_prompt_length=16",
+  "--max_response_length=16",
+)
+LOGGED = (*WORDS, "--task_options=num=96", "--sample_batch_size=16")
+UPDATES = (
+  *LOGGED,
+  "--num_dev_prompts=16",
+  "--batch_size=8",
+  "--steps=6",
+  "--eval_every=3",
+  "--save_every=3",
+  "--learning_rate=1e-3",
+)
+SECONDS = 1500  # For what takes a few on a quiet machine.
+
+
+def setUpModule():
+  scripts.without_pictures()
+
+
+def tearDownModule():
+  scripts.remove_scratch()
+
+
+def environment(**variables):
+  """Of one process with one device, unless a launcher says more."""
+  kept = {
+    name: value
+    for name, value in scripts.environment().items()
+    if not name.startswith("RLJAX_")
+  }
+  path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  return kept | {"PYTHONPATH": path} | variables
+
+
+def start_two(*command, logs):
+  """`command` in two processes, by the launcher; its output is a pipe."""
+  return subprocess.Popen(
+    ["bash", LAUNCHER, "2", "--", sys.executable, *map(str, command)],
+    cwd=ROOT,
+    env=environment(LOGS=str(logs)),
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def run_two(script, workdir, *flags):
+  """A script in two processes to its end; returns what process 1 printed."""
+  logs = pathlib.Path(f"{workdir}-logs")
+  process = start_two(script, *scripts.arguments(workdir, *flags), logs=logs)
+  output, _ = process.communicate(timeout=SECONDS)
+  log = (logs / "1.log").read_text()
+  if process.returncode:
+    raise AssertionError(f"{script} failed:\n{output}\nProcess 1:\n{log}")
+  return log
+
+
+@contextlib.contextmanager
+def two_alone(*command, folder):
+  """The same without a launcher: nobody ends one because the other ended."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+  started = []
+  for number in range(2):
+    with open(folder / f"log-{number}", "w") as log:
+      started.append(
+        subprocess.Popen(
+          [sys.executable, *map(str, command)],
+          cwd=ROOT,
+          env=environment(
+            RLJAX_COORDINATOR=f"127.0.0.1:{port}",
+            RLJAX_NUM_PROCESSES="2",
+            RLJAX_PROCESS_ID=str(number),
+          ),
+          stdout=log,
+          stderr=subprocess.STDOUT,
+        )
+      )
+  try:
+    yield started
+  finally:
+    for process in started:
+      process.kill()
+      process.wait()
+
+
+def save_model(name, tokenizer):
+  """The directory of a tiny model with the words of a task."""
+  folder = scripts.scratch() / name
+  # The size of its vocabulary may be split over two devices.
+  config = tiny.llama_config(vocab_size=len(tokenizer) + len(tokenizer) % 2)
+  hf.save(folder, tiny.model(config), tiny.params(config), tokenizer)
+  return folder
+
+
+@functools.cache
+def policy():
+  return save_model("policy", arithmetic.word_tokenizer())
+
+
+@functools.cache
+def reference():
+  return save_model("reference", word_lists.word_tokenizer())
+
+
+def ppo_flags(*more):
+  return (*TINY_PPO, f"--policy={policy()}", *more)
+
+
+@functools.cache
+def ppo_by_one():
+  workdir = scripts.scratch() / "ppo-one"
+  scripts.run(PPO, workdir, *ppo_flags())
+  return workdir
+
+
+class OneProcessTest(parameterized.TestCase):
+  """What the functions do where there is nobody to talk to."""
+
+  def test_nothing_happens(self):
+    processes.join()
+    processes.check_joined()
+    self.assertTrue(processes.is_first())
+    value = {"a": (1, 2)}
+    self.assertIs(processes.exchange(value)[0], value)
+    self.assertIs(processes.from_first(lambda: value), value)
+    self.assertEqual(processes.share(3, lambda own: own), [slice(0, 3)])
+    mesh = meshes.make("data:8")
+    rows = meshes.shard_batch(np.arange(16), mesh)
+    gathered = processes.gather({"rows": rows})
+    self.assertIsInstance(gathered["rows"], np.ndarray)
+    np.testing.assert_array_equal(gathered["rows"], np.arange(16))
+
+  def test_errors_are_the_functions_own(self):
+    with self.assertRaises(ZeroDivisionError):
+      processes.from_first(lambda: 1 / 0)
+    with self.assertRaises(ZeroDivisionError):
+      processes.share(1, lambda own: 1 / 0)
+
+
+class TalkTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="rljax-processes-"))
+    cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
+    cls.folder = folder
+    # Saved by one process with eight devices.
+    cls.state = processes_job.state_on(meshes.make("fsdp:2,tensor:4"))
+    with checkpoint.Checkpoints(folder / "one") as checkpoints:
+      checkpoints.save(5, cls.state, {"position": 9})
+    process = start_two(
+      "-m", "tests.processes_job", "talk", folder, logs=folder
+    )
+    output, _ = process.communicate(timeout=SECONDS)
+    log = (folder / "1.log").read_text()
+    assert process.returncode == 0, f"{output}\nProcess 1:\n{log}"
+    cls.found = [
+      json.loads((folder / f"found-{number}.json").read_text())
+      for number in range(2)
+    ]
+
+  def both(self, name):
+    """What both processes found, which must be the same."""
+    self.assertEqual(self.found[0][name], self.found[1][name])
+    return self.found[0][name]
+
+  def test_values_reach_everybody(self):
+    self.assertEqual([f["is_first"] for f in self.found], [True, False])
+    texts = [said["text"] for said in self.both("exchange")]
+    self.assertEqual(texts, ["é", "é" * 5001])
+    scores = [said["score"] for said in self.both("exchange")]
+    self.assertEqual(scores, [0.0, float(np.float32(1 / 3))])
+    self.assertEqual(self.both("from_first"), [0, None])
+    self.assertEqual(self.both("share"), [["a", "b"], ["c", "d", "e"]])
+    self.assertEqual(self.both("share_of_one"), [["a"]])
+
+  def test_a_failure_is_known_to_all(self):
+    for name, where in (("from_first_fails", 0), ("share_fails", 1)):
+      own = "ZeroDivisionError: division by zero"
+      other = f"RuntimeError: process {where} failed with {own}"
+      found = [f[name] for f in self.found]
+      self.assertEqual(found[where], own)
+      self.assertEqual(found[1 - where], other)
+
+  def test_what_must_be_the_same_is_compared(self):
+    self.assertIsNone(self.both("same"))
+    self.assertIn(
+      "ValueError: Flags differ: steps is 0 in process 0 and 1 in process 1",
+      self.both("differ"),
+    )
+    self.assertIn("policy is", self.both("models"))
+    self.assertIn("The models or the data", self.both("models"))
+
+  def test_arrays_are_gathered(self):
+    self.assertFalse(self.both("addressable"))
+    gathered = self.both("gather")
+    self.assertEqual(gathered["rows"], list(range(0, 16, 2)))
+    self.assertEqual(gathered["here"], [0, 1])
+    self.assertEqual(self.both("map_batches"), [1, 2, 3])
+
+  def test_each_scores_its_own_responses(self):
+    self.assertEqual([f["asked"] for f in self.found], [["p"], ["q", "r"]])
+    thirds = np.float32([1, 2, 4]) / np.float32(3)
+    self.assertEqual(self.both("scores"), ["float32", *thirds.tolist()])
+    self.assertEqual(
+      self.both("parts"),
+      [
+        {"reply": "a", "is_correct": False},
+        {"reply": "bb", "is_correct": True},
+        {"reply": "\nc\u2028c", "is_correct": False},
+      ],
+    )
+    self.assertIsNone(self.both("no_scores"))
+
+  def test_checkpoints_of_one_and_of_two(self):
+    same = checkpoint.fingerprint(self.state)
+    self.assertEqual(self.both("restored"), [5, same, {"position": 9}])
+    self.assertEqual(self.both("steps"), [8])
+    zeros = jax.tree.map(lambda x: 0 * x, self.state)
+    with checkpoint.Checkpoints(self.folder / "two") as checkpoints:
+      step, state, meta = checkpoints.restore_latest(zeros)
+    self.assertEqual((step, meta), (8, {"position": 8}))
+    self.assertEqual(checkpoint.fingerprint(state), same)
+
+  def test_a_signal_to_one_stops_all(self):
+    self.assertEqual(self.both("stopped"), [[3, 0], [3, 130]])
+
+
+class EndTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(tempfile.mkdtemp(prefix="rljax-processes-"))
+    self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+  def wait(self, how, *more):
+    """Lets process 1 end; returns its status, that of the other, and when."""
+    command = ("-m", "tests.processes_job", how, self.folder, *more)
+    with two_alone(*command, folder=self.folder) as (other, own):
+      if how == "SIGSTOP":
+        path = f"/proc/{own.pid}/stat"
+        while pathlib.Path(path).read_text().split()[2] != "T":
+          self.assertIsNone(own.poll())
+          time.sleep(0.05)
+      else:
+        own.wait(SECONDS)
+      started = time.monotonic()
+      other.wait(SECONDS)
+      seconds = time.monotonic() - started
+      statuses = own.poll(), other.returncode
+    print(f"{how}: the other process ended {seconds:.1f} s later", flush=True)
+    return *statuses, seconds, (self.folder / "log-0").read_text()
+
+  @parameterized.parameters("SIGKILL", "raise")
+  def test_one_that_ends_takes_the_other_with_it(self, how):
+    own, other, seconds, log = self.wait(how)
+    self.assertNotEqual(own, 0)
+    self.assertNotEqual(other, 0)
+    self.assertLess(seconds, 60)
+    # In the words of jax's own thread, if that is faster.
+    self.assertRegex(
+      log, "Process 0 of 2 ends, and so will the others|JAX distributed service"
+    )
+    if how == "raise":
+      self.assertEqual(own, 1)
+      log = (self.folder / "log-1").read_text()
+      self.assertIn("ValueError: this process is out of luck", log)
+      self.assertIn("Process 1 of 2 ends", log)
+
+  @pytest.mark.slow
+  def test_one_that_hangs_takes_the_other_with_it(self):
+    _, other, seconds, log = self.wait("SIGSTOP", 10)
+    self.assertNotEqual(other, 0)
+    self.assertLess(seconds, 120)
+    self.assertIn("heartbeat", log)
+
+
+class PpoTest(parameterized.TestCase):
+  def assert_same_run(self, two, one, gap=scripts.ROUNDING):
+    """Two runs that differ by rounding alone."""
+    for name in ("prompt", "response", "response_ids", "reward", "parts"):
+      found = [
+        [row[name] for row in scripts.rows(workdir, "samples.jsonl")]
+        for workdir in (two, one)
+      ]
+      self.assertEqual(*found, name)
+    rows = [scripts.steady(scripts.rows(workdir)) for workdir in (two, one)]
+    for own, expected in zip(*rows, strict=True):
+      self.assertEqual(own.keys(), expected.keys())
+      for name, value in expected.items():
+        np.testing.assert_allclose(
+          own[name], value, rtol=1e-3, atol=1e-4, err_msg=name
+        )
+    self.assertLess(scripts.largest_gap(two, one), gap)
+
+  def test_two_processes_are_as_one(self):
+    two = scripts.scratch() / "ppo-two"
+    log = run_two(PPO, two, *ppo_flags())
+    self.assert_same_run(two, ppo_by_one())
+    # Process 0 alone writes, and tells.
+    self.assertEqual(
+      sorted(path.name for path in two.iterdir()),
+      sorted(path.name for path in ppo_by_one().iterdir()),
+    )
+    self.assertNotRegex(log, r"step \d|Preflight|Summary")
+    rows = scripts.rows(two)
+    self.assertEqual([row["step"] for row in rows], [0, 1, 2, 3])
+
+  @pytest.mark.slow
+  def test_one_goes_on_where_two_were_killed_and_two_where_one(self):
+    """Each half of a run by another number of processes."""
+    whole = scripts.scratch() / "ppo-whole"
+    flags = ppo_flags("--steps=6", "--save_every=1")
+    scripts.run(PPO, whole, *flags)
+    for first in (1, 2):
+      workdir = scripts.scratch() / f"ppo-first-{first}"
+      if first == 1:
+        scripts.run_until_killed(PPO, workdir, *flags, num_rows=3)
+        run_two(PPO, workdir, *flags)
+      else:
+        logs = pathlib.Path(f"{workdir}-logs-killed")
+        arguments = scripts.arguments(workdir, *flags)
+        process = start_two(PPO, *arguments, logs=logs)
+        scripts.wait_for_rows(process, workdir, 3)
+        self.kill_process(1, workdir)
+        output, _ = process.communicate(timeout=SECONDS)
+        self.assertEqual(process.returncode, 128 + signal.SIGKILL, output)
+        self.assertIn("Process 1 of 2 was killed by SIGKILL", output)
+        self.assertIn("the same command goes on", output)
+        self.assertLess(len(scripts.rows(workdir)), 7)
+        scripts.run(PPO, workdir, *flags)
+      self.assertEqual(
+        [row["step"] for row in scripts.rows(workdir)], list(range(7))
+      )
+      self.assert_same_run(workdir, whole, 2 * scripts.ROUNDING)
+
+  @pytest.mark.slow
+  def test_sigterm_to_one_process_stops_both_and_they_go_on(self):
+    workdir = scripts.scratch() / "ppo-stopped"
+    logs = pathlib.Path(f"{workdir}-logs-stopped")
+    flags = ppo_flags("--save_every=1000", "--steps=1000")
+    arguments = scripts.arguments(workdir, *flags)
+    process = start_two(PPO, *arguments, logs=logs)
+    scripts.wait_for_rows(process, workdir, 3)
+    self.kill_process(1, workdir, signal.SIGTERM)
+    output, _ = process.communicate(timeout=SECONDS)
+    self.assertEqual(process.returncode, 0, output)
+    self.assertIn("Stopped by a signal after step", output)
+    last = scripts.rows(workdir)[-1]["step"]
+    self.assertTrue((workdir / "checkpoints" / str(last + 1)).exists())
+    self.assertFalse((workdir / "summary.json").exists())
+
+  @pytest.mark.slow
+  def test_all_that_a_run_can_do_is_the_same(self):
+    """The checks, several samples and epochs, the page, the best, a KL."""
+    flags = ppo_flags(
+      *("--num_samples=2", "--epochs=2", "--batch_entropy_coef=0.3"),
+      *("--preflight=strict", "--num_page_samples=4", "--keep_best"),
+      *("--kl=initial", "--micro_batch_size=8"),
+    )
+    one, two = (scripts.scratch() / f"ppo-all-{n}" for n in ("one", "two"))
+    scripts.run(PPO, one, *flags)
+    run_two(PPO, two, *flags)
+    self.assert_same_run(two, one, 1e-4)
+    for name in ("tokens.html", "best/checkpoints", "best/model/config.json"):
+      self.assertTrue((two / name).exists(), name)
+
+  def kill_process(self, number, workdir, sent=signal.SIGKILL):
+    """Sends a signal to one of the processes that work in a folder."""
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+      with contextlib.suppress(OSError):
+        command = path.with_name("cmdline").read_bytes().split(b"\0")
+        is_ours = f"--workdir={workdir}".encode() in command
+        variables = path.read_bytes().split(b"\0")
+        if is_ours and f"RLJAX_PROCESS_ID={number}".encode() in variables:
+          os.kill(int(path.parent.name), sent)
+          return
+    self.fail(f"process {number} was not found")
+
+
+@pytest.mark.slow
+class ScriptsTest(parameterized.TestCase):
+  """Other scripts, each by one process and by two."""
+
+  def compare(self, script, name, *flags, gap=scripts.ROUNDING):
+    one, two = (scripts.scratch() / f"{name}-{n}" for n in ("one", "two"))
+    scripts.run(script, one, *flags)
+    run_two(script, two, *flags)
+    for own, expected in zip(
+      *(scripts.steady(scripts.rows(workdir)) for workdir in (two, one)),
+      strict=True,
+    ):
+      self.assertEqual(own.keys(), expected.keys())
+      for key, value in expected.items():
+        np.testing.assert_allclose(
+          own[key], value, rtol=1e-3, atol=1e-4, err_msg=key
+        )
+    if (one / "checkpoints").exists():
+      self.assertLess(scripts.largest_gap(two, one), gap)
+    self.assertEqual(
+      sorted(path.name for path in two.iterdir()),
+      sorted(path.name for path in one.iterdir()),
+    )
+    return one, two
+
+  def test_grpo(self):
+    one, two = self.compare(
+      "experiments/grpo.py",
+      "grpo",
+      "--algorithm=grpo",
+      "--task_options=style=last",
+      *("--num_prompts=256", "--num_eval_prompts=24", "--batch_size=8"),
+      *("--num_samples=4", "--steps=3", "--eval_every=2", "--samples_every=1"),
+      *("--save_every=2", "--learning_rate=3e-4", f"--policy={policy()}"),
+      gap=1e-4,
+    )
+    for name in ("response_ids", "reward"):
+      found = [
+        [row[name] for row in scripts.rows(workdir, "samples.jsonl")]
+        for workdir in (two, one)
+      ]
+      self.assertEqual(*found)
+
+  def test_offline(self):
+    """The values that the reference gives, and A-LoL with them."""
+    values = self.compare(
+      *("experiments/offline_value.py", "values", *LOGGED),
+      *("--num_value_prompts=64", "--num_heads=4", "--epochs=2"),
+      *("--learning_rate=1e-3", f"--policy={reference()}"),
+    )
+    one, two = (np.load(workdir / "reference.npz") for workdir in values)
+    self.assertEqual(one.files, two.files)
+    for name in one.files:
+      np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-4)
+    self.compare(
+      *("experiments/offline.py", "a_lol", *UPDATES),
+      *("--algorithm=a_lol", f"--cache={values[1]}", "--noscale_steps"),
+      f"--policy={reference()}",
+      gap=1e-4,
+    )
+
+  def test_preference(self):
+    self.compare(
+      *("experiments/preference.py", "dpo", *UPDATES, "--algorithm=dpo"),
+      f"--policy={reference()}",
+      gap=1e-4,
+    )
+
+  def test_supervised_and_reward_model(self):
+    start, _ = self.compare(
+      *("experiments/sft.py", "sft", *WORDS),
+      *("--num_examples=200", "--num_eval_prompts=16", "--batch_size=8"),
+      *("--hidden_size=32", "--max_positions=32", "--steps=4"),
+      *("--eval_every=2", "--learning_rate=5e-3"),
+    )
+    self.compare(
+      *("experiments/outcome_reward_model.py", "reward", *WORDS),
+      "--task_options=num=96",
+      *("--num_eval_rows=40", "--batch_size=8", "--steps=4"),
+      *("--eval_every=2", "--save_every=2", f"--policy={start}"),
+      gap=1e-4,
+    )
+
+
+if __name__ == "__main__":
+  absltest.main()
