@@ -28,4 +28,4 @@ slow=(-m "not slow")
 if [[ -n "${SLOW:-}" ]]; then slow=(); fi
 # Compiling is most of the work, and takes one core: two workers use two.
 exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" \
-  --dist=loadfile ${slow[@]+"${slow[@]}"} "$@"
+  --dist=loadfile --durations=40 ${slow[@]+"${slow[@]}"} "$@"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from rljax import checkpoint
+from rljax import checkpoint, meshes
 from rljax.models import classifier, encoder, gpt2, hf, llama
 from tests import conftest
 
