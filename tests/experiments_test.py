@@ -117,6 +117,7 @@ class RunTest(absltest.TestCase):
     self.assertLen(scripts.rows(workdir, "samples.jsonl"), 150)
     self.assertTrue((workdir / "arms.png").exists())
 
+  @pytest.mark.slow
   def test_character_level_answers_take_several_tokens(self):
     policy, workdir = (
       scripts.scratch() / "characters",
@@ -283,8 +284,14 @@ class ResumeTest(parameterized.TestCase):
 
 
 class DevicesTest(parameterized.TestCase):
-  @parameterized.parameters("data:8", "data:2,fsdp:2,tensor:2")
-  def test_mesh_does_not_change_the_run(self, mesh):
+  def test_mesh_does_not_change_the_run(self):
+    self.compare_with_one_device("data:2,fsdp:2,tensor:2")
+
+  @pytest.mark.slow
+  def test_copies_do_not_change_the_run(self):
+    self.compare_with_one_device("data:8")
+
+  def compare_with_one_device(self, mesh):
     # 112 rows of vocabulary and widths that the axes divide.
     policy = scripts.scratch() / "even-policy"
     if not policy.exists():
@@ -313,6 +320,7 @@ class DevicesTest(parameterized.TestCase):
     )
     self.assertGreater(max(jax.tree.leaves(moved)), 50 * scripts.ROUNDING)
 
+  @pytest.mark.slow
   def test_devices_share_the_work(self):
     # Rows that a random gather spreads over all devices must be split again:
     # then the update's scratch memory falls.
