@@ -232,8 +232,8 @@ class SentimentTest(absltest.TestCase):
       f"--policy={conftest.shared('data/models/stories260k')}",
       f"--task_options=data={conftest.shared('data/sentiment')},"
       "tokenizer=policy",
-      "--learning_rate=1e-3",
-      "--steps=40",
+      *("--batch_size=32", "--epochs=2", "--warmup_steps=0"),
+      *("--learning_rate=1e-3", "--steps=40"),
       optimize=True,
     )
     rows = scripts.rows(workdir)[:40]
