@@ -13,8 +13,9 @@
 # where it was, and one that is finished is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/study.sh
+source launch/study.sh
 
-PYTHON="${PYTHON:-python3}"
 RUNS="${RUNS:-runs/games}"       # Where the results go.
 SEEDS="${SEEDS:-0 1 2}"
 WORKERS="${WORKERS:-2}"          # Processes that play games.
@@ -24,21 +25,6 @@ CORPUS="${CORPUS:-$RUNS/corpus.jsonl}"
 CONSTRAINTS="${CONSTRAINTS:-none grammar}"
 flags=experiments/flags
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-
-# Runs a script unless its summary is there already.
-once() {
-  local workdir="$1"
-  shift
-  if [[ -e "$workdir/summary.json" ]]; then return; fi
-  echo "== $workdir, $(date +%T)"
-  echo "== $workdir, $(date +%T)" >&3
-  "$PYTHON" "$@" --workdir="$workdir"
-  # A script that a signal stopped has saved its state and ends well.
-  if [[ ! -e "$workdir/summary.json" ]]; then
-    echo "$workdir was stopped before its end; start again to go on." >&2
-    exit 1
-  fi
-}
 
 make_corpus() {
   if [[ -e "$CORPUS" ]]; then return; fi
@@ -88,31 +74,9 @@ one_seed() {
   echo "== seed $seed is done, $(date +%T)" >&3
 }
 
-exec 3>&1
-# What runs is a process group of its own, which ends as a whole.
-set -m
-pid=""
-stop() {
-  if [[ -n "$pid" ]]; then kill -- "-$pid" 2>/dev/null || true; fi
-  echo "Stopped; the same command goes on." >&2
-  exit 130
-}
-trap stop INT TERM
 mkdir -p "$RUNS"
-make_corpus >>"$RUNS/corpus.txt" 2>&1 &
-pid=$!
-wait "$pid" || {
-  echo "There is no corpus: the end of $RUNS/corpus.txt says why." >&2
-  exit 1
-}
-for seed in $SEEDS; do
-  mkdir -p "$RUNS/$seed"
-  one_seed "$seed" >>"$RUNS/$seed/log.txt" 2>&1 &
-  pid=$!
-  wait "$pid" || {
-    echo "Seed $seed did not finish: $RUNS/$seed/log.txt says why." >&2
-    exit 1
-  }
-done
+make_corpus
+# shellcheck disable=SC2086 # Several words.
+run_seeds in_turn "$RUNS" $SEEDS
 "$PYTHON" -m benchmarks.games_study "--runs=$RUNS" "--seeds=${SEEDS// /,}" \
   "--constraints=${CONSTRAINTS// /,}"

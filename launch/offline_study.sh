@@ -10,8 +10,9 @@
 # on where it was, and one that is finished is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/study.sh
+source launch/study.sh
 
-PYTHON="${PYTHON:-python3}"
 RUNS="${RUNS:-runs/offline_study}"   # Where the results go.
 SEEDS="${SEEDS:-0 1 2 3 4}"
 # The nine of the paper, likelihood of the better replies alone, A-LoL without
@@ -20,20 +21,6 @@ ARMS="${ARMS:-nll wbc r_gold r_lol r_lol_kl a_lol a_lol_ref_free a_lol_seq \
 a_lol_kl nll_filtered a_lol_uniform a_lol_single dpo dpo_reward ipo pro kto \
 simpo orpo}"
 flags=experiments/flags
-
-# Runs a script unless its summary is there already.
-once() {
-  local workdir="$1"
-  shift
-  if [[ -e "$workdir/summary.json" ]]; then return; fi
-  echo "== $workdir"
-  "$PYTHON" "$@" --workdir="$workdir"
-  # A script that a signal stopped has saved its state and ends well.
-  if [[ ! -e "$workdir/summary.json" ]]; then
-    echo "$workdir was stopped before its end; start again to go on." >&2
-    exit 1
-  fi
-}
 
 for seed in $SEEDS; do
   base="$RUNS/$seed"

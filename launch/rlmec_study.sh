@@ -11,29 +11,15 @@
 # was stopped goes on where it was, and one that is finished is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/study.sh
+source launch/study.sh
 
-PYTHON="${PYTHON:-python3}"
 RUNS="${RUNS:-runs/rlmec}"       # Where the results go.
 SEEDS="${SEEDS:-0 1 2}"
 NUM_TEST="${NUM_TEST:-1000}"     # Test prompts.
 flags=experiments/flags
 export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
-# Runs a script unless its summary is there already.
-once() {
-  local workdir="$1"
-  shift
-  if [[ -e "$workdir/summary.json" ]]; then return; fi
-  echo "== $workdir, $(date +%T)"
-  echo "== $workdir, $(date +%T)" >&3
-  "$PYTHON" "$@" --workdir="$workdir"
-  # A script that a signal stopped has saved its state and ends well.
-  if [[ ! -e "$workdir/summary.json" ]]; then
-    echo "$workdir was stopped before its end; start again to go on." >&2
-    exit 1
-  fi
-}
 
 one_seed() {
   local seed="$1" base="$RUNS/$1" arm
@@ -85,29 +71,6 @@ one_seed() {
   echo "== seed $seed is done, $(date +%T)" >&3
 }
 
-exec 3>&1
-# Every seed is a process group of its own, which ends as a whole.
-set -m
-pids=()
-stop() {
-  for pid in ${pids[@]+"${pids[@]}"}; do
-    kill -- "-$pid" 2>/dev/null || true
-  done
-  echo "Stopped; the same command goes on." >&2
-  exit 130
-}
-trap stop INT TERM
-for seed in $SEEDS; do
-  mkdir -p "$RUNS/$seed"
-  one_seed "$seed" >>"$RUNS/$seed/log.txt" 2>&1 &
-  pids+=($!)
-done
-status=0
-for pid in "${pids[@]}"; do
-  wait "$pid" || status=$?
-done
-if ((status)); then
-  echo "A seed did not finish: the ends of $RUNS/*/log.txt say why." >&2
-  exit "$status"
-fi
+# shellcheck disable=SC2086 # Several words.
+run_seeds together "$RUNS" $SEEDS
 "$PYTHON" -m benchmarks.rlmec "--runs=$RUNS" "--seeds=${SEEDS// /,}"

@@ -191,6 +191,90 @@ class ShellTest(LaunchTest):
       self.assertTrue((ROOT / name).exists(), name)
 
 
+# Stands in for Python: notes what it is called with, and finishes.
+STUDY_PYTHON = """
+workdir=""
+for word in "$@"; do
+  case "$word" in --workdir=*) workdir="${word#--workdir=}" ;; esac
+done
+echo "$*" >>"$CALLS"
+if [[ -n "${FAILS:-}" && "$workdir" == *"$FAILS" ]]; then exit 3; fi
+if [[ -n "${HANGS:-}" && "$workdir" == *"$HANGS" ]]; then
+  echo $$ >"$CALLS.pid"
+  sleep 600
+fi
+if [[ -z "$workdir" ]]; then exit 0; fi
+mkdir -p "$workdir"
+echo {} >"$workdir/summary.json"
+"""
+
+
+class StudyTest(LaunchTest):
+  """What the studies share, without the training."""
+
+  def setUp(self):
+    super().setUp()
+    write_tools(self.folder, {"python": STUDY_PYTHON})
+    self.calls = self.folder / "calls.txt"
+
+  def variables(self, **others):
+    return {
+      "PYTHON": self.folder / "python",
+      "CALLS": self.calls,
+      "RUNS": self.folder / "runs",
+      "CORPUS": self.folder,  # It is there.
+      "SEEDS": "0 1",
+    } | others
+
+  def study(self, name, **others):
+    """Status, output, and the calls of a study."""
+    self.calls.unlink(missing_ok=True)
+    script = LAUNCH / f"{name}_study.sh"
+    status, output = call("bash", script, **self.variables(**others))
+    found = self.calls.read_text().splitlines() if self.calls.exists() else []
+    return status, output, found
+
+  @parameterized.parameters("games", "rlmec", "reasoning")
+  def test_all_seeds_once(self, name):
+    status, output, calls = self.study(name)
+    self.assertEqual(status, 0, output)
+    self.assertIn(f"== {self.folder / 'runs' / '1'}", output)
+    self.assertRegex(calls[-1], r"-m benchmarks\..* --seeds=0,1")
+    for seed in (0, 1):
+      self.assertIn(f"== seed {seed} is done", output)
+      own = [call for call in calls if f"--seed={seed}" in call]
+      self.assertGreater(len(own), 4)
+    # The same command repeats nothing.
+    status, _, again = self.study(name)
+    self.assertEqual(status, 0)
+    again = [call for call in again if "draw_games" not in call]
+    self.assertEqual(again, calls[-1:])
+
+  @parameterized.parameters("games", "rlmec")
+  def test_a_seed_that_fails(self, name):
+    script = {"games": "0/sft", "rlmec": "0/grm"}[name]
+    status, output, calls = self.study(name, FAILS=script)
+    self.assertEqual(status, 3, output)
+    self.assertIn("A seed did not finish: the ends of", output)
+    self.assertNotIn("-m benchmarks", calls[-1])
+    # One after another: nothing is begun behind a failure.
+    has_second = any("--seed=1" in call for call in calls)
+    self.assertEqual(has_second, name == "rlmec")
+
+  def test_the_end_of_a_study_is_that_of_its_seeds(self):
+    process, finish = self.start(
+      "bash", LAUNCH / "games_study.sh", **self.variables(HANGS="0/sft")
+    )
+    pid = pathlib.Path(f"{self.calls}.pid")
+    wait_for(lambda: pid.exists() and pid.read_text(), "the script")
+    process.send_signal(signal.SIGTERM)
+    status, output = finish()
+    self.assertEqual(status, 130)
+    self.assertIn("Stopped; the same command goes on.", output)
+    number = int(pid.read_text())
+    wait_for(lambda: not pathlib.Path(f"/proc/{number}").exists(), "its end")
+
+
 class DryRunTest(LaunchTest):
   """What is printed is what is in tests/golden/launch, and all that happens."""
 
