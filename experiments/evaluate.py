@@ -44,7 +44,6 @@ import os
 import pathlib
 import re
 
-import jax
 import numpy as np
 from absl import app, flags
 
@@ -55,6 +54,7 @@ from rljax import (
   logged,
   logs,
   meshes,
+  processes,
   reference,
   report,
   responses,
@@ -165,6 +165,7 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   runs.check_positive(
     FLAGS, "num_prompts", "batch_size", "max_length", "num_samples"
   )
@@ -298,6 +299,8 @@ def title_of(prompts):
 
 def training(arms, log):
   """The learning curves of the policies, and where they ended."""
+  if not processes.is_first():
+    return
   histories = {
     label: [history_of(name) for name in names] for label, names in arms.items()
   }
@@ -565,8 +568,6 @@ def check_reasoning_flags(arms):
     raise ValueError(
       f"The labels {', '.join(arms)} would share files; give others."
     )
-  if jax.process_count() > 1:
-    raise ValueError("--metrics=reasoning runs in one process.")
 
 
 def compare_reasoning(arms, rows, score, mesh):
@@ -610,7 +611,8 @@ def compare_reasoning(arms, rows, score, mesh):
     known = known_traces(arms, files, prompts, from_file)
     num_known = min(map(len, known))
 
-  pathlib.Path(FLAGS.workdir, "samples.jsonl").unlink(missing_ok=True)
+  if processes.is_first():
+    pathlib.Path(FLAGS.workdir, "samples.jsonl").unlink(missing_ok=True)
   columns = collections.defaultdict(list)  # Label -> by seed, name -> [N].
   with logs.Logs(FLAGS.workdir, total_steps=1, tensorboard=False) as log:
     note_repeated(prompts, log)
@@ -674,7 +676,7 @@ def draw(name, label, seed, rows, score, mesh):
       has_tags=bool(tags_of(name)),
       dtype=FLAGS.dtype,
     )
-    forget_others(path, made_of)
+    processes.from_first(functools.partial(forget_others, path, made_of))
     responses.collect(
       path,
       responder_of(
@@ -881,6 +883,8 @@ def reasoning_metrics(columns):
 
 def write_reasoning(columns, prompts, num_known, log):
   """Tables and files of what was found, from label to columns by seed."""
+  if not processes.is_first():
+    return
   by_seed = {
     label: [reasoning_metrics(seed) for seed in seeds]
     for label, seeds in columns.items()

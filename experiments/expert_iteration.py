@@ -45,6 +45,7 @@ from rljax import (
   logs,
   meshes,
   preflight,
+  processes,
   report,
   responses,
   runs,
@@ -123,8 +124,8 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   validate()
-  runs.check_one_process()
   may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
   in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
@@ -291,7 +292,7 @@ def main(_):
   # All that may be wrong with the flags has been said by now.
   runs.check_models(FLAGS.workdir, models)
   checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
-  finished = read_rounds()
+  finished = processes.from_first(read_rounds)
   log = logs.Logs(
     FLAGS.workdir,
     total_steps=FLAGS.rounds + 1,
@@ -431,7 +432,7 @@ def main(_):
           f"{folder}: more --num_samples, a better --policy, or "
           "--num_examples would give the fit something to learn."
         )
-      data.write_jsonl(os.path.join(folder, "data.jsonl"), kept)
+      write_rows(os.path.join(folder, "data.jsonl"), kept)
       start = base if FLAGS.restart else policy
       fitted = fit(folder, kept, start, number, preemption.should_stop)
       if fitted is None:
@@ -559,8 +560,12 @@ def round_folder(number):
 
 def write_round(row):
   """Files a round as finished, at once or not at all."""
-  path = os.path.join(round_folder(row["round"]), "round.json")
-  data.write_jsonl(path, [row])
+  write_rows(os.path.join(round_folder(row["round"]), "round.json"), [row])
+
+
+def write_rows(path, rows):
+  """Writes a file that all processes find when this returns."""
+  processes.from_first(lambda: data.write_jsonl(path, rows))
 
 
 def read_rounds():

@@ -48,6 +48,7 @@ from rljax import (
   logs,
   meshes,
   preflight,
+  processes,
   report,
   responses,
   runs,
@@ -117,8 +118,8 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   validate()
-  runs.check_one_process()
   may_change = ("workdir", "mesh", "compilation_cache", "wandb_project")
   in_force = runs.start(FLAGS, may_change)
   mesh = meshes.make(FLAGS.mesh)
@@ -306,13 +307,15 @@ def main(_):
         if not FLAGS.data:
           num_drawn += len(found)
         labelled = label(found, chosen, values)
-        data.write_jsonl(path_of("labels.jsonl"), labelled)
+        if processes.is_first():
+          data.write_jsonl(path_of("labels.jsonl"), labelled)
     except Stopped:
       print("Stopped by a signal while sampling; all is saved.")
       return preemption.exit_status
 
     rows = training_rows(labelled, tags)
-    data.write_jsonl(path_of("data.jsonl"), rows)
+    if processes.is_first():
+      data.write_jsonl(path_of("data.jsonl"), rows)
     encoded = [
       (prompt_ids, *with_tags(tokenizer, row["tagged"], tags, tag_ids))
       for row, prompt_ids in zip(

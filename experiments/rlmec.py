@@ -66,6 +66,7 @@ from rljax import (
   meshes,
   pages,
   preflight,
+  processes,
   reference,
   report,
   responses,
@@ -73,7 +74,6 @@ from rljax import (
   runs,
   sampling,
   scoring,
-  stages,
   supervision,
   tasks,
 )
@@ -166,8 +166,8 @@ PANELS = {
 
 
 def main(_):
+  processes.join()
   validate()
-  runs.check_one_process()
   may_change = (
     *("workdir", "stages", "mesh", "compilation_cache", "wandb_project"),
     *("sample_batch_size", "num_page_samples"),
@@ -280,7 +280,7 @@ def main(_):
       )
 
       # Stage 2: the reward model rewrites all wrong ones.
-      rewritten = stages.Stage(
+      rewritten = corrections.stage(
         folder,
         "rewrites",
         {
@@ -316,7 +316,8 @@ def main(_):
           step_ends=step_ends,
           should_stop=preemption.should_stop,
         )
-        data.write_jsonl(rewritten.path("rewrites.jsonl"), rows)
+        if processes.is_first():
+          data.write_jsonl(rewritten.path("rewrites.jsonl"), rows)
         rewritten.finish(
           **counts,
           **corrections.metrics(rows, getattr(task, "rewrite", None)),
@@ -326,7 +327,7 @@ def main(_):
       return preemption.exit_status
 
   # Stage 3: what the policy learns from.
-  supervising = stages.Stage(
+  supervising = corrections.stage(
     folder,
     "supervision",
     {
@@ -523,7 +524,7 @@ def main(_):
     f"{corrections.shown(supervising.facts)}; {steps} steps."
   )
   log.curves(functools.partial(report.curves, panels=PANELS))
-  if FLAGS.num_page_samples:
+  if FLAGS.num_page_samples and processes.is_first():
     write_page(rows, arrays["rewards"], tokenizer)
 
   def evaluate(step):
@@ -720,25 +721,26 @@ def supervise(stage, rewritten, policy, judge, mesh):
     row["dropped"] = row["rewrite_dropped"]
   wrong = [row for row in rows if not row["is_right"]]
   right = [row for row in rows if row["is_right"]]
-  data.write_jsonl(stage.path("supervision.jsonl"), rows)
-  # For sft.py and preference.py.
   pair = lambda row, name: {"prompt": row["prompt"], "response": row[name]}
-  data.write_jsonl(
-    stage.path("right.jsonl"), [pair(row, "response") for row in right]
-  )
   golden = {row["prompt"]: pair(row, "gold") for row in rewritten}
-  data.write_jsonl(stage.path("gold.jsonl"), golden.values())
-  data.write_jsonl(
-    stage.path("pairs.jsonl"),
-    [
-      {
-        "prompt": row["prompt"],
-        "chosen": row["rewrite"],
-        "rejected": row["response"],
-      }
-      for row in wrong
-    ],
-  )
+  if processes.is_first():
+    data.write_jsonl(stage.path("supervision.jsonl"), rows)
+    # For sft.py and preference.py.
+    data.write_jsonl(
+      stage.path("right.jsonl"), [pair(row, "response") for row in right]
+    )
+    data.write_jsonl(stage.path("gold.jsonl"), golden.values())
+    data.write_jsonl(
+      stage.path("pairs.jsonl"),
+      [
+        {
+          "prompt": row["prompt"],
+          "chosen": row["rewrite"],
+          "rejected": row["response"],
+        }
+        for row in wrong
+      ],
+    )
   stage.finish(
     **{"samples kept": len(verified) / len(rewritten)},
     wrong=len(wrong),

@@ -55,13 +55,13 @@ from rljax import (
   logs,
   meshes,
   preflight,
+  processes,
   report,
   responses,
   rewriting,
   runs,
   sampling,
   scoring,
-  stages,
   tasks,
 )
 from rljax import rollout as rollouts
@@ -132,6 +132,7 @@ PANELS = {"Loss (nats a token)": ["nll/loss", "eval/loss"]}
 
 
 def main(_):
+  processes.join()
   runs.check_positive(
     FLAGS,
     *("save_every", "eval_every", "batch_size", "num_prompts"),
@@ -156,7 +157,6 @@ def main(_):
     )
   if not 0 <= FLAGS.warmup < 1:
     raise ValueError(f"--warmup must lie in [0, 1), got {FLAGS.warmup}.")
-  runs.check_one_process()
   may_change = (
     *("workdir", "stages", "mesh", "compilation_cache", "wandb_project"),
     *("sample_batch_size", "teacher_batch_size"),
@@ -243,7 +243,7 @@ def main(_):
 
       # Stage 2: the teacher rewrites what is wrong.
       asked = prompts[:num_questions]
-      teaching = stages.Stage(
+      teaching = corrections.stage(
         folder,
         "teacher",
         {
@@ -262,7 +262,8 @@ def main(_):
         rows = teacher(
           teaching.folder, rows, score, mesh, preemption.should_stop
         )
-        data.write_jsonl(teaching.path("rewrites.jsonl"), rows)
+        if processes.is_first():
+          data.write_jsonl(teaching.path("rewrites.jsonl"), rows)
         teaching.finish(**counts, **corrections.metrics(rows))
     except corrections.Stopped:
       print("Stopped by a signal; all is saved.")
@@ -271,7 +272,7 @@ def main(_):
 
   # Stage 3: what is learnt, of all questions but those held out.
   held_out = set(asked[-FLAGS.num_held_out :])
-  recording = stages.Stage(
+  recording = corrections.stage(
     folder,
     "records",
     {
@@ -295,7 +296,8 @@ def main(_):
         locate=FLAGS.locate,
         step_ends=step_ends,
       )
-      data.write_jsonl(recording.path(f"{name}.jsonl"), records)
+      if processes.is_first():
+        data.write_jsonl(recording.path(f"{name}.jsonl"), records)
       facts[name] = counts
     recording.finish(**facts)
   train, held_out_rows, skipped = [], [], []
@@ -458,7 +460,7 @@ def main(_):
 
     # What it is for: rewrites of wrong solutions that it has never seen.
     rows = [row for row in rewrites if row["prompt"] in held_out]
-    test = stages.Stage(
+    test = corrections.stage(
       FLAGS.workdir,
       "test",
       {"rewrites": teaching.digest("rewrites.jsonl"), "steps": steps},
@@ -483,7 +485,8 @@ def main(_):
     except corrections.Stopped:
       log.note("Stopped by a signal while it is tested; all is saved.")
       return preemption.exit_status
-    data.write_jsonl(test.path("rewrites.jsonl"), answers)
+    if processes.is_first():
+      data.write_jsonl(test.path("rewrites.jsonl"), answers)
     found = test_metrics(answers, rows)
     test.finish(**found)
     log.summary(

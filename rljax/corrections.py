@@ -23,6 +23,7 @@ import numpy as np
 
 from rljax import (
   data,
+  processes,
   responses,
   rewriting,
   sampling,
@@ -60,6 +61,18 @@ def shown(facts: Mapping[str, Any]) -> str:
   )
 
 
+def stage(
+  workdir: str | os.PathLike[str], name: str, inputs: Mapping[str, Any]
+) -> stages.Stage:
+  """A stage of all processes, whose files the first one writes.
+
+  All must call it and its `finish`, which waits for what the first has written
+  before; see `stages.Stage`.
+  """
+  processes.check_same(f"The inputs of the stage {name}", dict(inputs))
+  return stages.Stage(workdir, name, inputs, once=processes.from_first)
+
+
 def sample(
   workdir: str | os.PathLike[str],
   make_responder: Callable[..., responses.Responder],
@@ -92,7 +105,7 @@ def sample(
   Raises:
     Stopped: if `should_stop` said so.
   """
-  stage = stages.Stage(
+  sampled = stage(
     workdir,
     "samples",
     {
@@ -102,21 +115,21 @@ def sample(
       **settings,
     },
   )
-  if stage.facts is None:
+  if sampled.facts is None:
     rows = responses.collect(
-      stage.path("samples.jsonl"),
+      sampled.path("samples.jsonl"),
       make_responder(),
       params,
       prompts,
       score,
       progress=_progress("samples", len(prompts), should_stop),
     )
-    stage.finish(
+    sampled.finish(
       samples=len(rows),
       right=sum(bool(row["parts"]["is_correct"]) for row in rows),
       finished=sum(row["finished"] for row in rows),
     )
-  return stage
+  return sampled
 
 
 def records(rows: Rows, gold: Mapping[str, str]) -> Rows:
@@ -213,7 +226,7 @@ def by_function(
   locate: Callable[[str, str], int] | None = None,
   step_ends: str = "\n",
 ) -> Rows:
-  """Rewrites by a plain function.
+  """Rewrites by a plain function; every process asks it about its share.
 
   Args:
     rows: records with `prompt`, `gold`, `response` and `is_right`.
@@ -230,24 +243,26 @@ def by_function(
     ValueError: if the teacher returns something else than a text.
   """
   wrong = [row for row in rows if not row["is_right"]]
-  rewrites, steps = [], []
-  for row in wrong:
+
+  def rewrite(row):
     text = teacher(row["prompt"], row["gold"], row["response"])
     if not isinstance(text, str):
       raise ValueError(
         f"The teacher must return a text, got {text!r} for {row['prompt']!r}."
       )
-    rewrites.append(text)
     if locate:
-      steps.append(locate(row["prompt"], row["response"]))
-    else:
-      steps.append(
-        rewriting.first_changed_step(
-          traces.steps(row["response"], step_ends),
-          traces.steps(text, step_ends),
-        )
-      )
-  return _in_order(rows, verified(wrong, rewrites, steps, score))
+      return text, int(locate(row["prompt"], row["response"]))
+    step = rewriting.first_changed_step(
+      traces.steps(row["response"], step_ends), traces.steps(text, step_ends)
+    )
+    return text, step
+
+  parts = processes.share(
+    len(wrong), lambda own: [rewrite(row) for row in wrong[own]]
+  )
+  found = [pair for part in parts for pair in part]
+  texts, steps = [text for text, _ in found], [step for _, step in found]
+  return _in_order(rows, verified(wrong, texts, steps, score))
 
 
 def by_model(
@@ -388,6 +403,8 @@ def save_settings(
   workdir: str | os.PathLike[str], *, template: str, locate: bool
 ) -> None:
   """Files how a generative reward model was asked in its training."""
+  if not processes.is_first():
+    return
   row = {"template": template, "locate": locate}
   data.write_jsonl(os.path.join(workdir, _SETTINGS), [row])
 

@@ -1,5 +1,6 @@
 """Responses of a policy to a fixed set of prompts, as texts."""
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -302,6 +303,8 @@ class Progress:
 
   def __call__(self, done: int, rows: Sequence[dict[str, Any]]) -> None:
     """Says that `done` prompts are answered, the last of them by `rows`."""
+    if not processes.is_first():
+      return
     if time.monotonic() < self._next and done < self._num_prompts:
       return
     self._next = time.monotonic() + self._seconds
@@ -364,8 +367,7 @@ def collect(
   first = len(rows) // num_samples
   if len(rows) % num_samples:
     rows = rows[: first * num_samples]
-    if processes.is_first():
-      data.write_jsonl(path, rows)
+    processes.from_first(functools.partial(data.write_jsonl, path, rows))
   for indices, texts, finished in responder.batches(
     params, first=first, draw=draw
   ):
@@ -378,8 +380,8 @@ def collect(
       | {"finished": bool(finished[i])}
       for i, row in enumerate(records(asked, texts, scores, parts))
     ]
-    if processes.is_first():
-      data.append_jsonl(path, batch)
+    # All wait for it: the file is whole for everybody when this returns.
+    processes.from_first(functools.partial(data.append_jsonl, path, batch))
     rows += batch
     progress(indices[-1] + 1, batch)
   return rows
@@ -395,11 +397,15 @@ def save_forced(
 ) -> None:
   """Files which tokens a policy is to be sampled with.
 
+  Of several processes, the first one does.
+
   Args:
     workdir: of the policy.
     forced: `[V + 1]` int, see `generation.sample`.
     forced_as: the token that stands for them in texts, or None.
   """
+  if not processes.is_first():
+    return
   after = {str(i): int(forced[i]) for i in np.flatnonzero(forced[:-1] >= 0)}
   data.write_jsonl(
     os.path.join(workdir, _FORCED),

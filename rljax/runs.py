@@ -125,15 +125,6 @@ def check_same_tokens(name: str, other: Any, policy: Any) -> None:
     )
 
 
-def check_one_process() -> None:
-  """Raises ValueError where several processes would write the same files."""
-  processes.check_joined()
-  if jax.process_count() > 1:
-    raise ValueError(
-      f"This script runs in one process, and there are {jax.process_count()}."
-    )
-
-
 def unescaped(texts: Sequence[str]) -> list[str]:
   """Texts of a flag, in which a backslash and an n are a line feed."""
   return [text.replace("\\n", "\n") for text in texts]

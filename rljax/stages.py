@@ -31,6 +31,7 @@ class Stage:
     name: str,
     inputs: Mapping[str, Any],
     note: Callable[[str], None] = print,
+    once: Callable[[Callable[[], Any]], Any] = lambda function: function(),
   ):
     """Opens the folder `<workdir>/<name>`.
 
@@ -41,38 +42,18 @@ class Stage:
         settings, `digest` of the stages before, fingerprints of models. None
         of them may depend on where or when the stage runs.
       note: called with a line if older results are set aside.
+      once: calls what reads or writes the folder, and returns what that does.
+        Of several processes that share the stage one alone may do so: see
+        `processes.from_first`.
 
     Raises:
       ValueError: if the folder holds files that no stage has written.
     """
     self.name = name
     self.folder = pathlib.Path(workdir, name)
-    self.facts: dict[str, Any] | None = None
+    self._once = once
     inputs = json.loads(json.dumps(dict(inputs)))
-    if self.folder.exists() and set(os.listdir(self.folder)) - {
-      f".{_INPUTS}.partial"  # A kill may leave it, and nothing else.
-    }:
-      found = _read(self.folder / _INPUTS)
-      if found is None:
-        raise ValueError(
-          f"{self.folder} is no folder of the stage {name}: it has no whole "
-          f"{_INPUTS}. Choose another folder."
-        )
-      if found == inputs:
-        self.facts = _read(self.folder / _DONE)
-        return
-      changed = [
-        key
-        for key in dict.fromkeys([*found, *inputs])
-        if found.get(key) != inputs.get(key)
-      ]
-      aside = self._set_aside()
-      note(
-        f"{name}: {', '.join(changed)} changed; begun anew, and what was there "
-        f"is in {aside}."
-      )
-    self.folder.mkdir(parents=True, exist_ok=True)
-    _write(self.folder / _INPUTS, inputs)
+    self.facts: dict[str, Any] | None = once(lambda: self._open(inputs, note))
 
   def path(self, file: str) -> str:
     """Where a file of the stage lies."""
@@ -80,8 +61,12 @@ class Stage:
 
   def finish(self, **facts: Any) -> None:
     """Files the stage as finished, with numbers for its reader."""
-    _write(self.folder / _DONE, facts | {"finished_at": time.time()})
-    self.facts = _read(self.folder / _DONE)
+
+    def write():
+      _write(self.folder / _DONE, facts | {"finished_at": time.time()})
+      return _read(self.folder / _DONE)
+
+    self.facts = self._once(write)
 
   def digest(self, *files: str) -> str:
     """SHA-256 of outputs as they are now, an input of the stages behind.
@@ -105,6 +90,33 @@ class Stage:
         ) from error
       total.update(hashlib.sha256(content).digest())
     return total.hexdigest()
+
+  def _open(self, inputs, note):
+    """Finds the folder, or makes it; what the stage was finished with."""
+    if self.folder.exists() and set(os.listdir(self.folder)) - {
+      f".{_INPUTS}.partial"  # A kill may leave it, and nothing else.
+    }:
+      found = _read(self.folder / _INPUTS)
+      if found is None:
+        raise ValueError(
+          f"{self.folder} is no folder of the stage {self.name}: it has no "
+          f"whole {_INPUTS}. Choose another folder."
+        )
+      if found == inputs:
+        return _read(self.folder / _DONE)
+      changed = [
+        key
+        for key in dict.fromkeys([*found, *inputs])
+        if found.get(key) != inputs.get(key)
+      ]
+      aside = self._set_aside()
+      note(
+        f"{self.name}: {', '.join(changed)} changed; begun anew, and what was "
+        f"there is in {aside}."
+      )
+    self.folder.mkdir(parents=True, exist_ok=True)
+    _write(self.folder / _INPUTS, inputs)
+    return None
 
   def _set_aside(self) -> pathlib.Path:
     number = 1

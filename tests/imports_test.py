@@ -70,6 +70,7 @@ MAY_IMPORT = {
   "gold_rewrites": ["edits", "rewriting", "traces"],
   "corrections": [
     "data",
+    "processes",
     "responses",
     "rewriting",
     "sampling",

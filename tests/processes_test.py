@@ -12,16 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from rljax import checkpoint, meshes, processes
+from rljax import checkpoint, corrections, meshes, processes, responses, stages
 from rljax.models import hf
 from rljax.tasks import arithmetic, word_lists
 from tests import conftest, processes_job, scripts, tiny
+from tests import experiments_meshes_test as on_meshes
 
 ROOT = conftest.REPOSITORY
 LAUNCHER = ROOT / "launch" / "local_processes.sh"
@@ -149,6 +151,42 @@ def reference():
   return save_model("reference", word_lists.word_tokenizer())
 
 
+@functools.cache
+def trained(name, *more):
+  """Workdir of a model that the scripts of `on_meshes` start from."""
+  workdir = scripts.scratch() / f"{name}-{len(more)}"
+  if name == "corrector":
+    flags = [x.format(chains=trained("chains")) for x in on_meshes.CORRECTOR]
+    scripts.run("experiments/rlmec_reward_model.py", workdir, *flags)
+    return workdir
+  scripts.run(
+    *("experiments/sft.py", workdir, *on_meshes.POLICIES[name]),
+    *("--num_examples=256", "--num_eval_prompts=16", "--hidden_size=32"),
+    *("--num_layers=1", "--batch_size=32", "--steps=60", "--eval_every=60"),
+    *("--learning_rate=5e-3", *more),
+  )
+  return workdir
+
+
+@functools.cache
+def classifier():
+  """A reward model that knows nothing, but has an opinion."""
+  folder = scripts.scratch() / "classifier"
+  made = hf.classifier_from(hf.load(trained("sums")), seed=1)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: x + np.float32(0.3 * rng.normal(size=x.shape)), made.params
+  )
+  hf.save_classifier(folder, made.model, params, made.tokenizer)
+  return folder
+
+
+def flags_of(name, *models):
+  """Tiny flags of a script, with the models that it names."""
+  folders = {model: trained(model) for model in models}
+  return [flag.format(**folders) for flag in on_meshes.RUNS[name]]
+
+
 def ppo_flags(*more):
   return (*TINY_PPO, f"--policy={policy()}", *more)
 
@@ -182,6 +220,59 @@ class OneProcessTest(parameterized.TestCase):
       processes.from_first(lambda: 1 / 0)
     with self.assertRaises(ZeroDivisionError):
       processes.share(1, lambda own: 1 / 0)
+
+
+class NotFirstTest(absltest.TestCase):
+  """What is left to the first process."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(tempfile.mkdtemp(prefix="rljax-processes-"))
+    self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+  def test_another_process_writes_nothing(self):
+    def write():
+      forced = np.array([-1, 0, 1], np.int32)
+      responses.save_forced(self.folder, forced)
+      corrections.save_settings(self.folder, template="compact", locate=True)
+      return sorted(path.name for path in self.folder.iterdir())
+
+    shown = responses.Progress("samples", 1)
+    with mock.patch.object(jax, "process_index", return_value=1):
+      self.assertEmpty(write())
+      with mock.patch("builtins.print") as said:
+        shown(1, [])
+    said.assert_not_called()
+    self.assertEqual(write(), ["forced.json", "rewriting.json"])
+
+  def test_a_stage_is_opened_by_one_and_known_to_all(self):
+    told = [None, {"rows": 5}]
+    stage = stages.Stage(self.folder, "s", {}, once=lambda _: told.pop(0))
+    self.assertIsNone(stage.facts)
+    stage.finish(rows=4)  # The first process said 5.
+    self.assertEqual(stage.facts, {"rows": 5})
+    self.assertEmpty(list(self.folder.iterdir()))
+    corrections.stage(self.folder, "s", {"seed": 1}).finish(rows=5)
+    again = corrections.stage(self.folder, "s", {"seed": 1})
+    self.assertEqual(again.facts["rows"], 5)
+
+  def test_a_teacher_is_asked_about_shares(self):
+    rows = [
+      {"prompt": p, "gold": "", "response": "1\n2", "is_right": p == "b"}
+      for p in "abcd"
+    ]
+    score = lambda prompts, _: (
+      None,
+      [{"is_correct": p < "d"} for p in prompts],
+    )
+    rewrite = functools.partial(
+      corrections.by_function, rows, lambda p, _, wrong: f"{wrong}{p}", score
+    )
+    expected = rewrite()
+    self.assertEqual([r["rewrite"] for r in expected][1:3], ["1\n2", "1\n2c"])
+    parts = lambda num, ask: [ask(slice(0, 1)), ask(slice(1, num))]
+    with mock.patch.object(processes, "share", parts):
+      self.assertEqual(rewrite(), expected)
 
 
 class TalkTest(absltest.TestCase):
@@ -431,7 +522,9 @@ class ScriptsTest(parameterized.TestCase):
   def compare(self, script, name, *flags, gap=scripts.ROUNDING):
     one, two = (scripts.scratch() / f"{name}-{n}" for n in ("one", "two"))
     scripts.run(script, one, *flags)
-    run_two(script, two, *flags)
+    log = run_two(script, two, *flags)
+    # Process 0 alone tells how far they are.
+    self.assertNotRegex(log, r"step \d|of \d+ prompts|Summary")
     for own, expected in zip(
       *(scripts.steady(scripts.rows(workdir)) for workdir in (two, one)),
       strict=True,
@@ -448,6 +541,34 @@ class ScriptsTest(parameterized.TestCase):
       sorted(path.name for path in one.iterdir()),
     )
     return one, two
+
+  def assert_same_rows(self, two, one, *names):
+    """Files of rows that differ by rounding alone, in numbers."""
+    for name in names:
+      rows = [scripts.rows(workdir, name) for workdir in (two, one)]
+      self.assertNotEmpty(rows[1], name)
+      self.assert_same_values(*rows, name)
+
+  def assert_same_values(self, own, expected, path):
+    if isinstance(expected, dict):
+      self.assertEqual(own.keys(), expected.keys(), path)
+      for name, value in expected.items():
+        self.assert_same_values(own[name], value, f"{path}/{name}")
+    elif isinstance(expected, list):
+      self.assertEqual(len(own), len(expected), path)
+      for i, value in enumerate(expected):
+        self.assert_same_values(own[i], value, f"{path}/{i}")
+    elif isinstance(expected, float):
+      np.testing.assert_allclose(own, expected, 1e-3, 1e-4, err_msg=path)
+    else:
+      self.assertEqual(own, expected, path)
+
+  def assert_same_evaluation(self, two, one):
+    self.assert_same_rows(two, one, "samples.jsonl")
+    for name in ("summary.json", "metrics.json", "differences.json"):
+      if (one / name).exists():
+        found = [json.loads((x / name).read_text()) for x in (two, one)]
+        self.assert_same_values(*found, name)
 
   def test_grpo(self):
     one, two = self.compare(
@@ -506,6 +627,103 @@ class ScriptsTest(parameterized.TestCase):
       *("--eval_every=2", "--save_every=2", f"--policy={start}"),
       gap=1e-4,
     )
+
+  def test_expert_iteration(self):
+    """Rounds until there is no new best, and what the best one writes."""
+    flags = flags_of("expert_iteration", "sums")
+    one, two = self.compare(
+      *("experiments/expert_iteration.py", "ei", *flags),
+      *("--rounds=4", "--patience=2", "--save_every=1"),
+    )
+    rounds = sorted(path.name for path in (one / "rounds").iterdir())
+    self.assertEqual(
+      sorted(path.name for path in (two / "rounds").iterdir()), rounds
+    )
+    self.assertContainsSubset(["1", "2"], rounds)
+    for number in rounds[1:]:
+      names = [f"rounds/{number}/{x}.jsonl" for x in ("samples", "data")]
+      self.assert_same_rows(two, one, *names)
+      found = [
+        json.loads((workdir / f"rounds/{number}/round.json").read_text())
+        for workdir in (two, one)
+      ]
+      self.assertEqual(*(row["fit/start"] for row in found))
+    for folder in ("best", "rounds/1", "rounds/2"):
+      gap = scripts.largest_gap(two / folder, one / folder)
+      self.assertLess(gap, 1e-4, folder)
+    flags = (
+      *flags_of("evaluate", "sums"),
+      f"--policies=sft={trained('sums')},ei={one / 'rounds/2'}",
+      *("--new_vs=sft", f"--reference={trained('sums')}"),
+      *(f"--rerank_model={classifier()}", "--reward_length=32"),
+    )
+    one, two = self.compare("experiments/evaluate.py", "reasoning", *flags)
+    self.assert_same_evaluation(two, one)
+    self.assert_same_rows(two, one, "questions.jsonl")
+    # Again: samples that are there are not drawn, but those of one policy.
+    kept = {path: path.read_text() for path in two.glob("samples/*")}
+    (gone,) = two.glob("samples/ei-0-sampled.jsonl")
+    gone.unlink()
+    run_two("experiments/evaluate.py", two, *flags)
+    self.assertEqual({path: path.read_text() for path in kept}, kept)
+    self.assert_same_evaluation(two, one)
+
+  def test_return_conditioned(self):
+    steps = "num_terms=3,max_term=5"  # The first of two steps is completed.
+    start = trained(
+      *("sums", "--num_examples=2000", "--batch_size=64", "--steps=150"),
+      f"--task_options={steps},corpus=pretraining,slot=true,corruption=0.3",
+      *("--learning_rate=1e-2", "--weight_decay=0", "--eval_every=150"),
+    )
+    one, two = self.compare(
+      *("experiments/return_conditioned.py", "rcrl"),
+      *flags_of("return_conditioned", "sums"),
+      *(f"--task_options={steps}", f"--policy={start}", f"--base={start}"),
+      gap=1e-4,
+    )
+    completions = sorted(path.name for path in (one / "completions").iterdir())
+    self.assertNotEmpty(completions)
+    self.assertEqual(
+      sorted(path.name for path in (two / "completions").iterdir()), completions
+    )
+    names = [f"completions/{name}" for name in completions]
+    self.assert_same_rows(
+      *(two, one, "solutions.jsonl", "labels.jsonl", "data.jsonl"),
+      *("forced.json", *names),
+    )
+
+  def test_generative_reward_model(self):
+    one, two = self.compare(
+      *("experiments/rlmec_reward_model.py", "grm"),
+      *flags_of("rlmec_reward_model", "chains"),
+      gap=1e-4,
+    )
+    self.assert_same_rows(
+      *(two, one, "samples/samples.jsonl", "teacher/rewrites.jsonl"),
+      *("records/records.jsonl", "records/held_out.jsonl"),
+      *("test/rewrites.jsonl", "rewriting.json"),
+    )
+
+  def test_rlmec(self):
+    flags = flags_of("rlmec", "chains", "corrector")
+    one, two = self.compare("experiments/rlmec.py", "rlmec", *flags, gap=1e-4)
+    self.assert_same_rows(
+      *(two, one, "samples/samples.jsonl", "rewrites/rewrites.jsonl"),
+      *("supervision/supervision.jsonl", "supervision/right.jsonl"),
+      *("supervision/gold.jsonl", "supervision/pairs.jsonl", "samples.jsonl"),
+    )
+    self.assertTrue((two / "tokens.html").exists())
+
+  def test_evaluate(self):
+    """Texts, logged replies and perplexity."""
+    one, two = self.compare(
+      *("experiments/evaluate.py", "texts", "--task=word_lists"),
+      *("--num_prompts=21", "--batch_size=8", "--max_length=8"),
+      *("--max_prompt_length=16", "--max_response_length=16", "--nogreedy"),
+      *("--metrics=text,log,perplexity", f"--reference={reference()}"),
+      f"--policies=words={trained('words')},start={reference()}",
+    )
+    self.assert_same_evaluation(two, one)
 
 
 if __name__ == "__main__":

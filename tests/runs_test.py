@@ -69,12 +69,11 @@ class StartTest(parameterized.TestCase):
 
   def test_one_of_several_that_have_not_met_refuses(self):
     place = dict(RLJAX_COORDINATOR="127.0.0.1:1", RLJAX_PROCESS_ID="0")
-    for start in (self._start, runs.check_one_process):
-      with (
-        mock.patch.dict(os.environ, place, RLJAX_NUM_PROCESSES="2"),
-        self.assertRaisesRegex(ValueError, "PROCESSES=2: .* in one process"),
-      ):
-        start()
+    with (
+      mock.patch.dict(os.environ, place, RLJAX_NUM_PROCESSES="2"),
+      self.assertRaisesRegex(ValueError, "PROCESSES=2: .* in one process"),
+    ):
+      self._start()
     with mock.patch.dict(os.environ, place, RLJAX_NUM_PROCESSES="1"):
       self._start()
 
@@ -157,14 +156,6 @@ class CheckModelsTest(parameterized.TestCase):
           check("--base=x", different, policy)
     # Of a model that shares the tokens alone.
     runs.check_same_tokens("--base=x", other(config=3), policy)
-
-  def test_one_process(self):
-    runs.check_one_process()
-    with (
-      mock.patch.object(jax, "process_count", return_value=2),
-      self.assertRaisesRegex(ValueError, "in one process, .* are 2"),
-    ):
-      runs.check_one_process()
 
 
 class UnescapedTest(parameterized.TestCase):
