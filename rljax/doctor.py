@@ -478,16 +478,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   watch.daemon = True
   watch.start()
   if num_processes > 1:
-    import jax
+    from rljax import processes  # It imports this module, and jax.
 
-    # It would catch SIGTERM, and the doctor could not be stopped.
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
+    processes.connect(
       coordinator,
       num_processes,
       process_id,
-      # Or Slurm's own would give each process a single device.
-      cluster_detection_method="deactivate",
       initialization_timeout=int(options.seconds),
     )
   findings.append(check_devices(options.platform, options.devices))

@@ -47,7 +47,28 @@ def join(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
   if num_processes == 1 or jax.distributed.is_initialized():
     return
   logging.set_verbosity(logging.WARNING)  # jax tells where it connects to.
-  # It would catch SIGTERM, which `checkpoint.Preemption` is for.
+  connect(
+    coordinator,
+    num_processes,
+    process_id,
+    heartbeat_timeout_seconds=heartbeat_seconds,
+  )
+  sys.excepthook = _end
+
+
+def connect(
+  coordinator: str, num_processes: int, process_id: int, **timeouts: int
+) -> None:
+  """Connects this process to the others, and changes nothing else of it.
+
+  Args:
+    coordinator: host:port of process 0.
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+    **timeouts: of `jax.distributed.initialize`, in seconds.
+  """
+  # It would catch SIGTERM, which `checkpoint.Preemption` is for, and by which
+  # whoever waits for others can be stopped.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     coordinator,
@@ -55,9 +76,8 @@ def join(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
     process_id,
     # Or Slurm's own would give each process a single device.
     cluster_detection_method="deactivate",
-    heartbeat_timeout_seconds=heartbeat_seconds,
+    **timeouts,
   )
-  sys.excepthook = _end
 
 
 def check_joined() -> None:

@@ -80,7 +80,7 @@ MAY_IMPORT = {
   ],
   "supervision": ["data", "rewards"],
   "stages": [],
-  "doctor": ["meshes"],
+  "doctor": ["meshes", "processes"],
   "pages": [],
   "traces": [],
   "logged": ["data", "tasks"],
