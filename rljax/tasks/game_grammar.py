@@ -36,12 +36,17 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
       end token.
   """
   vocabulary = tokenizer.get_vocab()
-  missing = [w for w in ("(", ")", "game") if w not in vocabulary]
+  # A tokenizer of natural text has some of the words, and could write no game.
+  words = dict.fromkeys(("(", ")", "game", *game_rules.vocabulary()))
+  missing = [word for word in words if word not in vocabulary]
   if missing or tokenizer.eos_token_id is None:
+    lost = ", ".join(missing[:5]) or "an end token"
+    if len(missing) > 5:
+      lost += f" and {len(missing) - 5} more"
     raise ValueError(
       "The grammar of games needs a tokenizer with its words as tokens and an "
-      f"end token; this one has not {', '.join(missing) or 'an end token'}. "
-      "experiments/sft.py --task=games makes one."
+      f"end token; this one has not {lost}. experiments/sft.py --task=games "
+      "--tokenizer=grammar makes one."
     )
   from lark.parsers.lalr_analysis import Shift
 
@@ -69,8 +74,7 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
   found["ends"][tokenizer.eos_token_id] = True
   for state, actions in states.items():
     for word, name in _words(state).items():
-      if word in vocabulary:
-        found["terminals"][state, vocabulary[word]] = terminals[name]
+      found["terminals"][state, vocabulary[word]] = terminals[name]
     by = set()
     for symbol, (action, argument) in actions.items():
       if symbol in heads:
@@ -121,7 +125,7 @@ def places(
       )
     stack[i, : len(states)] = states
     size[i] = len(states)
-    seconds[i, [vocabulary[word] for word in words if word in vocabulary]] = 1
+    seconds[i, [vocabulary[word] for word in words]] = True
   return {"stack": stack, "size": size, "seconds": seconds}
 
 

@@ -168,6 +168,11 @@ class ErrorsTest(parameterized.TestCase):
     other = tokenizers.of_words(["(", ")"], ".")
     with self.assertRaisesRegex(ValueError, "this one has not game"):
       games.grammar(other, vocab_size=8)
+    # As tokenizers of natural text have them.
+    words = ["(", ")", "game", "players", "board", *map(str, range(10))]
+    other = tokenizers.of_words(words, r"\w+|.")
+    with self.assertRaisesRegex(ValueError, "has not .*, <=, .* more"):
+      games.grammar(other, vocab_size=20)
 
   @parameterized.named_parameters(
     ("no_gap", "(game", "has the marks"),
