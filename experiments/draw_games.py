@@ -14,7 +14,7 @@ import os
 
 from absl import app, flags
 
-from rljax import data
+from rljax import data, processes
 from rljax.tasks import game_pages, game_pool, game_rewards, game_rules, games
 
 flags.DEFINE_list("samples", None, "Files of samples.", required=True)
@@ -33,6 +33,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+  processes.check_joined()
   if not FLAGS.seconds > 0:
     raise ValueError(f"--seconds must be positive, got {FLAGS.seconds}.")
   os.makedirs(os.path.dirname(FLAGS.output) or ".", exist_ok=True)

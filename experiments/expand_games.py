@@ -18,6 +18,7 @@ import time
 import numpy as np
 from absl import app, flags
 
+from rljax import processes
 from rljax.tasks import game_rules, game_variants, games
 
 flags.DEFINE_string("output", None, "A file of JSON lines.", required=True)
@@ -41,6 +42,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+  processes.check_joined()
   numbers = {
     split: FLAGS[f"num_{split}"].value
     # The training games come last: none of them is one of the others.

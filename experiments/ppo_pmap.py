@@ -31,6 +31,7 @@ from rljax import (
   data,
   logs,
   masking,
+  processes,
   rewards,
   sampling,
   tasks,
@@ -66,6 +67,7 @@ AXIS = "devices"
 
 def main(_):
   logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
+  processes.check_joined()
   devices = jax.local_devices()
   if FLAGS.batch_size % len(devices):
     raise ValueError(

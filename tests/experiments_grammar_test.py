@@ -51,7 +51,7 @@ def tearDownModule():
 
 
 @functools.cache
-def _policy():
+def policy():
   tokenizer = games.grammar_tokenizer()
   # Some tokens more than the tokenizer has.
   config = tiny.gpt2_config(vocab_size=384, max_positions=160)
@@ -64,7 +64,7 @@ class ConstraintTest(absltest.TestCase):
   def test_ppo(self):
     workdir = scripts.scratch() / "ppo"
     # Its preflight is strict: the trainer must find the sampler's numbers.
-    scripts.run(PPO, workdir, *PPO_FLAGS, f"--policy={_policy()}", devices=2)
+    scripts.run(PPO, workdir, *PPO_FLAGS, f"--policy={policy()}", devices=2)
     finished = unfinished = 0
     for row in scripts.rows(workdir, "samples.jsonl"):
       # Others may be whole, with no room for the end token.
@@ -89,7 +89,7 @@ class ConstraintTest(absltest.TestCase):
         *SHORT,
         f"--constraint={constraint}",
         "--task_options=max_words=126,max_gap=23",
-        f"--policies=one={_policy()}",
+        f"--policies=one={policy()}",
         "--num_prompts=12",
         "--batch_size=8",
         "--metrics=text",
@@ -110,7 +110,7 @@ class ConstraintTest(absltest.TestCase):
         PPO,
         scripts.scratch() / "refused",
         *PPO_FLAGS,
-        f"--policy={_policy()}",
+        f"--policy={policy()}",
         *flags,
         ok=False,
       )
@@ -121,7 +121,7 @@ class ConstraintTest(absltest.TestCase):
     done = scripts.run(
       PPO,
       scripts.scratch() / "refused",
-      f"--policy={_policy()}",
+      f"--policy={policy()}",
       "--stop_at_eos",
       "--constraint=grammar",
       ok=False,

@@ -23,6 +23,7 @@ from rljax import checkpoint, corrections, meshes, processes, responses, stages
 from rljax.models import hf
 from rljax.tasks import arithmetic, word_lists
 from tests import conftest, processes_job, scripts, tiny
+from tests import experiments_grammar_test as on_grammar
 from tests import experiments_meshes_test as on_meshes
 
 ROOT = conftest.REPOSITORY
@@ -220,6 +221,33 @@ class OneProcessTest(parameterized.TestCase):
       processes.from_first(lambda: 1 / 0)
     with self.assertRaises(ZeroDivisionError):
       processes.share(1, lambda own: 1 / 0)
+
+
+class AloneTest(parameterized.TestCase):
+  """Scripts that a launcher must not start twice."""
+
+  @parameterized.parameters(
+    ("ppo_pmap", "--workdir=x", "--policy=x"),
+    ("expand_games", "--output=x"),
+    ("draw_games", "--samples=x", "--output=x"),
+  )
+  def test_refuses_to_be_one_of_several(self, name, *flags):
+    done = subprocess.run(
+      [sys.executable, f"experiments/{name}.py", *flags],
+      cwd=ROOT,
+      env=environment(
+        RLJAX_COORDINATOR="127.0.0.1:1",
+        RLJAX_NUM_PROCESSES="2",
+        RLJAX_PROCESS_ID="1",
+      ),
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    )
+    self.assertNotEqual(done.returncode, 0)
+    self.assertIn("this script runs in one process", done.stderr)
+    self.assertFalse((ROOT / "x").exists())
 
 
 class NotFirstTest(absltest.TestCase):
@@ -570,6 +598,20 @@ class ScriptsTest(parameterized.TestCase):
         found = [json.loads((x / name).read_text()) for x in (two, one)]
         self.assert_same_values(*found, name)
 
+  def test_ppo_with_a_reward_model(self):
+    self.compare(
+      *(PPO, "judged", *ppo_flags()),
+      *(f"--reward_model={classifier()}", "--reward_length=32"),
+    )
+
+  @on_grammar.pytestmark
+  def test_ppo_within_a_grammar(self):
+    one, two = self.compare(
+      *(PPO, "grammar", *on_grammar.PPO_FLAGS),
+      f"--policy={on_grammar.policy()}",
+    )
+    self.assert_same_rows(two, one, "samples.jsonl")
+
   def test_grpo(self):
     one, two = self.compare(
       "experiments/grpo.py",
@@ -702,6 +744,23 @@ class ScriptsTest(parameterized.TestCase):
       *(two, one, "samples/samples.jsonl", "teacher/rewrites.jsonl"),
       *("records/records.jsonl", "records/held_out.jsonl"),
       *("test/rewrites.jsonl", "rewriting.json"),
+    )
+
+  def test_a_model_as_teacher(self):
+    """One that knows nothing: what it writes is kept, and a run ends early."""
+    flags = (
+      *flags_of("rlmec_reward_model", "chains"),
+      *("--teacher=model", f"--teacher_model={trained('chains')}"),
+      *("--teacher_format=plain", "--teacher_length=16"),
+    )
+    one, two = (scripts.scratch() / f"teacher-{n}" for n in ("one", "two"))
+    script = "experiments/rlmec_reward_model.py"
+    done = scripts.run(script, one, *flags, ok=False)
+    self.assertIn("a teacher that succeeds more often", done.stderr)
+    with self.assertRaisesRegex(AssertionError, "succeeds more often"):
+      run_two(script, two, *flags)
+    self.assert_same_rows(
+      *(two, one, "samples/samples.jsonl", "teacher/rewrites.jsonl")
     )
 
   def test_rlmec(self):
