@@ -92,13 +92,13 @@ def main(_):
   drawn = [
     game_pages.Game(
       game.text,
-      board,
-      f"after {num} random moves" if board else "not played: out of time",
+      board.get("board"),
+      caption(board),
       game.facts,
       game.closest,
       game.closest_name,
     )
-    for game, board, num in zip(found, boards, plies, strict=True)
+    for game, board in zip(found, boards, strict=True)
   ]
   different = {row["parts"]["game"] for row in good}
   game_pages.write(
@@ -113,6 +113,14 @@ def main(_):
     ],
   )
   print(f"{FLAGS.output}: {len(drawn)} games of {len(rows)} samples")
+
+
+def caption(board):
+  """What a position is, or why there is none."""
+  if board["stage"] == "played":
+    return f"after {board['plies']} random moves"
+  reasons = {"timeout": "out of time", "memory": "out of memory"}
+  return f"not played: {reasons.get(board['stage'], 'an error')}"
 
 
 def is_good(parts):

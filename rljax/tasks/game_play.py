@@ -12,6 +12,7 @@ computes look-up tables site by site, for seconds, that depend on the board
 alone.
 """
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -19,7 +20,7 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,43 @@ def measure(
       decisions: share of plies with more than one legal move.
       branching: mean number of legal moves of a ply.
   """
+  with _limits(seconds):
+    return _measure(text, seed, num_games, max_plies)
+
+
+def position(
+  text: str, seed: int, num_plies: int, seconds: float
+) -> dict[str, Any]:
+  """Plays a game at random for a while, and tells where the pieces are.
+
+  Args:
+    text: description of a game; anything.
+    seed: of the moves.
+    num_plies: how many moves; fewer if the game is over or stuck by then.
+    seconds: see `measure`.
+
+  Returns:
+    A dict with "stage": "construct_error" or "trace_error", then with "error",
+    the name of an exception; or "played", then with
+      plies: how many moves there were.
+      board: by site [piece, player], from 0 both, or [] for none.
+  """
+  with _limits(seconds):
+    played = _played(text, seed, 1, num_plies, with_boards=True)
+  if "stage" in played:
+    return played
+  return {
+    "stage": "played",
+    "plies": int(played["plies"][0]),
+    "board": [
+      next(([p, int(by)] for p, by in enumerate(site) if by >= 0), [])
+      for site in played["board"][0].T  # [M, P]
+    ],
+  }
+
+
+@contextlib.contextmanager
+def _limits(seconds: float) -> Iterator[None]:
   # In this process the interpreter may count memory errors by tracing every
   # call, which makes compiling much slower. There are limits without it.
   sys.settrace(None)
@@ -121,44 +159,11 @@ def measure(
   # keep it from ending the process.
   signal.setitimer(signal.ITIMER_PROF, seconds)
   try:
-    return _measure(text, seed, num_games, max_plies)
-  finally:
-    signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def position(
-  text: str, seed: int, num_plies: int, seconds: float
-) -> list[list[int]] | None:
-  """Plays a game at random for a while, and tells where the pieces are.
-
-  Args:
-    text: description of a game; anything.
-    seed: of the moves.
-    num_plies: how many moves; fewer if the game is over by then.
-    seconds: see `measure`.
-
-  Returns:
-    By site [piece, player], from 0 both, or [] for none; None if the game
-    cannot be compiled.
-  """
-  sys.settrace(None)
-  signal.setitimer(signal.ITIMER_PROF, seconds)
-  try:
-    jax, _ = _libraries()
-    numbers = _numbers_of(seed, num_plies, 1)
-    try:
-      env = _environment(text)
-      playouts = jax.jit(_playouts(env, 1, num_plies, with_boards=True))
-      board = playouts.lower(numbers).compile(_compiler_options(env))(numbers)
-    except MemoryError:
-      raise
-    except Exception:
-      return None
-    (board,) = jax.device_get(board)  # [P, M]
-    return [
-      next(([p, int(by)] for p, by in enumerate(site) if by >= 0), [])
-      for site in board.T
-    ]
+    yield
+  except Exception as error:
+    if _is_out_of_memory(error):
+      raise MemoryError(str(error)) from error
+    raise
   finally:
     signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -166,24 +171,34 @@ def position(
 def _measure(
   text: str, seed: int, num_games: int, max_plies: int
 ) -> dict[str, Any]:
+  played = _played(text, seed, num_games, max_plies)
+  return played if "stage" in played else _summary(played)
+
+
+def _played(
+  text: str,
+  seed: int,
+  num_games: int,
+  max_plies: int,
+  with_boards: bool = False,
+) -> dict[str, Any]:
+  """What `_playouts` tells, as arrays; or the stage that failed, and how."""
   jax, _ = _libraries()
   if next(_numbers) % _CLEAR_EVERY == 0:
     jax.clear_caches()
+  numbers = _numbers_of(seed, max_plies, num_games)
+  stage = "construct_error"
   try:
     env = _environment(text)
-  except MemoryError:
-    raise
-  except Exception as error:
-    return {"stage": "construct_error", "error": _name(error)}
-  numbers = _numbers_of(seed, max_plies, num_games)
-  try:
-    lowered = jax.jit(_playouts(env, num_games, max_plies)).lower(numbers)
+    stage = "trace_error"
+    playouts = _playouts(env, num_games, max_plies, with_boards)
+    lowered = jax.jit(playouts).lower(numbers)
     compiled = lowered.compile(_compiler_options(env))
-  except MemoryError:
-    raise
   except Exception as error:
-    return {"stage": "trace_error", "error": _name(error)}
-  return _summary(jax.device_get(compiled(numbers)))
+    if _is_out_of_memory(error):
+      raise
+    return {"stage": stage, "error": _name(error)}
+  return jax.device_get(compiled(numbers))
 
 
 def _numbers_of(seed: int, max_plies: int, num_games: int) -> np.ndarray:
@@ -194,8 +209,22 @@ def _numbers_of(seed: int, max_plies: int, num_games: int) -> np.ndarray:
 
 
 def _name(error: Exception) -> str:
+  return type(_cause(error)).__name__
+
+
+def _cause(error: Exception) -> Exception:
   # The parser's visitors wrap what went wrong.
-  return type(getattr(error, "orig_exc", error)).__name__
+  return getattr(error, "orig_exc", error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+  jax, _ = _libraries()
+  cause = _cause(error)
+  return isinstance(cause, MemoryError) or (
+    # A text may hold any word, so that no other error is asked for it.
+    isinstance(cause, jax.errors.JaxRuntimeError)
+    and "RESOURCE_EXHAUSTED" in str(cause)
+  )
 
 
 def _compiler_options(env: Any) -> dict[str, Any]:
@@ -228,8 +257,7 @@ def _playouts(
 ) -> Any:
   """A function of `[T, N]` random numbers that tells how N games went.
 
-  Or where their pieces are, `[N, P, M]`, which tells of one game alone: the
-  others go on when they are over.
+  With boards also where their pieces are, `[N, P, M]`.
 
   It plays as `env.init` and `env.step` do. Those compute legal moves in two
   places, and handle illegal ones, which would all be compiled.
@@ -306,10 +334,20 @@ def _playouts(
       # draw, may be rounded otherwise on another machine.
       nth = numbers[t] % jnp.maximum(num_legal, 1)
       actions = jnp.argmax(ranks > nth[:, None], axis=-1).astype(jnp.int16)
-      # Games that are over go on, and nobody looks.
-      state, winners, is_over = jax.vmap(step, (0, 0, None))(
+      after, winners, is_over = jax.vmap(step, (0, 0, None))(
         state, actions, is_first
       )
+      # Games that are over go on, and nobody looks.
+      if with_boards:
+        keep = ~(is_live | is_first)
+        after = jax.tree.map(
+          lambda new, old: jnp.where(
+            keep.reshape(-1, *(1,) * (new.ndim - 1)), old, new
+          ),
+          after,
+          state,
+        )
+      state = after
       played = {
         "plies": played["plies"] + is_live,
         "decisions": played["decisions"] + (is_live & (num_legal > 1)),
@@ -323,7 +361,7 @@ def _playouts(
       return state, played, t + 1
 
     state, played, _ = jax.lax.while_loop(goes_on, body, (state, played, -1))
-    return state.board if with_boards else played
+    return played | ({"board": state.board} if with_boards else {})
 
   return playouts
 

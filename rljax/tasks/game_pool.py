@@ -19,7 +19,7 @@ from absl import logging
 
 from rljax import workers
 
-_FORMAT = 1  # Of what is kept on disk: rises when `game_play` changes.
+_FORMAT = 2  # Of what is kept on disk: rises when `game_play` changes.
 _CACHE_SIZE = 2**16
 _PATIENCE = 15  # Seconds of the clock for one of computing, on a busy machine.
 
@@ -87,9 +87,7 @@ def measure(
         if cache:
           _keep(_place(cache, text, settings), outcome.value)
       else:
-        stage = outcome.failure.partition(":")[0]
-        # A worker that was out of its seconds is gone. Crashes are rare.
-        found[text] = {"stage": "timeout" if stage == "died" else stage}
+        found[text] = {"stage": _stage(outcome)}
         _remember((text, settings, limits), found[text])
         if cache and keep_limits:
           _keep(_place(cache, text, (*settings, *limits)), found[text])
@@ -114,7 +112,7 @@ def positions(
   seconds: float = 20.0,
   memory_gb: float = 2.0,
   num_workers: int | None = None,
-) -> list[list[list[int]] | None]:
+) -> list[dict[str, Any]]:
   """Plays one game of each kind for a while, in worker processes.
 
   Args:
@@ -126,7 +124,8 @@ def positions(
     num_workers: see `games.score_batch`.
 
   Returns:
-    N times what `game_play.position` gives; None where a limit was hit, too.
+    N times what `game_play.position` gives, or with "stage" alone where a limit
+    was hit: see `measure`.
   """
   with workers.Pool(
     "rljax.tasks.game_play:position",
@@ -141,7 +140,30 @@ def positions(
         for text, num_plies in zip(texts, plies, strict=True)
       ]
     )
-  return [outcome.value for outcome in outcomes]
+  return [
+    outcome.value if outcome.failure is None else {"stage": _stage(outcome)}
+    for outcome in outcomes
+  ]
+
+
+def _stage(outcome: workers.Outcome) -> str:
+  stage = outcome.failure.partition(":")[0]
+  # A worker that was out of its seconds is gone. Crashes are rare.
+  return "timeout" if stage == "died" else stage
+
+
+@functools.lru_cache(16)
+def check_cache(cache: str) -> None:
+  """Raises ValueError unless files can be written to a folder, made if new."""
+  try:
+    os.makedirs(cache, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache):
+      pass
+  except OSError as error:
+    raise ValueError(
+      f"cache={cache}: {error}. What was measured is to be kept there; give a "
+      "folder that can be written to, or none."
+    ) from error
 
 
 def _remember(key: tuple, measurement: dict[str, Any]) -> None:

@@ -2,6 +2,10 @@
 
 import importlib
 import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ pytestmark = pytest.mark.skipif(
   reason='needs ludax: pip install "rljax[games]"',
 )
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 ME = "tests.tasks.games_play_test"
 BOARDS = (
   ("square_shape", 3),
@@ -33,6 +38,10 @@ def call(name, *arguments):
 
 def measure(text, seed=0, num_games=4, max_plies=30):
   return game_play.measure(text, seed, num_games, max_plies, 0)
+
+
+def position(text, num_plies):
+  return game_play.position(text, 0, num_plies, 0)
 
 
 def tables_of_library(shape, *sizes):
@@ -263,6 +272,32 @@ class GamePlayTest(parameterized.TestCase):
     self.assertEqual(stopped["timeouts"], 1)
     self.assertEqual(stopped["plies"], 3)
 
+  def test_positions(self):
+    text = self.games["tic_tac_toe"]
+    played, over, stuck, wrong = self._ask(
+      ("position", text, 4),
+      ("position", text, 100),
+      ("position", text.replace("(empty)", "(and (empty) (center))"), 4),
+      ("position", text.replace("(line", "(lin"), 4),
+    )
+    self.assertEqual((played["stage"], played["plies"]), ("played", 4))
+    by = [site[1] for site in played["board"] if site]
+    self.assertEqual(sorted(by), [0, 0, 1, 1])
+    self.assertBetween(over["plies"], 5, 9)
+    self.assertLen([site for site in over["board"] if site], over["plies"])
+    # The one move that there is, and none that the rules do not allow.
+    self.assertEqual(stuck["plies"], 1)
+    self.assertEqual(stuck["board"], [[]] * 4 + [[0, 0]] + [[]] * 4)
+    self.assertEqual(wrong["stage"], "construct_error")
+
+  def test_out_of_memory_is_no_error_of_the_game(self):
+    text = self.games["tic_tac_toe"].replace("(square 3)", "(square 75)")
+    with _pool(max_memory_bytes=3 * 2**28) as pool:
+      (outcome,) = pool.map([("measure", text, 0, 1, 2)])
+    self.assertEqual(outcome.failure, "memory")
+    (found,) = self._ask(("measure", text, 0, 1, 2))
+    self.assertEqual(found["stage"], "played")
+
   def test_seconds_end_the_process(self):
     with _pool() as pool:
       (outcome,) = pool.map([("hang",)])
@@ -293,6 +328,38 @@ class OtherProcessTest(absltest.TestCase):
     self.assertEqual(found[0], found[1])
     self.assertEqual(found[0][0], found[0][1])
     self.assertNotEqual(found[0][0], found[0][2])
+
+  def test_same_text_and_seed_same_reward(self):
+    """Of a game of moves too, which is compiled by other options."""
+    games = game_rules.shipped()
+    moves = games["hop_through"].replace("(square 8)", "(square 5)")
+    moves = moves.replace("(row 6) (row 7)", "(row 3) (row 4)")
+    texts = [moves, games["tic_tac_toe"]]
+    found = []
+    for num_workers in (1, 2):
+      done = subprocess.run(
+        [sys.executable, "-c", _REWARDS, str(num_workers), *texts],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+      )
+      found.append(json.loads(done.stdout))
+    self.assertEqual(*found)
+    for reward, stage in zip(*found[0], strict=True):
+      self.assertEqual(stage, "played")
+      self.assertBetween(reward, 0.36, 0.99)
+
+
+_REWARDS = """
+import json, sys
+from rljax.tasks import games
+num_workers, *texts = sys.argv[1:]
+rewards, parts = games.score_batch(
+  [games.WHOLE] * 2, texts, num_games=16, num_workers=int(num_workers)
+)
+print(json.dumps([rewards, [part["stage"] for part in parts]]))
+"""
 
 
 if __name__ == "__main__":
