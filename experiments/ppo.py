@@ -484,7 +484,9 @@ def main(_):
     totals = token_rewards.sum(axis=1)
     # What is logged as the reward: the score, where it is a term.
     outcomes = earned.get("score", totals)
-    _, metrics = batch_entropy(state["params"], hidden, mask)
+    metrics = {}
+    if FLAGS.constraint == "none":  # It knows no masks of single tokens.
+      _, metrics = batch_entropy(state["params"], hidden, mask)
     if FLAGS.kl == "initial":
       ref, _ = statistics_of(reference, rollout)
       token_rewards += rewards.kl_penalty(
