@@ -178,6 +178,8 @@ def neutral(text: str) -> str:
 def progress(text: str) -> tuple[int, bool]:
   """How far a text follows the grammar.
 
+  A name has a hundred characters at most, though the grammar knows no limit.
+
   Args:
     text: canonical.
 
@@ -198,6 +200,10 @@ def progress(text: str) -> tuple[int, bool]:
     if error.token.type == "$END":
       return len(text), False
     return len(text[: error.token.start_pos].rstrip()), False
+  # Longer names than `words` knows of: nothing here could say what they are.
+  for word, start in placed_words(text):
+    if word == '"':
+      return len(text[:start].rstrip()), False
   return len(text), True
 
 

@@ -20,10 +20,11 @@ Source:
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from absl import logging
 
 from rljax import data as files
 from rljax.tasks import game_grammar, game_pool, game_rewards, game_rules
@@ -126,13 +127,15 @@ def supervised(
   if form not in ("middle", "whole"):
     raise ValueError(f'form must be "middle" or "whole", got {form!r}.')
   most = max_gap or math.inf
+  known = texts(split, corpus=corpus, max_sites=max_sites)
   games = [
     text
-    for text in texts(split, corpus=corpus, max_sites=max_sites)
+    for text in known
     if not max_words or len(game_rules.words(text)) <= max_words
   ]
   if form == "whole":
-    rows = [(WHOLE, t) for t in games if len(game_rules.words(t)) <= most]
+    games = [text for text in games if len(game_rules.words(text)) <= most]
+    rows = [(WHOLE, text) for text in games]
   else:
     rows = [
       (prompt, middle)
@@ -149,6 +152,13 @@ def supervised(
       f"min_share={min_share} in the split {split!r}, as long as max_words="
       f"{max_words} and max_gap={max_gap} allow."
     )
+  logging.info(
+    "%d gaps in %d of %d games of the split %r; others are too long.",
+    len(rows),
+    len(games),
+    len(known),
+    split,
+  )
   num = len(rows) if num is None else num
   rng = np.random.default_rng([seed, SPLITS.index(split)])
   # Whole rounds first, so that a small draw has no repetition.
@@ -180,11 +190,22 @@ def texts(
     ]
   else:
     found = list(shipped(split).values())
-  return [
+  different = list(dict.fromkeys(found))
+  kept = [
     text
-    for text in dict.fromkeys(found)
+    for text in different
     if all(game_rules.checks(text, max_sites=max_sites).values())
   ]
+  if corpus and len(kept) < len(different):
+    logging.warning(
+      "%d of %d games of the split %r are left out: boards of more than %d "
+      "sites, or another check that fails.",
+      len(different) - len(kept),
+      len(different),
+      split,
+      max_sites,
+    )
+  return kept
 
 
 def shipped(split: str) -> dict[str, str]:
@@ -348,10 +369,20 @@ def score_batch(
       quality, novelty: q, and the distance to the corpus; 0 if not played.
 
   Raises:
-    ValueError: if an option is unknown, a prompt has no gap, or ludax is not
-      installed.
+    ValueError: if an option is unknown or not as described, the corpus or the
+      cache cannot be used, a prompt has no gap, or ludax is not installed.
   """
-  _check_score_options(reward, power_mean)
+  _check_score_options(
+    reward,
+    power_mean,
+    {"seed": seed, "num_games": num_games, "max_plies": max_plies}
+    | {"max_sites": max_sites, "num_workers": num_workers},
+    {"seconds": seconds, "memory_gb": memory_gb},
+  )
+  if corpus:
+    _corpus(str(corpus))  # Says what is wrong with it before a game is played.
+  if cache:
+    game_pool.check_cache(str(cache))
   is_graded = reward == "graded"
   num_games = num_games or (64 if is_graded else 100)
   max_plies = max_plies or (300 if is_graded else 500)
@@ -401,13 +432,28 @@ def score_batch(
 # Parts of a score.
 
 
-def _check_score_options(reward: str, power_mean: str) -> None:
+def _check_score_options(
+  reward: str,
+  power_mean: str,
+  whole: Mapping[str, Any],
+  limits: Mapping[str, Any],
+) -> None:
   if reward not in ("graded", "ladder"):
     raise ValueError(f'reward must be "graded" or "ladder", got {reward!r}.')
   if power_mean not in ("", "code", "true"):
     raise ValueError(
       f'power_mean must be "code" or "true", got {power_mean!r}.'
     )
+  for name, value in whole.items():
+    least = 0 if name == "seed" else 1
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_whole and value >= least):
+      raise ValueError(
+        f"{name} must be a whole number, {least} or more, got {value!r}."
+      )
+  for name, value in limits.items():
+    if not isinstance(value, int | float) or not value > 0:
+      raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
 
 def _composed(prompt: str, response: str) -> tuple[str, str | None]:
@@ -454,9 +500,18 @@ def _check_split(split: str) -> None:
 def _corpus(path: str) -> tuple[dict[str, Any], ...]:
   rows = tuple(files.load_rows(path, "games", required=("text", "split")))
   for i, row in enumerate(rows):
-    text = row["text"]
-    if game_rules.canonical(text) != text or not game_rules.progress(text)[1]:
-      raise ValueError(f"{path}, row {i + 1}: {text[:60]!r} is no game.")
+    text, split = row["text"], row["split"]
+    if (
+      not isinstance(text, str)
+      or game_rules.canonical(text) != text
+      or not game_rules.progress(text)[1]
+    ):
+      raise ValueError(f"{path}, row {i + 1}: {str(text)[:60]!r} is no game.")
+    if split not in SPLITS:
+      raise ValueError(
+        f"{path}, row {i + 1}: the splits are {', '.join(SPLITS)}, not "
+        f"{split!r}."
+      )
   return rows
 
 

@@ -163,9 +163,15 @@ class PromptsTest(parameterized.TestCase):
         )
       self.assertEqual(near, 0)
       self.assertGreater(far, 0.1)
-      path.with_name("bad.jsonl").write_text('{"text": "(", "split": "train"}')
-      with self.assertRaisesRegex(ValueError, r"bad.jsonl, row 1: '\(' is no"):
-        games.texts("train", corpus=path.with_name("bad.jsonl"))
+      for name, row, message in (
+        ("bad", {"text": "(", "split": "train"}, r"row 1: '\(' is no game"),
+        ("number", {"text": 7, "split": "train"}, "row 1: '7' is no game"),
+        ("split", {"text": NEW, "split": 7}, "row 1: the splits are .*not 7"),
+      ):
+        path = path.with_name(f"{name}.jsonl")
+        data.write_jsonl(path, [row])
+        with self.assertRaisesRegex(ValueError, f"{name}.jsonl, {message}"):
+          games.texts("train", corpus=path)
 
 
 class ScoreTest(parameterized.TestCase):
@@ -245,6 +251,20 @@ class ScoreTest(parameterized.TestCase):
     self.assertTrue(parts[0]["is_good"])
     self.assertEqual(tasks.mean_parts(parts)["is_good"], 0.25)
 
+  @parameterized.parameters('"token"', '"Tic-Tac-Toe"')
+  def test_long_names(self, name):
+    """The grammar of ludax has no limit for them."""
+    text = game_rules.shipped()["tic_tac_toe"]
+    for reward in ("graded", "ladder"):
+      for letter in "a(":
+        for size in (100, 101):
+          longer = text.replace(name, f'"{letter * size}"')
+          score, parts = self._score(longer, reward=reward)
+          self.assertEqual(parts["parses"], size == 100, longer)
+          self.assertEqual(score > 0.3, size == 100)
+          if reward == "graded" and size == 101:
+            self.assertGreater(score, 0)
+
   def test_the_response_is_cut_and_put_into_the_gap(self):
     prefix, middle, suffix = game_rules.cuts(NEW)[3]
     prompt = game_rules.gap(prefix, suffix)
@@ -292,9 +312,19 @@ class ScoreTest(parameterized.TestCase):
     for options, message in (
       ({"reward": "best"}, "reward must be .* got 'best'"),
       ({"power_mean": "best"}, "power_mean must be .* got 'best'"),
+      ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
+      ({"num_games": 2.5}, "num_games must be .*, 1 or more, got 2.5"),
+      ({"max_plies": -2}, "max_plies must be"),
+      ({"max_sites": 0}, "max_sites must be"),
+      ({"num_workers": 0}, "num_workers must be"),
+      ({"seconds": -1}, "seconds must be a positive number, got -1"),
+      ({"memory_gb": "2"}, "memory_gb must be a positive number, got '2'"),
+      ({"corpus": "/no/such.jsonl"}, "/no/such.jsonl"),
+      ({"cache": "/proc/none"}, "cache=/proc/none: .* can be written to"),
     ):
+      # As the scripts do at their start, where nothing would be played.
       with self.assertRaisesRegex(ValueError, message):
-        games.score(games.WHOLE, NEW, **options)
+        games.score(games.WHOLE, "", **options)
     with self.assertRaisesRegex(ValueError, "prompt has the marks.*'.game'"):
       games.score("(game", NEW)
     tasks.check_options(games.score, {"cache": "", "seconds": 2})
