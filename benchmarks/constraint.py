@@ -32,8 +32,8 @@ flags.DEFINE_integer("repeats", 5, "Runs, of which the best one counts.")
 flags.DEFINE_string("json", "", "Also write the rows to this file.")
 FLAGS = flags.FLAGS
 
-# That of experiments/flags/games_sft.flags.
-SIZE = {"hidden_size": 256, "num_layers": 4, "num_heads": 4}
+# That of experiments/flags/games_base.flags.
+SIZE = {"hidden_size": 128, "num_layers": 4, "num_heads": 4}
 
 
 def main(_):
