@@ -12,6 +12,7 @@ set -euo pipefail
 
 PYTHON="${PYTHON:-python3}"
 
+if [[ "${1:-}" == -- ]]; then shift; fi
 if (($# == 0)); then
   sed -n '2,/^set/{/^#/p}' "$0" >&2
   exit 2
@@ -55,8 +56,6 @@ fi
 if [[ "$1" == doctor ]]; then
   shift
   set -- -m rljax.doctor --platform=gpu --devices="$num" "$@"
-elif [[ "$1" == -- ]]; then
-  shift
 fi
 # As in the other launchers, the command may begin with the interpreter.
 if [[ "$1" == python || "$1" == python3 ]]; then shift; fi

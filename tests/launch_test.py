@@ -353,6 +353,12 @@ class DryRunTest(LaunchTest):
       text += f"$ gpu.sh {' '.join(words)}\n{output}\n"
     self.assert_golden("gpu", text)
 
+  @parameterized.parameters("", "--")
+  def test_gpu_help(self, words):
+    status, output = call("bash", LAUNCH / "gpu.sh", *words.split(), DRY_RUN=1)
+    self.assertEqual(status, 2)
+    self.assertIn("bash launch/gpu.sh doctor", output)
+
   def test_slurm(self):
     status, output = call(
       *["bash", LAUNCH / "slurm.sbatch", "python", "experiments/ppo.py"],
