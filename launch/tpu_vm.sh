@@ -370,7 +370,8 @@ case "$verb" in
     ;;
   doctor)
     need NAME ZONE
-    on_hosts all run python -m rljax.doctor --platform=tpu --workdir=runs
+    on_hosts all run python -m rljax.doctor --platform=tpu --workdir=runs \
+      "$@"
     ;;
   run)
     need NAME ZONE TYPE VERSION

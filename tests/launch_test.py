@@ -301,7 +301,7 @@ class DryRunTest(LaunchTest):
       (["create"], {"SPOT": 0, "PROJECT": "mine"}),
       (["setup"], {"SHARED": "10.0.0.2:/share"}),
       (["sync"], {}),
-      (["doctor"], {}),
+      (["doctor", "--seconds=5"], {}),
       ([*train, "--prompt_format=a b'c", "--workdir=runs/demo"], {}),
       (["status"], {}),
       (["logs"], {}),
