@@ -24,13 +24,19 @@ code="$HOME/rljax" venv="$HOME/venv" shared="$HOME/shared" job="$HOME/job"
 export PATH="$venv/bin:$HOME/.local/bin:$PATH"
 
 metadata() {
-  curl --silent --fail --header "Metadata-Flavor: Google" \
-    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+  local url=http://metadata.google.internal/computeMetadata/v1/instance
+  if ! curl --silent --show-error --fail --header "Metadata-Flavor: Google" \
+    "$url/attributes/$1"; then
+    echo "No $1 in the metadata of this machine: is it a host of a TPU slice?" \
+      >&2
+    return 1
+  fi
 }
 
 # Where jax itself looks for them on a TPU VM.
 id="$(metadata agent-worker-number)"
-IFS=, read -ra hosts <<<"$(metadata worker-network-endpoints)"
+endpoints="$(metadata worker-network-endpoints)"
+IFS=, read -ra hosts <<<"$endpoints"
 num="${#hosts[@]}"
 # A host is its address, or name:number:address.
 export RLJAX_COORDINATOR="${hosts[0]##*:}:$PORT"

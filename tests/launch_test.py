@@ -340,6 +340,19 @@ class DryRunTest(LaunchTest):
     self.assertEqual(status, 1)
     self.assertIn("Usage", output)
 
+  @parameterized.parameters("agent-worker-number", "worker-network-endpoints")
+  def test_tpu_host_names_the_metadata_that_is_missing(self, name):
+    curl = f"""case "$*" in
+  *--show-error*{name}) echo "curl: (22) 404" >&2 && exit 22 ;;
+esac
+echo 0"""
+    write_tools(self.folder, {"curl": curl})
+    path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
+    status, output = call("bash", LAUNCH / "tpu_host.sh", "status", PATH=path)
+    self.assertEqual(status, 1)
+    self.assertIn("curl: (22) 404\n", output)
+    self.assertIn(f"No {name} in the metadata of this machine", output)
+
   def test_gpu(self):
     text = ""
     for words, variables in (
