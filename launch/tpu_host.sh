@@ -55,6 +55,31 @@ job_pid() {
   echo "$pid"
 }
 
+# Makes runs/ of the checkout a link to the share, and moves there what this
+# host has written without one.
+link_runs() {
+  local path runs="$code/runs"
+  if ! is_shared || [[ ! -d "$code/.git" ]]; then return; fi
+  if [[ -d "$runs" && ! -L "$runs" ]]; then
+    if job_pid >/dev/null; then
+      say "a job writes to ~/rljax/runs: run the verb stop first." >&2
+      exit 1
+    fi
+    shopt -s dotglob nullglob
+    for path in "$runs"/*; do
+      if [[ -e "$shared/runs/${path##*/}" ]]; then
+        say "${path##*/} is in ~/rljax/runs of this host and in runs of the" \
+          "share: remove or rename one of them." >&2
+        exit 1
+      fi
+      mv "$path" "$shared/runs/"
+    done
+    shopt -u dotglob nullglob
+    rmdir "$runs"
+  fi
+  ln -sfn "$shared/runs" "$runs"
+}
+
 verb="${1:-}"
 shift || true
 case "$verb" in
@@ -75,6 +100,7 @@ case "$verb" in
       # A new share belongs to root.
       sudo chown "$(id -u):$(id -g)" "$shared/runs" "$shared/logs"
     fi
+    link_runs
     if is_shared; then say "is set up, with ~/shared"; else say "is set up"; fi
     ;;
   sync)
@@ -82,7 +108,7 @@ case "$verb" in
     git -C "$code" fetch --quiet "$HOME/$1.bundle" HEAD
     git -C "$code" checkout --quiet --force --detach "$1"
     rm -f "$HOME"/*.bundle
-    if is_shared; then ln -sfn "$shared/runs" "$code/runs"; fi
+    link_runs
     uv pip install --quiet --python "$venv/bin/python" \
       --editable "${code}[$EXTRAS]"
     say "has commit ${1:0:12}"
@@ -110,6 +136,7 @@ case "$verb" in
         "SHARED=ADDRESS:/PATH and run the verb setup." >&2
       exit 1
     fi
+    link_runs
     mkdir -p "$job" "$(dirname "$log")"
     rm -f "$job/status" "$job/stopped"
     printf '%q ' "$@" >"$job/command"

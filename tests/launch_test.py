@@ -778,6 +778,32 @@ class CloudTest(Cloud):
     status, output = self.run_job()()
     self.assertEqual(status, 1)
     self.assertIn("several hosts need one folder for checkpoints", output)
+    # What the hosts have written meanwhile moves to the share that comes.
+    for host in (0, 1):
+      own = self.cloud / "hosts" / str(host) / "rljax" / "runs" / f"own-{host}"
+      own.mkdir(parents=True)
+    self.well("setup")
+    status, output = self.run_job()()
+    self.assertEqual(status, 0, output)
+    self.assertTrue((self.workdir / "summary.json").exists())
+    runs = sorted(path.name for path in self.workdir.parent.iterdir())
+    self.assertEqual(runs, ["one", "own-0", "own-1"])
+
+  def test_runs_of_a_host_do_not_replace_shared_ones(self):
+    for verb in ("create", "setup", "sync"):
+      self.well(verb)
+    runs = self.cloud / "hosts" / "1" / "rljax" / "runs"
+    runs.unlink()
+    (runs / "one").mkdir(parents=True)
+    self.workdir.mkdir()
+    for words in (["setup"], ["sync"], ["run", "--", "true"]):
+      status, output = self.tpu(*words)
+      self.assertEqual(status, 1)
+      self.assertIn("host 1 of 2: one is in ~/rljax/runs of this host", output)
+    self.assertTrue((runs / "one").is_dir())
+    shutil.rmtree(runs / "one")
+    self.well("sync")
+    self.assertTrue(runs.is_symlink())
 
 
 @pytest.mark.slow
