@@ -136,21 +136,29 @@ case "$verb" in
         "SHARED=ADDRESS:/PATH and run the verb setup." >&2
       exit 1
     fi
+    # Done is a script that has written its summary, as in the other launchers:
+    # one that a signal stopped has saved its state and ends well, too.
+    workdir="" flagfile="" previous=""
+    for word in "$@"; do
+      case "$word" in
+        --workdir=* | -workdir=*) workdir="${word#*=}" ;;
+        --flagfile* | -flagfile*) flagfile=1 ;;
+      esac
+      case "$previous" in
+        --workdir | -workdir) workdir="$word" ;;
+      esac
+      previous="$word"
+    done
+    if [[ -n "$flagfile" && -z "$workdir" ]]; then
+      say "--workdir must be on the command line: in a flagfile it is not" \
+        "seen, and a job that was stopped would count as finished." >&2
+      exit 1
+    fi
     link_runs
     mkdir -p "$job" "$(dirname "$log")"
     rm -f "$job/status" "$job/stopped"
     printf '%q ' "$@" >"$job/command"
-    # Done is a script that has written its summary, as in the other launchers:
-    # one that a signal stopped has saved its state and ends well, too.
-    : >"$job/workdir"
-    previous=""
-    for word in "$@"; do
-      if [[ "$previous" == --workdir ]]; then echo "$word" >"$job/workdir"; fi
-      if [[ "$word" == --workdir=* ]]; then
-        echo "${word#--workdir=}" >"$job/workdir"
-      fi
-      previous="$word"
-    done
+    echo "$workdir" >"$job/workdir"
     setsid bash "$HOME/tpu_host.sh" job "$@" >>"$log" 2>&1 </dev/null &
     echo $! >"$job/pid"
     say "has started it"

@@ -708,6 +708,15 @@ class CloudTest(Cloud):
     self.assertNotIn("Restart", output)
     self.assertIn("host 0 of 2: ended 0 stopped", self.well("status"))
 
+  @parameterized.parameters("--flagfile=a.flags", "-flagfile a.flags")
+  def test_a_workdir_in_a_flagfile_is_refused(self, words):
+    for verb in ("create", "setup", "sync"):
+      self.well(verb)
+    status, output = self.tpu("run", "--", "python", "x.py", *words.split())
+    self.assertEqual(status, 1)
+    self.assertIn("--workdir must be on the command line", output)
+    self.assertFalse(list(self.cloud.glob("hosts/*/job")))
+
   def test_stop_and_the_same_command_goes_on(self):
     for verb in ("create", "setup", "sync"):
       self.well(verb)
@@ -906,6 +915,19 @@ class SlurmTest(LaunchTest):
     self.assertEqual(status, 0, output)
     self.assertEqual(steps(self.workdir), list(range(40)))
     self.assertEqual(self.calls().count("requeue"), 1)
+
+  def test_finds_the_workdir_or_asks_for_it(self):
+    words = ["bash", LAUNCH / "slurm.sbatch", "bash", "-c", "exit", "x"]
+    self.workdir.mkdir()
+    (self.workdir / "flags.json").touch()
+    for found in (["-workdir", "run"], ["--flagfile=a", "-workdir=run"]):
+      status, output = call(*words, *found, **self.variables)
+      self.assertEqual(status, 0, output)
+      self.assertIn("back into the queue", output)
+    for lost in (["--flagfile=a"], ["-flagfile", "a"]):
+      status, output = call(*words, *lost, **self.variables)
+      self.assertEqual(status, 1)
+      self.assertIn("--workdir must be on the command line", output)
 
   def test_restarts_come_to_an_end(self):
     _, finish = self.start(
