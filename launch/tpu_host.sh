@@ -186,7 +186,9 @@ case "$verb" in
       cd "$code"
       if [[ -e "$job/stopped" ]]; then
         outcome=stopped
-      elif [[ -n "$workdir" && ! -e "$workdir/summary.json" ]]; then
+      elif [[ -n "$workdir" && -e "$workdir/flags.json" &&
+        ! -e "$workdir/summary.json" ]]; then
+        # The doctor and its like write neither.
         outcome=unfinished
       fi
       say "ended $status $outcome"

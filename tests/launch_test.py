@@ -717,6 +717,13 @@ class CloudTest(Cloud):
     self.assertIn("--workdir must be on the command line", output)
     self.assertFalse(list(self.cloud.glob("hosts/*/job")))
 
+  def test_what_writes_no_summary_runs_once(self):
+    for verb in ("create", "setup", "sync"):
+      self.well(verb)
+    output = self.well("run", "--", "bash", "-c", "exit", "--workdir=runs")
+    self.assertIn("The job has finished.", output)
+    self.assertNotIn("Restart", output)
+
   def test_stop_and_the_same_command_goes_on(self):
     for verb in ("create", "setup", "sync"):
       self.well(verb)
