@@ -10,6 +10,8 @@ nothing here costs more than a call.
 import json
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +206,41 @@ def check_same(name: str, value: Any) -> None:
           f"{name} differ: {key} is {found[0].get(key)!r} in process 0 and "
           f"{other.get(key)!r} in process {number}. Start all with one command."
         )
+
+
+def check_shared(folder: str, seconds: float = 15.0) -> None:
+  """Raises ValueError unless all processes see one folder.
+
+  Orbax would wait for ever for what the others write.
+
+  Args:
+    folder: of process 0; the others may have another one at this path.
+    seconds: to wait for a file of process 0, on a disk over the network.
+  """
+  if jax.process_count() == 1:
+    return
+
+  def write():
+    handle, path = tempfile.mkstemp(prefix=".seen-by-all-", dir=folder)
+    os.close(handle)
+    return os.path.basename(path)
+
+  path = os.path.join(folder, from_first(write))
+  deadline = time.monotonic() + seconds
+  while not os.path.exists(path) and time.monotonic() < deadline:
+    os.listdir(folder)  # Some disks look again only if they are asked.
+    time.sleep(0.1)
+  blind = [
+    i for i, sees in enumerate(exchange(os.path.exists(path))) if not sees
+  ]
+  if is_first():
+    os.unlink(path)
+  if blind:
+    raise ValueError(
+      f"{folder} is not one folder for all processes: what process 0 writes is "
+      f"not seen by {', '.join(map(str, blind))}. Give a --workdir on a file "
+      "system that all hosts mount."
+    )
 
 
 def _together(function):

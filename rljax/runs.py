@@ -30,9 +30,10 @@ def start(
     Name to value of the script's own flags.
 
   Raises:
-    ValueError: if the workdir cannot be written to, or holds a run with other
-      flags; if the flags of several processes differ; or if a launcher has
-      started several of a script that does not call `processes.join`.
+    ValueError: if the workdir cannot be written to, is not seen by all
+      processes, or holds a run with other flags; if the flags of several
+      processes differ; or if a launcher has started several of a script that
+      does not call `processes.join`.
   """
   processes.check_joined()
   logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
@@ -49,6 +50,7 @@ def start(
     "The flags of the processes", in_force | {"the folder of --workdir": folder}
   )
   checkpoint.prepare_workdir(values.workdir)
+  processes.check_shared(values.workdir)
   checkpoint.check_flags(values.workdir, in_force, may_change)
   return in_force
 

@@ -71,6 +71,14 @@ def talk(folder):
     ),
   }
 
+  # Each sees the one, and process 1 has another at the path of the other.
+  folders = [folder, folder / f"own-{number}"]
+  folders[1].mkdir()
+  found["shared"] = [error_of(lambda: processes.check_shared(folders[0]))]
+  found["shared"] += [error_of(lambda: processes.check_shared(folders[1], 0.3))]
+  processes.exchange(None)  # Process 0 deletes its file behind the check.
+  found["left"] = [x.name for x in folder.glob("**/.seen*")]
+
   # Arrays that no process holds in full.
   mesh = meshes.make("data:2")
   rows = meshes.shard_batch(np.arange(8, dtype=np.int32), mesh)

@@ -357,6 +357,15 @@ class TalkTest(absltest.TestCase):
     self.assertIn("policy is", self.both("models"))
     self.assertIn("The models or the data", self.both("models"))
 
+  def test_a_folder_is_seen_by_all(self):
+    for number, found in enumerate(self.found):
+      ours, other = found["shared"]
+      self.assertIsNone(ours)
+      own = self.folder / f"own-{number}"
+      self.assertStartsWith(other, f"ValueError: {own} is not one folder")
+      self.assertIn("not seen by 1. Give a --workdir", other)
+      self.assertEqual(found["left"], [])
+
   def test_arrays_are_gathered(self):
     self.assertFalse(self.both("addressable"))
     gathered = self.both("gather")
@@ -503,7 +512,7 @@ class PpoTest(parameterized.TestCase):
   def test_sigterm_to_one_process_stops_both_and_they_go_on(self):
     workdir = scripts.scratch() / "ppo-stopped"
     logs = pathlib.Path(f"{workdir}-logs-stopped")
-    flags = ppo_flags("--save_every=1000", "--steps=1000")
+    flags = ppo_flags("--save_every=1000", "--steps=80")
     arguments = scripts.arguments(workdir, *flags)
     process = start_two(PPO, *arguments, logs=logs)
     scripts.wait_for_rows(process, workdir, 3)
@@ -514,10 +523,18 @@ class PpoTest(parameterized.TestCase):
     last = scripts.rows(workdir)[-1]["step"]
     self.assertTrue((workdir / "checkpoints" / str(last + 1)).exists())
     self.assertFalse((workdir / "summary.json").exists())
+    # The same command goes on where they were.
+    run_two(PPO, workdir, *flags)
+    steps = [row["step"] for row in scripts.rows(workdir)]
+    self.assertEqual(steps, list(range(81)))
+    self.assertTrue((workdir / "summary.json").exists())
 
   @pytest.mark.slow
   def test_all_that_a_run_can_do_is_the_same(self):
-    """The checks, several samples and epochs, the page, the best, a KL."""
+    """The checks, several samples and epochs, the page, the best, a KL.
+
+    And parameters that are split over the processes.
+    """
     flags = ppo_flags(
       *("--num_samples=2", "--epochs=2", "--batch_entropy_coef=0.3"),
       *("--preflight=strict", "--num_page_samples=4", "--keep_best"),
@@ -525,7 +542,7 @@ class PpoTest(parameterized.TestCase):
     )
     one, two = (scripts.scratch() / f"ppo-all-{n}" for n in ("one", "two"))
     scripts.run(PPO, one, *flags)
-    run_two(PPO, two, *flags)
+    run_two(PPO, two, *flags, "--mesh=fsdp:2")
     self.assert_same_run(two, one, 1e-4)
     for name in ("tokens.html", "best/checkpoints", "best/model/config.json"):
       self.assertTrue((two / name).exists(), name)
