@@ -384,6 +384,7 @@ def main(_):
   rows_sharding = meshes.batch_sharding(mesh)
   num_minibatches = num_rows // minibatch_size
   num_micro_batches = minibatch_size // micro_batch_size
+  num_parts = num_rows // micro_batch_size if FLAGS.micro_batch_size else 1
   num_updates = FLAGS.steps * FLAGS.epochs * num_minibatches
   warmup = optax.linear_schedule(
     0.0 if FLAGS.warmup_steps else FLAGS.learning_rate,
@@ -415,10 +416,15 @@ def main(_):
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
 
+  def in_parts(params, rollout):
+    """Token statistics of all rows, in no more memory than an update takes."""
+    read = functools.partial(statistics_of, params)
+    return rollouts.in_parts(read, rollout, num_parts, rows_sharding)
+
   def prepare(state, reference, rollout, scores):
     """What stays fixed while a rollout is learnt from, and its metrics."""
     mask = rollout.response_mask
-    old = statistics_of(state["params"]["policy"], rollout)
+    old = in_parts(state["params"]["policy"], rollout)
     lengths = mask.sum(axis=1)
     shaped = scores
     if FLAGS.overlong_buffer:
@@ -429,7 +435,7 @@ def main(_):
     batch = {"rollout": rollout, "old_log_probs": old.log_probs}
     metrics = {}
     if FLAGS.kl != "none":
-      ref = statistics_of(reference, rollout).log_probs
+      ref = in_parts(reference, rollout).log_probs
       drift = log_probs.kl_estimate(old.log_probs, ref, kind="k1")
       metrics["kl/sequence_k1"] = masking.masked_sum(drift, mask, axis=1).mean()
       if FLAGS.kl == "loss":
@@ -631,6 +637,8 @@ def main(_):
       stop_ids=stop_ids,
       has_stop_strings=stop_strings is not None,
       chunk_size=chunk_size,
+      num_parts=num_parts,
+      rows_sharding=rows_sharding,
       gradients=lambda n: run(state["params"], rows, n),
       # Parts of which every device still has a row.
       num_micro_batches=smallest_divisor(

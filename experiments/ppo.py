@@ -347,7 +347,9 @@ def main(_):
       lambda h: policy.apply({"params": params["policy"]}, h, method="logits"),
       hidden,
       mask,
-      chunk_size=chunk_size,
+      # Of all rows at a time, or of those of a micro-batch.
+      chunk_size=FLAGS.chunk_size
+      or log_probs.chunk_size(hidden.shape[0], vocab_size),
       mode=FLAGS.batch_entropy_mode,
       temperature=FLAGS.temperature,
       allowed=allowed,
@@ -427,6 +429,7 @@ def main(_):
   rows_sharding = meshes.batch_sharding(mesh)
   num_minibatches = num_rows // minibatch_size
   num_micro_batches = minibatch_size // micro_batch_size
+  num_parts = num_rows // micro_batch_size if FLAGS.micro_batch_size else 1
   num_updates = FLAGS.steps * FLAGS.epochs * num_minibatches
   warmup = optax.linear_schedule(
     0.0 if FLAGS.warmup_steps else FLAGS.learning_rate,
@@ -469,10 +472,17 @@ def main(_):
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
 
+  # All rows, in no more memory than an update takes.
+  in_parts = functools.partial(
+    rollouts.in_parts, num_parts=num_parts, sharding=rows_sharding
+  )
+
   def prepare(state, reference, rollout, earned):
     """What stays fixed while a rollout is learnt from, and its metrics."""
     mask = rollout.response_mask
-    old, hidden, old_values = forward(state["params"], rollout)
+    old, hidden, old_values = in_parts(
+      lambda part: forward(state["params"], part), rollout
+    )
     by_term = reward_terms.token_rewards(
       earned,
       jnp.asarray(line_feeds > 0)[rollout.response_ids],
@@ -488,7 +498,7 @@ def main(_):
     if FLAGS.constraint == "none":  # It knows no masks of single tokens.
       _, metrics = batch_entropy(state["params"], hidden, mask)
     if FLAGS.kl == "initial":
-      ref, _ = statistics_of(reference, rollout)
+      ref = in_parts(lambda part: statistics_of(reference, part)[0], rollout)
       token_rewards += rewards.kl_penalty(
         old.log_probs,
         ref.log_probs,
@@ -603,8 +613,11 @@ def main(_):
   expect = preflight.Compiled(
     "expect",
     # The model has one label, "right": this is its probability.
-    lambda params, rollout: jax.nn.sigmoid(
-      rollouts.prefix_logits(outcome_model.model, params, rollout)[:, :, 0]
+    lambda params, rollout: in_parts(
+      lambda part: jax.nn.sigmoid(
+        rollouts.prefix_logits(outcome_model.model, params, part)[:, :, 0]
+      ),
+      rollout,
     ),
   )
   # Not an output of `learn`, whose numbers must not depend on a page.
@@ -780,6 +793,8 @@ def main(_):
       stop_ids=stop_ids,
       has_stop_strings=stop_strings is not None,
       chunk_size=chunk_size,
+      num_parts=num_parts,
+      rows_sharding=rows_sharding,
       gradients=lambda n: run(state["params"], rows, state["kl"].coef, n),
       # Parts of which every device still has a row.
       num_micro_batches=smallest_divisor(

@@ -144,6 +144,8 @@ def check(
   stop_ids: Sequence[int] = (),
   has_stop_strings: bool = False,
   chunk_size: int | None = None,
+  num_parts: int = 1,
+  rows_sharding: jax.sharding.Sharding | None = None,
   gradients: Callable[[int], tuple[Any, dict[str, Array]]] | None = None,
   num_micro_batches: int = 2,
   tolerance: float = 1e-4,
@@ -160,6 +162,8 @@ def check(
     stop_ids: token ids that end a response.
     has_stop_strings: whether texts may end a response, too.
     chunk_size: as in training.
+    num_parts: in which the rows are read one after another, as in training.
+    rows_sharding: of a part, see `rollout.in_parts`.
     gradients: maps a number of micro-batches to the gradients and metrics of
       one minibatch, exactly as the update makes them. Metrics that are looked
       at: `ppo/ratio_max` and `ppo/ratio_min`.
@@ -173,15 +177,19 @@ def check(
   Returns:
     The checks, in the order in which they should be mended.
   """
-  statistics = jax.jit(
-    functools.partial(
+
+  @jax.jit
+  def statistics(params, rollout):
+    read = functools.partial(
       _log_probs,
       model,
+      params,
       temperature=settings.temperature,
       allowed=allowed,
       chunk_size=chunk_size,
     )
-  )
+    return rollouts.in_parts(read, rollout, num_parts, rows_sharding)
+
   found = processes.gather(rollout.replace(allowed=None))
   mask = found.response_mask
   trainer = processes.gather(statistics(params, rollout))

@@ -1,9 +1,10 @@
 """Rollouts: prompts, responses, and what a policy says of their tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from rljax import generation, processes, sampling
@@ -212,6 +213,43 @@ def token_statistics(
     allowed=allowed,
   )
   return statistics, hidden
+
+
+def in_parts(
+  function: Callable[[Any], Any],
+  batch: Any,
+  num_parts: int,
+  sharding: jax.sharding.Sharding | None = None,
+) -> Any:
+  """Calls a function of rows for one part of a batch after another.
+
+  For passes without gradients, that need no more memory than those with.
+
+  Args:
+    function: maps rows to a tree of arrays `[rows, ...]`, each by itself.
+    batch: tree of arrays `[N, ...]`.
+    num_parts: must divide N; 1 to call the function once.
+    sharding: of a part's rows, where they lie on several devices. Every part
+      takes rows from all of them.
+
+  Returns:
+    What the function gives for all rows, in their order.
+  """
+  if num_parts == 1:
+    return function(batch)
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+
+  def one(part):
+    if sharding is not None:
+      part = jax.lax.with_sharding_constraint(part, sharding)
+    return function(part)
+
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]),
+    jax.lax.map(one, parts),
+  )
 
 
 def records(

@@ -3,13 +3,14 @@
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from rljax import meshes, sampling
 from rljax import rollout as rollouts
-from rljax import sampling
 from rljax.models import classifier
 from tests import stand_in, tiny
 
@@ -144,6 +145,46 @@ class RolloutTest(parameterized.TestCase):
       np.testing.assert_allclose(
         logits[is_real, t], expected[is_real], atol=2e-5
       )
+
+  @parameterized.parameters(2, 3, 6)
+  def test_parts_of_a_batch(self, num_parts):
+    params = stand_in.random_params(np.random.default_rng(0))
+    model = stand_in.model()
+    rollout = _rollout(model, params)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def read(num_parts):
+      return rollouts.in_parts(
+        lambda part: rollouts.token_statistics(
+          model, params, part, temperature=1.0
+        ),
+        rollout,
+        num_parts,
+      )
+
+    chex.assert_trees_all_close(read(num_parts), read(1), rtol=1e-6)
+
+  def test_parts_on_a_mesh_take_less_memory(self):
+    mesh = meshes.make("data:8")
+    sharding = meshes.batch_sharding(mesh)
+    rows = meshes.shard_batch(np.arange(64.0)[:, None], mesh)
+
+    def read(part):
+      self.assertEqual(part.shape[1], 1)
+      spread = jnp.sin(part * jnp.arange(2.0**12)[None])  # [rows, 4096]
+      return jnp.sort(spread, axis=1)[:, 0]
+
+    memory, found = [], []
+    for num_parts in (1, 8):
+      part = functools.partial(
+        rollouts.in_parts, read, num_parts=num_parts, sharding=sharding
+      )
+      compiled = jax.jit(part).lower(rows).compile()
+      memory.append(compiled.memory_analysis().temp_size_in_bytes)
+      found.append(compiled(rows))
+    np.testing.assert_allclose(*found, rtol=1e-6)
+    self.assertLess(memory[1], memory[0] / 6)
+    self.assertTrue(found[1].sharding.is_equivalent_to(sharding, 1))
 
   def test_wrong_shapes_are_told(self):
     params = stand_in.random_params(np.random.default_rng(0))
