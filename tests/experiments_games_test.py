@@ -37,7 +37,11 @@ def measure(text, *unused):
 
 def positions(texts, plies, **unused):
   sites = [len(game_boards.positions(*game_boards.board(t))) for t in texts]
-  return [[[0, 1]] * n for n in sites]
+  played = [
+    {"stage": "played", "plies": num + 1, "board": [[0, 1]] * n}
+    for n, num in zip(sites, plies, strict=True)
+  ]
+  return [{"stage": "memory"}, *played[1:]]
 
 sys.argv = sys.argv[1:]
 with games_test.measuring(measure):
@@ -95,6 +99,8 @@ class CorpusTest(absltest.TestCase):
       self.assertEqual(status, 0, output)
       page = path.with_name("games.html").read_text()
       self.assertEqual(page.count("<svg"), 3)
+      self.assertEqual(page.count("not played: out of memory"), 1)
+      self.assertEqual(page.count("after 6 random moves"), 2)
       rewards = [
         float(text.partition("</dd>")[0])
         for text in page.split("<dt>reward</dt><dd>")[1:]
