@@ -41,7 +41,7 @@ def positions(texts, plies, **unused):
     {"stage": "played", "plies": num + 1, "board": [[0, 1]] * n}
     for n, num in zip(sites, plies, strict=True)
   ]
-  return [{"stage": "memory"}, *played[1:]]
+  return [{"stage": "memory"}] * len(played[:1]) + played[1:]
 
 sys.argv = sys.argv[1:]
 with games_test.measuring(measure):
