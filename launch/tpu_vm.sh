@@ -84,11 +84,14 @@ need() {
 }
 
 # The state of the request, in `answer`: ACTIVE once the slice is up, NONE if
-# there is no request.
+# there is no request. `known` says that there was one that we did not delete.
+known=""
 get_state() {
-  ask "${1:-ACTIVE}" gcloud compute tpus queued-resources describe "$NAME" \
-    "${scope[@]}" --format="value(state.state)" 2>"$scratch/error" && return
-  if grep -q NOT_FOUND "$scratch/error"; then
+  if ask "${1:-ACTIVE}" gcloud compute tpus queued-resources describe "$NAME" \
+    "${scope[@]}" --format="value(state.state)" 2>"$scratch/error"; then
+    if [[ "$answer" != DELETING ]]; then known=1; fi
+    return
+  elif grep -q NOT_FOUND "$scratch/error"; then
     answer=NONE
     return
   fi
@@ -107,6 +110,7 @@ request() {
 }
 
 delete() {
+  known=""
   run gcloud compute tpus queued-resources delete "$NAME" "${scope[@]}" \
     --force --quiet
 }
@@ -288,9 +292,14 @@ recreate() {
 # Waits for the end of the job, through preemptions.
 watch() {
   local failures=0 deadline taken
+  known=1  # The hosts have just answered.
   while :; do
     if ! get_state; then
       answer=UNKNOWN
+    elif [[ -n "$known" && "$answer" =~ ^(NONE|DELETING)$ ]]; then
+      # What a spot slice leaves behind is SUSPENDED.
+      fail "$NAME was deleted, and no other one is asked for. After create," \
+        "setup and sync the same command goes on."
     elif [[ "$answer" != ACTIVE ]]; then
       say "$NAME is $answer: it was taken away."
       recreate "$@"

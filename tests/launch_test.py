@@ -787,6 +787,37 @@ class CloudTest(Cloud):
     self.assertEqual(status, 1)
     self.assertIn("0 restarts are enough; the same command goes on.", output)
 
+  @parameterized.named_parameters(("at_work", False), ("in_the_queue", True))
+  def test_a_slice_that_is_deleted_is_not_asked_for_again(self, waits):
+    for verb in ("create", "setup", "sync"):
+      self.well(verb)
+    finish = self.start_job("--steps=1000", VERDICT=SECONDS)[1]
+    wait_for(lambda: steps(self.workdir), "steps")
+    if waits:
+      (self.cloud / "full").touch()
+      call(self.gcloud, "preempt", **self.variables)
+      wait_for(lambda: self.calls()[-3:] == 3 * ["describe"], "the queue")
+    self.well("delete")
+    status, output = finish()
+    self.assertEqual(status, 1, output)
+    self.assertIn("demo was deleted, and no other one is asked for.", output)
+    self.assertEqual("demo is SUSPENDED: it was taken away." in output, waits)
+    self.assertEqual(self.calls().count("create"), 1 + waits)
+
+  def test_a_request_that_is_refused_is_made_again(self):
+    for verb in ("create", "setup", "sync"):
+      self.well(verb)
+    finish = self.start_job("--steps=20", VERDICT=SECONDS)[1]
+    wait_for(lambda: steps(self.workdir), "steps")
+    (self.cloud / "refuse").touch()
+    call(self.gcloud, "preempt", **self.variables)
+    status, output = finish()
+    self.assertEqual(status, 0, output)
+    self.assertIn("no quota", output)
+    self.assertIn("demo is NONE: it was taken away.", output)
+    self.assertIn("Restart 2", output)
+    self.assertEqual(steps(self.workdir), list(range(20)))
+
   def test_several_hosts_need_a_shared_folder(self):
     self.well("create")
     self.assertIn("SHARED is not set", self.well("setup", SHARED=""))
