@@ -668,6 +668,20 @@ class CloudTest(Cloud):
     verbs = [verb for verb in again if verb not in passing]
     self.assertEqual(verbs, want.split())
 
+  @parameterized.parameters(
+    ("queued-resources create", "--spott"),
+    ("queued-resources create", "--node_id=x"),
+    ("queued-resources describe", "--worker=0"),
+    ("queued-resources delete", "--force=1"),
+    ("tpu-vm ssh", "--command"),
+    ("tpu-vm scp", "--command=x"),
+  )
+  def test_gcloud_refuses_flags_that_it_does_not_have(self, verb, flag):
+    words = ["compute", "tpus", *verb.split(), "x", flag, "--zone=here"]
+    status, output = call(self.gcloud, *words, **self.variables)
+    self.assertEqual(status, 2)
+    self.assertIn(f"unrecognized arguments: {flag}\n", output)
+
   def test_hosts_must_have_this_commit(self):
     self.well("create")
     status, output = self.tpu("run", "--", "python", "job.py")
