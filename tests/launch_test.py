@@ -54,6 +54,7 @@ CLUSTER_TOOLS = {
 if [[ "$1 $2" == "show hostnames" ]]; then printf 'node03\\nnode04\\n'; fi""",
   # Two tasks; the status of the worst.
   "srun": """shift
+echo "srun with ${SRUN_CPUS_PER_TASK:-all} cores" >>"$CLUSTER/calls.log"
 for id in 0 1; do
   SLURM_PROCID=$id "$@" &
   echo $! >"$CLUSTER/task-$id"
@@ -954,6 +955,15 @@ class SlurmTest(LaunchTest):
       coordinator = (self.workdir / f"coordinator-{task}").read_text()
       self.assertEqual(coordinator, "node03:8476")
     self.assertNotIn("requeue", self.calls())
+
+  def test_cores_of_a_process(self):
+    # One task per host gets one core, unless the job has the whole host.
+    script = (LAUNCH / "slurm.sbatch").read_text()
+    self.assertIn("\n#SBATCH --exclusive\n", script)
+    call(*self.job(), **self.variables)
+    call(*self.job(), SLURM_CPUS_PER_TASK=16, **self.variables)
+    found = re.findall("srun with (.*) cores", self.calls())
+    self.assertEqual(found, ["all", "16"])
 
   def test_time_limit_puts_it_back_and_it_goes_on(self):
     _, finish = self.start(*self.job("--steps=40"), **self.variables)
