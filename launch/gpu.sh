@@ -2,7 +2,8 @@
 # A script on all GPUs of this host, in one process.
 #
 #   bash launch/gpu.sh doctor          # what is there, and does it work?
-#   bash launch/gpu.sh experiments/ppo.py --mesh=data:-1,fsdp:2 --workdir=...
+#   bash launch/gpu.sh experiments/sft.py \
+#     --flagfile=experiments/flags/sft_cpu.flags --workdir=runs/sft
 #   DRY_RUN=1 bash launch/gpu.sh ...   # prints the command and touches nothing
 #
 # Needs an environment with rljax and its extra cuda12 or cuda13 ($PYTHON).

@@ -8,7 +8,8 @@
 #   bash launch/tpu_vm.sh setup           # every host: Python, ~/shared
 #   bash launch/tpu_vm.sh sync            # every host: this commit, installed
 #   bash launch/tpu_vm.sh doctor          # do the hosts fit together?
-#   bash launch/tpu_vm.sh run -- python experiments/ppo.py --workdir=runs/demo
+#   bash launch/tpu_vm.sh run -- python experiments/sft.py \
+#     --flagfile=experiments/flags/sft_cpu.flags --workdir=runs/sft
 #   bash launch/tpu_vm.sh status          # of the slice and the job
 #   bash launch/tpu_vm.sh logs [HOST]     # the last $TAIL; FOLLOW=1 stays
 #   bash launch/tpu_vm.sh stop            # lets the job save, and ends it

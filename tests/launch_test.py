@@ -1,11 +1,13 @@
 """Tests of the launchers, with stand-ins for the cloud and the cluster."""
 
+import ast
 import contextlib
 import io
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +21,7 @@ import unittest
 from unittest import mock
 
 import pytest
+from absl import flags
 from absl.testing import absltest, parameterized
 
 from rljax import doctor
@@ -190,6 +193,67 @@ class ShellTest(LaunchTest):
       self.assertRegex(source, rf"(?m)^  (\w+ \| )*{verb}( \| \w+)*\)$", verb)
     for name in set(re.findall(r"\b(?:launch|experiments)/[\w/]+\.\w+", text)):
       self.assertTrue((ROOT / name).exists(), name)
+
+
+def shown_commands(path):
+  """The commands on Python scripts in a page, or in the head of a launcher."""
+  text = path.read_text()
+  if path.suffix == ".md":
+    text = "".join(re.findall(r"(?s)```bash\n(.*?)```", text))
+  else:
+    text = text[: text.index("\nset -euo")]
+    text = "".join(re.findall(r"(?m)^# ? ?(.*\n)", text))
+  lines = text.replace("\\\n", " ").splitlines()
+  pattern = r"(experiments/\w+\.py|-m rljax\.doctor)\b(.*)"
+  return [
+    found.groups() for line in lines if (found := re.search(pattern, line))
+  ]
+
+
+def parse_flags(script, words):
+  """Parses a command as the script does, by the flags that it defines."""
+  values = flags.FlagValues()
+  module = {"flags": flags}
+  for node in ast.parse((ROOT / script).read_text()).body:
+    call = getattr(node, "value", None)
+    if isinstance(call, ast.Call) and "DEFINE_" in ast.unparse(call.func):
+      call.keywords.append(
+        ast.keyword("flag_values", ast.Name("values", ast.Load()))
+      )
+      definition = ast.fix_missing_locations(ast.Expression(call))
+      module["values"] = values
+      eval(compile(definition, script, "eval"), module)
+  with contextlib.chdir(ROOT):
+    return values([script, *words])
+
+
+class ShownCommandsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("README.md", 8),
+    ("gpu.sh", 1),
+    ("local_processes.sh", 1),
+    ("slurm.sbatch", 2),
+    ("tpu_vm.sh", 1),
+  )
+  def test_scripts_take_them(self, name, num):
+    commands = shown_commands(LAUNCH / name)
+    self.assertLen(commands, num)
+    for script, words in commands:
+      words = shlex.split(words, comments=True)
+      if script.startswith("-m"):
+        # Through its flags, and no further.
+        with mock.patch.object(doctor, "place", side_effect=ValueError("x")):
+          self.assertEqual(doctor.main(words), 1)
+      else:
+        self.assertLen(parse_flags(script, words), 1, words)
+
+  def test_what_a_script_does_not_take_is_found(self):
+    ppo = "experiments/ppo.py"
+    with self.assertRaisesRegex(flags.IllegalFlagValueError, "--policy"):
+      parse_flags(ppo, ["--workdir=x"])
+    for words in (["--stepps=3"], ["--steps=x"], ["--flagfile=none.flags"]):
+      with self.assertRaises(flags.Error):
+        parse_flags(ppo, ["--workdir=x", "--policy=x", *words])
 
 
 # Stands in for Python: notes what it is called with, and finishes.
