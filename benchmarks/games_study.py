@@ -8,7 +8,8 @@ benchmarks/results/games_study.json; the second prints the table from that file
 alone. Of each policy one response to each prompt was drawn, at temperature 1.
 Shares are of all responses; novelty is the mean over games that can be played,
 and a response is new and good if its game is good, can be played, and differs
-from all of the corpus in 5 % of its words or more. Numbers are means over seeds
+from all of the corpus in 5 % of its words or more. A response without an end is
+scored as it stands, where training gives it 0. Numbers are means over seeds
 with the lowest and the highest.
 """
 
