@@ -201,9 +201,10 @@ def progress(text: str) -> tuple[int, bool]:
       return len(text), False
     return len(text[: error.token.start_pos].rstrip()), False
   # Longer names than `words` knows of: nothing here could say what they are.
-  for word, start in placed_words(text):
-    if word == '"':
-      return len(text[:start].rstrip()), False
+  if "\\" in text or max(map(len, text.split('"'))) > 100:
+    for word, start in placed_words(text):
+      if word == '"':
+        return len(text[:start].rstrip()), False
   return len(text), True
 
 

@@ -256,7 +256,7 @@ class ScoreTest(parameterized.TestCase):
     """The grammar of ludax has no limit for them."""
     text = game_rules.shipped()["tic_tac_toe"]
     for reward in ("graded", "ladder"):
-      for letter in "a(":
+      for letter in ("a", "(", '\\"'):
         for size in (100, 101):
           longer = text.replace(name, f'"{letter * size}"')
           score, parts = self._score(longer, reward=reward)
