@@ -447,7 +447,8 @@ def _check_score_options(
   for name, value in whole.items():
     least = 0 if name == "seed" else 1
     is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (is_whole and value >= least):
+    is_default = value is None and name not in ("seed", "max_sites")
+    if not is_default and not (is_whole and value >= least):
       raise ValueError(
         f"{name} must be a whole number, {least} or more, got {value!r}."
       )

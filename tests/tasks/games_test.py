@@ -313,6 +313,7 @@ class ScoreTest(parameterized.TestCase):
       ({"reward": "best"}, "reward must be .* got 'best'"),
       ({"power_mean": "best"}, "power_mean must be .* got 'best'"),
       ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
+      ({"seed": None}, "seed must be a whole number, 0 or more, got None"),
       ({"num_games": 2.5}, "num_games must be .*, 1 or more, got 2.5"),
       ({"max_plies": -2}, "max_plies must be"),
       ({"max_sites": 0}, "max_sites must be"),
