@@ -5,6 +5,7 @@ import itertools
 import json
 
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from tests import scripts
@@ -127,6 +128,7 @@ class RunTest(absltest.TestCase):
     ):
       self.assertEqual(in_force[name], value, name)
 
+  @pytest.mark.slow
   def test_other_algorithms(self):
     cases = {
       # Further flags, and whether there is a KL and a KL in the loss.

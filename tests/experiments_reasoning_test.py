@@ -195,6 +195,7 @@ class ExpertIterationTest(absltest.TestCase):
       hf.load(str(_iterated() / "best")).model.config.num_layers, 1
     )
 
+  @pytest.mark.slow
   def test_reward_model_as_a_filter(self):
     judge = scripts.scratch() / "judge"
     scripts.run(
@@ -434,6 +435,7 @@ class ReturnConditionedTest(absltest.TestCase):
       scripts.fingerprint(workdir), scripts.fingerprint(_conditioned())
     )
 
+  @pytest.mark.slow
   def test_killed_at_every_stage(self):
     whole = _conditioned()
     for name, num_rows in (

@@ -173,6 +173,7 @@ class RewardModelTest(parameterized.TestCase):
     wrong = [row for row in rows if not row["is_right"]]
     self.assertTrue(all(row["rewrite"] == row["gold"] for row in wrong))
 
+  @pytest.mark.slow
   def test_gold_as_a_teacher(self):
     workdir = scripts.scratch() / "gold_teacher"
     flags = (*GRM_FLAGS, f"--policy={policy()}", "--steps=1", "--teacher=gold")

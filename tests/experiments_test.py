@@ -163,6 +163,7 @@ class RunTest(absltest.TestCase):
       rows[1]["kl/coef"], 0.1 * (1 - 0.2 * 32 / 10_000), rtol=1e-6
     )
 
+  @pytest.mark.slow
   def test_pretrained_model_learns_the_same_task_as_text(self):
     model = conftest.shared("data/models/stories260k")
     workdir = scripts.scratch() / "stories"
@@ -203,6 +204,7 @@ class ResumeTest(parameterized.TestCase):
       scripts.rows(reference, "samples.jsonl"),
     )
 
+  @pytest.mark.slow
   def test_killed_run_with_everything_on(self):
     flags = (
       *TINY_PPO,
@@ -284,6 +286,7 @@ class ResumeTest(parameterized.TestCase):
 
 
 class DevicesTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_mesh_does_not_change_the_run(self):
     self.compare_with_one_device("data:2,fsdp:2,tensor:2")
 
