@@ -22,9 +22,12 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from rljax import data, generation, grammars, sampling
+from rljax.generation import decode, grammars
 from rljax.models import llama
-from rljax.tasks import game_rules, games
+from rljax.ops import sampling
+from rljax.tasks import games
+from rljax.tasks.games import rules
+from rljax.text import batches, tokens
 
 flags.DEFINE_list("rows", ["1", "32", "128"], "Responses at the same time.")
 flags.DEFINE_integer("tokens", 64, "Of a response.")
@@ -32,7 +35,7 @@ flags.DEFINE_integer("repeats", 5, "Runs, of which the best one counts.")
 flags.DEFINE_string("json", "", "Also write the rows to this file.")
 FLAGS = flags.FLAGS
 
-# That of experiments/flags/games_base.flags.
+# That of experiments/flags/padula/games_cpu_base.flags.
 SIZE = {"hidden_size": 128, "num_layers": 4, "num_heads": 4}
 
 
@@ -49,8 +52,8 @@ def measure(num_rows):
   tokenizer = games.grammar_tokenizer()
   vocab_size = len(tokenizer)
   prompts = games.prompts("train", 0, num=num_rows, max_words=126)
-  encoded = data.encode_prompts(tokenizer, prompts, max_length=192)
-  ids, mask = map(jnp.asarray, data.pad_left(encoded, length=128))
+  encoded = tokens.encode_prompts(tokenizer, prompts, max_length=192)
+  ids, mask = map(jnp.asarray, batches.pad_left(encoded, length=128))
   model = llama.Llama(
     llama.LlamaConfig(
       vocab_size=vocab_size,
@@ -60,12 +63,12 @@ def measure(num_rows):
     )
   )
   params = model.init(jax.random.key(0), ids, mask)["params"]
-  allowed = data.allowed_tokens(
+  allowed = tokens.allowed_tokens(
     tokenizer, vocab_size, (tokenizer.eos_token_id,)
   )
 
   def draw(key, params, constraint, max_length):
-    return generation.sample(
+    return decode.sample(
       key,
       model,
       params,
@@ -90,7 +93,7 @@ def measure(num_rows):
     )
     seconds[name] = (all_ - one) / (FLAGS.tokens - 1)
   samples = run(jax.random.key(0), params, constraint, FLAGS.tokens)
-  texts = data.decode(tokenizer, samples.response_ids, samples.response_mask)
+  texts = tokens.decode(tokenizer, samples.response_ids, samples.response_mask)
   return {
     "rows": num_rows,
     "no grammar, ms": 1e3 * seconds["none"],
@@ -117,11 +120,11 @@ def host(prompts, texts):
 
   times = []
   for prompt, text in zip(prompts, texts, strict=True):
-    prefix, _ = game_rules.around(prompt)
-    parser = game_rules._parser().parse_interactive(f"{prefix} {text}")
-    num_before = len(game_rules.words(prefix))
+    prefix, _ = rules.around(prompt)
+    parser = rules._parser().parse_interactive(f"{prefix} {text}")
+    num_before = len(rules.words(prefix))
     lexer = parser.lexer_thread.lex(parser.parser_state)
-    for number in range(num_before + len(game_rules.words(text))):
+    for number in range(num_before + len(rules.words(text))):
       start = time.perf_counter()
       if number >= num_before:
         parser.accepts()

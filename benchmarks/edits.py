@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from rljax import edits
+from rljax.text import alignment
 
 flags.DEFINE_integer("pairs", 1_000, "Pairs that are aligned in one call.")
 flags.DEFINE_integer("plain", 5, "Pairs of the plain loops.")
@@ -46,14 +46,16 @@ def measure(length):
   few = lists[: FLAGS.plain]
   sides = {
     "align_pairs": lambda: [
-      one.distance for one in edits.align_pairs(samples, rewrites)
+      one.distance for one in alignment.align_pairs(samples, rewrites)
     ],
     "align_pairs, reference": lambda: [
       one.distance
-      for one in edits.align_pairs(samples, rewrites, mode="reference")
+      for one in alignment.align_pairs(samples, rewrites, mode="reference")
     ],
-    "distances": lambda: edits.distances(samples, rewrites).tolist(),
-    "align, one by one": lambda: [edits.align(*pair).distance for pair in few],
+    "distances": lambda: alignment.distances(samples, rewrites).tolist(),
+    "align, one by one": lambda: [
+      alignment.align(*pair).distance for pair in few
+    ],
     "plain loops": lambda: [double_loop(*pair) for pair in few],
   }
   try:

@@ -21,9 +21,11 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from rljax.tasks import game_pool, game_rules, game_variants, games
+from rljax.tasks import games
+from rljax.tasks.games import pool as pool_lib
+from rljax.tasks.games import rules, variants
 
-SITES = game_rules.MAX_SITES
+SITES = rules.MAX_SITES
 
 flags.DEFINE_integer("batch", 128, "Texts of a batch.")
 flags.DEFINE_integer("repeats", 20, "Runs of the stages that are text alone.")
@@ -36,7 +38,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
   sound, faulty, broken = make_texts(FLAGS.batch // 3 + 1, FLAGS.seed)
-  shipped = list(game_rules.shipped().values())
+  shipped = list(rules.shipped().values())
   rows = [
     measure_text("games of ludax", shipped),
     measure_text("a check fails", faulty),
@@ -55,21 +57,21 @@ def make_texts(num, seed):
   """Changed games: such as pass all checks, fail one, or are no games."""
   rng = np.random.default_rng(seed)
   shipped = games.texts("train")
-  donors = game_variants._Donors()
+  donors = variants._Donors()
   for i, text in enumerate(shipped):
     donors.add(text, i)
   found = ({}, {}, {})  # As ordered sets.
   while min(map(len, found)) < num:
     text = shipped[rng.integers(len(shipped))]
-    text, _, _ = game_variants._changed(text, donors, rng, SITES)
+    text, _, _ = variants._changed(text, donors, rng, SITES)
     if rng.random() < 0.3:  # A word is missing.
-      lexemes = game_rules.words(text)
+      lexemes = rules.words(text)
       del lexemes[rng.integers(len(lexemes))]
-      text = game_rules.join(lexemes)
-    if not game_rules.progress(text)[1]:
+      text = rules.join(lexemes)
+    if not rules.progress(text)[1]:
       kind = 2
     else:
-      kind = 0 if all(game_rules.checks(text).values()) else 1
+      kind = 0 if all(rules.checks(text).values()) else 1
     if text not in shipped:
       found[kind][text] = None
   return [list(texts)[:num] for texts in found]
@@ -81,9 +83,9 @@ def measure_text(name, texts):
   for _ in range(FLAGS.repeats):
     start = time.process_time()
     for text in texts:
-      text = game_rules.canonical(text)
-      if game_rules.progress(text)[1]:
-        game_rules.checks(text)
+      text = rules.canonical(text)
+      if rules.progress(text)[1]:
+        rules.checks(text)
     times.append(time.process_time() - start)
   return {
     "texts": name,
@@ -96,8 +98,8 @@ def measure_text(name, texts):
 def measure_batch(texts):
   """One batch, behind the start of the workers."""
   options = {"num_workers": FLAGS.workers, "seconds": FLAGS.seconds}
-  pool = game_pool._pool(FLAGS.seconds, 2.0, FLAGS.workers)
-  warm = game_rules.shipped()["tic_tac_toe"]
+  pool = pool_lib._pool(FLAGS.seconds, 2.0, FLAGS.workers)
+  warm = rules.shipped()["tic_tac_toe"]
   games.score_batch(
     [games.WHOLE] * 2, [warm, warm.replace('" 3', '" 2')], **options
   )

@@ -20,7 +20,8 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
-from rljax import data, report
+from rljax.evaluation import curves
+from rljax.text import files
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 NEW = 0.05  # Distance to the corpus.
@@ -74,7 +75,7 @@ def gather(runs, seeds, constraints):
   for constraint in constraints:
     for seed in seeds:
       path = runs / seed / constraint / "samples.jsonl"
-      rows = data.read_jsonl(path, required=("arm", "reward", "parts"))
+      rows = files.read_jsonl(path, required=("arm", "reward", "parts"))
       for policy, found in evaluations[constraint].items():
         found.append(measure([row for row in rows if row["arm"] == policy]))
         if not found[-1]["responses"]:
@@ -128,7 +129,7 @@ def mean(values):
 
 def ends(path):
   """What the first and the last steps of a run of PPO sampled."""
-  metrics = report.read_metrics(path)
+  metrics = curves.read_metrics(path)
   names = {"reward/mean": "reward"} | {
     f"task/{name}": name
     for name in ("parses", "compiles", "is_playable", "is_good")

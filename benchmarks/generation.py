@@ -26,8 +26,9 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from rljax import generation, sampling
+from rljax.generation import decode
 from rljax.models import gpt2, hf
+from rljax.ops import sampling
 
 flags.DEFINE_list("models", ["tiny", "smollm2-135m"], "tiny, or any model.")
 flags.DEFINE_list("batches", ["1", "16", "64"], "Rows at the same time.")
@@ -103,7 +104,7 @@ def measure(name, model, params, peers, batch, peak, bandwidth):
   ids = rng.integers(3, vocab, (batch, FLAGS.prompt_tokens)).astype(np.int32)
   sample = jax.jit(
     functools.partial(
-      generation.sample,
+      decode.sample,
       model=model,
       max_length=FLAGS.new_tokens,
       settings=sampling.Settings(),

@@ -25,10 +25,11 @@ import optax
 from absl import app, flags
 
 from benchmarks import generation, machine
-from rljax import advantages, data
-from rljax import rollout as rollouts
+from rljax.generation import rollouts
 from rljax.losses import offline
 from rljax.models import heads
+from rljax.ops import advantages
+from rljax.text import batches
 
 flags.DEFINE_integer("rows", 16, "Replies in the step.")
 flags.DEFINE_integer("response_tokens", 48, "Length of the replies.")
@@ -160,14 +161,14 @@ def time_host(num_rows):
     )
   )
   weights = weigh()
-  sampler = data.PrioritySampler(weights, seed=0)
-  distinct = data.PrioritySampler(weights, seed=0, replace=False)
+  sampler = batches.PrioritySampler(weights, seed=0)
+  distinct = batches.PrioritySampler(weights, seed=0, replace=False)
   wide = weights.astype(np.float64)
   wide /= wide.sum()
   return {
     "rows": num_rows,
     "advantages, priorities": milliseconds(weigh),
-    "sampler": milliseconds(lambda: data.PrioritySampler(weights, seed=0)),
+    "sampler": milliseconds(lambda: batches.PrioritySampler(weights, seed=0)),
     "draw 16": milliseconds(lambda: sampler.draw(16, 3)),
     "draw 16 different": milliseconds(lambda: distinct.draw(16, 3)),
     "numpy choice": milliseconds(lambda: rng.choice(num_rows, 16, p=wide)),

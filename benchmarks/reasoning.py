@@ -22,7 +22,7 @@ import re
 import numpy as np
 from absl import app, flags
 
-from rljax import report
+from rljax.evaluation import curves as curves_lib
 
 flags.DEFINE_string("runs", "", "Where the study is; empty: read the results.")
 flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the study.")
@@ -108,7 +108,7 @@ def gather(runs, seeds):
       folder / "orm_samples" / "samples" / "sft_8-0-sampled.jsonl"
     )
     for arm in CURVES:
-      series = report.read_metrics(folder / arm / "metrics.jsonl")
+      series = curves_lib.read_metrics(folder / arm / "metrics.jsonl")
       steps, values = (x.tolist() for x in series["eval/is_correct"])
       rollouts = (x.tolist() for x in series["rollouts"])
       at = dict(zip(*rollouts, strict=True))
@@ -338,7 +338,7 @@ def draw(found):
     1, 2, figsize=(9.5, 3.4), sharey=True, layout="constrained"
   )
   for panel, (title, arms) in zip(panels, groups.items(), strict=True):
-    for colour, arm in zip(report.COLOURS, arms, strict=False):
+    for colour, arm in zip(curves_lib.COLOURS, arms, strict=False):
       seeds = np.array(curves[arm])  # [seeds, points, 2]
       rollouts, accuracy = seeds[..., 0].mean(axis=0), seeds[..., 1]
       panel.plot(

@@ -23,8 +23,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from rljax import data, edits, evaluation, report
+from rljax.evaluation import curves, metrics
 from rljax.tasks import chains
+from rljax.text import alignment as alignment_lib
+from rljax.text import files
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -145,7 +147,7 @@ def gather(runs, seeds):
       },
     }
     histories = [
-      report.read_metrics(runs / seed / arm / "metrics.jsonl") for seed in seeds
+      curves.read_metrics(runs / seed / arm / "metrics.jsonl") for seed in seeds
     ]
     if all("token/ratio_mean" in history for history in histories):
       arms[arm] |= training(histories)
@@ -167,7 +169,7 @@ def gather(runs, seeds):
 def test_verdicts(folder):
   """For each arm `[N]` bool: whether its answer to a question is right."""
   prompts, right = {}, {}
-  for row in data.read_jsonl(folder / "samples.jsonl"):
+  for row in files.read_jsonl(folder / "samples.jsonl"):
     prompts.setdefault(row["arm"], []).append(row["prompt"])
     right.setdefault(row["arm"], []).append(row["parts"]["is_correct"])
   summary = read(folder / "summary.json")
@@ -187,8 +189,8 @@ def test_verdicts(folder):
 
 def difference_of(right, other):
   """Of two arms' verdicts on the same questions."""
-  mean, low, high = evaluation.paired_interval(right, other)
-  counts, p_value = evaluation.mcnemar(right, other)
+  mean, low, high = metrics.paired_interval(right, other)
+  counts, p_value = metrics.mcnemar(right, other)
   return {
     "difference": mean,
     "low": low,
@@ -232,31 +234,33 @@ def reward_model(folder):
   # On questions of which it has seen no rewrite.
   taught = {
     row["prompt"]
-    for row in data.read_jsonl(stages / "teacher" / "rewrites.jsonl")
+    for row in files.read_jsonl(stages / "teacher" / "rewrites.jsonl")
   }
   unseen = [
     row
-    for row in data.read_jsonl(stages / "rewrites" / "rewrites.jsonl")
+    for row in files.read_jsonl(stages / "rewrites" / "rewrites.jsonl")
     if not row["is_right"] and row["prompt"] not in taught
   ]
   texts = characters([row["response"] for row in unseen])
   own = nearest(unseen)
-  fewest = edits.distances(texts, characters(own))
-  needed = edits.distances(texts, characters([r["rewrite"] for r in unseen]))
+  fewest = alignment_lib.distances(texts, characters(own))
+  needed = alignment_lib.distances(
+    texts, characters([r["rewrite"] for r in unseen])
+  )
   verified = np.array([row["is_verified"] for row in unseen])
 
   # A token is a character, and there is the end.
-  rows = data.read_jsonl(stages / "supervision" / "supervision.jsonl")
+  rows = files.read_jsonl(stages / "supervision" / "supervision.jsonl")
   wrong = [row for row in rows if not row["is_right"]]
-  alignments = edits.align_pairs(
+  alignments = alignment_lib.align_pairs(
     characters([row["response"] for row in wrong]), characters(nearest(wrong))
   )
   threshold = settings["threshold"]
   penalised = [np.array(row["probs"]) < threshold for row in wrong]
-  found = evaluation.localization(
+  found = metrics.localization(
     penalised, [alignment.dropped for alignment in alignments]
   )
-  by_own = evaluation.localization(
+  by_own = metrics.localization(
     penalised, [np.array(row["dropped"]) for row in wrong]
   )
   earned = np.concatenate([row["probs"] for row in rows if row["is_right"]])
@@ -596,7 +600,7 @@ def draw(found, path):
   )
   start = np.mean(found["arms"][START]["accuracy"])
   for panel, colour, (title, arms) in zip(
-    panels[:, 0], report.COLOURS, groups.items(), strict=False
+    panels[:, 0], curves.COLOURS, groups.items(), strict=False
   ):
     panel.axvline(start, color="#555555", linestyle="--", linewidth=1)
     for row, arm in enumerate(arms):

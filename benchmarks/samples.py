@@ -21,7 +21,8 @@ from absl import app, flags
 
 from benchmarks import generation as generation_benchmark
 from benchmarks import machine
-from rljax import generation, sampling
+from rljax.generation import decode
+from rljax.ops import sampling
 
 flags.DEFINE_integer("prompts", 8, "B.")
 flags.DEFINE_list("samples", ["4", "16"], "K.")
@@ -52,7 +53,7 @@ def measure(model, params, length, num_samples):
   vocab_size = model.config.vocab_size
   ids = rng.integers(3, vocab_size, (FLAGS.prompts, length)).astype(np.int32)
   sample = functools.partial(
-    generation.sample,
+    decode.sample,
     model=model,
     max_length=FLAGS.new_tokens,
     settings=sampling.Settings(),

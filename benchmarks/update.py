@@ -20,7 +20,7 @@ import optax
 from absl import app, flags
 
 from benchmarks import generation, machine
-from rljax import rollout as rollouts
+from rljax.generation import rollouts
 from rljax.losses import ppo
 
 flags.DEFINE_integer("rows", 16, "Responses in the update.")

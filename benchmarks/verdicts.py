@@ -21,8 +21,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import machine
-from rljax import data
 from rljax.tasks import math_word_problems
+from rljax.text import files
 
 flags.DEFINE_integer("plain", 5_000, "Replies of the plain path.")
 flags.DEFINE_integer("expressions", 400, "Replies that math-verify judges.")
@@ -34,7 +34,7 @@ FLAGS = flags.FLAGS
 def main(_):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "gsm8k_test.jsonl"
-    data.write_jsonl(path, make_problems(FLAGS.plain))
+    files.write_jsonl(path, make_problems(FLAGS.plain))
     pairs = math_word_problems.supervised("test", 0, data=folder)
   prompts, solutions = zip(*pairs, strict=True)
   answers = [text.rpartition("#### ")[2] for text in solutions]

@@ -15,7 +15,7 @@ the logged ones:
 Reasoning by 32 samples of a question and a greedy one: how many are right, how
 their vote is, and what is among them that the first policy does not write:
   python experiments/evaluate.py --workdir=runs/evaluation --stop_at_eos \
-    --policies=sft=runs/sft,ei=runs/ei,ei=runs/ei_1 --task=reasoning \
+    --policies=sft=runs/sft,ei=runs/ei,ei=runs/ei_1 --task=merge_sums \
     --max_length=24 --num_samples=32 --k=1,8,32 --temperature=0.7 \
     --reference=runs/sft --new_vs=sft --rerank_model=runs/outcome_reward_model
 
@@ -47,24 +47,17 @@ import re
 import numpy as np
 from absl import app, flags
 
-from rljax import (
-  data,
-  evaluation,
-  grammars,
-  logged,
-  logs,
-  meshes,
-  processes,
-  reference,
-  report,
-  responses,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-  traces,
-)
+from rljax import tasks
+from rljax.distributed import meshes, processes
+from rljax.evaluation import curves
+from rljax.evaluation import metrics as metrics_lib
+from rljax.generation import grammars, samplers
 from rljax.models import hf
+from rljax.ops import sampling
+from rljax.scoring import cached, scorers
+from rljax.text import files as files_lib
+from rljax.text import keywords, logged, steps, tokens
+from rljax.training import logs, runs
 
 METRICS = ("answers", "text", "perplexity", "log", "reasoning")
 
@@ -128,7 +121,7 @@ flags.DEFINE_enum(
   "Of votes: one of the winners at random, on average, or the first.",
 )
 flags.DEFINE_enum(
-  "trace_key", "text", sorted(traces.KEYS), "What makes two traces the same."
+  "trace_key", "text", sorted(steps.KEYS), "What makes two traces the same."
 )
 flags.DEFINE_string(
   "rerank_model", "", "A classifier that weighs samples, read as --reward_*."
@@ -215,9 +208,9 @@ def main(_):
   runs.start(FLAGS)
   mesh = meshes.make(FLAGS.mesh)
   meshes.check_divisible(FLAGS.batch_size, mesh, "--batch_size")
-  score = scoring.scorer(
+  score = scorers.scorer(
     FLAGS.task,
-    tasks.options(FLAGS.score_options),
+    keywords.parse(FLAGS.score_options),
     FLAGS.reward_model,
     transform=FLAGS.reward_transform,
     template=FLAGS.reward_template,
@@ -247,12 +240,12 @@ def main(_):
       seeds.append((scores, parts, replies, more))
       samples += [
         {"arm": label, "model": name, **record}
-        for record in responses.records(prompts, replies, scores, parts)
+        for record in samplers.records(prompts, replies, scores, parts)
       ]
     # Seeds answer the same prompts: average them first, then resample prompts.
     scores_of[label] = np.mean([seed[0] for seed in seeds], axis=0)
     table[label] = {
-      "reward": interval(evaluation.mean_interval(scores_of[label])),
+      "reward": interval(metrics_lib.mean_interval(scores_of[label])),
       "seeds": len(seeds),
       "reward by seed": " ".join(f"{seed[0].mean():.3f}" for seed in seeds),
     }
@@ -271,7 +264,7 @@ def main(_):
           "--too_long=cut or a larger --max_prompt_length."
         )
       table[label][f"reward - {first}"] = interval(
-        evaluation.paired_interval(scores_of[label], scores_of[first])
+        metrics_lib.paired_interval(scores_of[label], scores_of[first])
       )
   with logs.Logs(FLAGS.workdir, total_steps=1, tensorboard=False) as log:
     log.samples(0, samples)
@@ -319,7 +312,7 @@ def training(arms, log):
     )
   if histories:
     picture = os.path.join(FLAGS.workdir, "arms.png")
-    report.compare(histories, picture, PANELS)
+    curves.compare(histories, picture, PANELS)
     log.note(f"Learning curves: {picture}")
 
 
@@ -340,10 +333,12 @@ def prompts_of():
   if FLAGS.data:
     rows, _ = load(FLAGS.data, FLAGS.split)
     return logged.first_replies(rows[: FLAGS.num_prompts])
-  task, options = tasks.load(FLAGS.task), tasks.options(FLAGS.task_options)
+  task, options = tasks.load(FLAGS.task), keywords.parse(FLAGS.task_options)
   options["num"] = FLAGS.num_prompts
   if "log" in FLAGS.metrics:
-    rows = logged.task_rows(FLAGS.task, FLAGS.split, FLAGS.seed, options)
+    rows = logged.task_rows(
+      tasks.load(FLAGS.task), FLAGS.split, FLAGS.seed, options
+    )
     return logged.first_replies(rows)
   prompts = task.prompts(FLAGS.split, FLAGS.seed, **options)
   return logged.from_prompts(prompts, FLAGS.task)
@@ -380,7 +375,7 @@ def responder_of(name, loaded, encoded, mesh, *, greedy, num_samples=1):
   """What answers the prompts."""
   num_shards = meshes.num_batch_shards(mesh)
   num_prompts = max(FLAGS.batch_size // num_samples // num_shards, 1)
-  return responses.Responder(
+  return samplers.Responder(
     loaded.model,
     loaded.tokenizer,
     encoded.prompt_ids,
@@ -416,7 +411,7 @@ def constraint_on(loaded, encoded):
 
 def tags_of(name):
   """The tags of a return-conditioned policy, which it brings along."""
-  return responses.load_forced(name) if FLAGS.forced_tags else {}
+  return samplers.load_forced(name) if FLAGS.forced_tags else {}
 
 
 def place(loaded, mesh):
@@ -436,10 +431,10 @@ def answer_metrics(seeds):
     )
   correct = [[part["is_correct"] for part in seed[1]] for seed in seeds]
   return {
-    "correct": interval(evaluation.mean_interval(np.mean(correct, axis=0))),
+    "correct": interval(metrics_lib.mean_interval(np.mean(correct, axis=0))),
     "correct by seed": " ".join(f"{np.mean(seed):.3f}" for seed in correct),
     "different answers": " ".join(
-      str(evaluation.distinct_answers(seed[2])) for seed in seeds
+      str(metrics_lib.distinct_answers(seed[2])) for seed in seeds
     ),
   }
 
@@ -447,16 +442,16 @@ def answer_metrics(seeds):
 def text_metrics(prompts, replies):
   """Of replies of several words: length, diversity, and overlap."""
   overlap = [
-    evaluation.coverage_and_density(prompt, reply)
+    metrics_lib.coverage_and_density(prompt, reply)
     for prompt, reply in zip(prompts, replies, strict=True)
   ]
   coverage, density = np.mean(overlap, axis=0)
-  metrics = {"words": evaluation.mean_words(replies)}
+  metrics = {"words": metrics_lib.mean_words(replies)}
   # Both definitions: distinct n-grams over n-grams, and over words.
   for n in (1, 2, 3):
-    metrics[f"distinct-{n}"] = evaluation.distinct_n(replies, n)
+    metrics[f"distinct-{n}"] = metrics_lib.distinct_n(replies, n)
   for n in (1, 2, 3):
-    metrics[f"distinct-{n} per word"] = evaluation.distinct_n(
+    metrics[f"distinct-{n} per word"] = metrics_lib.distinct_n(
       replies, n, definition="words"
     )
   return metrics | {"prompt coverage": coverage, "prompt density": density}
@@ -479,25 +474,25 @@ def reply_perplexity(name, asked, replies, mesh):
     return dict.fromkeys(titles.values(), math.nan)
   loaded, params = reference_of(name, mesh)
   encoded = encode(loaded.tokenizer, rows, "error")
-  data.check_positions(
-    sum(reference.lengths(encoded)), loaded.model.config.max_positions
+  tokens.check_positions(
+    sum(cached.lengths(encoded)), loaded.model.config.max_positions
   )
-  log_probs = reference.response_log_probs(
+  log_probs = cached.response_log_probs(
     loaded.model, params, encoded, batch_size=FLAGS.batch_size, mesh=mesh
   )[:, 0]  # [N, T]
   counts = np.array([len(ids) - 1 for (ids,) in encoded.response_ids])
   mask = np.arange(log_probs.shape[1]) < counts[:, None]
-  found = evaluation.perplexity(log_probs, mask)
+  found = metrics_lib.perplexity(log_probs, mask)
   return {title: found[kind] for kind, title in titles.items()}
 
 
 def log_metrics(loaded, params, encoded, ratios_to, mesh):
   """How likely a policy finds logged replies, and how far that has moved."""
-  data.check_positions(
-    sum(reference.lengths(encoded)), loaded.model.config.max_positions
+  tokens.check_positions(
+    sum(cached.lengths(encoded)), loaded.model.config.max_positions
   )
   log_probs_of = functools.partial(
-    reference.response_log_probs,
+    cached.response_log_probs,
     encoded=encoded,
     batch_size=FLAGS.batch_size,
     mesh=mesh,
@@ -507,7 +502,7 @@ def log_metrics(loaded, params, encoded, ratios_to, mesh):
   mask = np.arange(log_probs.shape[1]) < counts[:, None]
   metrics = {
     f"{name} of logged replies": value
-    for name, value in evaluation.perplexity(log_probs, mask).items()
+    for name, value in metrics_lib.perplexity(log_probs, mask).items()
   }
   if ratios_to:
     other = hf.load(ratios_to, dtype=FLAGS.dtype)
@@ -582,7 +577,7 @@ def compare_reasoning(arms, rows, score, mesh):
       )
   reranker = None
   if FLAGS.rerank_model:
-    reranker = scoring.scorer(
+    reranker = scorers.scorer(
       "",
       {},
       FLAGS.rerank_model,
@@ -618,7 +613,7 @@ def compare_reasoning(arms, rows, score, mesh):
     note_repeated(prompts, log)
     for label, names in arms.items():
       for seed, name in enumerate(names):
-        greedy, samples = map(data.read_jsonl, files[label, seed])
+        greedy, samples = map(files_lib.read_jsonl, files[label, seed])
         scores = None
         if reranker:
           scores, _ = reranker(
@@ -659,7 +654,7 @@ def draw(name, label, seed, rows, score, mesh):
       FLAGS.workdir, "samples", f"{file_name(label)}-{seed}-{kind}.jsonl"
     )
     is_greedy = kind == "greedy"
-    made_of = reference.describe(
+    made_of = cached.describe(
       encoded,
       params,
       loaded.tokenizer,
@@ -677,7 +672,7 @@ def draw(name, label, seed, rows, score, mesh):
       dtype=FLAGS.dtype,
     )
     processes.from_first(functools.partial(forget_others, path, made_of))
-    responses.collect(
+    samplers.collect(
       path,
       responder_of(
         name,
@@ -690,7 +685,7 @@ def draw(name, label, seed, rows, score, mesh):
       params,
       [row.prompt for row in asked],
       score,
-      progress=responses.Progress(path.stem, len(asked)),
+      progress=samplers.Progress(path.stem, len(asked)),
     )
     files.append(path)
   return asked, files
@@ -718,7 +713,7 @@ def forget_others(path, made_of):
 def read_known():
   """The rows of a file of samples, of one policy."""
   name = FLAGS.new_vs_samples
-  rows = data.read_jsonl(name, required=("prompt", "response"))
+  rows = files_lib.read_jsonl(name, required=("prompt", "response"))
   if len({row.get("arm") for row in rows}) > 1:
     raise ValueError(
       f"--new_vs_samples={name} holds several policies; name a file of one, "
@@ -731,7 +726,9 @@ def known_traces(arms, files, prompts, rows):
   """Per prompt what the other policy wrote: by these rows, or by its files."""
   if rows is None:
     seeds = range(len(arms[FLAGS.new_vs]))
-    rows = sum((data.read_jsonl(files[FLAGS.new_vs, s][1]) for s in seeds), [])
+    rows = sum(
+      (files_lib.read_jsonl(files[FLAGS.new_vs, s][1]) for s in seeds), []
+    )
   written = collections.defaultdict(list)
   for row in rows:
     written[row["prompt"]].append(row["response"])
@@ -757,7 +754,7 @@ def questions(greedy, samples, scores, known):
     Name to `[N]` numbers, and per question its different right traces.
   """
   columns, right = collections.defaultdict(list), []
-  num_samples, key = FLAGS.num_samples, traces.KEYS[FLAGS.trace_key]
+  num_samples, key = FLAGS.num_samples, steps.KEYS[FLAGS.trace_key]
   for i, first in enumerate(greedy):
     group = slice(i * num_samples, (i + 1) * num_samples)
     texts = [row["response"] for row in samples[group]]
@@ -767,9 +764,9 @@ def questions(greedy, samples, scores, known):
     # A response that did not end is wrong and does not vote; see `collect`.
     is_correct = [part["is_correct"] for part in parts]
     vote = functools.partial(
-      evaluation.majority_vote, answers, is_correct, ties=FLAGS.ties
+      metrics_lib.majority_vote, answers, is_correct, ties=FLAGS.ties
     )
-    right.append(evaluation.correct_traces(texts, is_correct, key=key))
+    right.append(metrics_lib.correct_traces(texts, is_correct, key=key))
     found = {
       "greedy": first["parts"]["is_correct"],
       "correct": sum(is_correct),
@@ -783,17 +780,17 @@ def questions(greedy, samples, scores, known):
       "characters": sum(map(len, texts)),
     }
     if scores is not None:
-      found["rerank"] = evaluation.rerank(answers, is_correct, scores[group])
+      found["rerank"] = metrics_lib.rerank(answers, is_correct, scores[group])
       if not FLAGS.reward_transform.startswith("raw"):  # Votes are >= 0.
         found["weighted_vote"] = vote(weights=scores[group])
     if "is_valid" in samples[0]["parts"]:
       is_valid = [part["is_valid"] for part in parts]
       found["valid"] = sum(is_valid)
-      found["unique_valid"] = evaluation.unique_correct(
+      found["unique_valid"] = metrics_lib.unique_correct(
         texts, is_valid, key=key
       )
     if known is not None:
-      found["new"], _ = evaluation.new_traces(
+      found["new"], _ = metrics_lib.new_traces(
         texts, is_correct, known[i], key=key
       )
     for name, value in found.items():
@@ -818,10 +815,10 @@ def trace_log_probs(name, asked, right, mesh):
   if rows:
     loaded, params = reference_of(name, mesh)
     encoded = encode(loaded.tokenizer, rows, "skip")
-    data.check_positions(
-      sum(reference.lengths(encoded)), loaded.model.config.max_positions
+    tokens.check_positions(
+      sum(cached.lengths(encoded)), loaded.model.config.max_positions
     )
-    log_probs = reference.response_log_probs(
+    log_probs = cached.response_log_probs(
       loaded.model, params, encoded, batch_size=FLAGS.batch_size, mesh=mesh
     )
     for row, candidates, found in zip(
@@ -862,7 +859,7 @@ def reasoning_metrics(columns):
     if name in columns:
       metrics[f"{title}@{num_samples}"] = columns[name], one
   for k in map(int, FLAGS.k or [num_samples]):
-    passed = evaluation.pass_at_k(num_samples, columns["correct"], k)
+    passed = metrics_lib.pass_at_k(num_samples, columns["correct"], k)
     metrics[f"pass@{k}"] = passed, one
   metrics["solved"] = columns["correct"] > 0, one
   metrics["unique correct"] = columns["unique"], one
@@ -907,11 +904,11 @@ def write_reasoning(columns, prompts, num_known, log):
       table[label][name] = "-"
       if not np.any(wholes):
         continue
-      table[label][name] = interval(evaluation.ratio_interval(parts, wholes))
+      table[label][name] = interval(metrics_lib.ratio_interval(parts, wholes))
       baseline = summed[first].get(name)
       if label != first and baseline and np.any(baseline[1]):
         differences[label][name] = interval(
-          evaluation.ratio_interval(parts, wholes, baseline=baseline)
+          metrics_lib.ratio_interval(parts, wholes, baseline=baseline)
         )
     if "new traces" in metrics:
       table[label]["K' of new traces"] = num_known
@@ -920,7 +917,7 @@ def write_reasoning(columns, prompts, num_known, log):
     for seed, found in enumerate(columns[label]):
       # Against the seed in its place, or the only one.
       other = seed % len(columns[first])
-      counts, p_value = evaluation.mcnemar(
+      counts, p_value = metrics_lib.mcnemar(
         found["greedy"], columns[first][other]["greedy"]
       )
       outcomes[f"{label} {seed}, {first} {other}"] = {
@@ -933,7 +930,7 @@ def write_reasoning(columns, prompts, num_known, log):
   del differences[first]
   path = pathlib.Path(FLAGS.workdir, "metrics.json")
   path.write_text(json.dumps(single, indent=2, ensure_ascii=False) + "\n")
-  data.write_jsonl(
+  files_lib.write_jsonl(
     path.with_name("questions.jsonl"),
     (
       {
@@ -998,7 +995,7 @@ def tails(histories):
   for label, paths in histories.items():
     table[label] = {}
     for name, title in TAIL_METRICS.items():
-      seeds = [report.read_metrics(path).get(name) for path in paths]
+      seeds = [curves.read_metrics(path).get(name) for path in paths]
       means = [np.nanmean(s[1][-TAIL:]) for s in seeds if s is not None]
       if not means:
         continue
@@ -1023,7 +1020,7 @@ def history_of(name):
 def has_rewards(path):
   """Whether a run logged rewards of its replies."""
   return os.path.exists(path) and not REWARDS.isdisjoint(
-    report.read_metrics(path)
+    curves.read_metrics(path)
   )
 
 

@@ -3,7 +3,7 @@
 A minute on two CPU cores, on merge sums, after launch/reasoning_study.sh or
 `experiments/sft.py` has made the two models:
   python experiments/expert_iteration.py --workdir=runs/ei \
-    --flagfile=experiments/flags/merge_sums_ei.flags \
+    --flagfile=experiments/flags/havrilla/merge_sums_ei.flags \
     --policy=runs/sft --base=runs/base
 
 A round draws --num_samples responses to every training prompt, keeps the right
@@ -37,26 +37,18 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  checkpoint,
-  data,
-  log_probs,
-  logged,
-  logs,
-  meshes,
-  preflight,
-  processes,
-  report,
-  responses,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-  traces,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves
+from rljax.generation import rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
+from rljax.ops import log_probs, sampling
+from rljax.scoring import scorers
+from rljax.storage import checkpoint
+from rljax.text import batches, files, keywords, logged, tokens
+from rljax.text import steps as steps_lib
+from rljax.training import logs, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "Rounds, best, logs.", required=True)
@@ -68,7 +60,7 @@ flags.DEFINE_string("mesh", "data:-1", "Axes data, fsdp, tensor; -1: the rest.")
 flags.DEFINE_string("compilation_cache", "~/.cache/rljax", "Empty for none.")
 flags.DEFINE_string("wandb_project", "", "Also log to this project.")
 # Task.
-flags.DEFINE_string("task", "reasoning", "A module of rljax.tasks.")
+flags.DEFINE_string("task", "merge_sums", "A module of rljax.tasks.")
 flags.DEFINE_list("task_options", [], "name=value, handed to task.prompts.")
 flags.DEFINE_list("score_options", [], "name=value, handed to task.score.")
 flags.DEFINE_list("example_options", [], "name=value, of --num_examples.")
@@ -100,7 +92,7 @@ flags.DEFINE_float("reward_threshold", 0.5, "Lowest score that is kept.")
 flags.DEFINE_string("reward_transform", "sigmoid", "Of its logits.")
 flags.DEFINE_string("reward_template", "{prompt}{response}", "What it reads.")
 flags.DEFINE_integer("reward_length", 512, "Tokens that it reads.")
-flags.DEFINE_enum("key", "text", sorted(traces.KEYS), "What is a duplicate.")
+flags.DEFINE_enum("key", "text", sorted(steps_lib.KEYS), "What is a duplicate.")
 flags.DEFINE_integer("max_per_prompt", 0, "Traces of a prompt; 0: no limit.")
 flags.DEFINE_integer("num_examples", 0, "Supervised pairs in the data.")
 # Fits.
@@ -132,12 +124,12 @@ def main(_):
   for name in ("batch_size", "sample_batch_size"):
     meshes.check_divisible(FLAGS[name].value, mesh, f"--{name}")
   task = tasks.load(FLAGS.task)
-  options = tasks.options(FLAGS.task_options)
-  tasks.check_options(task.prompts, options)
-  score = scoring.scorer(FLAGS.task, tasks.options(FLAGS.score_options))
+  options = keywords.parse(FLAGS.task_options)
+  keywords.check(task.prompts, options)
+  score = scorers.scorer(FLAGS.task, keywords.parse(FLAGS.score_options))
   judge = None
   if FLAGS.reward_model:
-    judge = scoring.scorer(
+    judge = scorers.scorer(
       "",
       {},
       FLAGS.reward_model,
@@ -186,8 +178,8 @@ def main(_):
       return []
     if not hasattr(task, "supervised"):
       raise ValueError(f"--task={FLAGS.task} has no solutions to learn from.")
-    more = options | tasks.options(FLAGS.example_options)
-    tasks.check_options(task.supervised, more)
+    more = options | keywords.parse(FLAGS.example_options)
+    keywords.check(task.supervised, more)
     return task.supervised(split, FLAGS.seed, num=num, **more)
 
   examples = supervised_pairs("train", FLAGS.num_examples)
@@ -200,12 +192,12 @@ def main(_):
     )
 
   def encode(texts):
-    return data.encode_prompts(
+    return tokens.encode_prompts(
       tokenizer, render(texts), max_length=FLAGS.max_prompt_length
     )
 
   responder = functools.partial(
-    responses.Responder,
+    samplers.Responder,
     model,
     tokenizer,
     max_length=FLAGS.max_length,
@@ -234,24 +226,24 @@ def main(_):
   def encode_pairs(pairs):
     """(prompt ids, response ids) of pairs of texts."""
     texts = render([prompt for prompt, _ in pairs])
-    prompt_ids = data.encode_prompts(
+    prompt_ids = tokens.encode_prompts(
       tokenizer, texts, max_length=FLAGS.max_prompt_length
     )
     return [
-      (ids, data.encode_response(tokenizer, text, ids, response)[0])
+      (ids, tokens.encode_response(tokenizer, text, ids, response)[0])
       for text, ids, (_, response) in zip(texts, prompt_ids, pairs, strict=True)
     ]
 
   encoded_examples = encode_pairs(examples)
   lengths = (
-    data.bucket_length(
+    batches.bucket_length(
       max(map(len, [*prompt_ids, *(ids for ids, _ in encoded_examples)]))
     ),
-    data.bucket_length(
+    batches.bucket_length(
       max([FLAGS.max_length, *(len(ids) for _, ids in encoded_examples)])
     ),
   )
-  data.check_positions(sum(lengths), model.config.max_positions)
+  tokens.check_positions(sum(lengths), model.config.max_positions)
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
     FLAGS.batch_size, model.config.vocab_size
   )
@@ -285,7 +277,7 @@ def main(_):
     return place({"params": params, "optimizer": optimizer.init(params)})
 
   state_shardings = meshes.shardings(fresh(base), rules, mesh)
-  update = preflight.Compiled(
+  update = compiled.Compiled(
     "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
   )
 
@@ -300,7 +292,7 @@ def main(_):
     columns=COLUMNS,
     wandb_project=FLAGS.wandb_project,
   )
-  log.curves(functools.partial(report.curves, panels=PANELS))
+  log.curves(functools.partial(curves.curves, panels=PANELS))
 
   def restore(folder):
     """The policy that a finished round left, bit for bit."""
@@ -308,7 +300,7 @@ def main(_):
 
   def evaluate(params):
     """Greedy answers to the validation prompts; maj@1."""
-    _, parts = responses.judge(answer, params, eval_prompts, score)
+    _, parts = samplers.judge(answer, params, eval_prompts, score)
     return {
       f"eval/{name}": value for name, value in tasks.mean_parts(parts).items()
     }
@@ -356,7 +348,7 @@ def main(_):
       for message in checkpoints.messages:
         log.note(message)
       for step in range(first, steps):
-        batch = data.supervised_batch(
+        batch = batches.supervised_batch(
           [encoded[i] for i in batch_rows(len(encoded), step, number)]
           + [([0], [])] * max(0, FLAGS.batch_size - len(encoded)),
           prompt_length=lengths[0],
@@ -394,7 +386,7 @@ def main(_):
       folder = round_folder(number)
       started = time.perf_counter()
 
-      shown = responses.Progress(f"round {number}", len(prompts))
+      shown = samplers.Progress(f"round {number}", len(prompts))
 
       def progress(done, batch, shown=shown):
         shown(done, batch)
@@ -402,7 +394,7 @@ def main(_):
           raise Stopped
 
       try:
-        rows = responses.collect(
+        rows = samplers.collect(
           os.path.join(folder, "samples.jsonl"),
           first_sample if number == 1 else sample,
           policy,
@@ -416,11 +408,11 @@ def main(_):
         return preemption.exit_status
       sampled = time.perf_counter()
       before = data_before(number, examples)
-      kept, counts = traces.add_distinct(
+      kept, counts = steps_lib.add_distinct(
         before,
         rows,
         keep=keep_rule(rows, judge),
-        key=traces.KEYS[FLAGS.key],
+        key=steps_lib.KEYS[FLAGS.key],
         max_per_prompt=FLAGS.max_per_prompt,
       )
       kept = [
@@ -503,9 +495,9 @@ def validate():
 def keep_rule(rows, judge):
   """Which samples are demonstrations, by the truth or by a reward model."""
   if FLAGS.filter == "truth":
-    return traces.is_kept
+    return steps_lib.is_kept
   if FLAGS.filter == "valid":
-    return lambda row: traces.is_kept(row) and row["parts"]["is_valid"]
+    return lambda row: steps_lib.is_kept(row) and row["parts"]["is_valid"]
   scores, _ = judge(
     [row["prompt"] for row in rows], [row["response"] for row in rows]
   )
@@ -515,7 +507,9 @@ def keep_rule(rows, judge):
   def keep(row):
     ended = row["finished"] and row["parts"].get("answer") is not None
     trusted = ended and row["reward_model"] >= FLAGS.reward_threshold
-    return trusted and (FLAGS.filter == "reward_model" or traces.is_kept(row))
+    return trusted and (
+      FLAGS.filter == "reward_model" or steps_lib.is_kept(row)
+    )
 
   return keep
 
@@ -525,17 +519,17 @@ def batch_rows(num_rows, step, number):
   if num_rows <= FLAGS.batch_size:
     return range(num_rows)
   # Every round has an order of its own.
-  return data.batch_indices(
+  return batches.batch_indices(
     num_rows, FLAGS.batch_size, step, seed=FLAGS.seed * 1000 + number
   )
 
 
 def sample_metrics(rows):
   """What the samples of a round are like."""
-  right = [row for row in rows if traces.is_kept(row)]
+  right = [row for row in rows if steps_lib.is_kept(row)]
   solved = {row["prompt"] for row in right}
   distinct = {
-    (row["prompt"], traces.whitespace_key(row["response"])) for row in right
+    (row["prompt"], steps_lib.whitespace_key(row["response"])) for row in right
   }
   means = tasks.mean_parts([row["parts"] for row in rows])
   return {
@@ -551,7 +545,7 @@ def data_before(number, examples):
   """D of the round before; in round 1 the supervised pairs, if there are."""
   if number == 1:
     return [{"prompt": p, "response": r} for p, r in examples]
-  return data.read_jsonl(os.path.join(round_folder(number - 1), "data.jsonl"))
+  return files.read_jsonl(os.path.join(round_folder(number - 1), "data.jsonl"))
 
 
 def round_folder(number):
@@ -565,7 +559,7 @@ def write_round(row):
 
 def write_rows(path, rows):
   """Writes a file that all processes find when this returns."""
-  processes.from_first(lambda: data.write_jsonl(path, rows))
+  processes.from_first(lambda: files.write_jsonl(path, rows))
 
 
 def read_rounds():

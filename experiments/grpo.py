@@ -1,9 +1,9 @@
 """GRPO and its kin: policy gradients that compare responses to one prompt.
 
 A minute or two on two CPU cores, after `experiments/sft.py` has made the
-policy with experiments/flags/sft_cpu.flags:
+policy with experiments/flags/padula/sft_cpu.flags:
   python experiments/grpo.py --policy=runs/sft --workdir=runs/grpo \
-    --flagfile=experiments/flags/grpo_arithmetic.flags
+    --flagfile=experiments/flags/grpo/arithmetic.flags
 
 There is no critic: a group of --num_samples responses to a prompt is its own
 baseline. --algorithm names a preset: it gives the flags in its row a value
@@ -48,29 +48,19 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  advantages,
-  checkpoint,
-  data,
-  evaluation,
-  generation,
-  log_probs,
-  logs,
-  masking,
-  meshes,
-  preflight,
-  processes,
-  report,
-  responses,
-  rewards,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves
+from rljax.evaluation import metrics as metrics_lib
+from rljax.generation import decode, rollouts, samplers
 from rljax.losses import ppo
 from rljax.models import hf
+from rljax.ops import advantages, log_probs, masking, rewards, sampling
+from rljax.scoring import scorers
+from rljax.storage import checkpoint
+from rljax.text import batches, files, keywords
+from rljax.text import tokens as tokens_lib
+from rljax.training import logs, preflight, runs
 
 PRESETS = {  # --advantage, --normalizer, --kl and others.
   "grpo": ("grpo", "sequence_mean", "loss", {"kl_coef": 0.04}),
@@ -235,9 +225,9 @@ def main(_):
   )
   in_force = runs.start(FLAGS, may_change)
   task = tasks.load(FLAGS.task)
-  task_options = tasks.options(FLAGS.task_options)
-  tasks.check_options(task.prompts, task_options)
-  score = scoring.scorer(FLAGS.task, tasks.options(FLAGS.score_options))
+  task_options = keywords.parse(FLAGS.task_options)
+  keywords.check(task.prompts, task_options)
+  score = scorers.scorer(FLAGS.task, keywords.parse(FLAGS.score_options))
   settings = sampling.Settings(
     temperature=FLAGS.temperature,
     top_k=FLAGS.top_k,
@@ -259,14 +249,16 @@ def main(_):
 
   # Prompts become ids here, once. All batches have one shape.
   vocab_size = policy.config.vocab_size
-  stop_ids = data.stop_ids(tokenizer) if FLAGS.stop_at_eos else ()
+  stop_ids = tokens_lib.stop_ids(tokenizer) if FLAGS.stop_at_eos else ()
   # Other special tokens and unused rows of the vocabulary are never drawn.
-  allowed = jnp.asarray(data.allowed_tokens(tokenizer, vocab_size, stop_ids))
+  allowed = jnp.asarray(
+    tokens_lib.allowed_tokens(tokenizer, vocab_size, stop_ids)
+  )
   stop_strings = None
   ends = runs.unescaped(FLAGS.stop_strings)
   if ends:
-    token_bytes = data.token_bytes(tokenizer, vocab_size=vocab_size)
-    stop_strings = generation.stop_table(ends, token_bytes)
+    token_bytes = tokens_lib.token_bytes(tokenizer, vocab_size=vocab_size)
+    stop_strings = decode.stop_table(ends, token_bytes)
   prompts, eval_prompts = (
     task.prompts(split, FLAGS.seed, num=num, **task_options)
     for split, num in (
@@ -275,16 +267,16 @@ def main(_):
     )
   )
   score(eval_prompts[:1], [""])  # Bad options show here, not after a rollout.
-  data.require_tokens(
+  tokens_lib.require_tokens(
     tokenizer, eos=FLAGS.stop_at_eos, text=prompts[0] if prompts else None
   )
-  encoded = data.encode_prompts(
+  encoded = tokens_lib.encode_prompts(
     tokenizer, [*prompts, *eval_prompts], max_length=FLAGS.max_prompt_length
   )
-  prompt_ids, prompt_mask = data.pad_left(
+  prompt_ids, prompt_mask = batches.pad_left(
     encoded, length=max(map(len, encoded))
   )
-  data.check_positions(
+  tokens_lib.check_positions(
     prompt_ids.shape[1] + FLAGS.max_length, policy.config.max_positions
   )
 
@@ -502,7 +494,7 @@ def main(_):
     metrics["ppo/ratio_max"] = updates["ppo/ratio_max"].max()
     return {"params": params, "optimizer": optimizer_state}, metrics
 
-  sample = preflight.Compiled(
+  sample = compiled.Compiled(
     "sample",
     lambda key, params, ids, mask: rollouts.sample(
       key,
@@ -517,10 +509,10 @@ def main(_):
       stop_ids=stop_ids,
       stop_strings=stop_strings,
       split_cache=meshes.cache_splitter(mesh),
-      pad_id=data.pad_id(tokenizer),
+      pad_id=tokens_lib.pad_id(tokenizer),
     ),
   )
-  learn = preflight.Compiled(
+  learn = compiled.Compiled(
     "learn", learn, donate_argnums=0, out_shardings=(state_shardings, None)
   )
 
@@ -532,19 +524,19 @@ def main(_):
     first_step, state, meta = restored
     position = meta["position"]
 
-  read = functools.partial(responses.read, tokenizer, stop_strings=ends)
+  read = functools.partial(samplers.read, tokenizer, stop_strings=ends)
 
   def judge(asked, replies, finished):
     """Scores `[N]` and their parts."""
     scores, parts = score(asked, replies)
     if FLAGS.unfinished_score is not None:
-      _, parts = scoring.unfinished_are_wrong(scores, parts, finished)
+      _, parts = samplers.unfinished_are_wrong(scores, parts, finished)
       scores = np.where(finished, scores, np.float32(FLAGS.unfinished_score))
     return scores, parts
 
   def draw(key, position):
     """One batch of prompts, with the policy's responses and their scores."""
-    rows = data.batch_indices(
+    rows = batches.batch_indices(
       len(prompts), FLAGS.batch_size, position, seed=FLAGS.seed
     )
     ids, mask = meshes.shard_batch((prompt_ids[rows], prompt_mask[rows]), mesh)
@@ -596,7 +588,7 @@ def main(_):
     columns = [[column[i] for i in rows] for column in columns]
     return rollout, scores, columns, metrics, learn_key
 
-  answer = responses.Responder(
+  answer = samplers.Responder(
     policy,
     tokenizer,
     encoded[len(prompts) :],
@@ -669,7 +661,7 @@ def main(_):
     log.note(message)
   shown = " ".join(f"--{name}={FLAGS[name].value}" for name in preset)
   log.note(f"--algorithm={FLAGS.algorithm} with {shown}")
-  log.curves(functools.partial(report.curves, panels=PANELS))
+  log.curves(functools.partial(curves.curves, panels=PANELS))
   with log, checkpoints, checkpoint.Preemption() as preemption:
     for step in range(first_step, FLAGS.steps):
       # Row `step` of the metrics is about the policy after `step` steps, for
@@ -691,7 +683,7 @@ def main(_):
       num_tokens = found.pop("tokens")
       texts, replies, parts = columns
       metrics |= found | {
-        "answers/distinct": evaluation.distinct_answers(
+        "answers/distinct": metrics_lib.distinct_answers(
           part.get("answer", text)
           for part, text in zip(parts, replies, strict=True)
         ),
@@ -713,7 +705,7 @@ def main(_):
         log.histograms(
           step,
           {
-            name: evaluation.answer_histogram(part[name] for part in parts)
+            name: metrics_lib.answer_histogram(part[name] for part in parts)
             for name in ("answer", "truth")
             if name in parts[0]
           },
@@ -733,7 +725,7 @@ def main(_):
     log.write(FLAGS.steps, metrics)
     if not processes.is_first():
       return
-    rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
+    rows = files.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     shown = ("reward/mean", "entropy/token", "groups/acceptance", *metrics)
     table = {
       name: {

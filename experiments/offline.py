@@ -2,7 +2,8 @@
 
 Half a minute on two CPU cores, after `experiments/sft.py` has made the
 reference and `experiments/offline_value.py` its values:
-  python experiments/offline.py --flagfile=experiments/flags/word_lists.flags \
+  python experiments/offline.py \
+    --flagfile=experiments/flags/a_lol/word_lists.flags \
     --policy=runs/reference --cache=runs/values --algorithm=a_lol \
     --workdir=runs/a_lol
 
@@ -27,29 +28,19 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  advantages,
-  checkpoint,
-  data,
-  evaluation,
-  log_probs,
-  logged,
-  logs,
-  meshes,
-  pages,
-  preflight,
-  processes,
-  reference,
-  report,
-  responses,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves, token_pages
+from rljax.evaluation import metrics as metrics_lib
+from rljax.generation import rollouts, samplers
 from rljax.losses import offline
 from rljax.models import hf
+from rljax.ops import advantages, sampling
+from rljax.ops import log_probs as log_probs_lib
+from rljax.scoring import cached, scorers
+from rljax.storage import checkpoint
+from rljax.text import batches, files, keywords, logged, tokens
+from rljax.training import logs, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
@@ -157,9 +148,9 @@ def main(_):
     )
   if not FLAGS.task and not (FLAGS.data and FLAGS.dev_data):
     raise ValueError("Without a --task, give --data and --dev_data.")
-  score = scoring.scorer(
+  score = scorers.scorer(
     FLAGS.task,
-    tasks.options(FLAGS.score_options),
+    keywords.parse(FLAGS.score_options),
     FLAGS.reward_model,
     transform=FLAGS.reward_transform,
     template=FLAGS.reward_template,
@@ -181,9 +172,13 @@ def main(_):
     "too_long": FLAGS.too_long,
     "prompt_format": FLAGS.prompt_format,
   }
-  task_options = tasks.options(FLAGS.task_options)
+  task_options = keywords.parse(FLAGS.task_options)
   rows, unusable = logged.load_or_draw(
-    FLAGS.data, FLAGS.task, "train", FLAGS.seed, task_options
+    FLAGS.data,
+    FLAGS.task and tasks.load(FLAGS.task),
+    "train",
+    FLAGS.seed,
+    task_options,
   )
   rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
   encoded = logged.prepare(tokenizer, rows, **settings)
@@ -191,12 +186,12 @@ def main(_):
     prompts, _ = logged.load_prompts(FLAGS.dev_data, "validation")
   else:
     prompts = logged.task_prompts(
-      FLAGS.task, "validation", FLAGS.seed, FLAGS.num_dev_prompts
+      tasks.load(FLAGS.task), "validation", FLAGS.seed, FLAGS.num_dev_prompts
     )
   prompts = prompts[: FLAGS.num_dev_prompts]
   prompts = logged.prepare(tokenizer, prompts, **settings)
-  lengths = reference.lengths(encoded)
-  data.check_positions(sum(lengths), model.config.max_positions)
+  lengths = cached.lengths(encoded)
+  tokens.check_positions(sum(lengths), model.config.max_positions)
   known = what_is_known(encoded, loaded, params, settings, mesh)
 
   # Which replies are drawn, and what multiplies their loss.
@@ -205,7 +200,7 @@ def main(_):
   if scores is None:
     scores = logged.present(encoded.rows).astype(np.float32)
   weights = np.asarray(advantages.priority_weights(scores, mode=priority()))
-  sampler = data.PrioritySampler(
+  sampler = batches.PrioritySampler(
     weights.ravel(), seed=FLAGS.seed, replace=FLAGS.replace
   )
   known[weigh_by] = np.asarray(
@@ -216,7 +211,7 @@ def main(_):
   steps, eval_every = FLAGS.steps, FLAGS.eval_every
   if FLAGS.scale_steps:
     steps, eval_every = (
-      max(1, data.scale_steps(number, weights, num_rows=len(weights)))
+      max(1, batches.scale_steps(number, weights, num_rows=len(weights)))
       for number in (steps, eval_every)
     )
 
@@ -233,7 +228,7 @@ def main(_):
     return batch | {name: x[rows, candidates] for name, x in known.items()}
 
   # What is differentiated.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
+  chunk_size = FLAGS.chunk_size or log_probs_lib.chunk_size(
     micro_batch_size, model.config.vocab_size
   )
 
@@ -329,11 +324,11 @@ def main(_):
   state = {"params": {"policy": params}, "optimizer": optimizer.init(params)}
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
-  update = preflight.Compiled(
+  update = compiled.Compiled(
     "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
   )
 
-  respond = responses.Responder(
+  respond = samplers.Responder(
     model,
     tokenizer,
     prompts.prompt_ids,
@@ -347,7 +342,7 @@ def main(_):
   texts = [row.prompt for row in prompts.rows]
 
   # Of the replies that can be drawn, some to look at, from all over the log.
-  weigh = preflight.Compiled("weigh", weigh)
+  weigh = compiled.Compiled("weigh", weigh)
   if FLAGS.num_page_samples:
     drawable = np.flatnonzero(weights)
     num = min(FLAGS.num_page_samples, len(drawable))
@@ -363,10 +358,10 @@ def main(_):
       return
     places = np.transpose(np.unravel_index(watched, weights.shape))
     rows = [encoded.rows[i] for i, _ in places]
-    pages.write(
+    token_pages.write(
       os.path.join(FLAGS.workdir, "tokens.html"),
       f"{FLAGS.algorithm}: logged replies after {step} updates",
-      pages.from_arrays(
+      token_pages.from_arrays(
         tokenizer,
         [row.prompt for row in rows],
         batch["response_ids"],
@@ -388,13 +383,13 @@ def main(_):
     """The dev reward, which selects; samples are written down."""
     replies = respond(state["params"]["policy"])
     scores, parts = score(texts, replies)
-    log.samples(step, responses.records(texts, replies, scores, parts))
+    log.samples(step, samplers.records(texts, replies, scores, parts))
     if FLAGS.num_page_samples:
       show_tokens(step)
     return {
       "dev/reward": float(scores.mean()),
-      "dev/words": evaluation.mean_words(replies),
-      "dev/distinct_2": evaluation.distinct_n(replies, 2),
+      "dev/words": metrics_lib.mean_words(replies),
+      "dev/distinct_2": metrics_lib.distinct_n(replies, 2),
       **{f"dev/{k}": v for k, v in tasks.mean_parts(parts).items()},
     }
 
@@ -424,14 +419,14 @@ def main(_):
     f"be drawn; {steps} steps."
   )
   if FLAGS.cache:
-    scored_by = reference.notes(FLAGS.cache)["reward"]
+    scored_by = cached.notes(FLAGS.cache)["reward"]
     if scored_by != score.description:
       log.note(
         f"Rewards of the cache are by {scored_by}, and those of the dev "
         f"prompts by {score.description}."
       )
   log.skipped([*unusable, *encoded.skipped, *prompts.skipped])
-  log.curves(functools.partial(report.curves, panels=PANELS))
+  log.curves(functools.partial(curves.curves, panels=PANELS))
 
   def keep_best(step):
     best_checkpoints.save(
@@ -484,7 +479,7 @@ def main(_):
       keep_best(steps)
     if not processes.is_first():
       return
-    rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
+    rows = files.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     evaluations = [row for row in rows if "dev/reward" in row]
     log.summary(
       {
@@ -514,14 +509,14 @@ def what_is_known(encoded, loaded, params, settings, mesh):
     # Likelihood of the better replies alone: the filter without the weight.
     needed = ("advantages",)
   if FLAGS.cache:
-    made_of = reference.describe(
+    made_of = cached.describe(
       encoded,
       loaded.params,
       loaded.tokenizer,
       **settings,
       dtype=FLAGS.dtype,
     )
-    arrays = reference.load(FLAGS.cache, made_of, needed)
+    arrays = cached.load(FLAGS.cache, made_of, needed)
     return {name: arrays[name] for name in needed}
   known = {}
   rewards, present = (
@@ -545,7 +540,7 @@ def what_is_known(encoded, loaded, params, settings, mesh):
       logged.check_rewards(array)
     known[name] = np.where(present, array, 0.0)
   if "ref_log_probs" in needed:
-    known["ref_log_probs"] = reference.response_log_probs(
+    known["ref_log_probs"] = cached.response_log_probs(
       loaded.model,
       params,
       encoded,

@@ -2,7 +2,8 @@
 
 A minute on two CPU cores, after `experiments/sft.py` has made the reference:
   python experiments/offline_value.py --policy=runs/reference \
-    --flagfile=experiments/flags/word_lists_value.flags --workdir=runs/values
+    --flagfile=experiments/flags/a_lol/word_lists_value.flags \
+    --workdir=runs/values
 
 One reply of the reference to each validation prompt is scored, a head on its
 frozen hidden states learns the scores, and every row of the log gets its
@@ -23,21 +24,15 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  checkpoint,
-  data,
-  logged,
-  logs,
-  meshes,
-  processes,
-  reference,
-  responses,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-)
+from rljax import tasks
+from rljax.distributed import meshes, processes
+from rljax.generation import samplers
 from rljax.models import heads, hf
+from rljax.ops import sampling
+from rljax.scoring import cached, scorers
+from rljax.storage import checkpoint
+from rljax.text import batches, keywords, logged, tokens
+from rljax.training import logs, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "Where the results go.", required=True)
@@ -98,9 +93,9 @@ def main(_):
   meshes.check_divisible(FLAGS.sample_batch_size, mesh, "--sample_batch_size")
   if not FLAGS.task and not (FLAGS.data and FLAGS.value_data):
     raise ValueError("Without a --task, give --data and --value_data.")
-  score = scoring.scorer(
+  score = scorers.scorer(
     FLAGS.task,
-    tasks.options(FLAGS.score_options),
+    keywords.parse(FLAGS.score_options),
     FLAGS.reward_model,
     transform=FLAGS.reward_transform,
     template=FLAGS.reward_template,
@@ -122,9 +117,13 @@ def main(_):
     "too_long": FLAGS.too_long,
     "prompt_format": FLAGS.prompt_format,
   }
-  task_options = tasks.options(FLAGS.task_options)
+  task_options = keywords.parse(FLAGS.task_options)
   rows, unusable = logged.load_or_draw(
-    FLAGS.data, FLAGS.task, "train", FLAGS.seed, task_options
+    FLAGS.data,
+    FLAGS.task and tasks.load(FLAGS.task),
+    "train",
+    FLAGS.seed,
+    task_options,
   )
   rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
   encoded = logged.prepare(tokenizer, rows, **settings)
@@ -132,7 +131,7 @@ def main(_):
     prompts, _ = logged.load_prompts(FLAGS.value_data, "validation")
   else:
     prompts = logged.task_prompts(
-      FLAGS.task, "validation", FLAGS.seed, FLAGS.num_value_prompts
+      tasks.load(FLAGS.task), "validation", FLAGS.seed, FLAGS.num_value_prompts
     )
   prompts = prompts[: FLAGS.num_value_prompts]
   prompts = logged.prepare(tokenizer, prompts, **settings)
@@ -144,8 +143,8 @@ def main(_):
       f"{num_prompts - num_heldout} fitted to, in batches of "
       f"{FLAGS.batch_size}: give more prompts or another --heldout_fraction."
     )
-  data.check_positions(
-    sum(reference.lengths(encoded)), model.config.max_positions
+  tokens.check_positions(
+    sum(cached.lengths(encoded)), model.config.max_positions
   )
   checkpoint.write_flags(FLAGS.workdir, in_force, may_change)
   log = logs.Logs(
@@ -158,7 +157,7 @@ def main(_):
     rewards = rewards_of(encoded.rows, score, log)
 
     # Targets: what the reference itself earns, once per prompt.
-    respond = responses.Responder(
+    respond = samplers.Responder(
       model,
       tokenizer,
       prompts.prompt_ids,
@@ -173,13 +172,13 @@ def main(_):
     texts = [row.prompt for row in prompts.rows]
     targets, parts = score(texts, replies)
     logged.check_rewards(targets, FLAGS.max_value)
-    log.samples(0, responses.records(texts, replies, targets, parts))
+    log.samples(0, samplers.records(texts, replies, targets, parts))
 
     # The head sees hidden states of prompts, which no reply can change.
-    prompt_length = data.bucket_length(
+    prompt_length = batches.bucket_length(
       max(map(len, [*encoded.prompt_ids, *prompts.prompt_ids]))
     )
-    pad = lambda encoded: data.pad_left(
+    pad = lambda encoded: batches.pad_left(
       encoded.prompt_ids, length=prompt_length
     )
     hidden_of = jax.jit(
@@ -234,14 +233,14 @@ def main(_):
         mesh,
       )
 
-    order = data.epoch_order(num_prompts, seed=FLAGS.seed, epoch=0)
+    order = batches.epoch_order(num_prompts, seed=FLAGS.seed, epoch=0)
     heldout, fitted = order[:num_heldout], order[num_heldout:]
     best = (np.inf, None, None)
     steps_per_epoch = len(fitted) // FLAGS.batch_size
     for epoch in range(FLAGS.epochs):
       for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
         rows = fitted[
-          data.batch_indices(
+          batches.batch_indices(
             len(fitted), FLAGS.batch_size, step, seed=FLAGS.seed
           )
         ]
@@ -283,7 +282,7 @@ def main(_):
       "rewards": rewards,
       "values": values,
       "advantages": advantages.astype(np.float32),
-      "ref_log_probs": reference.response_log_probs(
+      "ref_log_probs": cached.response_log_probs(
         model,
         params,
         encoded,
@@ -291,7 +290,7 @@ def main(_):
         mesh=mesh,
       ),
     }
-    made_of = reference.describe(
+    made_of = cached.describe(
       encoded,
       loaded.params,
       tokenizer,
@@ -312,7 +311,7 @@ def main(_):
       "rows left out": len(unusable) + len(encoded.skipped),
       "value prompts": num_prompts,
     }
-    reference.save(
+    cached.save(
       FLAGS.workdir,
       arrays,
       made_of,
@@ -322,7 +321,7 @@ def main(_):
         **{name: float(value) for name, value in table.items()},
       },
     )
-    log.summary(table, title=os.path.join(FLAGS.workdir, reference.ARRAYS))
+    log.summary(table, title=os.path.join(FLAGS.workdir, cached.ARRAYS))
 
 
 def rewards_of(rows, score, log):

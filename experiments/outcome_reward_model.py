@@ -12,7 +12,7 @@ RewardModel appends it always. Any flag --reward_model takes the workdir.
 --loss=bce learns how likely a solution is right, from samples with rewards in
 [0, 1], such as the samples.jsonl of expert_iteration.py:
   python experiments/outcome_reward_model.py --policy=runs/sft \
-    --flagfile=experiments/flags/merge_sums_orm.flags \
+    --flagfile=experiments/flags/havrilla/merge_sums_orm.flags \
     --data=runs/ei/rounds/1/samples.jsonl --workdir=runs/orm
 
 It reads prefixes as well. With --labels=outcome the label of the whole
@@ -42,23 +42,17 @@ import optax
 from absl import app, flags
 from flax import traverse_util
 
-from rljax import (
-  checkpoint,
-  data,
-  evaluation,
-  logged,
-  logs,
-  meshes,
-  outcomes,
-  preflight,
-  processes,
-  reference,
-  report,
-  runs,
-  tasks,
-)
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves
+from rljax.evaluation import metrics as metrics_lib
 from rljax.losses import supervised
 from rljax.models import hf
+from rljax.scoring import cached
+from rljax.storage import checkpoint
+from rljax.text import batches, keywords, logged, tokens
+from rljax.text import solutions as solutions_lib
+from rljax.training import logs, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
@@ -98,8 +92,10 @@ flags.DEFINE_enum(
   "loss", "pairwise", ["pairwise", "bce"], "Bradley-Terry; cross-entropy."
 )
 flags.DEFINE_float("margin", 0.0, "By which the better reply is to lead.")
-flags.DEFINE_enum("labels", "outcome", outcomes.LABELS, "Of steps, for bce.")
-flags.DEFINE_enum("targets", "tokens", outcomes.TARGETS, "What bce reads.")
+flags.DEFINE_enum(
+  "labels", "outcome", solutions_lib.LABELS, "Of steps, for bce."
+)
+flags.DEFINE_enum("targets", "tokens", solutions_lib.TARGETS, "What bce reads.")
 flags.DEFINE_bool("balance", True, "As many good as bad ones, for bce.")
 flags.DEFINE_enum(
   "normalizer",
@@ -191,8 +187,8 @@ def main(_):
       f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
       f"{unit}."
     )
-  lengths = np.max([reference.lengths(part) for part in (train, held_out)], 0)
-  data.check_positions(lengths.sum(), model.config.max_positions)
+  lengths = np.max([cached.lengths(part) for part in (train, held_out)], 0)
+  tokens.check_positions(lengths.sum(), model.config.max_positions)
   if is_bce:
     batch_of = functools.partial(solution_batch, lengths)
   else:
@@ -263,10 +259,10 @@ def main(_):
   state = {"learnt": learnt, "optimizer": optimizer.init(learnt)}
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
-  update = preflight.Compiled(
+  update = compiled.Compiled(
     "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
   )
-  judge = preflight.Compiled(
+  judge = compiled.Compiled(
     "judge",
     score
     if is_bce
@@ -338,12 +334,12 @@ def main(_):
   log.skipped(skipped)
   for name, count in counts.items():
     log.note(f"{name}: {count}.")
-  log.curves(functools.partial(report.curves, panels=PANELS[FLAGS.loss]))
+  log.curves(functools.partial(curves.curves, panels=PANELS[FLAGS.loss]))
   with log, checkpoints, checkpoint.Preemption() as preemption:
     for step in range(first_step, FLAGS.steps):
       metrics = evaluate() if step and step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      rows = data.batch_indices(
+      rows = batches.batch_indices(
         len(train.rows), FLAGS.batch_size, step, seed=FLAGS.seed
       )
       batch = meshes.shard_batch(batch_of(train, rows), mesh)
@@ -389,7 +385,7 @@ def main(_):
 
 def comparisons(tokenizer):
   """Training and held-out rows as ids, and what was left out."""
-  options = tasks.options(FLAGS.task_options)
+  options = keywords.parse(FLAGS.task_options)
   skipped = []
 
   def compared(name, split, first, limit):
@@ -454,14 +450,16 @@ def by_reward(row):
 
 def solutions(tokenizer):
   """Training and held-out solutions as ids, and what was left out."""
-  options = tasks.options(FLAGS.task_options)
+  options = keywords.parse(FLAGS.task_options)
 
   def scored(name, split):
     if name:
-      found, unusable = outcomes.load(name.split(","), split, FLAGS.labels)
+      found, unusable = solutions_lib.load(name.split(","), split, FLAGS.labels)
     else:
-      rows = logged.task_rows(FLAGS.task, split, FLAGS.seed, options)
-      found, unusable = outcomes.from_rows(rows), []
+      rows = logged.task_rows(
+        tasks.load(FLAGS.task), split, FLAGS.seed, options
+      )
+      found, unusable = solutions_lib.from_rows(rows), []
     skipped.extend(unusable)
     return found
 
@@ -473,7 +471,7 @@ def solutions(tokenizer):
   def labelled(rows):
     encoded = logged.encode(tokenizer, rows, **limits())
     skipped.extend(encoded.skipped)
-    return outcomes.label_tokens(encoded, tokenizer, FLAGS.targets)
+    return solutions_lib.label_tokens(encoded, tokenizer, FLAGS.targets)
 
   if FLAGS.labels == "sorm" and not FLAGS.data:
     raise ValueError("--labels=sorm needs --data with values of steps.")
@@ -481,7 +479,7 @@ def solutions(tokenizer):
   rows = scored(FLAGS.data, "train")[FLAGS.first_row :]
   rows = rendered(rows[: FLAGS.num_rows or None])
   if FLAGS.eval_share:
-    rows, held_out = outcomes.split_prompts(
+    rows, held_out = solutions_lib.split_prompts(
       rows, FLAGS.eval_share, seed=FLAGS.seed
     )
     num_shared = 0
@@ -500,11 +498,11 @@ def solutions(tokenizer):
       f"All {len(held_out.rows)} held-out solutions have the same outcome; "
       "give more (--num_eval_rows)."
     )
-  distinct = outcomes.distinct(rows)
+  distinct = solutions_lib.distinct(rows)
   train = labelled(distinct)
   num_rows, num_targets = len(train.rows), int(train.is_target.sum())
   if FLAGS.balance:
-    train = outcomes.balance(
+    train = solutions_lib.balance(
       train, by_step=FLAGS.labels == "sorm", seed=FLAGS.seed
     )
   return (
@@ -565,13 +563,13 @@ def verdict(part, arrays, logits):
     }
   if not np.all(np.isfinite(scores)):
     return metrics
-  metrics["eval/auc"] = evaluation.area_under_curve(scores, is_right)
+  metrics["eval/auc"] = metrics_lib.area_under_curve(scores, is_right)
   if several:
     # A sample without an answer is never chosen; the answers do not matter.
     answers = [part.rows[i].has_answer or None for i in range(len(last))]
     metrics["eval/rerank"] = np.mean(
       [
-        evaluation.rerank([answers[i] for i in of], is_right[of], scores[of])
+        metrics_lib.rerank([answers[i] for i in of], is_right[of], scores[of])
         for of in several
       ]
     )

@@ -1,7 +1,8 @@
 """PPO on a language model with programmed or learnt rewards.
 
 A minute on two CPU cores, after `experiments/sft.py` has made the policy:
-  python experiments/ppo.py --flagfile=experiments/flags/arithmetic_cpu.flags \
+  python experiments/ppo.py \
+    --flagfile=experiments/flags/padula/arithmetic_cpu.flags \
     --policy=runs/sft --workdir=runs/ppo --batch_entropy_coef=0.3
 
 Source: Padula and Soemers (2024), arXiv 2410.17126, section by section as in
@@ -33,32 +34,20 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  advantages,
-  checkpoint,
-  data,
-  evaluation,
-  generation,
-  grammars,
-  log_probs,
-  logs,
-  masking,
-  meshes,
-  pages,
-  preflight,
-  processes,
-  report,
-  responses,
-  reward_terms,
-  rewards,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves, token_pages
+from rljax.evaluation import metrics as metrics_lib
+from rljax.generation import decode, grammars, rollouts, samplers
 from rljax.losses import entropy, ppo
 from rljax.models import classifier, heads, hf, value_branch
+from rljax.ops import advantages, log_probs, masking, rewards, sampling
+from rljax.scoring import reward_terms, scorers
+from rljax.storage import checkpoint
+from rljax.text import batches as batches_lib
+from rljax.text import files, keywords
+from rljax.text import tokens as tokens_lib
+from rljax.training import logs, preflight, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "Checkpoints, logs, plots.", required=True)
@@ -195,11 +184,11 @@ def main(_):
   )
   in_force = runs.start(FLAGS, may_change)
   task = tasks.load(FLAGS.task)
-  task_options = tasks.options(FLAGS.task_options)
-  tasks.check_options(task.prompts, task_options)
-  score_options = tasks.options(FLAGS.score_options)
-  tasks.check_options(task.score, score_options)
-  score = scoring.divided(
+  task_options = keywords.parse(FLAGS.task_options)
+  keywords.check(task.prompts, task_options)
+  score_options = keywords.parse(FLAGS.score_options)
+  keywords.check(task.score, score_options)
+  score = scorers.divided(
     functools.partial(tasks.score_all, task, **score_options)
   )
   settings = sampling.Settings(
@@ -250,7 +239,7 @@ def main(_):
 
   # Models that reward: one reads texts, the other the policy's own tokens.
   if "reward_model" in FLAGS.reward_terms:
-    model_score = scoring.scorer(
+    model_score = scorers.scorer(
       "",
       {},
       FLAGS.reward_model,
@@ -266,9 +255,11 @@ def main(_):
 
   # Prompts become ids here, once. All batches have one shape.
   vocab_size = policy.config.vocab_size
-  stop_ids = data.stop_ids(tokenizer) if FLAGS.stop_at_eos else ()
+  stop_ids = tokens_lib.stop_ids(tokenizer) if FLAGS.stop_at_eos else ()
   # Other special tokens and unused rows of the vocabulary are never drawn.
-  allowed = jnp.asarray(data.allowed_tokens(tokenizer, vocab_size, stop_ids))
+  allowed = jnp.asarray(
+    tokens_lib.allowed_tokens(tokenizer, vocab_size, stop_ids)
+  )
   loss_allowed = allowed if FLAGS.mask_in_loss else None
   grammar = None
   if FLAGS.constraint == "grammar":
@@ -279,9 +270,9 @@ def main(_):
   has_steps = {"steps", "dense_reward_model"} & set(FLAGS.reward_terms)
   line_feeds = np.zeros(vocab_size, np.int32)  # In each token.
   if ends or has_steps:
-    token_bytes = data.token_bytes(tokenizer, vocab_size=vocab_size)
+    token_bytes = tokens_lib.token_bytes(tokenizer, vocab_size=vocab_size)
   if ends:
-    stop_strings = generation.stop_table(ends, token_bytes)
+    stop_strings = decode.stop_table(ends, token_bytes)
   if has_steps:
     line_feeds[:] = [piece.count(b"\n") for piece in token_bytes]
   prompts, eval_prompts = (
@@ -299,18 +290,18 @@ def main(_):
       f"line, such as reasoning; those of --task={FLAGS.task} are "
       f"{', '.join(parts[0]) or 'none'}."
     )
-  data.require_tokens(
+  tokens_lib.require_tokens(
     tokenizer, eos=FLAGS.stop_at_eos, text=prompts[0] if prompts else None
   )
-  encoded = data.encode_prompts(
+  encoded = tokens_lib.encode_prompts(
     tokenizer, [*prompts, *eval_prompts], max_length=FLAGS.max_prompt_length
   )
-  prompt_ids, prompt_mask = data.pad_left(
+  prompt_ids, prompt_mask = batches_lib.pad_left(
     encoded, length=max(map(len, encoded))
   )
   models = [policy, critic] + ([outcome_model.model] if outcome_model else [])
   for model in models:
-    data.check_positions(
+    tokens_lib.check_positions(
       prompt_ids.shape[1] + FLAGS.max_length, model.config.max_positions
     )
 
@@ -590,7 +581,7 @@ def main(_):
     }
     return state, metrics
 
-  sample = preflight.Compiled(
+  sample = compiled.Compiled(
     "sample",
     lambda key, params, ids, mask, lengths, within: rollouts.sample(
       key,
@@ -607,10 +598,10 @@ def main(_):
       lengths=lengths,
       constraint=within,
       split_cache=meshes.cache_splitter(mesh),
-      pad_id=data.pad_id(tokenizer),
+      pad_id=tokens_lib.pad_id(tokenizer),
     ),
   )
-  expect = preflight.Compiled(
+  expect = compiled.Compiled(
     "expect",
     # The model has one label, "right": this is its probability.
     lambda params, rollout: in_parts(
@@ -621,10 +612,10 @@ def main(_):
     ),
   )
   # Not an output of `learn`, whose numbers must not depend on a page.
-  weigh = preflight.Compiled(
+  weigh = compiled.Compiled(
     "weigh", lambda *args: prepare(*args)[0]["advantages"]
   )
-  learn = preflight.Compiled(
+  learn = compiled.Compiled(
     "learn", learn, donate_argnums=0, out_shardings=(state_shardings, None)
   )
 
@@ -650,7 +641,7 @@ def main(_):
 
   def rollout_of(step):
     """The prompts of a step and the policy's responses to them."""
-    rows = data.batch_indices(
+    rows = batches_lib.batch_indices(
       len(prompts), FLAGS.batch_size, step, seed=FLAGS.seed
     )
     ids, mask, lengths = meshes.shard_batch(
@@ -671,8 +662,8 @@ def main(_):
     texts = [prompts[i] for i in rows for _ in range(FLAGS.num_samples)]
     return rollout, texts, learn_key
 
-  read = functools.partial(responses.read, tokenizer, stop_strings=ends)
-  answer = responses.Responder(
+  read = functools.partial(samplers.read, tokenizer, stop_strings=ends)
+  answer = samplers.Responder(
     policy,
     tokenizer,
     encoded[len(prompts) :],
@@ -690,7 +681,7 @@ def main(_):
     """What the task says, or --unfinished_score where a reply has no end."""
     scores, parts = score(texts, replies)
     if FLAGS.unfinished_score is not None:
-      _, parts = scoring.unfinished_are_wrong(scores, parts, finished)
+      _, parts = samplers.unfinished_are_wrong(scores, parts, finished)
       scores = np.where(finished, scores, np.float32(FLAGS.unfinished_score))
     return scores, parts
 
@@ -729,10 +720,10 @@ def main(_):
     if not processes.is_first():
       return
     facts = zip(scores.tolist(), parts, strict=True)
-    pages.write(
+    token_pages.write(
       os.path.join(FLAGS.workdir, "tokens.html"),
       f"{FLAGS.task}: a rollout after {step} steps",
-      pages.from_arrays(
+      token_pages.from_arrays(
         tokenizer,
         texts,
         ids,
@@ -827,7 +818,7 @@ def main(_):
   for kept in (checkpoints, best_checkpoints):
     for message in getattr(kept, "messages", ()):
       log.note(message)
-  log.curves(functools.partial(report.curves, panels=PANELS))
+  log.curves(functools.partial(curves.curves, panels=PANELS))
   with (
     log,
     checkpoints,
@@ -853,7 +844,7 @@ def main(_):
       seconds = time.perf_counter() - started
       metrics |= {f"task/{k}": v for k, v in tasks.mean_parts(parts).items()}
       metrics |= {
-        "answers/distinct": evaluation.distinct_answers(
+        "answers/distinct": metrics_lib.distinct_answers(
           part.get("answer", text)
           for part, text in zip(parts, replies, strict=True)
         ),
@@ -876,7 +867,7 @@ def main(_):
         log.histograms(
           step,
           {
-            name: evaluation.answer_histogram(part[name] for part in parts)
+            name: metrics_lib.answer_histogram(part[name] for part in parts)
             for name in ("answer", "truth")
             if name in parts[0]
           },
@@ -896,7 +887,7 @@ def main(_):
     log.write(FLAGS.steps, metrics | {"rollouts": FLAGS.steps * num_rows})
     if not processes.is_first():
       return
-    rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
+    rows = files.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     shown = ("reward/mean", "entropy/token", "entropy/batch", *metrics)
     table = {
       name: {

@@ -3,7 +3,8 @@
 Half a minute on two CPU cores, after `experiments/sft.py` has made the
 reference:
   python experiments/preference.py --algorithm=dpo --policy=runs/reference \
-    --flagfile=experiments/flags/word_lists_preference.flags --workdir=runs/dpo
+    --flagfile=experiments/flags/a_lol/word_lists_preference.flags \
+    --workdir=runs/dpo
 
 Rows of the log have two replies or more. Which is the better one, their order
 says, as people made it, or their rewards do (--order). PRO ranks all replies of
@@ -38,27 +39,18 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  checkpoint,
-  data,
-  evaluation,
-  log_probs,
-  logged,
-  logs,
-  meshes,
-  preflight,
-  processes,
-  reference,
-  report,
-  responses,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves
+from rljax.evaluation import metrics as metrics_lib
+from rljax.generation import rollouts, samplers
 from rljax.losses import preference
 from rljax.models import hf
+from rljax.ops import log_probs, sampling
+from rljax.scoring import cached, scorers
+from rljax.storage import checkpoint
+from rljax.text import batches, files, keywords, logged, tokens
+from rljax.training import logs, runs
 
 ALGORITHMS = ("dpo", "ipo", "pro", "kto", "simpo", "orpo")
 
@@ -194,9 +186,9 @@ def main(_):
     )
   meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
   meshes.check_divisible(FLAGS.sample_batch_size, mesh, "--sample_batch_size")
-  score = scoring.scorer(
+  score = scorers.scorer(
     FLAGS.task,
-    tasks.options(FLAGS.score_options),
+    keywords.parse(FLAGS.score_options),
     FLAGS.reward_model,
     transform=FLAGS.reward_transform,
     template=FLAGS.reward_template,
@@ -218,9 +210,13 @@ def main(_):
     "too_long": FLAGS.too_long,
     "prompt_format": FLAGS.prompt_format,
   }
-  task_options = tasks.options(FLAGS.task_options)
+  task_options = keywords.parse(FLAGS.task_options)
   rows, unusable = logged.load_or_draw(
-    FLAGS.data, FLAGS.task, "train", FLAGS.seed, task_options
+    FLAGS.data,
+    FLAGS.task and tasks.load(FLAGS.task),
+    "train",
+    FLAGS.seed,
+    task_options,
   )
   rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
   encoded = logged.prepare(tokenizer, rows, **settings)
@@ -228,22 +224,22 @@ def main(_):
     prompts, _ = logged.load_prompts(FLAGS.dev_data, "validation")
   else:
     prompts = logged.task_prompts(
-      FLAGS.task, "validation", FLAGS.seed, FLAGS.num_dev_prompts
+      tasks.load(FLAGS.task), "validation", FLAGS.seed, FLAGS.num_dev_prompts
     )
   prompts = prompts[: FLAGS.num_dev_prompts]
   prompts = logged.prepare(tokenizer, prompts, **settings)
-  lengths = reference.lengths(encoded)
-  data.check_positions(sum(lengths), model.config.max_positions)
+  lengths = cached.lengths(encoded)
+  tokens.check_positions(sum(lengths), model.config.max_positions)
   known = {}
   if FLAGS.cache:
-    made_of = reference.describe(
+    made_of = cached.describe(
       encoded,
       loaded.params,
       tokenizer,
       **settings,
       dtype=FLAGS.dtype,
     )
-    known = reference.load(FLAGS.cache, made_of, arrays_needed())
+    known = cached.load(FLAGS.cache, made_of, arrays_needed())
 
   # Which replies are compared; M comparisons of K replies, the best one first.
   rewards = rewards_of(encoded.rows, known) if needs_rewards() else None
@@ -254,7 +250,7 @@ def main(_):
       "rows that can be compared."
     )
   if needs_reference() and not FLAGS.cache:
-    known["ref_log_probs"] = reference.response_log_probs(
+    known["ref_log_probs"] = cached.response_log_probs(
       model,
       params,
       encoded,
@@ -268,7 +264,7 @@ def main(_):
 
   def batch_of(step):
     """Arrays `[B, K, ...]`; prompts stand before each of their replies."""
-    drawn = data.batch_indices(
+    drawn = batches.batch_indices(
       len(compared), FLAGS.batch_size, step, seed=FLAGS.seed
     )
     rows, candidates = compared[drawn], ranked[drawn]
@@ -278,7 +274,7 @@ def main(_):
       candidates.ravel(),
       prompt_length=lengths[0],
       response_length=lengths[1],
-      pad_id=data.pad_id(tokenizer),
+      pad_id=tokens.pad_id(tokenizer),
     )
     batch = {k: x.reshape(*candidates.shape, -1) for k, x in batch.items()}
     at = (rows[:, None], candidates)
@@ -445,11 +441,11 @@ def main(_):
   state = {"params": {"policy": params}, "optimizer": optimizer.init(params)}
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
-  update = preflight.Compiled(
+  update = compiled.Compiled(
     "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
   )
 
-  respond = responses.Responder(
+  respond = samplers.Responder(
     model,
     tokenizer,
     prompts.prompt_ids,
@@ -466,11 +462,11 @@ def main(_):
     """The dev reward, which selects; samples are written down."""
     replies = respond(state["params"]["policy"])
     scores, parts = score(texts, replies)
-    log.samples(step, responses.records(texts, replies, scores, parts))
+    log.samples(step, samplers.records(texts, replies, scores, parts))
     return {
       "dev/reward": float(scores.mean()),
-      "dev/words": evaluation.mean_words(replies),
-      "dev/distinct_2": evaluation.distinct_n(replies, 2),
+      "dev/words": metrics_lib.mean_words(replies),
+      "dev/distinct_2": metrics_lib.distinct_n(replies, 2),
       **{f"dev/{k}": v for k, v in tasks.mean_parts(parts).items()},
     }
 
@@ -496,7 +492,7 @@ def main(_):
   for message in (*checkpoints.messages, *best_checkpoints.messages, *notes):
     log.note(message)
   log.skipped([*unusable, *encoded.skipped, *prompts.skipped])
-  log.curves(functools.partial(report.curves, panels=PANELS))
+  log.curves(functools.partial(curves.curves, panels=PANELS))
 
   def keep_best(step):
     best_checkpoints.save(
@@ -549,7 +545,7 @@ def main(_):
       keep_best(FLAGS.steps)
     if not processes.is_first():
       return
-    rows = data.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
+    rows = files.read_jsonl(os.path.join(FLAGS.workdir, "metrics.jsonl"))
     evaluations = [row for row in rows if "dev/reward" in row]
     log.summary(
       {

@@ -2,7 +2,7 @@
 
 A minute on two CPU cores, with the best policy of expert iteration:
   python experiments/return_conditioned.py --workdir=runs/rcrl \
-    --flagfile=experiments/flags/merge_sums_rcrl.flags \
+    --flagfile=experiments/flags/havrilla/merge_sums_rcrl.flags \
     --policy=runs/ei/best --base=runs/base
 
 Five stages, each of which writes a file that can be opened, and goes on where
@@ -40,26 +40,18 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  checkpoint,
-  data,
-  log_probs,
-  logged,
-  logs,
-  meshes,
-  preflight,
-  processes,
-  report,
-  responses,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-  traces,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves
+from rljax.generation import rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
+from rljax.ops import log_probs, sampling
+from rljax.scoring import scorers
+from rljax.storage import checkpoint
+from rljax.text import batches, files, keywords, logged, tokens
+from rljax.text import steps as steps_lib
+from rljax.training import logs, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "All stages, and logs.", required=True)
@@ -70,7 +62,7 @@ flags.DEFINE_string("mesh", "data:-1", "Axes data, fsdp, tensor; -1: the rest.")
 flags.DEFINE_string("compilation_cache", "~/.cache/rljax", "Empty for none.")
 flags.DEFINE_string("wandb_project", "", "Also log to this project.")
 # Task.
-flags.DEFINE_string("task", "reasoning", "A module of rljax.tasks.")
+flags.DEFINE_string("task", "merge_sums", "A module of rljax.tasks.")
 flags.DEFINE_list("task_options", [], "name=value, handed to task.prompts.")
 flags.DEFINE_list("score_options", [], "name=value, handed to task.score.")
 flags.DEFINE_integer("num_prompts", 300, "Training prompts.")
@@ -126,9 +118,9 @@ def main(_):
   for name in ("batch_size", "sample_batch_size"):
     meshes.check_divisible(FLAGS[name].value, mesh, f"--{name}")
   task = tasks.load(FLAGS.task)
-  options = tasks.options(FLAGS.task_options)
-  tasks.check_options(task.prompts, options)
-  score = scoring.scorer(FLAGS.task, tasks.options(FLAGS.score_options))
+  options = keywords.parse(FLAGS.task_options)
+  keywords.check(task.prompts, options)
+  score = scorers.scorer(FLAGS.task, keywords.parse(FLAGS.score_options))
 
   # The policy is asked; the base learns.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
@@ -150,7 +142,7 @@ def main(_):
     """The sampler's table that puts a tag in front of every step."""
     table = np.full(vocab_size + 1, -1, np.int32)
     for token, text in enumerate(
-      data.token_bytes(tokenizer, vocab_size=vocab_size)
+      tokens.token_bytes(tokenizer, vocab_size=vocab_size)
     ):
       if text.endswith(b"\n"):
         table[token] = tag_ids[tags.index(tag)]
@@ -177,10 +169,10 @@ def main(_):
     if continued is not None:
       texts = [a + b for a, b in zip(texts, continued, strict=True)]
       max_length += FLAGS.max_length
-    return data.encode_prompts(tokenizer, texts, max_length=max_length)
+    return tokens.encode_prompts(tokenizer, texts, max_length=max_length)
 
   responder = functools.partial(
-    responses.Responder,
+    samplers.Responder,
     model,
     tokenizer,
     max_length=FLAGS.max_length,
@@ -210,7 +202,7 @@ def main(_):
   with checkpoint.Preemption() as preemption:
 
     def progress_of(name, num_prompts):
-      shown = responses.Progress(name, num_prompts)
+      shown = samplers.Progress(name, num_prompts)
 
       def progress(done, rows):
         shown(done, rows)
@@ -226,9 +218,9 @@ def main(_):
         return [
           row
           for path in FLAGS.data
-          for row in data.read_jsonl(path, required=required)
+          for row in files.read_jsonl(path, required=required)
         ]
-      return responses.collect(
+      return samplers.collect(
         path_of("solutions.jsonl"),
         ask(encode(prompts), num_samples=FLAGS.num_solutions),
         policy,
@@ -242,7 +234,7 @@ def main(_):
       pairs = {
         (row["prompt"], prefix): None
         for row in solutions
-        for prefix in traces.prefixes(row["response"])
+        for prefix in steps_lib.prefixes(row["response"])
       }
       values, num_drawn = {}, 0
       encoded = encode([p for p, _ in pairs], [prefix for _, prefix in pairs])
@@ -254,7 +246,7 @@ def main(_):
       }
       by_length = collections.defaultdict(list)
       for pair, ids in zip(pairs, encoded, strict=True):
-        by_length[data.bucket_length(len(ids))].append((pair, ids))
+        by_length[batches.bucket_length(len(ids))].append((pair, ids))
       for length, group in sorted(by_length.items()):
         texts = {
           prompt + prefix: (prompt, prefix) for (prompt, prefix), _ in group
@@ -271,7 +263,7 @@ def main(_):
           whole = [a + b for a, b in zip(starts, completions, strict=True)]
           return score(prompts, whole)
 
-        rows = responses.collect(
+        rows = samplers.collect(
           path_of("completions", f"{length}.jsonl"),
           ask(
             [ids for _, ids in group],
@@ -290,7 +282,7 @@ def main(_):
           own = rows[
             i * FLAGS.num_completions : (i + 1) * FLAGS.num_completions
           ]
-          values[pair] = float(np.mean([traces.is_kept(row) for row in own]))
+          values[pair] = float(np.mean([steps_lib.is_kept(row) for row in own]))
       return values, num_drawn
 
     num_drawn = 0
@@ -299,7 +291,7 @@ def main(_):
         required = ["prompt", "response", "values", "is_correct"]
         if FLAGS.label == "advantage":
           required.append("start_value")
-        labelled = data.read_jsonl(FLAGS.labels, required=required)
+        labelled = files.read_jsonl(FLAGS.labels, required=required)
       else:
         found = solve()
         chosen = distinct_solutions(found)
@@ -308,14 +300,14 @@ def main(_):
           num_drawn += len(found)
         labelled = label(found, chosen, values)
         if processes.is_first():
-          data.write_jsonl(path_of("labels.jsonl"), labelled)
+          files.write_jsonl(path_of("labels.jsonl"), labelled)
     except Stopped:
       print("Stopped by a signal while sampling; all is saved.")
       return preemption.exit_status
 
     rows = training_rows(labelled, tags)
     if processes.is_first():
-      data.write_jsonl(path_of("data.jsonl"), rows)
+      files.write_jsonl(path_of("data.jsonl"), rows)
     encoded = [
       (prompt_ids, *with_tags(tokenizer, row["tagged"], tags, tag_ids))
       for row, prompt_ids in zip(
@@ -323,25 +315,27 @@ def main(_):
       )
     ]
     lengths = [
-      data.bucket_length(max(len(row[part]) for row in encoded))
+      batches.bucket_length(max(len(row[part]) for row in encoded))
       for part in (0, 1)
     ]
-    data.check_positions(sum(lengths), model.config.max_positions)
+    tokens.check_positions(sum(lengths), model.config.max_positions)
 
     def batch_of(step):
       indices = range(len(encoded))
       if len(encoded) > FLAGS.batch_size:
-        indices = data.batch_indices(
+        indices = batches.batch_indices(
           len(encoded), FLAGS.batch_size, step, seed=FLAGS.seed
         )
       empty = [([0], [], [])] * max(0, FLAGS.batch_size - len(encoded))
       chosen = [*(encoded[i] for i in indices), *empty]
-      batch = data.supervised_batch(
+      batch = batches.supervised_batch(
         [row[:2] for row in chosen],
         prompt_length=lengths[0],
         response_length=lengths[1],
       )
-      is_tag, _ = data.pad_right([row[2] for row in chosen], length=lengths[1])
+      is_tag, _ = batches.pad_right(
+        [row[2] for row in chosen], length=lengths[1]
+      )
       return batch | {"learnt": batch["response_mask"] & (is_tag == 0)}
 
     # Tags are read, and not learnt: what follows depends on them.
@@ -387,7 +381,7 @@ def main(_):
     state = {"params": {"policy": base}, "optimizer": optimizer.init(base)}
     state_shardings = meshes.shardings(state, rules, mesh)
     state = meshes.place(state, state_shardings)
-    update = preflight.Compiled(
+    update = compiled.Compiled(
       "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
     )
 
@@ -395,7 +389,7 @@ def main(_):
       """Greedy accuracy on the validation prompts under each tag."""
       metrics = {}
       for name, respond in answers.items():
-        _, parts = responses.judge(
+        _, parts = samplers.judge(
           respond, state["params"]["policy"], eval_prompts, score
         )
         metrics[f"eval/{name}"] = float(
@@ -408,7 +402,7 @@ def main(_):
     if restored := checkpoints.restore_latest(state):
       first_step, state, _ = restored
     hf.save_config(path_of("model"), model, tokenizer)
-    responses.save_forced(
+    samplers.save_forced(
       FLAGS.workdir,
       forced(FLAGS.good_tag),
       one_token(tokenizer, " ") if FLAGS.blank_slot else None,
@@ -423,7 +417,7 @@ def main(_):
     for message in checkpoints.messages:
       log.note(message)
     log.note(describe(rows))
-    log.curves(functools.partial(report.curves, panels=PANELS))
+    log.curves(functools.partial(curves.curves, panels=PANELS))
     with log, checkpoints:
       for step in range(first_step, steps):
         metrics = evaluate() if step and step % FLAGS.eval_every == 0 else {}
@@ -485,9 +479,9 @@ def check_positions(prompt_length, max_positions):
   """Says now if a prefix could turn out too long for its completion."""
   shortest = {}  # Padded length -> tokens of the shortest prefix with it.
   for num_tokens in range(FLAGS.max_length):
-    padded = data.bucket_length(prompt_length + num_tokens)
+    padded = batches.bucket_length(prompt_length + num_tokens)
     shortest.setdefault(padded, num_tokens)
-  data.check_positions(
+  tokens.check_positions(
     max(padded + FLAGS.max_length - n for padded, n in shortest.items()),
     max_positions,
   )
@@ -511,35 +505,35 @@ def one_token(tokenizer, tag):
 
 def distinct_solutions(samples):
   """Each different finished solution once, at most so many of each kind."""
-  right, _ = traces.add_distinct(
+  right, _ = steps_lib.add_distinct(
     [], samples, max_per_prompt=FLAGS.max_per_prompt
   )
-  wrong, _ = traces.add_distinct(
+  wrong, _ = steps_lib.add_distinct(
     [],
     samples,
-    keep=lambda row: row["finished"] and not traces.is_kept(row),
+    keep=lambda row: row["finished"] and not steps_lib.is_kept(row),
     max_per_prompt=FLAGS.max_per_prompt,
   )
-  return [row for row in (*right, *wrong) if traces.steps(row["response"])]
+  return [row for row in (*right, *wrong) if steps_lib.steps(row["response"])]
 
 
 def label(samples, solutions, values):
   """Rows of solutions with the values of their steps."""
   of_prompt = collections.defaultdict(list)
   for row in samples:
-    of_prompt[row["prompt"]].append(traces.is_kept(row))
+    of_prompt[row["prompt"]].append(steps_lib.is_kept(row))
   rows = []
   for row in solutions:
-    prompt, is_correct = row["prompt"], traces.is_kept(row)
+    prompt, is_correct = row["prompt"], steps_lib.is_kept(row)
     inner = [
-      values[prompt, prefix] for prefix in traces.prefixes(row["response"])
+      values[prompt, prefix] for prefix in steps_lib.prefixes(row["response"])
     ]
     rows.append(
       {
         "prompt": prompt,
         "response": row["response"],
         "reward": float(is_correct),
-        "steps": traces.steps(row["response"]),
+        "steps": steps_lib.steps(row["response"]),
         "values": [*inner, float(is_correct)],
         "start_value": float(np.mean(of_prompt[prompt])),
         "num_completions": FLAGS.num_completions,
@@ -552,7 +546,7 @@ def label(samples, solutions, values):
 
 def training_rows(labelled, tags):
   """The solutions that are learnt from, with their tags."""
-  chosen = traces.mix(
+  chosen = steps_lib.mix(
     [row["is_correct"] for row in labelled],
     share=FLAGS.right_share,
     num_rows=FLAGS.num_rows,
@@ -561,13 +555,13 @@ def training_rows(labelled, tags):
   rows = []
   for row in (labelled[i] for i in chosen):
     if FLAGS.label == "value":
-      labels = traces.value_labels(row["values"], threshold=FLAGS.threshold)
+      labels = steps_lib.value_labels(row["values"], threshold=FLAGS.threshold)
     else:
-      labels = traces.advantage_labels(
+      labels = steps_lib.advantage_labels(
         row["values"], start_value=row["start_value"]
       )
     slot = " " if FLAGS.blank_slot else ""
-    pairs = traces.tagged(row["response"], labels, tags=tags, slot=slot)
+    pairs = steps_lib.tagged(row["response"], labels, tags=tags, slot=slot)
     rows.append({**row, "good": labels, "tagged": pairs})
   return rows
 

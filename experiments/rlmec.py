@@ -2,7 +2,8 @@
 
 Three minutes on two thirds of a CPU core, after
 `experiments/rlmec_reward_model.py` has made the model of the same policy:
-  python experiments/rlmec.py --flagfile=experiments/flags/chains_rlmec.flags \
+  python experiments/rlmec.py \
+    --flagfile=experiments/flags/rlmec/chains_rlmec.flags \
     --policy=runs/base --reward_model=runs/grm --stages=runs/stages \
     --workdir=runs/rlmec
 
@@ -54,32 +55,21 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  checkpoint,
-  corrections,
-  data,
-  edits,
-  evaluation,
-  log_probs,
-  logged,
-  logs,
-  meshes,
-  pages,
-  preflight,
-  processes,
-  reference,
-  report,
-  responses,
-  rewriting,
-  runs,
-  sampling,
-  scoring,
-  supervision,
-  tasks,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves, token_pages
+from rljax.evaluation import metrics as metrics_lib
+from rljax.generation import rollouts, samplers
 from rljax.losses import token_level
 from rljax.models import hf
+from rljax.ops import log_probs, sampling
+from rljax.rlmec import pipeline, targets
+from rljax.rlmec import prompts as prompts_lib
+from rljax.scoring import cached, scorers
+from rljax.storage import checkpoint
+from rljax.text import alignment as alignment_lib
+from rljax.text import batches, files, keywords, logged, tokens
+from rljax.training import logs, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
@@ -113,7 +103,7 @@ flags.DEFINE_integer("chunk_size", 0, "Positions with logits; 0: what fits.")
 flags.DEFINE_enum(
   "template",
   "",
-  ["", *sorted(rewriting.TEMPLATES)],
+  ["", *sorted(prompts_lib.TEMPLATES)],
   "Of the reward model's questions; empty: as it was trained.",
 )
 flags.DEFINE_bool("locate", None, "Ask for the first wrong step, too.")
@@ -126,12 +116,14 @@ flags.DEFINE_float("temperature", 0.7, "Of the samples.")
 flags.DEFINE_float("top_p", 0.95, "1: off.")
 flags.DEFINE_list("stop_strings", [], r"Texts that end a sample; \n in them.")
 flags.DEFINE_integer("max_right", 0, "Right samples of a question; 0: all.")
-flags.DEFINE_enum("alignment", "clean", edits.MODES, "What counts as edited.")
+flags.DEFINE_enum(
+  "alignment", "clean", alignment_lib.MODES, "What counts as edited."
+)
 # Method.
 flags.DEFINE_enum(
   "token_rewards",
   "model",
-  supervision.TOKEN_REWARDS,
+  targets.TOKEN_REWARDS,
   "By the reward model; of edited tokens; one for all tokens; or none.",
 )
 flags.DEFINE_float("threshold", 0.5, "Probability that earns nothing.")
@@ -141,7 +133,7 @@ flags.DEFINE_enum("rl_mode", "rlmec", token_level.MODES, "Of the loss.")
 flags.DEFINE_float("clip_epsilon", 0.3, "Of the ratio.")
 flags.DEFINE_float("imitation_coef", 1.0, "Of the regulariser; 0: without.")
 flags.DEFINE_enum(
-  "imitate", "rewrite", supervision.IMITATED, "Where the sample is wrong."
+  "imitate", "rewrite", targets.IMITATED, "Where the sample is wrong."
 )
 flags.DEFINE_float("edited_weight", 1.0, "Of edited tokens, in imitation.")
 flags.DEFINE_float("kept_weight", 0.5, "Of the other tokens.")
@@ -183,7 +175,7 @@ def main(_):
   meshes.check_divisible(micro_batch_size, mesh, "--micro_batch_size")
   meshes.check_divisible(FLAGS.sample_batch_size, mesh, "--sample_batch_size")
   task = tasks.load(FLAGS.task)
-  score = scoring.scorer(FLAGS.task, tasks.options(FLAGS.score_options))
+  score = scorers.scorer(FLAGS.task, keywords.parse(FLAGS.score_options))
 
   # The models, which share their tokens.
   loaded = hf.load(FLAGS.policy, dtype=FLAGS.dtype, remat=FLAGS.remat)
@@ -201,22 +193,22 @@ def main(_):
   judge_params = place(
     reward_model.params, hf.partition_rules(reward_model.model, mesh)
   )
-  asked_as = corrections.load_settings(FLAGS.reward_model)
+  asked_as = pipeline.load_settings(FLAGS.reward_model)
   template_name = FLAGS.template or asked_as.get("template")
   if template_name is None:
     raise ValueError(
       f"--reward_model={FLAGS.reward_model} does not say how it is asked: give "
       "--template."
     )
-  template = rewriting.TEMPLATES[template_name]
+  template = prompts_lib.TEMPLATES[template_name]
   locate = FLAGS.locate
   if locate is None:
     locate = asked_as.get("locate", True)
 
   # Questions with their solutions.
-  options = tasks.options(FLAGS.task_options)
+  options = keywords.parse(FLAGS.task_options)
   pairs, held_out = (
-    corrections.solved(task, split, FLAGS.seed, num, options)
+    pipeline.solved(task, split, FLAGS.seed, num, options)
     for split, num in (
       ("train", FLAGS.num_prompts),
       (FLAGS.eval_split, FLAGS.num_eval_prompts),
@@ -224,8 +216,8 @@ def main(_):
   )
   prompts, gold = [prompt for prompt, _ in pairs], dict(pairs)
   eval_prompts = [prompt for prompt, _ in held_out]
-  corrections.check_solution(score, *pairs[0])
-  corrections.check_template(template, template_name, tokenizer, pairs[0])
+  pipeline.check_solution(score, *pairs[0])
+  pipeline.check_template(template, template_name, tokenizer, pairs[0])
   step_ends = getattr(task, "STEP_ENDS", "\n")
 
   def render(texts):
@@ -234,12 +226,12 @@ def main(_):
     )
 
   def encode(texts):
-    return data.encode_prompts(
+    return tokens.encode_prompts(
       tokenizer, render(texts), max_length=FLAGS.max_prompt_length
     )
 
   responder = functools.partial(
-    responses.Responder,
+    samplers.Responder,
     model,
     tokenizer,
     max_length=FLAGS.max_length,
@@ -256,7 +248,7 @@ def main(_):
   with checkpoint.Preemption() as preemption:
     try:
       # Stage 1: samples of the policy.
-      sampled = corrections.sample(
+      sampled = pipeline.sample(
         folder,
         lambda: responder(
           encode(prompts),
@@ -271,8 +263,8 @@ def main(_):
         seed=FLAGS.seed,
         should_stop=preemption.should_stop,
         policy=checkpoint.fingerprint(loaded.params),
-        asked=corrections.digest(render(prompts)),
-        **corrections.values(
+        asked=pipeline.digest(render(prompts)),
+        **pipeline.values(
           FLAGS,
           *("num_samples", "max_length", "temperature", "top_p"),
           *("stop_strings", "dtype"),
@@ -280,29 +272,29 @@ def main(_):
       )
 
       # Stage 2: the reward model rewrites all wrong ones.
-      rewritten = corrections.stage(
+      rewritten = pipeline.stage(
         folder,
         "rewrites",
         {
           "samples": sampled.digest("samples.jsonl"),
-          "gold": corrections.digest(pairs),
+          "gold": pipeline.digest(pairs),
           "reward model": checkpoint.fingerprint(reward_model.params),
           "scored by": score.description,
           "template": template_name,
           "locate": locate,
           "step_ends": step_ends,
-          **corrections.values(
+          **pipeline.values(
             FLAGS, "max_length", "max_question_length", "dtype"
           ),
         },
       )
       if rewritten.facts is None:
-        rows, counts = rewriting.distinct(
-          data.read_jsonl(sampled.path("samples.jsonl"))
+        rows, counts = prompts_lib.distinct(
+          files.read_jsonl(sampled.path("samples.jsonl"))
         )
-        rows = corrections.by_model(
+        rows = pipeline.by_model(
           rewritten.folder,
-          corrections.records(rows, gold),
+          pipeline.records(rows, gold),
           reward_model.model,
           tokenizer,
           judge_params,
@@ -317,26 +309,26 @@ def main(_):
           should_stop=preemption.should_stop,
         )
         if processes.is_first():
-          data.write_jsonl(rewritten.path("rewrites.jsonl"), rows)
+          files.write_jsonl(rewritten.path("rewrites.jsonl"), rows)
         rewritten.finish(
           **counts,
-          **corrections.metrics(rows, getattr(task, "rewrite", None)),
+          **pipeline.metrics(rows, getattr(task, "rewrite", None)),
         )
-    except corrections.Stopped:
+    except pipeline.Stopped:
       print("Stopped by a signal; all is saved.")
       return preemption.exit_status
 
   # Stage 3: what the policy learns from.
-  supervising = corrections.stage(
+  supervising = pipeline.stage(
     folder,
     "supervision",
     {
       "rewrites": rewritten.digest("rewrites.jsonl"),
       "policy": checkpoint.fingerprint(loaded.params),
       "reward model": checkpoint.fingerprint(reward_model.params),
-      "asked": corrections.digest(render(prompts)),
+      "asked": pipeline.digest(render(prompts)),
       "template": template_name,
-      **corrections.values(
+      **pipeline.values(
         FLAGS,
         *("max_right", "alignment", "seed", "max_length", "dtype"),
         "max_question_length",
@@ -346,12 +338,12 @@ def main(_):
   if supervising.facts is None:
     supervise(
       supervising,
-      data.read_jsonl(rewritten.path("rewrites.jsonl")),
+      files.read_jsonl(rewritten.path("rewrites.jsonl")),
       (model, policy, tokenizer, render),
       (reward_model.model, judge_params, template),
       mesh,
     )
-  rows = data.read_jsonl(supervising.path("supervision.jsonl"))
+  rows = files.read_jsonl(supervising.path("supervision.jsonl"))
   blame = localization(rows)
   del reward_model, judge_params  # It has said all that it has to say.
   if len(rows) < FLAGS.batch_size:
@@ -363,11 +355,11 @@ def main(_):
   # The supervision as arrays. Both texts of a row have one shape, so that one
   # pass reads them.
   lengths = [
-    data.bucket_length(max(len(row[name]) for row in rows for name in names))
+    batches.bucket_length(max(len(row[name]) for row in rows for name in names))
     for names in (["prompt_ids"], ["response_ids", f"{FLAGS.imitate}_ids"])
   ]
-  data.check_positions(sum(lengths), model.config.max_positions)
-  arrays = supervision.arrays(
+  tokens.check_positions(sum(lengths), model.config.max_positions)
+  arrays = targets.arrays(
     rows,
     prompt_length=lengths[0],
     response_length=lengths[1],
@@ -488,12 +480,14 @@ def main(_):
   state = {"params": {"policy": policy}, "optimizer": optimizer.init(policy)}
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
-  update = preflight.Compiled(
+  update = compiled.Compiled(
     "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
   )
 
   def batch_of(step):
-    rows = data.batch_indices(num_rows, FLAGS.batch_size, step, seed=FLAGS.seed)
+    rows = batches.batch_indices(
+      num_rows, FLAGS.batch_size, step, seed=FLAGS.seed
+    )
     return {name: array[rows] for name, array in arrays.items()}
 
   # A run that was stopped goes on where its last checkpoint is.
@@ -519,17 +513,17 @@ def main(_):
     log.note(message)
   log.skipped(supervising.facts["skipped"])
   log.note(
-    f"Of {corrections.shown(sampled.facts)}: "
-    f"{corrections.shown(rewritten.facts)}. Supervision of "
-    f"{corrections.shown(supervising.facts)}; {steps} steps."
+    f"Of {pipeline.shown(sampled.facts)}: "
+    f"{pipeline.shown(rewritten.facts)}. Supervision of "
+    f"{pipeline.shown(supervising.facts)}; {steps} steps."
   )
-  log.curves(functools.partial(report.curves, panels=PANELS))
+  log.curves(functools.partial(curves.curves, panels=PANELS))
   if FLAGS.num_page_samples and processes.is_first():
     write_page(rows, arrays["rewards"], tokenizer)
 
   def evaluate(step):
     """Greedy answers to the evaluation prompts."""
-    answers = responses.answers(
+    answers = samplers.answers(
       answer, state["params"]["policy"], eval_prompts, score
     )
     log.samples(step, answers)
@@ -638,16 +632,16 @@ def supervise(stage, rewritten, policy, judge, mesh):
   model, params, tokenizer, render = policy
   judge_model, judge_params, template = judge
   verified = [row for row in rewritten if row["is_verified"]]
-  kept = rewriting.at_most_right(verified, FLAGS.max_right, FLAGS.seed)
+  kept = prompts_lib.at_most_right(verified, FLAGS.max_right, FLAGS.seed)
 
   # Prompts and texts become tokens once; one text has the same tokens behind
   # the policy's prompt and the reward model's.
   unlimited = functools.partial(
-    data.encode_prompts, tokenizer, max_length=sys.maxsize
+    tokens.encode_prompts, tokenizer, max_length=sys.maxsize
   )
   # What fits into the reward model behind the longest sample.
-  question_limit = data.longest_in_bucket(
-    judge_model.config.max_positions - data.bucket_length(FLAGS.max_length)
+  question_limit = batches.longest_in_bucket(
+    judge_model.config.max_positions - batches.bucket_length(FLAGS.max_length)
   )
   rows, questions, skipped = [], [], []
   rendered = render([row["prompt"] for row in kept])
@@ -664,7 +658,7 @@ def supervise(stage, rewritten, policy, judge, mesh):
     strict=True,
   ):
     ids = {
-      f"{name}_ids": data.encode_response(
+      f"{name}_ids": tokens.encode_response(
         tokenizer, prompt, prompt_ids, row[name]
       )[0]
       for name in ("response", "rewrite", "gold")
@@ -695,7 +689,7 @@ def supervise(stage, rewritten, policy, judge, mesh):
   # One pass over the samples for each model, nothing is decoded.
   replies = [row["response_ids"] for row in rows]
   log_probs_of = functools.partial(
-    reference.pair_log_probs, batch_size=FLAGS.sample_batch_size, mesh=mesh
+    cached.pair_log_probs, batch_size=FLAGS.sample_batch_size, mesh=mesh
   )
   judged = log_probs_of(
     judge_model, judge_params, list(zip(questions, replies, strict=True))
@@ -706,7 +700,7 @@ def supervise(stage, rewritten, policy, judge, mesh):
     [(row["prompt_ids"], row["response_ids"]) for row in rows],
   )
   for name in ("rewrite", "gold"):
-    alignments = edits.align_pairs(
+    alignments = alignment_lib.align_pairs(
       replies, [row[f"{name}_ids"] for row in rows], mode=FLAGS.alignment
     )
     for row, alignment in zip(rows, alignments, strict=True):
@@ -724,13 +718,13 @@ def supervise(stage, rewritten, policy, judge, mesh):
   pair = lambda row, name: {"prompt": row["prompt"], "response": row[name]}
   golden = {row["prompt"]: pair(row, "gold") for row in rewritten}
   if processes.is_first():
-    data.write_jsonl(stage.path("supervision.jsonl"), rows)
+    files.write_jsonl(stage.path("supervision.jsonl"), rows)
     # For sft.py and preference.py.
-    data.write_jsonl(
+    files.write_jsonl(
       stage.path("right.jsonl"), [pair(row, "response") for row in right]
     )
-    data.write_jsonl(stage.path("gold.jsonl"), golden.values())
-    data.write_jsonl(
+    files.write_jsonl(stage.path("gold.jsonl"), golden.values())
+    files.write_jsonl(
       stage.path("pairs.jsonl"),
       [
         {
@@ -760,7 +754,7 @@ def mean_of(rows, name):
 def localization(rows):
   """Whether blamed tokens are those that the model's own rewrites drop."""
   wrong = [row for row in rows if not row["is_right"]]
-  return evaluation.localization(
+  return metrics_lib.localization(
     [np.array(row["probs"]) < FLAGS.threshold for row in wrong],
     [np.array(row["dropped"]) for row in wrong],
   )
@@ -794,15 +788,15 @@ def write_page(rows, token_rewards, tokenizer):
         "edits": row[f"{FLAGS.imitate}_distance"],
         "edits to the gold solution": row["gold_distance"],
       }
-      rewrite = pages.from_ids(
+      rewrite = token_pages.from_ids(
         tokenizer,
         row[f"{FLAGS.imitate}_ids"],
         marked=np.array(row[f"{FLAGS.imitate}_edited"]),
       )
     samples.append(
-      pages.Sample(
+      token_pages.Sample(
         row["prompt"],
-        pages.from_ids(
+        token_pages.from_ids(
           tokenizer,
           row["response_ids"],
           values=token_rewards[i, : len(row["response_ids"])],
@@ -812,7 +806,7 @@ def write_page(rows, token_rewards, tokenizer):
         facts,
       )
     )
-  pages.write(
+  token_pages.write(
     os.path.join(FLAGS.workdir, "tokens.html"),
     "RLMEC: which tokens are blamed",
     samples,

@@ -3,7 +3,7 @@
 Twelve minutes on two thirds of a CPU core, after `experiments/sft.py` has made
 the policy:
   python experiments/rlmec_reward_model.py --workdir=runs/grm \
-    --flagfile=experiments/flags/chains_grm.flags --policy=runs/base \
+    --flagfile=experiments/flags/rlmec/chains_grm.flags --policy=runs/base \
     --stages=runs/stages
 
 The stages before the training, each in a folder of --stages (the workdir, if
@@ -45,28 +45,20 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  checkpoint,
-  corrections,
-  data,
-  gold_rewrites,
-  log_probs,
-  logged,
-  logs,
-  meshes,
-  preflight,
-  processes,
-  report,
-  responses,
-  rewriting,
-  runs,
-  sampling,
-  scoring,
-  tasks,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves
+from rljax.generation import rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import gpt2, hf, llama
+from rljax.ops import log_probs, sampling
+from rljax.rlmec import pipeline, teachers
+from rljax.rlmec import prompts as prompts_lib
+from rljax.scoring import scorers
+from rljax.storage import checkpoint
+from rljax.text import batches, files, keywords, logged
+from rljax.text import tokens as tokens_lib
+from rljax.training import logs, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
@@ -115,7 +107,7 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of compute.")
 flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
 flags.DEFINE_integer("chunk_size", 0, "Positions with logits; 0: what fits.")
 flags.DEFINE_enum(
-  "template", "compact", sorted(rewriting.TEMPLATES), "Of its questions."
+  "template", "compact", sorted(prompts_lib.TEMPLATES), "Of its questions."
 )
 flags.DEFINE_bool("locate", True, "Learn to name the first wrong step, too.")
 flags.DEFINE_integer("max_question_length", 2000, "Tokens; longer is left out.")
@@ -166,7 +158,7 @@ def main(_):
   for name in ("batch_size", "sample_batch_size", "teacher_batch_size"):
     meshes.check_divisible(FLAGS[name].value, mesh, f"--{name}")
   task = tasks.load(FLAGS.task)
-  score = scoring.scorer(FLAGS.task, tasks.options(FLAGS.score_options))
+  score = scorers.scorer(FLAGS.task, keywords.parse(FLAGS.score_options))
   teacher, teacher_inputs = find_teacher(task)
 
   # The policy, and questions with their solutions.
@@ -175,12 +167,10 @@ def main(_):
   place = lambda tree, rules: meshes.place(
     tree, meshes.shardings(tree, rules, mesh)
   )
-  options = tasks.options(FLAGS.task_options)
-  pairs = corrections.solved(
-    task, "train", FLAGS.seed, FLAGS.num_prompts, options
-  )
+  options = keywords.parse(FLAGS.task_options)
+  pairs = pipeline.solved(task, "train", FLAGS.seed, FLAGS.num_prompts, options)
   prompts, gold = [prompt for prompt, _ in pairs], dict(pairs)
-  corrections.check_solution(score, *pairs[0])
+  pipeline.check_solution(score, *pairs[0])
   step_ends = getattr(task, "STEP_ENDS", "\n")
 
   # The model that learns: its tokens are the policy's, as its probabilities
@@ -198,8 +188,8 @@ def main(_):
     )["params"]
   rules = hf.partition_rules(model, mesh)
   meshes.shardings(params, rules, mesh)  # Else nothing is drawn.
-  template = rewriting.TEMPLATES[FLAGS.template]
-  corrections.check_template(template, FLAGS.template, tokenizer, pairs[0])
+  template = prompts_lib.TEMPLATES[FLAGS.template]
+  pipeline.check_template(template, FLAGS.template, tokenizer, pairs[0])
 
   # Stage 1: samples of the policy.
   folder = FLAGS.stages or FLAGS.workdir
@@ -208,12 +198,12 @@ def main(_):
   )
   with checkpoint.Preemption() as preemption:
     try:
-      samples = corrections.sample(
+      samples = pipeline.sample(
         folder,
-        lambda: responses.Responder(
+        lambda: samplers.Responder(
           loaded.model,
           tokenizer,
-          data.encode_prompts(
+          tokens_lib.encode_prompts(
             tokenizer, rendered, max_length=FLAGS.max_prompt_length
           ),
           max_length=FLAGS.max_length,
@@ -232,60 +222,60 @@ def main(_):
         seed=FLAGS.seed,
         should_stop=preemption.should_stop,
         policy=checkpoint.fingerprint(loaded.params),
-        asked=corrections.digest(rendered),
-        **corrections.values(
+        asked=pipeline.digest(rendered),
+        **pipeline.values(
           FLAGS,
           *("num_samples", "max_length", "temperature", "top_p"),
           *("stop_strings", "dtype"),
         ),
       )
-      found = data.read_jsonl(samples.path("samples.jsonl"))
+      found = files.read_jsonl(samples.path("samples.jsonl"))
 
       # Stage 2: the teacher rewrites what is wrong.
       asked = prompts[:num_questions]
-      teaching = corrections.stage(
+      teaching = pipeline.stage(
         folder,
         "teacher",
         {
           "samples": samples.digest("samples.jsonl"),
-          "gold": corrections.digest([gold[prompt] for prompt in asked]),
+          "gold": pipeline.digest([gold[prompt] for prompt in asked]),
           "step_ends": step_ends,
           "scored by": score.description,
           **teacher_inputs,
         },
       )
       if teaching.facts is None:
-        rows, counts = rewriting.distinct(
+        rows, counts = prompts_lib.distinct(
           [row for row in found if row["index"] < num_questions]
         )
-        rows = corrections.records(rows, gold)
+        rows = pipeline.records(rows, gold)
         rows = teacher(
           teaching.folder, rows, score, mesh, preemption.should_stop
         )
         if processes.is_first():
-          data.write_jsonl(teaching.path("rewrites.jsonl"), rows)
-        teaching.finish(**counts, **corrections.metrics(rows))
-    except corrections.Stopped:
+          files.write_jsonl(teaching.path("rewrites.jsonl"), rows)
+        teaching.finish(**counts, **pipeline.metrics(rows))
+    except pipeline.Stopped:
       print("Stopped by a signal; all is saved.")
       return preemption.exit_status
-  rewrites = data.read_jsonl(teaching.path("rewrites.jsonl"))
+  rewrites = files.read_jsonl(teaching.path("rewrites.jsonl"))
 
   # Stage 3: what is learnt, of all questions but those held out.
   held_out = set(asked[-FLAGS.num_held_out :])
-  recording = corrections.stage(
+  recording = pipeline.stage(
     folder,
     "records",
     {
       "rewrites": teaching.digest("rewrites.jsonl"),
-      "held_out": corrections.digest(sorted(held_out)),
+      "held_out": pipeline.digest(sorted(held_out)),
       "step_ends": step_ends,
-      **corrections.values(FLAGS, "seed", "template", "locate"),
+      **pipeline.values(FLAGS, "seed", "template", "locate"),
     },
   )
   if recording.facts is None:
     facts = {}
     for name in ("records", "held_out"):
-      records, counts = rewriting.reward_model_records(
+      records, counts = prompts_lib.reward_model_records(
         [
           row
           for row in rewrites
@@ -297,23 +287,23 @@ def main(_):
         step_ends=step_ends,
       )
       if processes.is_first():
-        data.write_jsonl(recording.path(f"{name}.jsonl"), records)
+        files.write_jsonl(recording.path(f"{name}.jsonl"), records)
       facts[name] = counts
     recording.finish(**facts)
   train, held_out_rows, skipped = [], [], []
   for name, rows in (("records", train), ("held_out", held_out_rows)):
     path = recording.path(f"{name}.jsonl")
-    for row in data.read_jsonl(path) if os.path.getsize(path) else []:
-      (prompt_ids,) = data.encode_prompts(
+    for row in files.read_jsonl(path) if os.path.getsize(path) else []:
+      (prompt_ids,) = tokens_lib.encode_prompts(
         tokenizer, [row["prompt"]], max_length=2**31
       )
-      ids, _ = data.encode_response(
+      ids, _ = tokens_lib.encode_response(
         tokenizer, row["prompt"], prompt_ids, row["response"]
       )
       limit = min(
         FLAGS.max_question_length,
-        data.longest_in_bucket(
-          model.config.max_positions - data.bucket_length(len(ids))
+        batches.longest_in_bucket(
+          model.config.max_positions - batches.bucket_length(len(ids))
         ),
       )
       if len(prompt_ids) > limit:
@@ -332,10 +322,10 @@ def main(_):
       "longer context, or a teacher that succeeds more often."
     )
   lengths = [
-    data.bucket_length(max(len(row[part]) for row in train + held_out_rows))
+    batches.bucket_length(max(len(row[part]) for row in train + held_out_rows))
     for part in (0, 1)
   ]
-  data.check_positions(sum(lengths), model.config.max_positions)
+  tokens_lib.check_positions(sum(lengths), model.config.max_positions)
 
   # The training: plain next-token loss, on responses alone.
   steps = FLAGS.steps or math.ceil(len(train) * FLAGS.epochs / FLAGS.batch_size)
@@ -344,7 +334,7 @@ def main(_):
   )
 
   def batch_of(rows):
-    batch = data.supervised_batch(
+    batch = batches.supervised_batch(
       rows, prompt_length=lengths[0], response_length=lengths[1]
     )
     return meshes.shard_batch(batch, mesh)
@@ -384,10 +374,10 @@ def main(_):
   state = {"params": params, "optimizer": optimizer.init(params["policy"])}
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
-  update = preflight.Compiled(
+  update = compiled.Compiled(
     "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
   )
-  held_out_loss = preflight.Compiled(
+  held_out_loss = compiled.Compiled(
     "held-out loss", lambda params, batch: loss_fn(params, batch)[1]
   )
 
@@ -403,7 +393,7 @@ def main(_):
   if restored := checkpoints.restore_latest(state):
     first_step, state, _ = restored
   hf.save_config(os.path.join(FLAGS.workdir, "model"), model, tokenizer)
-  corrections.save_settings(
+  pipeline.save_settings(
     FLAGS.workdir, template=FLAGS.template, locate=FLAGS.locate
   )
   log = logs.Logs(
@@ -417,10 +407,10 @@ def main(_):
     log.note(message)
   log.skipped(skipped)
   log.note(
-    f"Of {len(found)} samples: {corrections.shown(teaching.facts)}. Records: "
-    f"{corrections.shown(recording.facts['records'])}."
+    f"Of {len(found)} samples: {pipeline.shown(teaching.facts)}. Records: "
+    f"{pipeline.shown(recording.facts['records'])}."
   )
-  log.curves(functools.partial(report.curves, panels=PANELS))
+  log.curves(functools.partial(curves.curves, panels=PANELS))
 
   def evaluate():
     """Mean loss over the held-out records; batches weigh by their tokens."""
@@ -438,7 +428,7 @@ def main(_):
   with log, checkpoints, checkpoint.Preemption() as preemption:
     for step in range(first_step, steps):
       started = time.perf_counter()
-      indices = data.batch_indices(
+      indices = batches.batch_indices(
         len(train), FLAGS.batch_size, step, seed=FLAGS.seed
       )
       state, metrics = update(state, batch_of([train[i] for i in indices]))
@@ -460,13 +450,13 @@ def main(_):
 
     # What it is for: rewrites of wrong solutions that it has never seen.
     rows = [row for row in rewrites if row["prompt"] in held_out]
-    test = corrections.stage(
+    test = pipeline.stage(
       FLAGS.workdir,
       "test",
       {"rewrites": teaching.digest("rewrites.jsonl"), "steps": steps},
     )
     try:
-      answers = corrections.by_model(
+      answers = pipeline.by_model(
         test.folder,
         rows,
         model,
@@ -482,11 +472,11 @@ def main(_):
         step_ends=step_ends,
         should_stop=preemption.should_stop,
       )
-    except corrections.Stopped:
+    except pipeline.Stopped:
       log.note("Stopped by a signal while it is tested; all is saved.")
       return preemption.exit_status
     if processes.is_first():
-      data.write_jsonl(test.path("rewrites.jsonl"), answers)
+      files.write_jsonl(test.path("rewrites.jsonl"), answers)
     found = test_metrics(answers, rows)
     test.finish(**found)
     log.summary(
@@ -532,7 +522,7 @@ def find_teacher(task):
   if FLAGS.teacher == "model":
     loaded = hf.load(FLAGS.teacher_model, dtype=FLAGS.dtype)
     inputs |= {"model": checkpoint.fingerprint(loaded.params)}
-    inputs |= corrections.values(
+    inputs |= pipeline.values(
       FLAGS,
       *("teacher_format", "teacher_length", "max_question_length", "dtype"),
     )
@@ -546,7 +536,7 @@ def find_teacher(task):
     function = lambda question, _, wrong: task.rewrite(question, wrong)
     locate = getattr(task, "first_wrong_step", None)
   elif FLAGS.teacher == "gold":
-    function = gold_rewrites.splice_with(step_ends=ends)
+    function = teachers.splice_with(step_ends=ends)
   else:
     module, _, name = FLAGS.teacher.partition(":")
     sys.path.append(os.getcwd())  # Where a user's own file may lie.
@@ -554,7 +544,7 @@ def find_teacher(task):
       module = importlib.import_module(module)
       function = getattr(module, name)
       with open(module.__file__) as file:
-        inputs["source"] = corrections.digest(file.read())
+        inputs["source"] = pipeline.digest(file.read())
     except (ImportError, AttributeError, ValueError) as error:
       raise ValueError(
         f"--teacher={FLAGS.teacher} is none of task, gold and model, and no "
@@ -562,7 +552,7 @@ def find_teacher(task):
       ) from error
 
   def rewrite(folder, rows, score, mesh, should_stop):
-    return corrections.by_function(
+    return pipeline.by_function(
       rows, function, score, locate=locate, step_ends=ends
     )
 
@@ -574,13 +564,13 @@ def by_teacher_model(loaded, step_ends, folder, rows, score, mesh, should_stop):
   shardings = meshes.shardings(
     loaded.params, hf.partition_rules(loaded.model, mesh), mesh
   )
-  return corrections.by_model(
+  return pipeline.by_model(
     folder,
     rows,
     loaded.model,
     loaded.tokenizer,
     meshes.place(loaded.params, shardings),
-    rewriting.TEMPLATES["instruction"],
+    prompts_lib.TEMPLATES["instruction"],
     score,
     mesh=mesh,
     batch_size=FLAGS.teacher_batch_size,

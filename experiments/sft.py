@@ -1,7 +1,7 @@
 """Supervised fine-tuning: next-token loss on prompts and responses.
 
 Ten seconds on two CPU cores; the short warm start of the arithmetic study:
-  python experiments/sft.py --flagfile=experiments/flags/sft_cpu.flags \
+  python experiments/sft.py --flagfile=experiments/flags/padula/sft_cpu.flags \
     --workdir=runs/sft
 
 A pretrained model on a file of logged rows, of which it learns the first reply:
@@ -20,22 +20,17 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from rljax import (
-  checkpoint,
-  data,
-  log_probs,
-  logged,
-  logs,
-  meshes,
-  preflight,
-  processes,
-  report,
-  runs,
-  tasks,
-)
-from rljax import rollout as rollouts
+from rljax import tasks
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves
+from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import gpt2, hf, llama
+from rljax.ops import log_probs
+from rljax.storage import checkpoint
+from rljax.text import batches, keywords, logged
+from rljax.text import tokens as tokens_lib
+from rljax.training import logs, runs
 
 # Run.
 flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
@@ -134,14 +129,14 @@ def main(_):
     )
   # One shape for all batches, so that the update compiles once.
   lengths = [
-    data.bucket_length(max(len(row[part]) for row in train + held_out))
+    batches.bucket_length(max(len(row[part]) for row in train + held_out))
     for part in (0, 1)
   ]
-  data.check_positions(sum(lengths), model.config.max_positions)
+  tokens_lib.check_positions(sum(lengths), model.config.max_positions)
 
   def batch_of(rows):
     return meshes.shard_batch(
-      data.supervised_batch(
+      batches.supervised_batch(
         rows, prompt_length=lengths[0], response_length=lengths[1]
       ),
       mesh,
@@ -185,10 +180,10 @@ def main(_):
   state = {"params": params, "optimizer": optimizer.init(params["policy"])}
   state_shardings = meshes.shardings(state, rules, mesh)
   state = meshes.place(state, state_shardings)
-  update = preflight.Compiled(
+  update = compiled.Compiled(
     "update", update, donate_argnums=0, out_shardings=(state_shardings, None)
   )
-  held_out_loss = preflight.Compiled(
+  held_out_loss = compiled.Compiled(
     "held-out loss", lambda params, batch: loss_fn(params, batch)[1]
   )
 
@@ -208,7 +203,7 @@ def main(_):
   )
   for message in checkpoints.messages:
     log.note(message)
-  log.curves(functools.partial(report.curves, panels=PANELS))
+  log.curves(functools.partial(curves.curves, panels=PANELS))
 
   def evaluate():
     """Mean loss over the held-out rows; batches weigh by their tokens."""
@@ -226,7 +221,7 @@ def main(_):
   with log, checkpoints, checkpoint.Preemption() as preemption:
     for step in range(first_step, FLAGS.steps):
       started = time.perf_counter()
-      indices = data.batch_indices(
+      indices = batches.batch_indices(
         len(train), FLAGS.batch_size, step, seed=FLAGS.seed
       )
       state, metrics = update(state, batch_of([train[i] for i in indices]))
@@ -302,9 +297,9 @@ def examples(task, tokenizer):
     "max_response_length": FLAGS.max_response_length,
   }
   if not FLAGS.data:
-    options = tasks.options(FLAGS.task_options)
+    options = keywords.parse(FLAGS.task_options)
     return tuple(
-      data.encode_pairs(
+      tokens_lib.encode_pairs(
         tokenizer,
         task.supervised(split, FLAGS.seed, num=num, **options),
         **limits,

@@ -29,7 +29,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 make_corpus() {
   if [[ -e "$CORPUS" ]]; then return; fi
   mkdir -p "$(dirname "$CORPUS")"
-  "$PYTHON" experiments/expand_games.py "--output=$CORPUS" \
+  "$PYTHON" experiments/games/expand.py "--output=$CORPUS" \
     "--num_train=$NUM_TRAIN" --num_validation=24 "--num_workers=$WORKERS" \
     --seconds=8
 }
@@ -67,7 +67,7 @@ one_seed() {
   done
   local arm
   for arm in ppo ppo_grammar; do
-    "$PYTHON" experiments/draw_games.py "--samples=$base/$arm/samples.jsonl" \
+    "$PYTHON" experiments/games/draw.py "--samples=$base/$arm/samples.jsonl" \
       "--output=$base/$arm/games.html" "--corpus=$CORPUS" --max_sites=37 \
       "--num_workers=$WORKERS"
   done

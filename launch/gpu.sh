@@ -3,7 +3,7 @@
 #
 #   bash launch/gpu.sh doctor          # what is there, and does it work?
 #   bash launch/gpu.sh experiments/sft.py \
-#     --flagfile=experiments/flags/sft_cpu.flags --workdir=runs/sft
+#     --flagfile=experiments/flags/padula/sft_cpu.flags --workdir=runs/sft
 #   DRY_RUN=1 bash launch/gpu.sh ...   # prints the command and touches nothing
 #
 # Needs an environment with rljax and its extra cuda12 or cuda13 ($PYTHON).
@@ -56,7 +56,7 @@ fi
 
 if [[ "$1" == doctor ]]; then
   shift
-  set -- -m rljax.doctor --platform=gpu --devices="$num" "$@"
+  set -- -m rljax.distributed.doctor --platform=gpu --devices="$num" "$@"
 fi
 # As in the other launchers, the command may begin with the interpreter.
 if [[ "$1" == python || "$1" == python3 ]]; then shift; fi

@@ -2,7 +2,7 @@
 # Starts one command as N processes of one run, on the CPUs of this machine.
 #
 #   bash launch/local_processes.sh 2 -- python experiments/sft.py \
-#     --flagfile=experiments/flags/sft_cpu.flags --workdir=runs/sft
+#     --flagfile=experiments/flags/padula/sft_cpu.flags --workdir=runs/sft
 #   DRY_RUN=1 bash launch/local_processes.sh 2 -- ...   # says what it would do
 #
 # Every process finds in its environment where process 0 listens, how many they

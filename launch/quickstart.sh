@@ -28,7 +28,7 @@ policies=""
 for seed in $SEEDS; do
   start="$RUNS/start-$seed"
   echo "== Warm start on 256 examples, seed $seed"
-  run experiments/sft.py --flagfile=experiments/flags/sft_cpu.flags \
+  run experiments/sft.py --flagfile=experiments/flags/padula/sft_cpu.flags \
     --workdir="$start" --seed="$seed"
   policies+="warm start=$start,"
   for arm in none token batch; do
@@ -38,7 +38,7 @@ for seed in $SEEDS; do
       batch) name="batch entropy" bonus=(--batch_entropy_coef=0.3) ;;
     esac
     echo "== PPO with $name, seed $seed"
-    run experiments/ppo.py --flagfile=experiments/flags/arithmetic_cpu.flags \
+    run experiments/ppo.py --flagfile=experiments/flags/padula/arithmetic_cpu.flags \
       --policy="$start" --workdir="$RUNS/$arm-$seed" --seed="$seed" \
       --steps="$STEPS" "${bonus[@]}"
     policies+="$name=$RUNS/$arm-$seed,"

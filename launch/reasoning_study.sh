@@ -26,7 +26,7 @@ measure() {
   local workdir="$1" policies="$2"
   shift 2
   once "$workdir" experiments/evaluate.py --policies="$policies" \
-    --task=reasoning --stop_at_eos --max_length=24 --num_samples=32 \
+    --task=merge_sums --stop_at_eos --max_length=24 --num_samples=32 \
     --temperature=0.7 --batch_size=1024 --reward_length=64 "$@"
 }
 

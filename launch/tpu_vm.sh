@@ -9,7 +9,7 @@
 #   bash launch/tpu_vm.sh sync            # every host: this commit, installed
 #   bash launch/tpu_vm.sh doctor          # do the hosts fit together?
 #   bash launch/tpu_vm.sh run -- python experiments/sft.py \
-#     --flagfile=experiments/flags/sft_cpu.flags --workdir=runs/sft
+#     --flagfile=experiments/flags/padula/sft_cpu.flags --workdir=runs/sft
 #   bash launch/tpu_vm.sh status          # of the slice and the job
 #   bash launch/tpu_vm.sh logs [HOST]     # the last $TAIL; FOLLOW=1 stays
 #   bash launch/tpu_vm.sh stop            # lets the job save, and ends it
@@ -380,7 +380,7 @@ case "$verb" in
     ;;
   doctor)
     need NAME ZONE
-    on_hosts all run python -m rljax.doctor --platform=tpu --workdir=runs \
+    on_hosts all run python -m rljax.distributed.doctor --platform=tpu --workdir=runs \
       "$@"
     ;;
   run)

@@ -1,7 +1,7 @@
 """Holds the package to the table of which module may import which."""
 
 import ast
-import fnmatch
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -10,112 +10,29 @@ from absl.testing import absltest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Module pattern -> patterns of the rljax modules that it may import.
+# Room -> the rooms that its files may import. A room may import itself.
 MAY_IMPORT = {
-  "masking": [],
-  "log_probs": ["masking"],
-  "advantages": ["masking", "log_probs"],
-  "rewards": ["masking", "log_probs"],
-  "reward_terms": ["rewards"],
-  "sampling": ["masking", "log_probs"],
-  "losses.*": ["masking", "log_probs"],
-  # The one door to models reads the checkpoints that training wrote.
-  "models.hf": ["models.*", "checkpoint"],
-  "models.*": ["models.*"],
-  # The sampler masks its logits with the trainer's own function.
-  "generation": ["sampling", "log_probs"],
-  "grammars": [],
-  "processes": ["doctor"],
-  "rollout": ["generation", "log_probs", "masking", "processes", "sampling"],
-  "preflight": [
-    "generation",
-    "log_probs",
-    "masking",
-    "processes",
-    "rollout",
-    "sampling",
+  "storage": [],
+  "ops": [],
+  "distributed": [],
+  "losses": ["ops"],
+  "text": ["storage"],
+  "tasks": ["text"],
+  "models": ["storage"],
+  "generation": ["ops", "models", "text", "distributed"],
+  "scoring": [
+    *("tasks", "models", "generation", "text", "distributed", "ops"),
+    "storage",
   ],
-  "reward_model": [
-    "checkpoint",
-    "data",
-    "meshes",
-    "models.classifier",
-    "models.hf",
+  "rlmec": ["text", "generation", "scoring", "distributed", "storage", "ops"],
+  "evaluation": ["ops", "text", "generation", "distributed", "storage"],
+  "training": [
+    *("storage", "distributed", "generation", "models", "evaluation", "ops"),
   ],
-  "responses": [
-    "data",
-    "generation",
-    "meshes",
-    "preflight",
-    "processes",
-    "rollout",
-    "sampling",
-    "scoring",
-  ],
-  "reference": [
-    "checkpoint",
-    "data",
-    "log_probs",
-    "logged",
-    "meshes",
-    "preflight",
-    "processes",
-    "rollout",
-  ],
-  "scoring": ["processes", "reward_model", "tasks"],
-  "evaluation": ["generation", "rollout", "log_probs", "masking", "traces"],
-  "data": ["data", "edits"],
-  "edits": [],
-  "rewriting": ["traces"],
-  "gold_rewrites": ["edits", "rewriting", "traces"],
-  "corrections": [
-    "data",
-    "processes",
-    "responses",
-    "rewriting",
-    "sampling",
-    "stages",
-    "tasks",
-    "traces",
-  ],
-  "supervision": ["data", "rewards"],
-  "stages": [],
-  "doctor": ["meshes", "processes"],
-  "pages": [],
-  "traces": [],
-  "logged": ["data", "tasks"],
-  "outcomes": ["data", "logged", "traces"],
-  "tasks.*": ["data", "edits", "logged", "tasks.*", "traces", "workers"],
-  "tasks": ["tasks.*"],
-  "meshes": ["processes"],
-  "checkpoint": [],
-  "runs": ["checkpoint", "processes"],
-  "logs": [],
-  "report": [],
-  "workers": [],
 }
-NO_JAX = [
-  "data",
-  "edits",
-  "gold_rewrites",
-  "logged",
-  "outcomes",
-  "pages",
-  "rewriting",
-  "stages",
-  "tasks",
-  "tasks.*",
-  "traces",
-  "workers",
-]
-ARRAYS_ONLY = [
-  "masking",
-  "log_probs",
-  "advantages",
-  "rewards",
-  "sampling",
-  "losses.*",
-]
+MAY_IMPORT["cli"] = list(MAY_IMPORT)
+NO_JAX = ["text", "tasks"]
+ARRAYS_ONLY = ["ops", "losses"]
 
 
 def _modules():
@@ -139,36 +56,64 @@ def _imports(path):
         yield f"{node.module}.{alias.name}"
 
 
-def _matches(name, patterns):
-  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _own(path):
+  """Names below rljax that a file imports: "ops.masking"."""
+  for name in _imports(path):
+    if name == "rljax" or name.startswith("rljax."):
+      yield name.removeprefix("rljax").removeprefix(".")
 
 
 class ImportsTest(absltest.TestCase):
   def test_package_keeps_to_the_table(self):
     for module, path in _modules():
-      own = [name for name in _imports(path) if name.startswith("rljax")]
-      if module == "" or module in ("losses", "models"):
-        self.assertEqual(own, [], f"{path} re-exports")
+      room = module.split(".")[0]
+      if not room:  # The package itself re-exports nothing.
+        self.assertEqual(list(_own(path)), [], path)
         continue
-      rules = [p for p in MAY_IMPORT if fnmatch.fnmatchcase(module, p)]
-      self.assertNotEmpty(rules, f"{module} has no row in MAY_IMPORT")
-      # `from rljax import masking` arrives here as rljax.masking.
-      for name in own:
-        target = name.removeprefix("rljax.")
-        self.assertTrue(
-          _matches(target, MAY_IMPORT[rules[0]]),
-          f"rljax.{module} may not import {name}",
+      self.assertIn(room, MAY_IMPORT, f"{path} is in no room of MAY_IMPORT")
+      for name in _own(path):
+        target = name.split(".")[0]
+        self.assertIn(
+          target,
+          [room, *MAY_IMPORT[room]],
+          f"{path}: {room} may not import rljax.{name}",
         )
+
+  def test_rooms_and_files_form_no_circle(self):
+    files = {module: set() for module, _ in _modules()}
+    for module, path in _modules():
+      for name in _own(path):
+        while name and name not in files:
+          name = name.rpartition(".")[0]
+        if name != module:
+          files[module].add(name)
+    rooms = {}
+    for module, targets in files.items():
+      room = module.split(".")[0]
+      rooms.setdefault(room, set()).update(
+        {target.split(".")[0] for target in targets} - {room}
+      )
+    for graph in (files, rooms):
+      try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+      except graphlib.CycleError as error:
+        self.fail(f"modules import each other: {' -> '.join(error.args[1])}")
+
+  def test_rooms_re_export_nothing(self):
+    for module, path in _modules():
+      if path.name == "__init__.py" and module in MAY_IMPORT:
+        allowed = ["text.keywords"] if module == "tasks" else []
+        self.assertLessEqual(set(_own(path)), set(allowed), path)
 
   def test_text_side_has_no_jax(self):
     for module, path in _modules():
-      if _matches(module, NO_JAX):
+      if module.split(".")[0] in NO_JAX:
         for name in _imports(path):
           self.assertNotIn(name.split(".")[0], ("jax", "flax", "chex"), path)
 
   def test_array_functions_need_jax_and_chex_alone(self):
     for module, path in _modules():
-      if _matches(module, ARRAYS_ONLY):
+      if module.split(".")[0] in ARRAYS_ONLY:
         roots = {name.split(".")[0] for name in _imports(path)}
         outside = roots - set(sys.stdlib_module_names)
         self.assertLessEqual(outside, {"jax", "chex", "numpy", "rljax"}, path)
@@ -192,7 +137,7 @@ class ImportsTest(absltest.TestCase):
     names = [
       f"rljax.{module}"
       for module, _ in _modules()
-      if module and "." not in module
+      if module and not module.startswith("tasks.games.play")
     ]
     program = (
       f"import importlib, sys\n[importlib.import_module(n) for n in {names}]\n"

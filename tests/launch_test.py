@@ -24,7 +24,7 @@ import pytest
 from absl import flags
 from absl.testing import absltest, parameterized
 
-from rljax import doctor
+from rljax.distributed import doctor
 from rljax.models import hf
 from rljax.tasks import arithmetic
 from tests import conftest, tiny
@@ -1106,7 +1106,7 @@ class GpuTest(LaunchTest):
     self.assertEqual(status, 0, output)
     self.assertStartsWith(output, "H, 80 MiB, 550\n")
     self.assertEndsWith(
-      output, "cuda -m rljax.doctor --platform=gpu --devices=2\n"
+      output, "cuda -m rljax.distributed.doctor --platform=gpu --devices=2\n"
     )
 
   def test_counts_visible_devices(self):
@@ -1316,7 +1316,12 @@ class DoctorTest(LaunchTest):
   def test_two_processes(self):
     status, output = call(
       *["bash", LAUNCH / "local_processes.sh", 2, "--", sys.executable],
-      *["-m", "rljax.doctor", "--devices=2", f"--workdir={self.folder}"],
+      *[
+        "-m",
+        "rljax.distributed.doctor",
+        "--devices=2",
+        f"--workdir={self.folder}",
+      ],
       LOGS=self.folder,
     )
     self.assertEqual(status, 0, output)
@@ -1328,7 +1333,8 @@ class DoctorTest(LaunchTest):
 
   def test_two_processes_that_differ(self):
     program = (
-      'export JAX_X="$RLJAX_PROCESS_ID"; exec "$0" -m rljax.doctor --seconds=30'
+      'export JAX_X="$RLJAX_PROCESS_ID"; '
+      'exec "$0" -m rljax.distributed.doctor --seconds=30'
     )
     status, output = call(
       *["bash", LAUNCH / "local_processes.sh", 2, "--"],

@@ -18,7 +18,10 @@ import numpy as np
 from absl import app
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rljax import checkpoint, meshes, processes, runs, scoring
+from rljax.distributed import meshes, processes
+from rljax.scoring import scorers
+from rljax.storage import checkpoint
+from rljax.training import runs
 
 
 def state_on(mesh):
@@ -101,13 +104,13 @@ def talk(folder):
       for reply in replies
     ]
 
-  scores, parts = scoring.divided(score)(
+  scores, parts = scorers.divided(score)(
     ["p", "q", "r"], ["a", "bb", "\nc\u2028c"]
   )
   found["asked"] = asked
   found["scores"] = [str(scores.dtype), *scores.tolist()]
   found["parts"] = parts
-  found["no_scores"] = error_of(lambda: scoring.divided(score)([], []))
+  found["no_scores"] = error_of(lambda: scorers.divided(score)([], []))
 
   # What the flags name is the same everywhere, and filed once.
   models = {"policy": {"a": np.float32([1, 2])}}

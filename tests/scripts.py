@@ -15,7 +15,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from rljax import checkpoint
+from rljax.storage import checkpoint
 from tests import conftest
 
 # Two orders of summation differ by this much in float32, after Adam has

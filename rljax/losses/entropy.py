@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rljax import log_probs, masking
+from rljax.ops import log_probs, masking
 
 Array = jax.Array
 Metrics = Mapping[str, Array]

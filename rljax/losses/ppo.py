@@ -4,8 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rljax import log_probs as log_probs_lib
-from rljax import masking
+from rljax.ops import log_probs as log_probs_lib
+from rljax.ops import masking
 
 Array = jax.Array
 Metrics = dict[str, Array]

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rljax import masking
+from rljax.ops import masking
 
 Array = jax.Array
 Metrics = dict[str, Array]

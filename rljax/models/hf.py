@@ -836,7 +836,7 @@ def _weight_files(
 def _from_checkpoint(
   workdir: pathlib.Path, model: nn.Module, step: int | None, entry: str
 ) -> Params:
-  from rljax import checkpoint
+  from rljax.storage import checkpoint
 
   restored = checkpoint.restore_params(str(workdir), step=step)
   if entry not in restored:

@@ -1,10 +1,9 @@
 """Tasks: `prompts(split, seed)` and `score(prompt, response)`."""
 
 import importlib
-import inspect
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ _MODULES = {
   "diversity": "rljax.tasks.diversity",
   "games": "rljax.tasks.games",
   "math_word_problems": "rljax.tasks.math_word_problems",
-  "reasoning": "rljax.tasks.reasoning",
+  "merge_sums": "rljax.tasks.merge_sums",
   "reasoning_gym": "rljax.tasks.reasoning_gym",
   "sentiment": "rljax.tasks.sentiment",
   "word_lists": "rljax.tasks.word_lists",
@@ -34,45 +33,6 @@ def load(name: str) -> types.ModuleType:
       f"Unknown task {name!r}; known tasks are {', '.join(sorted(_MODULES))}."
     )
   return importlib.import_module(_MODULES[name])
-
-
-def options(pairs: Sequence[str]) -> dict[str, Any]:
-  """Parses the `name=value` texts of a flag such as --task_options.
-
-  Args:
-    pairs: values that read as integers, numbers, "true" or "false" become
-      such; others stay texts.
-
-  Returns:
-    Keyword arguments.
-
-  Raises:
-    ValueError: if a text has no "=", or a name comes twice.
-  """
-  found: dict[str, Any] = {}
-  for pair in pairs:
-    name, equals, text = pair.partition("=")
-    if not equals or not name.isidentifier():
-      raise ValueError(f"Expected name=value, got {pair!r}.")
-    if name in found:
-      raise ValueError(f"The option {name!r} is given twice.")
-    found[name] = _value(text)
-  return found
-
-
-def check_options(
-  function: Callable[..., Any], options: Mapping[str, Any]
-) -> None:
-  """Raises ValueError for an option that a task's function does not take."""
-  parameters = inspect.signature(function).parameters
-  kinds = {p.kind for p in parameters.values()}
-  known = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-  for name in options:
-    if name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
-      raise ValueError(
-        f"{function.__name__} of the task has no option {name!r}; it has "
-        f"{', '.join(known) or 'none'}."
-      )
 
 
 def check_parts(
@@ -154,14 +114,3 @@ def mean_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for name in parts[0]
     if all(isinstance(part.get(name), kinds) for part in parts)
   }
-
-
-def _value(text: str) -> Any:
-  if text.lower() in ("true", "false"):
-    return text.lower() == "true"
-  for kind in (int, float):
-    try:
-      return kind(text)
-    except ValueError:
-      pass
-  return text

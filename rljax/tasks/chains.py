@@ -27,8 +27,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rljax import edits, traces
 from rljax.tasks import tokenizers
+from rljax.text import alignment
+from rljax.text import steps as steps_lib
 
 SPLITS = ("train", "validation", "test")
 CORPORA = ("clean", "pretraining")
@@ -230,7 +231,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
     ValueError: if the prompt is no chain.
   """
   _, results, right_answer = _solved(prompt)
-  pieces = traces.steps(response, STEP_ENDS)
+  pieces = steps_lib.steps(response, STEP_ENDS)
   is_short = len(response) <= MAX_CHARACTERS
   matches, answer = [False] * len(pieces), None
   if is_short:
@@ -276,7 +277,7 @@ def first_wrong_step(prompt: str, response: str) -> int:
   steps, _, answer = _solved(prompt)
   if len(response) > MAX_CHARACTERS:
     return 0
-  pieces = traces.steps(response, STEP_ENDS)
+  pieces = steps_lib.steps(response, STEP_ENDS)
   for i, texts in enumerate([*steps, (answer,)]):
     if i == len(pieces) or pieces[i] not in texts:
       return i
@@ -314,7 +315,7 @@ def rewrite(prompt: str, response: str) -> str:
     return response
   steps, _, answer = _solved(prompt)
   is_short = len(response) <= MAX_CHARACTERS
-  pieces = traces.steps(response, STEP_ENDS) if is_short else []
+  pieces = steps_lib.steps(response, STEP_ENDS) if is_short else []
   kept, pieces = pieces[:num_kept], pieces[num_kept:]
   choices: list[Sequence[str]] = [*steps[num_kept:], (answer,)]
   if len(choices) <= _MAX_TRIED + 1:
@@ -435,7 +436,7 @@ def _nearest(
     lefts += [ids] * len(texts)
     rights += [[*map(ord, text)] for text in texts]
   ends = np.cumsum([len(texts) for texts in choices])
-  distances = np.split(edits.distances(lefts, rights), ends[:-1])
+  distances = np.split(alignment.distances(lefts, rights), ends[:-1])
   return [
     texts[int(np.argmin(found))]
     for texts, found in zip(choices, distances, strict=True)

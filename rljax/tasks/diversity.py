@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from rljax import logged
+from rljax.text import logged
 
 _WORD = re.compile(r"\w\w+")
 _NUM_ENOUGH = 5  # Different words from which on a reply is long enough.

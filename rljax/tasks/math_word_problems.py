@@ -33,8 +33,8 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
-from rljax import data as files
-from rljax import workers
+from rljax.tasks import sandbox
+from rljax.text import files
 
 SPLITS = ("train", "validation", "test")
 DATASETS = ("gsm8k", "svamp", "math")
@@ -849,9 +849,9 @@ def _verify_all(
 
 
 @functools.cache
-def _pool() -> workers.Pool:
+def _pool() -> sandbox.Pool:
   _require_math_verify()
-  return workers.Pool(
+  return sandbox.Pool(
     f"{__name__}:_verify",
     setup=f"{__name__}:_warm_up",
     timeout=_SECONDS,

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
-from rljax import data as files
+from rljax.text import files
 
 SPLITS = ("train", "validation", "test")
 

@@ -10,8 +10,8 @@ import numpy as np
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
-from rljax import advantages
 from rljax.losses import ppo
+from rljax.ops import advantages as advantages_lib
 from tests import oracles
 
 _SEEDS = st.integers(0, 2**32 - 1)
@@ -141,7 +141,7 @@ class GRPOLossTest(parameterized.TestCase):
     # Before the first update all ratios are 1: nothing is clipped, and all
     # surrogates are the plain policy gradient, each with its average.
     scores = np.float32([[1.0, 0.0]])
-    row = advantages.group_relative(scores, scale="group").reshape(-1, 1)
+    row = advantages_lib.group_relative(scores, scale="group").reshape(-1, 1)
     token_advantages = jnp.where(_GROUP_MASK, row, 0.0)
     batch = (_GROUP_NOW, _GROUP_NOW, token_advantages, _GROUP_MASK)
 

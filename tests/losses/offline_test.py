@@ -10,8 +10,8 @@ import numpy as np
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
-from rljax import advantages as advantages_lib
 from rljax.losses import offline
+from rljax.ops import advantages as advantages_lib
 from tests import oracles_offline as oracles
 
 _SEEDS = st.integers(0, 2**32 - 1)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax import rewards
 from rljax.losses import ppo
+from rljax.ops import rewards
 
 STEP = 0.5
 REWARDS = jnp.array([1.0, 0.0])

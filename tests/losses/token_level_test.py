@@ -11,9 +11,9 @@ import numpy as np
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
-from rljax import log_probs as log_probs_lib
-from rljax import rewards as rewards_lib
 from rljax.losses import supervised, token_level
+from rljax.ops import log_probs as log_probs_lib
+from rljax.ops import rewards as rewards_lib
 
 _SEEDS = st.integers(0, 2**32 - 1)
 

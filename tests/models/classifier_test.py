@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import parameterized
 from flax import traverse_util
 
-from rljax import meshes
+from rljax.distributed import meshes
 from rljax.models import classifier, gpt2, llama
 from tests import tiny
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from rljax import checkpoint, meshes
+from rljax.distributed import meshes
 from rljax.models import classifier, encoder, gpt2, hf, llama
+from rljax.storage import checkpoint
 from tests import conftest
 
 safetensors = pytest.importorskip("safetensors")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax import meshes
+from rljax.distributed import meshes
 from rljax.models import heads, hf, rope, value_branch
 from tests import tiny
 

@@ -11,8 +11,8 @@ import numpy as np
 import transformers
 from absl.testing import parameterized
 
-from rljax import data
 from rljax.tasks import arithmetic
+from rljax.text import batches, tokens
 
 INFINITE = 2 / (1 + math.exp(50))  # The reward of e = 500: 3.9e-22.
 
@@ -122,8 +122,8 @@ class PromptsTest(parameterized.TestCase):
   def test_same_length_after_padding(self):
     tokenizer = arithmetic.word_tokenizer()
     texts = arithmetic.prompts("train", 0, num=64)
-    ids, mask = data.pad_left(
-      data.encode_prompts(tokenizer, texts, max_length=63),
+    ids, mask = batches.pad_left(
+      tokens.encode_prompts(tokenizer, texts, max_length=63),
       length=63,
       pad_id=tokenizer.pad_token_id,
     )
@@ -556,7 +556,7 @@ class TokenizerTest(parameterized.TestCase):
   @parameterized.parameters("100+2=", "1 + 2=", "1-2=", "007=", "٣+1=")
   def test_unknown_words_raise(self, text):
     with self.assertRaisesRegex(ValueError, "cannot encode"):
-      data.encode_prompts(arithmetic.word_tokenizer(), [text], max_length=9)
+      tokens.encode_prompts(arithmetic.word_tokenizer(), [text], max_length=9)
 
   @hypothesis.given(
     seed=st.integers(0, 10_000), split=st.sampled_from(arithmetic.SPLITS)
@@ -569,7 +569,7 @@ class TokenizerTest(parameterized.TestCase):
       self.assertLess(len(ids), 63 if tokenizer is WORDS else 80)
 
   def test_answers_are_one_word(self):
-    rows = data.encode_pairs(
+    rows = tokens.encode_pairs(
       WORDS,
       arithmetic.supervised("train", 0, num=50),
       max_prompt_length=63,

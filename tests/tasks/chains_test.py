@@ -12,8 +12,11 @@ import numpy as np
 import transformers
 from absl.testing import parameterized
 
-from rljax import data, edits, tasks, traces
+from rljax import tasks
 from rljax.tasks import chains
+from rljax.text import alignment as alignment_lib
+from rljax.text import batches, keywords, tokens
+from rljax.text import steps as steps_lib
 
 PROMPT = "Q12+5*3"
 RIGHT = "12+5=17;3*17=51|A51"
@@ -56,7 +59,9 @@ def _is_valid(prompt, response):
 
 def _distances(sample, texts):
   ids = [*map(ord, sample)]
-  return edits.distances([ids] * len(texts), [[*map(ord, t)] for t in texts])
+  return alignment_lib.distances(
+    [ids] * len(texts), [[*map(ord, t)] for t in texts]
+  )
 
 
 def _corrupted(text, rng):
@@ -385,7 +390,7 @@ class ScoreTest(parameterized.TestCase):
     first_wrong = chains.first_wrong_step(prompt, response)
     self.assertEqual(first_wrong == -1, is_valid)
     # The steps that are counted are those of the text.
-    steps = traces.steps(response, chains.STEP_ENDS)
+    steps = steps_lib.steps(response, chains.STEP_ENDS)
     self.assertEqual(parts["num_steps"], len(steps))
     for text, right in zip(
       steps[: max(first_wrong, 0)], _execute(prompt), strict=False
@@ -429,8 +434,8 @@ class ScoreTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(scores, [1, 0])
     self.assertEqual(tasks.mean_parts(parts)["is_correct"], 0.5)
-    tasks.check_options(task.prompts, {"num": 3, "num_steps": 3})
-    tasks.check_options(task.supervised, {"corpus": "pretraining"})
+    keywords.check(task.prompts, {"num": 3, "num_steps": 3})
+    keywords.check(task.supervised, {"corpus": "pretraining"})
 
 
 class RewriteTest(parameterized.TestCase):
@@ -473,11 +478,11 @@ class RewriteTest(parameterized.TestCase):
       [*tokenizer.encode(text, add_special_tokens=False), 23]
       for text in (sample, expected)
     )
-    alignment = edits.align(ids, new_ids)
+    alignment = alignment_lib.align(ids, new_ids)
     self.assertEqual(alignment.distance, distance)
     self.assertEqual(np.flatnonzero(alignment.edited).tolist(), edited)
     self.assertEqual(np.flatnonzero(alignment.dropped).tolist(), dropped)
-    alignment = edits.align(ids, new_ids, mode="reference")
+    alignment = alignment_lib.align(ids, new_ids, mode="reference")
     self.assertEqual(np.flatnonzero(alignment.edited).tolist(), in_reference)
 
   def test_distances_to_all_variants(self):
@@ -498,7 +503,7 @@ class RewriteTest(parameterized.TestCase):
       self.assertEqual(distances[variants.index(rewrite)], distances.min())
       # Of those that keep what was right, the first of the nearest.
       num_kept = chains.first_wrong_step(prompt, sample)
-      kept = "".join(traces.steps(sample, chains.STEP_ENDS)[:num_kept])
+      kept = "".join(steps_lib.steps(sample, chains.STEP_ENDS)[:num_kept])
       nearest = [
         variant
         for variant, distance in zip(variants, distances, strict=True)
@@ -517,8 +522,8 @@ class RewriteTest(parameterized.TestCase):
       self.assertEqual(chains.score(prompt, rewrite)[0], 1.0)
       num_kept = chains.first_wrong_step(prompt, sample)
       self.assertEqual(
-        traces.steps(rewrite, ";|")[:num_kept],
-        traces.steps(sample, ";|")[:num_kept],
+        steps_lib.steps(rewrite, ";|")[:num_kept],
+        steps_lib.steps(sample, ";|")[:num_kept],
       )
       all_kept.add(num_kept)
     self.assertEqual(all_kept, set(range(num_steps + 1)))
@@ -603,19 +608,19 @@ class TokenizerTest(parameterized.TestCase):
     tokenizer = chains.character_tokenizer()
     for text in ("Q12/5", "a", "Q 1+2", "Q1+2\n", "٥"):
       with self.assertRaisesRegex(ValueError, "cannot encode"):
-        data.encode_prompts(tokenizer, [text], max_length=20)
+        tokens.encode_prompts(tokenizer, [text], max_length=20)
 
   def test_pairs_come_back(self):
     tokenizer = chains.character_tokenizer()
-    rows = data.encode_pairs(
+    rows = tokens.encode_pairs(
       tokenizer, PAIRS, max_prompt_length=8, max_response_length=20
     )
     for (prompt, response), (prompt_ids, ids) in zip(PAIRS, rows, strict=True):
       # One token each; the prompt's first, and the response's end token.
       self.assertLen(prompt_ids, len(prompt) + 1)
       self.assertLen(ids, len(response) + 1)
-      padded, mask = data.pad_right([ids])
-      (text,) = data.decode(tokenizer, padded, mask)
+      padded, mask = batches.pad_right([ids])
+      (text,) = tokens.decode(tokenizer, padded, mask)
       self.assertEqual(text, response)
 
 

@@ -7,8 +7,9 @@ import hypothesis.strategies as st
 import numpy as np
 from absl.testing import parameterized
 
-from rljax import data, logged, tasks
+from rljax import tasks
 from rljax.tasks import diversity
+from rljax.text import files, keywords, logged
 
 REPLIES = (
   "good movie",
@@ -73,7 +74,7 @@ class TaskTest(parameterized.TestCase):
     self.addCleanup(temporary.cleanup)
     self.file = str(pathlib.Path(temporary.name) / "logged.jsonl")
     # Second candidates do not count.
-    data.write_jsonl(
+    files.write_jsonl(
       self.file,
       [
         {"prompt": f"{i % 2}", "chosen": reply, "rejected": "good good"}
@@ -83,7 +84,7 @@ class TaskTest(parameterized.TestCase):
 
   def test_by_name(self):
     task = tasks.load("diversity")
-    tasks.check_options(task.prompts, {"data": self.file})
+    keywords.check(task.prompts, {"data": self.file})
     replies = [reply for reply, _ in SCORES]
     with mock.patch.object(logged, "load", wraps=logged.load) as load:
       scores, parts = tasks.score_all(
@@ -115,6 +116,6 @@ class TaskTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "need the option fit_on"):
       diversity.score("", "")
     messages = [{"role": "user", "content": "a"}]
-    data.write_jsonl(self.file, [{"prompt": messages, "response": "b"}])
+    files.write_jsonl(self.file, [{"prompt": messages, "response": "b"}])
     with self.assertRaisesRegex(ValueError, ":1: the prompt is a list of mess"):
       diversity.prompts("train", 0, data=self.file)

@@ -13,8 +13,9 @@ import hypothesis.strategies as st
 import pytest
 from absl.testing import parameterized
 
-from rljax import data, tasks, workers
-from rljax.tasks import math_word_problems
+from rljax import tasks
+from rljax.tasks import math_word_problems, sandbox
+from rljax.text import files, keywords
 from tests import conftest
 
 QUESTION = "How many clips has Natalia?"
@@ -489,7 +490,7 @@ class MathVerifyTest(parameterized.TestCase):
       self.assertEqual(parts["answer"], text)
 
   def test_memory_that_math_verify_makes_do_without(self):
-    with workers.Pool(
+    with sandbox.Pool(
       math_word_problems._verify,
       setup=math_word_problems._warm_up,
       timeout=10.0,
@@ -561,8 +562,8 @@ class DataTest(parameterized.TestCase):
     require_math_verify()  # `prompts` does.
     folder = self.enter_context(tempfile.TemporaryDirectory())
     self.folder = pathlib.Path(folder)
-    data.write_jsonl(self.folder / "gsm8k_train.jsonl", gsm8k_rows(40))
-    data.write_jsonl(self.folder / "gsm8k_test.jsonl", gsm8k_rows(10, 990))
+    files.write_jsonl(self.folder / "gsm8k_train.jsonl", gsm8k_rows(40))
+    files.write_jsonl(self.folder / "gsm8k_test.jsonl", gsm8k_rows(10, 990))
     svamp = [
       {"Body": f"{i} dogs. ", "Question": "How many? ", "Answer": float(i)}
       for i in range(50)
@@ -573,7 +574,7 @@ class DataTest(parameterized.TestCase):
       {"problem": "Q", "solution": "So $\\boxed{\\sqrt{2}}$."},
     ]
     math[0].pop("answer")
-    data.write_jsonl(self.folder / "math_test_short500.jsonl", math)
+    files.write_jsonl(self.folder / "math_test_short500.jsonl", math)
 
   def _prompts(self, split="train", seed=0, **options):
     options = {"data": str(self.folder), **options}
@@ -679,7 +680,7 @@ class DataTest(parameterized.TestCase):
     rows[0]["answer"] = "#### 7"
     rows[1] |= {"question": rows[0]["question"], "answer": "#### 8"}
     path = self.folder / "test.jsonl"
-    data.write_jsonl(path, rows)
+    files.write_jsonl(path, rows)
     with self.assertRaisesRegex(ValueError, "has two answers: [78] and [78]"):
       self._prompts("test", data=str(path))
 
@@ -713,7 +714,7 @@ class DataTest(parameterized.TestCase):
       ({"question": 1, "answer": "#### 1"}, "row 1: 'int' object has no"),
       ({"question": "Q?"}, '"answer" is missing'),
     ):
-      data.write_jsonl(path / "gsm8k_train.jsonl", [row])
+      files.write_jsonl(path / "gsm8k_train.jsonl", [row])
       with self.assertRaisesRegex(ValueError, message):
         self._prompts(data=str(path))
 
@@ -734,9 +735,9 @@ class DataTest(parameterized.TestCase):
   def test_known_as_a_task(self):
     task = tasks.load("math_word_problems")
     self.assertIs(task, math_word_problems)
-    tasks.check_options(task.prompts, {"num": 3, "dataset": "svamp"})
-    tasks.check_options(task.supervised, {"num": 3, "shots": 2})
-    tasks.check_options(task.score, {"extract": "strict"})
+    keywords.check(task.prompts, {"num": 3, "dataset": "svamp"})
+    keywords.check(task.supervised, {"num": 3, "shots": 2})
+    keywords.check(task.score, {"extract": "strict"})
 
 
 class RealDataTest(parameterized.TestCase):
@@ -790,7 +791,7 @@ class RealDataTest(parameterized.TestCase):
     self.assertLen(prompts, 500)
     solutions = {
       row["problem"].strip(): row["solution"]
-      for row in data.load_rows(
+      for row in files.load_rows(
         "math_test_short500.jsonl", "test", data_dir=self.folder
       )
     }

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from rljax import data, tasks
+from rljax import tasks
 from rljax.tasks import reasoning_gym
+from rljax.text import keywords, tokens
 
 pytest.importorskip("reasoning_gym")
 
@@ -473,8 +474,8 @@ class ScoreTest(parameterized.TestCase):
     scores, parts = tasks.score_all(task, prompts, answers)
     np.testing.assert_array_equal(scores, [1, 0])
     self.assertEqual(tasks.mean_parts(parts), {"is_correct": 0.5})
-    tasks.check_options(task.prompts, {"max_terms": 3})
-    tasks.check_options(task.score, {"answer_after": "#"})
+    keywords.check(task.prompts, {"max_terms": 3})
+    keywords.check(task.score, {"answer_after": "#"})
 
 
 class TokenizerTest(parameterized.TestCase):
@@ -483,7 +484,7 @@ class TokenizerTest(parameterized.TestCase):
     self.assertLen(tokenizer, 99)
     self.assertEqual(tokenizer.encode(" !~\n"), [96, 0, 1, 94, 95])
     prompts = reasoning_gym.prompts("train", 0, num=10)
-    ids = data.encode_prompts(tokenizer, prompts, max_length=200)
+    ids = tokens.encode_prompts(tokenizer, prompts, max_length=200)
     for prompt, row in zip(prompts, ids, strict=True):
       self.assertLen(row, len(prompt) + 1)
       self.assertEqual(tokenizer.decode(row[1:]), prompt)

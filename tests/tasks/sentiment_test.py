@@ -14,8 +14,9 @@ import hypothesis.strategies as st
 import pytest
 from absl.testing import absltest, parameterized
 
-from rljax import data, tasks
+from rljax import tasks
 from rljax.tasks import sentiment, tokenizers
+from rljax.text import files, tokens
 from tests import conftest
 
 SENTENCES = [
@@ -48,7 +49,7 @@ class _Folder(parameterized.TestCase):
       rows = [
         text if isinstance(text, dict) else {"text": text} for text in texts
       ]
-      data.write_jsonl(self.folder / f"{name}.jsonl", rows)
+      files.write_jsonl(self.folder / f"{name}.jsonl", rows)
     return str(self.folder)
 
 
@@ -165,7 +166,7 @@ class TokensTest(_Folder):
     )
     for prompt in prompts:
       self.assertStartsWith("the film ", prompt)
-    encoded = data.encode_prompts(_letters(), prompts, max_length=10)
+    encoded = tokens.encode_prompts(_letters(), prompts, max_length=10)
     for prompt, ids in zip(prompts, encoded, strict=True):
       self.assertLen(ids, 1 + len(prompt))  # With the start token.
 
@@ -270,7 +271,7 @@ class SplitsTest(_Folder):
       "template": self.folder / "{split}.jsonl",
       "tfds": "tfds:imdb_reviews",
     }
-    load = data.load_rows
+    load = files.load_rows
 
     def load_rows(name, split, **options):
       if not name.startswith("tfds:"):
@@ -282,7 +283,7 @@ class SplitsTest(_Folder):
 
     sentiment._texts_of_split.cache_clear()
     self.addCleanup(sentiment._texts_of_split.cache_clear)
-    with mock.patch.object(data, "load_rows", load_rows):
+    with mock.patch.object(files, "load_rows", load_rows):
       found = {s: self.texts(s, names[kind]) for s in sentiment.SPLITS}
     self.assertCountEqual(found["train"] + found["validation"], SENTENCES)
     self.assertBetween(len(found["validation"]), 15, 45)  # Of 30 expected.
@@ -332,7 +333,7 @@ class RealSentencesTest(parameterized.TestCase):
     ("train", 8530, 7982), ("validation", 1066, 979), ("test", 1066, 994)
   )
   def test_all_but_the_short_ones(self, split, num_texts, num_prompts):
-    texts = [r["text"] for r in data.load_rows(self.data, split)]
+    texts = [r["text"] for r in files.load_rows(self.data, split)]
     self.assertLen(texts, num_texts)
     prompts = sentiment.prompts(split, 0, data=self.data)
     self.assertLen(prompts, num_prompts)
@@ -359,7 +360,7 @@ class RealSentencesTest(parameterized.TestCase):
   @needs_vader
   def test_vader_is_as_good_as_known(self):
     """Accuracy of "compound > 0" on the test split, in its documentation."""
-    rows = data.load_rows(self.data, "test")
+    rows = files.load_rows(self.data, "test")
     right = [
       (sentiment.score("", row["text"])[0] > 0) == row["label"] for row in rows
     ]

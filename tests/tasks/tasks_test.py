@@ -6,6 +6,7 @@ from absl.testing import parameterized
 
 from rljax import tasks
 from rljax.tasks import arithmetic
+from rljax.text import keywords
 
 
 class LoadTest(parameterized.TestCase):
@@ -19,7 +20,7 @@ class LoadTest(parameterized.TestCase):
 
 class OptionsTest(parameterized.TestCase):
   def test_values(self):
-    found = tasks.options(
+    found = keywords.parse(
       ["style=last", "num=12", "holdout=0.5", "whole=True", "x=a=b", "y="]
     )
     self.assertEqual(
@@ -43,7 +44,7 @@ class OptionsTest(parameterized.TestCase):
   )
   def test_bad_options(self, pairs, message):
     with self.assertRaisesRegex(ValueError, message):
-      tasks.options(pairs)
+      keywords.parse(pairs)
 
 
 class CheckPartsTest(parameterized.TestCase):
@@ -98,12 +99,12 @@ class MeanPartsTest(parameterized.TestCase):
 
 class CheckOptionsTest(parameterized.TestCase):
   def test_unknown_option_is_named_with_those_there_are(self):
-    tasks.check_options(arithmetic.prompts, {"style": "last", "num": 3})
+    keywords.check(arithmetic.prompts, {"style": "last", "num": 3})
     with self.assertRaisesRegex(
       ValueError, "prompts of the task has no option 'stlye'; it has num, style"
     ):
-      tasks.check_options(arithmetic.prompts, {"stlye": "last"})
-    tasks.check_options(lambda p, **options: None, {"anything": 1})
+      keywords.check(arithmetic.prompts, {"stlye": "last"})
+    keywords.check(lambda p, **options: None, {"anything": 1})
 
 
 class FormatTaskTest(parameterized.TestCase):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from rljax import data, logged, tasks
+from rljax import tasks
 from rljax.tasks import word_lists
+from rljax.text import batches, keywords, logged, tokens
 
 PROMPT = "birds 4 not duck owl:"
 # (reply, reward, share of its words that belong, number of words).
@@ -105,7 +106,7 @@ class PromptsTest(parameterized.TestCase):
 
   def test_known_as_a_task(self):
     self.assertIs(tasks.load("word_lists"), word_lists)
-    tasks.check_options(word_lists.logged, {"num": 3, "agreement": 1.0})
+    keywords.check(word_lists.logged, {"num": 3, "agreement": 1.0})
 
 
 class ScoreTest(parameterized.TestCase):
@@ -275,15 +276,15 @@ class TokenizerTest(parameterized.TestCase):
     for row, responses in zip(rows, encoded.response_ids, strict=True):
       for reply, ids in zip(row.candidates, responses, strict=True):
         self.assertEqual(ids[-1], self.tokenizer.eos_token_id)
-        ids, mask = data.pad_right([ids])
+        ids, mask = batches.pad_right([ids])
         # The blank in front is no token; the score does without it.
-        (text,) = data.decode(self.tokenizer, ids, mask)
+        (text,) = tokens.decode(self.tokenizer, ids, mask)
         self.assertEqual(text, reply.lstrip())
 
   def test_no_unknown_words(self):
     for text in ("planets 4 not mars venus:", "birds 7 not duck owl:"):
       with self.assertRaisesRegex(ValueError, "cannot encode '(pl|bi)"):
-        data.encode_prompts(self.tokenizer, [text], max_length=9)
+        tokens.encode_prompts(self.tokenizer, [text], max_length=9)
 
   def test_saved_and_loaded(self):
     import transformers

@@ -1,0 +1,253 @@
+"""PPO with `jax.pmap`: sampling, GAE and the update on every local device.
+
+The main path (`experiments/ppo.py`) is `jax.jit` over a mesh, where arrays are
+whole and the compiler splits them. This is the other classic form: each device
+holds a copy of the parameters and its own rows, and the code says what crosses
+devices. Two rules make it equal to the whole batch, and every function of
+rljax with an `axis_name` keeps the first:
+
+  1. sums cross devices before anything nonlinear (a mean, a standard
+     deviation, an entropy, a clip) is taken of them;
+  2. the gradients of a loss made so are averaged with `pmean`.
+
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+    python experiments/examples/ppo_pmap.py --policy=runs/sft \
+    --workdir=runs/pmap
+
+With the same flags it ends with the parameters of ppo.py, to rounding.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+
+from rljax import tasks
+from rljax.distributed import processes
+from rljax.generation import rollouts
+from rljax.losses import entropy, ppo
+from rljax.models import heads, hf
+from rljax.ops import advantages, masking, rewards, sampling
+from rljax.storage import checkpoint
+from rljax.text import batches, keywords, tokens
+from rljax.training import logs
+
+flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
+flags.DEFINE_string(
+  "policy", None, "Workdir, directory or name.", required=True
+)
+flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.")
+flags.DEFINE_integer("steps", 100, "Rollouts, each followed by its updates.")
+flags.DEFINE_string("task", "arithmetic", "A module of rljax.tasks.")
+flags.DEFINE_list("task_options", ["style=last"], "name=value for the task.")
+flags.DEFINE_integer("num_prompts", 32_768, "Training prompts to draw from.")
+flags.DEFINE_integer("batch_size", 128, "Prompts per step, on all devices.")
+flags.DEFINE_integer("max_length", 1, "Response tokens.")
+flags.DEFINE_float("temperature", 1.0, "Of sampler and trainer.")
+flags.DEFINE_float("discount", 1.0, "Per response token.")
+flags.DEFINE_float("gae_lambda", 0.95, "1: Monte-Carlo returns.")
+flags.DEFINE_float("clip_epsilon", 0.2, "Of ratio and value.")
+flags.DEFINE_float("value_coef", 0.1, "Weight of the value loss.")
+flags.DEFINE_float("batch_entropy_coef", 0.3, "Weight of the batch entropy.")
+flags.DEFINE_float("ratio_guard", 10.0, "Skip minibatches above.")
+flags.DEFINE_integer("epochs", 4, "Updates on a rollout, each on all of it.")
+flags.DEFINE_float("learning_rate", 3e-4, "Of Adam.")
+FLAGS = flags.FLAGS
+
+AXIS = "devices"
+
+
+def main(_):
+  logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
+  processes.check_joined()
+  devices = jax.local_devices()
+  if FLAGS.batch_size % len(devices):
+    raise ValueError(
+      f"--batch_size must be divisible by the {len(devices)} devices, got "
+      f"{FLAGS.batch_size}."
+    )
+  checkpoint.prepare_workdir(FLAGS.workdir)
+  if os.path.exists(os.path.join(FLAGS.workdir, "checkpoints")):
+    raise ValueError(
+      f"--workdir={FLAGS.workdir} holds a run, and this example does not "
+      "resume; choose another."
+    )
+  task = tasks.load(FLAGS.task)
+  loaded = hf.load(FLAGS.policy)
+  policy, tokenizer = loaded.model, loaded.tokenizer
+  allowed = jnp.asarray(
+    tokens.allowed_tokens(tokenizer, policy.config.vocab_size)
+  )
+  prompts = task.prompts(
+    "train",
+    FLAGS.seed,
+    num=FLAGS.num_prompts,
+    **keywords.parse(FLAGS.task_options),
+  )
+  encoded = tokens.encode_prompts(tokenizer, prompts, max_length=512)
+  prompt_ids, prompt_mask = batches.pad_left(
+    encoded, length=max(map(len, encoded))
+  )
+  tokens.check_positions(
+    prompt_ids.shape[1] + FLAGS.max_length, policy.config.max_positions
+  )
+
+  # The state is the same on every device; `replicate` adds a leading axis.
+  value_head = heads.ValueHead()
+  params = {
+    "policy": loaded.params,
+    "value_head": value_head.init(
+      jax.random.key(FLAGS.seed), jnp.zeros((1, policy.config.hidden_size))
+    )["params"],
+  }
+  optimizer = optax.adam(FLAGS.learning_rate)
+  replicate = lambda tree: jax.tree.map(
+    lambda x: jnp.broadcast_to(x, (len(devices), *jnp.shape(x))), tree
+  )
+  params, optimizer_state = replicate((params, optimizer.init(params)))
+
+  def forward(params, rollout):
+    statistics, hidden = rollouts.token_statistics(
+      policy,
+      params["policy"],
+      rollout,
+      temperature=FLAGS.temperature,
+      allowed=allowed,
+    )
+    values = value_head.apply({"params": params["value_head"]}, hidden)
+    return statistics, hidden, values
+
+  # Devices share the key of the step: a sample's own key is made of that and
+  # of the index of its prompt in the whole batch.
+  @functools.partial(jax.pmap, axis_name=AXIS, in_axes=(None, 0, 0, 0, 0))
+  def sample(key, params, ids, mask, prompt_indices):
+    return rollouts.sample(
+      key,
+      policy,
+      params["policy"],
+      ids,
+      mask,
+      max_length=FLAGS.max_length,
+      settings=sampling.Settings(temperature=FLAGS.temperature),
+      prompt_indices=prompt_indices,
+      allowed=allowed,
+    )
+
+  @functools.partial(jax.pmap, axis_name=AXIS)
+  def prepare(params, rollout, scores):
+    mask = rollout.response_mask
+    old, _, old_values = forward(params, rollout)
+    token_advantages, returns = advantages.gae(
+      rewards.place_score(scores, mask),
+      old_values,
+      mask,
+      discount=FLAGS.discount,
+      gae_lambda=FLAGS.gae_lambda,
+    )
+    return jax.lax.stop_gradient(
+      {
+        "rollout": rollout,
+        "old_log_probs": old.log_probs,
+        "old_values": old_values,
+        "advantages": masking.masked_whiten(
+          token_advantages, mask, axis_name=AXIS
+        ),
+        "returns": returns,
+      }
+    )
+
+  def loss_fn(params, batch):
+    mask = batch["rollout"].response_mask
+    statistics, hidden, values = forward(params, batch["rollout"])
+    policy_loss, metrics = ppo.clipped_policy_loss(
+      statistics.log_probs,
+      batch["old_log_probs"],
+      batch["advantages"],
+      mask,
+      clip_epsilon=FLAGS.clip_epsilon,
+      axis_name=AXIS,
+    )
+    value_loss, value_metrics = ppo.clipped_value_loss(
+      values,
+      batch["old_values"],
+      batch["returns"],
+      mask,
+      clip_epsilon=FLAGS.clip_epsilon,
+      axis_name=AXIS,
+    )
+    # The entropy of the mean over all devices, not the mean of entropies.
+    batch_entropy, entropies = entropy.batch_entropy(
+      policy.apply({"params": params["policy"]}, hidden, method="logits"),
+      mask,
+      allowed=allowed,
+      temperature=FLAGS.temperature,
+      axis_name=AXIS,
+    )
+    loss = (
+      policy_loss
+      + FLAGS.value_coef * value_loss
+      - FLAGS.batch_entropy_coef * batch_entropy
+    )
+    loss *= ppo.ratio_guard(
+      statistics.log_probs,
+      batch["old_log_probs"],
+      mask,
+      threshold=FLAGS.ratio_guard,
+      axis_name=AXIS,
+    )
+    return loss, {"loss": loss, **metrics, **value_metrics, **entropies}
+
+  @functools.partial(jax.pmap, axis_name=AXIS, donate_argnums=(0, 1))
+  def update(params, optimizer_state, batch):
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
+    grads = jax.lax.pmean(grads, AXIS)
+    updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+    return optax.apply_updates(params, updates), optimizer_state, metrics
+
+  split = lambda x: x.reshape(len(devices), -1, *x.shape[1:])
+  join = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])
+  hf.save_config(os.path.join(FLAGS.workdir, "model"), policy, tokenizer)
+  columns = ("reward/mean", "task/is_correct", "entropy/batch")
+  with logs.Logs(
+    FLAGS.workdir, total_steps=FLAGS.steps, columns=columns
+  ) as log:
+    for step in range(FLAGS.steps):
+      rows = batches.batch_indices(
+        len(prompts), FLAGS.batch_size, step, seed=FLAGS.seed
+      )
+      # The same keys as in ppo.py; its second one shuffles minibatches.
+      key = jax.random.fold_in(jax.random.key(FLAGS.seed), step)
+      rollout = sample(
+        jax.random.split(key)[0],
+        params,
+        split(prompt_ids[rows]),
+        split(prompt_mask[rows]),
+        split(np.arange(FLAGS.batch_size)),
+      )
+      responses = tokens.decode(
+        tokenizer, join(rollout.response_ids), join(rollout.response_mask)
+      )
+      scores, parts = tasks.score_all(
+        task, [prompts[i] for i in rows], responses
+      )
+      batch = prepare(params, rollout, split(scores))
+      for _ in range(FLAGS.epochs):
+        params, optimizer_state, metrics = update(
+          params, optimizer_state, batch
+        )
+      # The metrics are those of the whole batch on every device.
+      metrics = {name: value[0] for name, value in metrics.items()}
+      means = tasks.mean_parts(parts)
+      metrics |= {f"task/{name}": value for name, value in means.items()}
+      log.write(step, metrics | {"reward/mean": scores.mean()})
+  state = {"params": jax.tree.map(lambda x: x[0], params)}
+  with checkpoint.Checkpoints(FLAGS.workdir) as checkpoints:
+    checkpoints.save(FLAGS.steps, state, {"step": FLAGS.steps})
+
+
+if __name__ == "__main__":
+  app.run(main)

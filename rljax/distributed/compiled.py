@@ -1,0 +1,95 @@
+"""Programs that compile once, and say so when they would compile again."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Compiled:
+  """A jitted function that compiles once per set of shapes and keeps count.
+
+  Compiling ahead of time makes three things visible that `jax.jit` hides: how
+  long each compilation took, how much memory the program needs, and that an
+  argument changed its shape, type or sharding in the middle of a run. After
+  `freeze()` the last is an error that names the argument.
+
+  Attributes:
+    name: shown in tables and errors.
+    compilations: one dict per compilation: seconds, memory in bytes, shapes.
+  """
+
+  def __init__(self, name: str, function: Callable[..., Any], **jit_options):
+    self.name = name
+    self.compilations: list[dict[str, Any]] = []
+    self._jitted = jax.jit(function, **jit_options)
+    self._executables = {}
+    self._frozen = False
+
+  def freeze(self) -> None:
+    """From here on a new set of shapes raises instead of compiling."""
+    self._frozen = True
+
+  def __call__(self, *args):
+    return self.compile(*args)(*args)
+
+  def compile(self, *args):
+    """The executable for these arguments, compiled unless it is there."""
+    leaves, structure = jax.tree.flatten(args)
+    signature = (structure, tuple(map(_signature, leaves)))
+    executable = self._executables.get(signature)
+    if executable is None:
+      if self._frozen and self._executables:
+        raise RuntimeError(self._recompilation(args, signature))
+      start = time.perf_counter()
+      executable = self._jitted.lower(*args).compile()
+      self._executables[signature] = executable
+      memory = executable.memory_analysis()
+      self.compilations.append(
+        {
+          "name": self.name,
+          "seconds": time.perf_counter() - start,
+          "argument_bytes": getattr(memory, "argument_size_in_bytes", 0),
+          "output_bytes": getattr(memory, "output_size_in_bytes", 0),
+          "temporary_bytes": getattr(memory, "temp_size_in_bytes", 0),
+        }
+      )
+    return executable
+
+  def _recompilation(self, args, signature) -> str:
+    """Says which arguments differ from the last compiled signature."""
+    structure, found = signature
+    known_structure, known = list(self._executables)[-1]
+    head = f"{self.name} would compile again after warm-up: "
+    if structure != known_structure:
+      return (
+        f"{head}its arguments changed from {known_structure} to {structure}"
+      )
+    paths = [
+      jax.tree_util.keystr(path)
+      for path, _ in jax.tree_util.tree_flatten_with_path(args)[0]
+    ]
+    changes = [
+      f"argument {path} was {_describe(was)}, now {_describe(now)}"
+      for path, was, now in zip(paths, known, found, strict=True)
+      if was != now
+    ]
+    shown = "; ".join(changes[:5])
+    return f"{head}{shown}" + ("; ..." if len(changes) > 5 else "")
+
+
+def _signature(leaf) -> tuple:
+  """Shape, type and placement; Python numbers count by their type."""
+  if isinstance(leaf, jax.Array):
+    return leaf.shape, leaf.dtype, leaf.sharding
+  if isinstance(leaf, (np.ndarray, np.generic)):
+    return leaf.shape, leaf.dtype, None
+  return (), type(leaf), None
+
+
+def _describe(signature) -> str:
+  shape, dtype, sharding = signature
+  name = getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
+  return f"{name}{list(shape)}" + (f" on {sharding}" if sharding else "")

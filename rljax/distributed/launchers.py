@@ -1,0 +1,52 @@
+"""What a launcher tells the processes that it starts."""
+
+import re
+from collections.abc import Mapping
+
+
+def place(environment: Mapping[str, str]) -> tuple[str | None, int, int]:
+  """Which process this is, by its environment.
+
+  Args:
+    environment: such as `os.environ`.
+
+  Returns:
+    `(host:port of process 0 or None, number of processes, index of this one)`;
+    `(None, 1, 0)` if nothing is set.
+
+  Raises:
+    ValueError: if the three variables are incomplete or do not fit together.
+  """
+  names = ("RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID")
+  values = [environment.get(name, "") for name in names]
+  if not any(values):
+    return None, 1, 0
+  for name, value in zip(names, values, strict=True):
+    if not value:
+      raise ValueError(
+        f"{name} is not set, but another one of {', '.join(names)} is; set all "
+        "three, or none for a single process."
+      )
+  coordinator, num_processes, process_id = values
+  for name, value in zip(names[1:], values[1:], strict=True):
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+      raise ValueError(f"{name} must be a whole number, got {value!r}.")
+  num_processes, process_id = int(num_processes), int(process_id)
+  if not process_id < num_processes:
+    raise ValueError(
+      f"RLJAX_PROCESS_ID must be below RLJAX_NUM_PROCESSES={num_processes}, "
+      f"got {process_id}."
+    )
+  split_address(coordinator)
+  return coordinator, num_processes, process_id
+
+
+def split_address(address):
+  """Host and port of `host:port`."""
+  host, _, port = address.rpartition(":")
+  if not host or not re.fullmatch(r"[0-9]{1,5}", port):
+    raise ValueError(
+      f'RLJAX_COORDINATOR must be "host:port", such as 10.0.0.2:8476, got '
+      f"{address!r}."
+    )
+  return host.strip("[]"), int(port)

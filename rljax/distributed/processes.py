@@ -1,0 +1,289 @@
+"""Several processes of one run: how they meet, and what they tell each other.
+
+A script is started once for every host, and each process runs the whole of it.
+All of them draw the same prompts and call the same programs in the same order;
+the devices share the rows of a batch, and the processes share what is done
+outside of the devices, such as scoring. With one process, the usual case,
+nothing here costs more than a call.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rljax.distributed import launchers
+
+Tree = Any
+
+# After so long without a sign of life a process counts as dead. It gives one
+# from a thread of its own, however long it compiles or scores.
+HEARTBEAT_SECONDS = 60
+# Sizes of what is exchanged are few: each is a program to compile.
+_LEAST_BYTES = 4096
+
+
+def join(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
+  """Meets the processes that a launcher has started; the first line of a main.
+
+  Reads RLJAX_COORDINATOR, RLJAX_NUM_PROCESSES and RLJAX_PROCESS_ID; without
+  them, or when called again, it does nothing. From here on a process that ends
+  by an error ends at once, and the others notice and end as well, where they
+  would wait for it. What it had saved stays.
+
+  Args:
+    heartbeat_seconds: after which a silent process counts as dead.
+
+  Raises:
+    ValueError: if the variables are not whole.
+  """
+  coordinator, num_processes, process_id = launchers.place(os.environ)
+  if num_processes == 1 or jax.distributed.is_initialized():
+    return
+  logging.set_verbosity(logging.WARNING)  # jax tells where it connects to.
+  connect(
+    coordinator,
+    num_processes,
+    process_id,
+    heartbeat_timeout_seconds=heartbeat_seconds,
+  )
+  sys.excepthook = _end
+
+
+def connect(
+  coordinator: str, num_processes: int, process_id: int, **timeouts: int
+) -> None:
+  """Connects this process to the others, and changes nothing else of it.
+
+  Args:
+    coordinator: host:port of process 0.
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+    **timeouts: of `jax.distributed.initialize`, in seconds.
+  """
+  # It would catch SIGTERM, which `checkpoint.Preemption` is for, and by which
+  # whoever waits for others can be stopped.
+  jax.config.update("jax_enable_preemption_service", False)
+  jax.distributed.initialize(
+    coordinator,
+    num_processes,
+    process_id,
+    # Or Slurm's own would give each process a single device.
+    cluster_detection_method="deactivate",
+    **timeouts,
+  )
+
+
+def check_joined() -> None:
+  """Raises ValueError where a launcher started several, and all are alone.
+
+  Each would train for itself, into the same files.
+  """
+  _, num_processes, _ = launchers.place(os.environ)
+  if num_processes > 1 and not jax.distributed.is_initialized():
+    raise ValueError(
+      f"RLJAX_NUM_PROCESSES={num_processes}: this script runs in one process "
+      "so far. Start it on one host, whose devices --mesh shares."
+    )
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def gather(tree: Tree) -> Tree:
+  """Arrays as numpy arrays, whole in every process.
+
+  All processes must call it.
+
+  Args:
+    tree: arrays, which may be spread over the devices of several processes.
+
+  Returns:
+    The same tree of numpy arrays.
+  """
+  if jax.process_count() > 1:
+    tree = jax.tree.map(_replicated, tree)
+  return jax.tree.map(np.asarray, tree)
+
+
+def exchange(value: Any) -> list[Any]:
+  """What every process has to say, in every process.
+
+  All processes must call it.
+
+  Args:
+    value: anything that `json` can write, and numpy's numbers.
+
+  Returns:
+    One value per process, in their order, as JSON gives them back. With one
+    process it is the value itself.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  from jax.experimental import multihost_utils
+
+  text = json.dumps(value, default=lambda x: x.item()).encode()
+  sizes = multihost_utils.process_allgather(np.int32(len(text)))
+  room = max(_LEAST_BYTES, 1 << (int(sizes.max()) - 1).bit_length())
+  padded = np.zeros(room, np.uint8)
+  padded[: len(text)] = np.frombuffer(text, np.uint8)
+  texts = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(texts, sizes, strict=True)
+  ]
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+  """What a function returns in the first process, the only one to call it.
+
+  Args:
+    function: reads or writes a file, say; returns what `exchange` takes.
+
+  Returns:
+    The same in every process.
+
+  Raises:
+    RuntimeError: in the others, if it failed in the first.
+  """
+  if jax.process_count() == 1:
+    return function()
+  return _together(function if is_first() else lambda: None)[0]
+
+
+def share(num_rows: int, function: Callable[[slice], Any]) -> list[Any]:
+  """Has every process do its part of the rows.
+
+  The parts are as even as they can be, and in the order of the processes.
+
+  Args:
+    num_rows: how many rows there are.
+    function: takes the slice of its rows, and returns what `exchange` takes.
+      A process without rows does not call it.
+
+  Returns:
+    What the function returned for each part, in order; with one process, what
+    it returned for all rows.
+
+  Raises:
+    RuntimeError: in all processes, if the function failed in another one.
+  """
+  num_processes = jax.process_count()
+  if num_processes == 1:
+    return [function(slice(0, num_rows))]
+  ends = [num_rows * i // num_processes for i in range(num_processes + 1)]
+  first, last = ends[jax.process_index() :][:2]
+  own = lambda: function(slice(first, last)) if first < last else None
+  return [
+    part
+    for part, start, end in zip(_together(own), ends, ends[1:], strict=False)
+    if start < end
+  ]
+
+
+def check_same(name: str, value: Any) -> None:
+  """Raises ValueError unless all processes have the same value.
+
+  Args:
+    name: what it is.
+    value: JSON, a mapping of names to what may differ.
+  """
+  found = exchange(value)
+  for number, other in enumerate(found):
+    for key in sorted(found[0].keys() | other.keys()):
+      if found[0].get(key) != other.get(key):
+        raise ValueError(
+          f"{name} differ: {key} is {found[0].get(key)!r} in process 0 and "
+          f"{other.get(key)!r} in process {number}. Start all with one command."
+        )
+
+
+def check_shared(folder: str, seconds: float = 15.0) -> None:
+  """Raises ValueError unless all processes see one folder.
+
+  Orbax would wait for ever for what the others write.
+
+  Args:
+    folder: of process 0; the others may have another one at this path.
+    seconds: to wait for a file of process 0, on a disk over the network.
+  """
+  if jax.process_count() == 1:
+    return
+
+  def write():
+    handle, path = tempfile.mkstemp(prefix=".seen-by-all-", dir=folder)
+    os.close(handle)
+    return os.path.basename(path)
+
+  path = os.path.join(folder, from_first(write))
+  deadline = time.monotonic() + seconds
+  while not os.path.exists(path) and time.monotonic() < deadline:
+    os.listdir(folder)  # Some disks look again only if they are asked.
+    time.sleep(0.1)
+  blind = [
+    i for i, sees in enumerate(exchange(os.path.exists(path))) if not sees
+  ]
+  if is_first():
+    os.unlink(path)
+  if blind:
+    raise ValueError(
+      f"{folder} is not one folder for all processes: what process 0 writes is "
+      f"not seen by {', '.join(map(str, blind))}. Give a --workdir on a file "
+      "system that all hosts mount."
+    )
+
+
+def _together(function):
+  """What a function returned in each process; its failure is known to all."""
+  failure = None
+  try:
+    found = {"value": function()}
+  except Exception as error:
+    failure, found = error, {"error": f"{type(error).__name__}: {error}"}
+  everyone = exchange(found)
+  if failure is not None:
+    raise failure
+  for number, other in enumerate(everyone):
+    if "error" in other:
+      raise RuntimeError(f"process {number} failed with {other['error']}")
+  return [other["value"] for other in everyone]
+
+
+def _replicated(leaf):
+  """An array that can be read here."""
+  if (
+    not isinstance(leaf, jax.Array)
+    or leaf.is_fully_addressable
+    or leaf.is_fully_replicated
+  ):
+    return leaf
+  whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+  return jax.jit(_identity, out_shardings=whole)(leaf)
+
+
+def _identity(x):
+  return x
+
+
+def _end(kind, error, trace):
+  """Ends a process by an error, without waiting for the others to end, too."""
+  sys.__excepthook__(kind, error, trace)
+  logging.error(
+    "Process %d of %d ends, and so will the others; the same command goes on "
+    "from the last checkpoint.",
+    jax.process_index(),
+    jax.process_count(),
+  )
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)

@@ -1,0 +1,1 @@
+"""What a policy's answers are worth, as numbers, pictures and pages."""

@@ -1,0 +1,362 @@
+"""Sampling from a language model: one compiled prefill and decode loop.
+
+The model is anything that follows the protocol of `rljax.models`: a linen
+module with `prefill`, `decode` and `logits` methods. A stand-in with known
+logits does as well, so nothing in here knows a model family.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.ops import log_probs as log_probs_lib
+from rljax.ops import sampling
+
+Array = chex.Array
+
+
+@chex.dataclass(frozen=True)
+class Samples:
+  """What the decode loop returns; `N = B * num_samples` rows.
+
+  Attributes:
+    response_ids: `[N, T]` int32, `pad_id` after the end.
+    response_mask: `[N, T]` bool, True up to and including the end token.
+    log_probs: `[N, T]` float32, of the drawn tokens under the policy that is
+      trained: with its temperature and its allowed tokens, before any top-k,
+      top-p or min-p. 0 where masked.
+    truncated_log_probs: `[N, T]` float32, under the distribution that the
+      tokens were drawn from. Equals `log_probs` when nothing is truncated.
+    finished: `[N]` bool, True where a stop id or a stop string ended the
+      response, False where it ran out of length.
+    allowed: `[N, T, V]` bool under a constraint, the tokens that each was drawn
+      from, all behind the end; else None.
+  """
+
+  response_ids: Array
+  response_mask: Array
+  log_probs: Array
+  truncated_log_probs: Array
+  finished: Array
+  allowed: Array | None = None
+
+
+def row_keys(key: Array, prompt_indices: Array, num_samples: int) -> Array:
+  """One key for each sample of each prompt.
+
+  The key depends on the prompt's index in the step's batch and on the index
+  of the sample, and on nothing else: not on the number of devices, on the
+  row's place in a micro-batch or on its neighbours.
+
+  Args:
+    key: the typed key of the step.
+    prompt_indices: `[B]` int, index of each prompt in the step's batch.
+    num_samples: samples per prompt.
+
+  Returns:
+    `[B * num_samples]` typed keys; row `b * num_samples + j` is sample j of
+    prompt b.
+  """
+  prompts = jnp.repeat(prompt_indices, num_samples)
+  samples = jnp.tile(jnp.arange(num_samples), prompt_indices.shape[0])
+  fold = lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j)
+  return jax.vmap(fold)(prompts, samples)
+
+
+def stop_table(
+  strings: Sequence[str], token_bytes: Sequence[bytes]
+) -> np.ndarray:
+  """Compiles stop strings to a table over token ids.
+
+  The table is the Aho-Corasick automaton of the strings' bytes, run ahead
+  over the bytes of each token. So a string is found wherever its ends fall
+  inside the tokens, and the sampler follows it with one look-up per token.
+
+  Args:
+    strings: the stop strings, at least one, none empty.
+    token_bytes: for each token id the bytes that it adds to the text.
+
+  Returns:
+    `[S, V]` int32. `table[s, v]` is the state after token v in state s. State
+    0 is the start, the last state means that a string was found.
+
+  Raises:
+    ValueError: if there is no string or an empty one.
+
+  Source:
+    Aho and Corasick (1975), "Efficient string matching".
+  """
+  patterns = [string.encode("utf-8") for string in strings]
+  if not patterns or not all(patterns):
+    raise ValueError(
+      f"stop strings must be one or more non-empty strings, got {strings!r}."
+    )
+  # The trie, then its failure links in breadth-first order.
+  children, is_end = [{}], [False]
+  for pattern in patterns:
+    node = 0
+    for byte in pattern:
+      if byte not in children[node]:
+        children[node][byte] = len(children)
+        children.append({})
+        is_end.append(False)
+      node = children[node][byte]
+    is_end[node] = True
+  num_nodes = len(children)
+  delta = np.zeros((num_nodes + 1, 256), np.int32)
+  failure = [0] * num_nodes
+  queue = collections.deque()
+  for byte, child in children[0].items():
+    delta[0, byte] = child
+    queue.append(child)
+  while queue:
+    node = queue.popleft()
+    is_end[node] = is_end[node] or is_end[failure[node]]
+    delta[node] = delta[failure[node]]
+    for byte, child in children[node].items():
+      failure[child] = delta[failure[node], byte]
+      delta[node, byte] = child
+      queue.append(child)
+  # One absorbing state stands for every node at which a string has ended.
+  found = num_nodes
+  ends = np.array([*is_end, True])
+  delta = np.where(ends[delta], found, delta).astype(np.int32)
+  delta[found] = found
+
+  # Run all states over all tokens, one byte position at a time.
+  lengths = np.array([len(b) for b in token_bytes])
+  padded = np.zeros((len(token_bytes), max(1, lengths.max())), np.uint8)
+  for row, token in zip(padded, token_bytes, strict=True):
+    row[: len(token)] = np.frombuffer(token, np.uint8)
+  states = np.repeat(np.arange(num_nodes + 1)[:, None], len(token_bytes), 1)
+  for position in range(padded.shape[1]):
+    stepped = delta[states, padded[None, :, position]]
+    states = np.where(position < lengths[None, :], stepped, states)
+  return states.astype(np.int32)
+
+
+def sample(
+  key: Array,
+  model: Any,
+  params: Any,
+  prompt_ids: Array,
+  prompt_mask: Array,
+  *,
+  max_length: int,
+  settings: sampling.Settings,
+  num_samples: int = 1,
+  prompt_indices: Array | None = None,
+  allowed: Array | None = None,
+  stop_ids: tuple[int, ...] = (),
+  stop_strings: Array | None = None,
+  lengths: Array | None = None,
+  forced: Array | None = None,
+  constraint: Any = None,
+  split_cache: Callable[[Any], Any] | None = None,
+  pad_id: int = 0,
+) -> Samples:
+  """Draws `num_samples` responses to each prompt.
+
+  Prompts are run through the model once, and their keys and values are shared
+  by all samples of a prompt. The loop ends as soon as every row has ended.
+  Call it under `jax.jit` with `model`, `settings` and the numbers bound.
+
+  Token t of sample j of prompt i is drawn with one uniform number whose key is
+  `fold_in(fold_in(fold_in(key, i), j), t)`. So samples do not depend on batch
+  layout, micro-batch size or device count.
+
+  Args:
+    key: typed key of the step.
+    model: module with `prefill`, `decode` and `logits`, see `rljax.models`.
+    params: its parameters.
+    prompt_ids: `[B, P]` int32, left-padded.
+    prompt_mask: `[B, P]` bool.
+    max_length: T, the number of tokens after which a response is cut.
+    settings: temperature and truncation.
+    num_samples: samples per prompt.
+    prompt_indices: `[B]` int, index of each prompt in the step's batch;
+      0..B-1 by default.
+    allowed: `[V]` bool, tokens that may be drawn; all by default. The same
+      mask belongs into the trainer's log-probabilities.
+    stop_ids: token ids that end a response and belong to it.
+    stop_strings: `[S, V]` table of `stop_table`, or None. The token that
+      completes a stop string belongs to the response.
+    lengths: `[N]` int, a length limit per row, at most T; T by default.
+    forced: `[V + 1]` int, or None: the token that must follow each token, or
+      -1 where it is drawn; the last entry is for the first token. A forced
+      token belongs to the response, is an input rather than a choice, and has
+      log-probability 0.
+    constraint: what may follow what, for each prompt, such as
+      `grammars.Constraint`, or None: it has `repeat(num_samples)`, `start`,
+      `allowed(place)` and `advance(place, tokens)`. The log-probabilities are
+      those of the policy within it.
+    split_cache: keeps the keys and values where they belong on a mesh, see
+      `meshes.cache_splitter`; None leaves that to the compiler.
+    pad_id: what stands after the end.
+
+  Returns:
+    `Samples` with `N = B * num_samples` rows.
+
+  Raises:
+    ValueError: if `max_length` or `num_samples` is not positive.
+  """
+  chex.assert_rank([prompt_ids, prompt_mask], 2)
+  chex.assert_equal_shape([prompt_ids, prompt_mask])
+  chex.assert_type([prompt_ids, prompt_mask], [int, bool])
+  if max_length < 1 or num_samples < 1:
+    raise ValueError(
+      "max_length and num_samples must be positive, got "
+      f"{max_length} and {num_samples}."
+    )
+  num_prompts = prompt_ids.shape[0]
+  num_rows = num_prompts * num_samples
+  if prompt_indices is None:
+    prompt_indices = jnp.arange(num_prompts)
+  chex.assert_shape(prompt_indices, (num_prompts,))
+  if lengths is None:
+    lengths = jnp.full((num_rows,), max_length, jnp.int32)
+  chex.assert_shape(lengths, (num_rows,))
+  if stop_strings is not None:
+    stop_strings = jnp.asarray(stop_strings)  # A numpy table may be given.
+  if forced is not None:
+    forced = jnp.asarray(forced)
+    chex.assert_rank(forced, 1)
+  if constraint is not None:
+    constraint = constraint.repeat(num_samples)
+  keys = row_keys(key, prompt_indices, num_samples)
+  variables = {"params": params}
+
+  def draw(step, logits, last_tokens, allowed):
+    """The tokens of one step and their log-probabilities, `[N]` each."""
+    logits = log_probs_lib.masked_logits(
+      logits, temperature=settings.temperature, allowed=allowed
+    )
+    truncated = sampling.truncate(logits, settings)
+    if settings.greedy:
+      tokens = sampling.greedy(truncated)
+    else:
+      step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+      uniforms = jax.vmap(jax.random.uniform)(step_keys)
+      tokens = sampling.inverse_cdf(truncated, uniforms)
+    log_prob = truncated_log_prob = _log_prob(logits, tokens)
+    if settings.truncates:
+      truncated_log_prob = _log_prob(truncated, tokens)
+    if forced is not None:
+      following = forced[last_tokens]
+      is_free = following < 0
+      tokens = jnp.where(is_free, tokens, following)
+      log_prob = jnp.where(is_free, log_prob, 0.0)
+      truncated_log_prob = jnp.where(is_free, truncated_log_prob, 0.0)
+    return tokens, log_prob, truncated_log_prob
+
+  def allowed_at(state):
+    """`[V]`, or `[N, V]` under a constraint."""
+    if constraint is None:
+      return allowed
+    found = constraint.allowed(state["place"])
+    return found if allowed is None else found & allowed[None]
+
+  def record(step, state, drawn, allowed):
+    """Writes one column and finds out which rows have ended with it."""
+    tokens, log_prob, truncated_log_prob = drawn
+    alive = ~state["finished"] & (step < lengths)
+    tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
+    stop = jnp.zeros_like(alive)
+    for stop_id in stop_ids:
+      stop |= tokens == stop_id
+    automaton = state["automaton"]
+    if stop_strings is not None:
+      automaton = jnp.where(alive, stop_strings[automaton, tokens], automaton)
+      stop |= automaton == stop_strings.shape[0] - 1
+    write = lambda name, column: jax.lax.dynamic_update_slice_in_dim(
+      state[name], column[:, None], step, axis=1
+    )
+    more = {}
+    if constraint is not None:
+      more = {
+        "allowed": write("allowed", allowed | ~alive[:, None]),
+        "place": constraint.advance(state["place"], tokens),
+      }
+    return {
+      "tokens": tokens,
+      "response_ids": write("response_ids", tokens),
+      "response_mask": write("response_mask", alive),
+      "log_probs": write("log_probs", jnp.where(alive, log_prob, 0.0)),
+      "truncated_log_probs": write(
+        "truncated_log_probs", jnp.where(alive, truncated_log_prob, 0.0)
+      ),
+      "finished": state["finished"] | (alive & stop),
+      "automaton": automaton,
+      **more,
+    }
+
+  # The first token comes from the prompts' last column, once per prompt.
+  hidden, cache = model.apply(
+    variables,
+    prompt_ids,
+    prompt_mask,
+    num_samples,
+    max_length,
+    method="prefill",
+  )
+  if split_cache is not None:
+    cache = split_cache(cache)
+  logits = model.apply(variables, hidden[:, -1], method="logits")  # [B, V]
+  shape = (num_rows, max_length)
+  state = {
+    "tokens": jnp.zeros(num_rows, jnp.int32),
+    "response_ids": jnp.full(shape, pad_id, jnp.int32),
+    "response_mask": jnp.zeros(shape, bool),
+    "log_probs": jnp.zeros(shape, jnp.float32),
+    "truncated_log_probs": jnp.zeros(shape, jnp.float32),
+    "finished": jnp.zeros(num_rows, bool),
+    "automaton": jnp.zeros(num_rows, jnp.int32),
+  }
+  # Before the first token comes the entry of `forced` behind all tokens.
+  before = jnp.full(num_rows, -1, jnp.int32)
+  logits = jnp.repeat(logits, num_samples, axis=0)
+  if constraint is not None:
+    state["place"] = constraint.start
+    state["allowed"] = jnp.ones((*shape, logits.shape[-1]), bool)
+  allowed_first = allowed_at(state)
+  drawn = draw(0, logits, before, allowed_first)
+  state = record(0, state, drawn, allowed_first)
+
+  def goes_on(carry):
+    step, state, _ = carry
+    alive = ~state["finished"] & (step < lengths)
+    return (step < max_length) & jnp.any(alive)
+
+  def decode(carry):
+    step, state, cache = carry
+    hidden, cache = model.apply(
+      variables, state["tokens"], cache, method="decode"
+    )
+    if split_cache is not None:
+      cache = split_cache(cache)
+    logits = model.apply(variables, hidden, method="logits")  # [N, V]
+    allowed_now = allowed_at(state)
+    drawn = draw(step, logits, state["tokens"], allowed_now)
+    return step + 1, record(step, state, drawn, allowed_now), cache
+
+  if max_length > 1:
+    _, state, _ = jax.lax.while_loop(goes_on, decode, (1, state, cache))
+  return Samples(
+    response_ids=state["response_ids"],
+    response_mask=state["response_mask"],
+    log_probs=state["log_probs"],
+    truncated_log_probs=state["truncated_log_probs"],
+    finished=state["finished"],
+    allowed=state.get("allowed"),
+  )
+
+
+def _log_prob(logits: Array, tokens: Array) -> Array:
+  """`[N]` log-probabilities of `tokens` `[N]` under `logits` `[N, V]`."""
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -1,0 +1,308 @@
+"""Rollouts: prompts, responses, and what a policy says of their tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rljax.distributed import processes
+from rljax.generation import decode
+from rljax.ops import log_probs as log_probs_lib
+from rljax.ops import sampling
+
+Array = chex.Array
+Batch = Mapping[str, Array]
+
+
+@chex.dataclass(frozen=True)
+class Rollout:
+  """Prompts with one response each; N rows.
+
+  Attributes:
+    prompt_ids: `[N, P]` int32, left-padded.
+    prompt_mask: `[N, P]` bool.
+    response_ids: `[N, T]` int32, right-padded.
+    response_mask: `[N, T]` bool, True up to and including the end token.
+    log_probs: `[N, T]` float32, under the policy that drew the tokens, with
+      its temperature and allowed tokens; 0 where masked.
+    truncated_log_probs: `[N, T]` float32, the same after top-k, top-p and
+      min-p.
+    finished: `[N]` bool, True where a stop id or stop string ended the row.
+    allowed: `[N, T, V]` bool, the tokens that each was drawn from, where that
+      differs from row to row; else None.
+  """
+
+  prompt_ids: Array
+  prompt_mask: Array
+  response_ids: Array
+  response_mask: Array
+  log_probs: Array
+  truncated_log_probs: Array
+  finished: Array
+  allowed: Array | None = None
+
+
+def sample(
+  key: Array,
+  model: Any,
+  params: Any,
+  prompt_ids: Array,
+  prompt_mask: Array,
+  *,
+  max_length: int,
+  settings: sampling.Settings,
+  num_samples: int = 1,
+  **options: Any,
+) -> Rollout:
+  """Draws `num_samples` responses to each prompt, beside their prompts.
+
+  Args:
+    key: typed key of the step.
+    model: module with `prefill`, `decode` and `logits`.
+    params: its parameters.
+    prompt_ids: `[B, P]` int32, left-padded.
+    prompt_mask: `[B, P]` bool.
+    max_length: T.
+    settings: temperature and truncation.
+    num_samples: responses per prompt.
+    **options: see `generation.sample`.
+
+  Returns:
+    A `Rollout` of `N = B * num_samples` rows; row `b * num_samples + j` is
+    sample j of prompt b.
+  """
+  samples = decode.sample(
+    key,
+    model,
+    params,
+    prompt_ids,
+    prompt_mask,
+    max_length=max_length,
+    settings=settings,
+    num_samples=num_samples,
+    **options,
+  )
+  return Rollout(
+    prompt_ids=jnp.repeat(prompt_ids, num_samples, axis=0),
+    prompt_mask=jnp.repeat(prompt_mask, num_samples, axis=0),
+    **samples,
+  )
+
+
+def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
+  """Hidden states that the response tokens were drawn from.
+
+  `hidden[:, t]` is the model's state after the prompt and the response tokens
+  before t. Its logits are the distribution of `response_ids[:, t]`, and a
+  value head on it gives V of the text before token t. This is the one place
+  where that shift by one is made.
+
+  Args:
+    model: module, called on ids and mask.
+    params: its parameters.
+    batch: a `Rollout`, or a dict with `prompt_ids`, `prompt_mask` `[N, P]`,
+      left-padded, and `response_ids`, `response_mask` `[N, T]`, right-padded.
+
+  Returns:
+    `[N, T, D]`.
+  """
+  hidden, _ = text_hidden(model, params, batch)
+  return at_responses(hidden, batch)
+
+
+def at_responses(states: Array, batch: Batch) -> Array:
+  """Of `text_hidden`, what the response tokens were drawn from.
+
+  Args:
+    states: `[N, P + T - 1, ...]`, one for each token that was read.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, T, ...]`, whose entry t stands behind all that comes before token t.
+  """
+  return states[:, batch["prompt_ids"].shape[1] - 1 :]
+
+
+def text_hidden(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
+  """Hidden states of prompts and responses, all but the last token's.
+
+  Args:
+    model: module, called on ids and mask.
+    params: its parameters.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, P + T - 1, D]`, and the mask `[N, P + T - 1]` bool of real tokens.
+  """
+  prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"]
+  response_ids, response_mask = batch["response_ids"], batch["response_mask"]
+  arrays = [prompt_ids, prompt_mask, response_ids, response_mask]
+  chex.assert_rank(arrays, 2)
+  chex.assert_type(arrays, [int, bool, int, bool])
+  chex.assert_equal_shape(arrays[:2])
+  chex.assert_equal_shape(arrays[2:])
+  # Nothing is drawn after the last response token: it need not be read.
+  ids = jnp.concatenate([prompt_ids, response_ids[:, :-1]], axis=1)
+  mask = jnp.concatenate([prompt_mask, response_mask[:, :-1]], axis=1)
+  return model.apply({"params": params}, ids, mask), mask
+
+
+def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
+  """What a causal classifier says of the responses, token by token.
+
+  `logits[:, t]` is about the prompt and the response tokens up to and with t:
+  here nothing is shifted.
+
+  Args:
+    model: a `classifier.CausalClassifier` with the policy's tokens.
+    params: its parameters.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, T, L]` float32, 0 where masked.
+  """
+  ids, mask = (
+    jnp.concatenate(
+      [batch[f"prompt_{name}"], batch[f"response_{name}"]], axis=1
+    )
+    for name in ("ids", "mask")
+  )
+  logits = model.apply({"params": params}, ids, mask, method="token_logits")
+  return logits[:, batch["prompt_ids"].shape[1] :]
+
+
+def token_statistics(
+  model: Any,
+  params: Any,
+  batch: Batch,
+  *,
+  temperature: float,
+  allowed: Array | None = None,
+  chunk_size: int | None = None,
+  hidden: Array | None = None,
+) -> tuple[log_probs_lib.TokenStatistics, Array]:
+  """Log-probabilities and entropies of the response tokens under `params`.
+
+  Computed exactly as the sampler computes them: same temperature, same
+  allowed tokens.
+
+  Args:
+    model: module, called on ids and mask.
+    params: its parameters; gradients flow to them.
+    batch: as for `response_hidden`; and `allowed` `[N, T, V]`, if it has one.
+    temperature: of the sampler.
+    allowed: `[V]` bool, tokens that may be drawn, or None.
+    chunk_size: response positions whose logits exist at the same time; None
+      for all of them.
+    hidden: `[N, T, D]` of `response_hidden`, where it is known already.
+
+  Returns:
+    The `TokenStatistics` `[N, T]` and the hidden states `[N, T, D]`.
+  """
+  if hidden is None:
+    hidden = response_hidden(model, params, batch)
+  by_position = batch.get("allowed")
+  if by_position is not None:
+    allowed = by_position if allowed is None else by_position & allowed
+  statistics = log_probs_lib.from_hidden(
+    lambda h: model.apply({"params": params}, h, method="logits"),
+    hidden,
+    batch["response_ids"],
+    chunk_size=chunk_size,
+    temperature=temperature,
+    allowed=allowed,
+  )
+  return statistics, hidden
+
+
+def in_parts(
+  function: Callable[[Any], Any],
+  batch: Any,
+  num_parts: int,
+  sharding: jax.sharding.Sharding | None = None,
+) -> Any:
+  """Calls a function of rows for one part of a batch after another.
+
+  For passes without gradients, that need no more memory than those with.
+
+  Args:
+    function: maps rows to a tree of arrays `[rows, ...]`, each by itself.
+    batch: tree of arrays `[N, ...]`.
+    num_parts: must divide N; 1 to call the function once.
+    sharding: of a part's rows, where they lie on several devices. Every part
+      takes rows from all of them.
+
+  Returns:
+    What the function gives for all rows, in their order.
+  """
+  if num_parts == 1:
+    return function(batch)
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+
+  def one(part):
+    if sharding is not None:
+      part = jax.lax.with_sharding_constraint(part, sharding)
+    return function(part)
+
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]),
+    jax.lax.map(one, parts),
+  )
+
+
+def records(
+  rollout: Rollout,
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  scores: Sequence[float],
+  parts: Sequence[dict[str, Any]],
+  *,
+  settings: sampling.Settings,
+  policy_step: int,
+) -> list[dict[str, Any]]:
+  """Rows for a jsonl file: what online scripts write and offline ones read.
+
+  Args:
+    rollout: N rows.
+    prompts: N texts.
+    responses: N texts.
+    scores: N numbers.
+    parts: N dicts, what the score is made of.
+    settings: the sampler's.
+    policy_step: rollouts that the policy which drew the tokens had learnt
+      from.
+
+  Returns:
+    N dicts with `prompt`, `response`, `reward`, the ids and log-probabilities
+    of the response, and the sampler's settings.
+  """
+  names = (
+    *("response_ids", "response_mask", "finished"),
+    *("log_probs", "truncated_log_probs"),
+  )
+  host = processes.gather({name: getattr(rollout, name) for name in names})
+  rows = []
+  for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    mask = host["response_mask"][i]
+    rows.append(
+      {
+        "prompt": prompt,
+        "response": response,
+        "reward": float(scores[i]),
+        "parts": parts[i],
+        "response_ids": host["response_ids"][i][mask].tolist(),
+        "log_probs": host["log_probs"][i][mask].tolist(),
+        "truncated_log_probs": host["truncated_log_probs"][i][mask].tolist(),
+        "finished": bool(host["finished"][i]),
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p,
+        "policy_step": policy_step,
+      }
+    )
+  return rows

@@ -1,0 +1,1 @@
+"""Pure functions of arrays that losses and scripts share."""

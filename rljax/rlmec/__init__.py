@@ -1,0 +1,1 @@
+"""The generative reward model of RLMEC: its questions, answers and targets."""

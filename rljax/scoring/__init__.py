@@ -1,0 +1,1 @@
+"""What a response earns, from a task, a function or a model."""

@@ -1,0 +1,289 @@
+"""What a frozen reference says of logged responses, worked out once.
+
+Reference, values and rewards do not change while a policy is trained on a log:
+their numbers are kept in `reference.npz`, with a manifest of what they were
+made of. A training that was given another log, reference, tokenizer or length
+refuses them and says which.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.distributed import compiled, meshes, processes
+from rljax.generation import rollouts
+from rljax.ops import log_probs
+from rljax.storage import checkpoint
+from rljax.text import batches, logged, tokens
+
+ARRAYS, MANIFEST = "reference.npz", "manifest.json"
+
+# What the parts of a manifest are, in words.
+_PARTS = {
+  "data": "the logged rows (--data)",
+  "reference": "the parameters of the reference (--policy)",
+  "tokenizer": "the tokenizer",
+  "ids": "the token ids of the rows",
+  "max_prompt_length": "--max_prompt_length",
+  "max_response_length": "--max_response_length",
+  "too_long": "--too_long",
+  "prompt_format": "--prompt_format",
+  "dtype": "--dtype",
+}
+
+# Where one of these differs, so do the ids: nothing more to say about them.
+_DECIDE_IDS = set(_PARTS) - {"ids", "reference", "dtype"}
+
+
+def lengths(encoded: logged.Encoded) -> tuple[int, int]:
+  """Columns that hold every prompt, and every response."""
+  return (
+    batches.bucket_length(max(map(len, encoded.prompt_ids))),
+    batches.bucket_length(
+      max(len(ids) for row in encoded.response_ids for ids in row)
+    ),
+  )
+
+
+def response_log_probs(
+  model: Any,
+  params: Any,
+  encoded: logged.Encoded,
+  *,
+  batch_size: int,
+  mesh: Any,
+  chunk_size: int | None = None,
+) -> np.ndarray:
+  """Log-probabilities of all candidates of all rows, at temperature 1.
+
+  Args:
+    model: module.
+    params: its parameters, on the mesh.
+    encoded: N rows of up to K candidates.
+    batch_size: responses at the same time.
+    mesh: from `meshes.make`.
+    chunk_size: response positions with logits at the same time; None for what
+      fits.
+
+  Returns:
+    `[N, K, T]` float32, with T of `lengths`; 0 where there is no token.
+  """
+  prompt_length, response_length = lengths(encoded)
+  num_candidates = max(map(len, encoded.response_ids))
+  pairs = [
+    (row, candidate)
+    for row, responses in enumerate(encoded.response_ids)
+    for candidate in range(len(responses))
+  ]
+  rows, candidates = np.transpose(pairs)
+  arrays = logged.batch(
+    encoded,
+    rows,
+    candidates,
+    prompt_length=prompt_length,
+    response_length=response_length,
+  )
+  found = _log_probs(model, params, arrays, batch_size, mesh, chunk_size)
+  result = np.zeros(
+    (len(encoded.response_ids), num_candidates, response_length), np.float32
+  )
+  result[rows, candidates] = found
+  return result
+
+
+def pair_log_probs(
+  model: Any,
+  params: Any,
+  pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+  *,
+  batch_size: int,
+  mesh: Any,
+  chunk_size: int | None = None,
+) -> list[np.ndarray]:
+  """Log-probabilities of responses, each behind its prompt, at temperature 1.
+
+  One forward pass over given tokens; nothing is decoded.
+
+  Args:
+    model: module.
+    params: its parameters, on the mesh.
+    pairs: N prompts and responses, as ids.
+    batch_size: responses at the same time.
+    mesh: from `meshes.make`.
+    chunk_size: as in `response_log_probs`.
+
+  Returns:
+    N arrays `[n]` float32, one entry per token of the response.
+
+  Raises:
+    ValueError: if the longest prompt and response are longer than the model's
+      context.
+  """
+  arrays = batches.supervised_batch(pairs)
+  length = arrays["prompt_ids"].shape[1] + arrays["response_ids"].shape[1]
+  tokens.check_positions(length, model.config.max_positions)
+  found = _log_probs(model, params, arrays, batch_size, mesh, chunk_size)
+  return [
+    row[: len(response)]
+    for row, (_, response) in zip(found, pairs, strict=True)
+  ]
+
+
+def describe(
+  encoded: logged.Encoded, params: Any, tokenizer: Any, **settings: Any
+) -> dict[str, Any]:
+  """What the numbers of a reference depend on, as a manifest holds it.
+
+  Args:
+    encoded: the logged rows.
+    params: parameters of the reference.
+    tokenizer: its tokenizer.
+    **settings: plain values by the names of their flags.
+
+  Returns:
+    JSON values: fingerprints of rows, ids, parameters and tokenizer, and the
+    settings.
+  """
+  words = json.dumps(
+    [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id]
+  )
+  return {
+    "data": logged.fingerprint(encoded.rows),
+    "ids": logged.fingerprint_ids(encoded),
+    "reference": checkpoint.fingerprint(params),
+    "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+    **settings,
+  }
+
+
+def save(
+  directory: str | os.PathLike,
+  arrays: Mapping[str, np.ndarray],
+  made_of: Mapping[str, Any],
+  notes: Mapping[str, Any],
+) -> None:
+  """Writes arrays with their manifest, which is written last.
+
+  Of several processes, the first one does.
+
+  Args:
+    directory: made if it is missing.
+    arrays: by name, each with one entry a row.
+    made_of: from `describe`.
+    notes: more for the reader of the manifest; nothing is checked by it.
+  """
+  if not processes.is_first():
+    return
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / MANIFEST).unlink(missing_ok=True)
+  partial = directory / f".{ARRAYS}.partial"
+  with partial.open("wb") as file:
+    np.savez(file, **arrays)
+    file.flush()
+    os.fsync(file.fileno())
+  manifest = {
+    "made_of": dict(made_of),
+    "notes": dict(notes),
+    "sha256": hashlib.sha256(partial.read_bytes()).hexdigest(),
+  }
+  os.replace(partial, directory / ARRAYS)
+  partial = directory / f".{MANIFEST}.partial"
+  partial.write_text(json.dumps(manifest, indent=2) + "\n")
+  os.replace(partial, directory / MANIFEST)
+
+
+def load(
+  directory: str | os.PathLike,
+  made_of: Mapping[str, Any],
+  needed: Sequence[str],
+) -> dict[str, np.ndarray]:
+  """Reads arrays that were made of the same things.
+
+  Args:
+    directory: where `save` wrote them.
+    made_of: from `describe`, of what is about to be trained.
+    needed: arrays that must be among them.
+
+  Returns:
+    The arrays by name.
+
+  Raises:
+    ValueError: if there is no whole cache, it is damaged, it was made of
+      something else, naming every part that differs, or lacks an array.
+  """
+  directory = pathlib.Path(directory)
+  again = "Make it again with experiments/offline_value.py."
+  try:
+    manifest = json.loads((directory / MANIFEST).read_text())
+    content = (directory / ARRAYS).read_bytes()
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{directory} holds no whole cache of a reference ({error}). {again}"
+    ) from error
+  if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+    raise ValueError(
+      f"{directory / ARRAYS} is damaged: its checksum is not that of "
+      f"{MANIFEST}. {again}"
+    )
+  found = manifest["made_of"]
+  differing = [
+    name
+    for name in dict.fromkeys([*_PARTS, *found, *made_of])
+    if found.get(name) != made_of.get(name)
+  ]
+  if set(differing) & _DECIDE_IDS:
+    differing = [name for name in differing if name != "ids"]
+  lines = [
+    f"  {_PARTS.get(name, name)}: the cache has {_short(found.get(name))}, "
+    f"this run {_short(made_of.get(name))}"
+    for name in differing
+  ]
+  if lines:
+    raise ValueError(
+      f"The cache {directory} does not fit this run:\n"
+      + "\n".join(lines)
+      + f"\nGive what it was made of, or another --cache. {again}"
+    )
+  with np.load(directory / ARRAYS) as file:
+    arrays = dict(file)
+  missing = [name for name in needed if name not in arrays]
+  if missing:
+    raise ValueError(f"{directory} lacks {', '.join(missing)}. {again}")
+  return arrays
+
+
+def notes(directory: str | os.PathLike) -> dict[str, Any]:
+  """What `save` noted beside the arrays, of a cache that `load` has read."""
+  return json.loads((pathlib.Path(directory) / MANIFEST).read_text())["notes"]
+
+
+def _log_probs(model, params, arrays, batch_size, mesh, chunk_size):
+  """`[N, T]` float32 of the responses in `arrays`, batch by batch."""
+
+  def forward(params, batch):
+    statistics, _ = rollouts.token_statistics(
+      model,
+      params,
+      batch,
+      temperature=1.0,
+      chunk_size=chunk_size
+      or log_probs.chunk_size(batch_size, model.config.vocab_size),
+    )
+    return jnp.where(batch["response_mask"], statistics.log_probs, 0.0)
+
+  program = compiled.Compiled("reference", forward)
+  return meshes.map_batches(
+    lambda batch: program(params, batch), arrays, batch_size, mesh
+  )
+
+
+def _short(value: Any) -> str:
+  text = str(value)
+  return f"{text[:12]}..." if len(text) == 64 else text

@@ -1,0 +1,90 @@
+"""One function that scores responses: a task's own, or a reward model's."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rljax import tasks
+from rljax.distributed import processes
+from rljax.scoring import reward_models
+from rljax.text import keywords
+
+Scorer = Callable[
+  [Sequence[str], Sequence[str]], tuple[np.ndarray, list[dict[str, Any]]]
+]
+
+
+def scorer(
+  task: str,
+  score_options: Mapping[str, Any],
+  reward_model: str = "",
+  **reward_options: Any,
+) -> Scorer:
+  """Makes the scorer that the flags of a script name.
+
+  Args:
+    task: name of a task, whose `score` is taken if no reward model is named.
+    score_options: keyword arguments of that function.
+    reward_model: anything that `reward_model.RewardModel` loads, or empty.
+    **reward_options: keyword arguments of `RewardModel`.
+
+  Returns:
+    A function of N prompts and N responses that returns `[N]` scores, and N
+    dicts of what they are made of. Its attribute `description` says, in plain
+    values, where the scores come from.
+
+  Raises:
+    ValueError: if there is no such task, option or model, or neither is named.
+  """
+  if reward_model:
+    if score_options:
+      raise ValueError(
+        "--score_options belongs to a task's score; with --reward_model="
+        f"{reward_model} it must be empty, got {dict(score_options)}."
+      )
+    scored_by = reward_models.RewardModel(reward_model, **reward_options)
+    description = {
+      "reward_model": reward_model,
+      "fingerprint": scored_by.fingerprint,
+    }
+  elif task:
+    scored_by = tasks.load(task)
+    keywords.check(scored_by.score, score_options)
+    description = {"task": task, **score_options}
+  else:
+    raise ValueError(
+      "Nothing scores the responses: name a --reward_model or a --task."
+    )
+  function = functools.partial(tasks.score_all, scored_by, **score_options)
+  if not reward_model:  # The devices share the texts for a model.
+    function = divided(function)
+  function.description = description
+  return function
+
+
+def divided(score: Scorer) -> Scorer:
+  """The same scorer, of which every process does its share of the responses.
+
+  Args:
+    score: not one that runs on the mesh, which all processes must call alike.
+
+  Returns:
+    A function of the same N prompts and N responses in every process, with the
+    same result in all of them. With one process it is `score`.
+  """
+
+  def score_rows(prompts, responses):
+    def score_own(own):
+      scores, parts = score(prompts[own], responses[own])
+      return [float(x) for x in scores], parts
+
+    found = processes.share(len(responses), score_own)
+    scores, parts = (sum(column, []) for column in zip(*found, strict=True))
+    return np.asarray(scores, np.float32), parts
+
+  return lambda prompts, responses: (
+    score_rows if jax.process_count() > 1 and len(responses) else score
+  )(prompts, responses)

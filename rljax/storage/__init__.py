@@ -1,0 +1,1 @@
+"""Checkpoints, stages and files that are written whole or not at all."""

@@ -1,0 +1,1 @@
+"""Text: files, tokens, batches, logged rows and solutions; no jax."""

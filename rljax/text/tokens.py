@@ -1,0 +1,472 @@
+"""Text to ids and back, and what a tokenizer says of its tokens.
+
+Text becomes ids here, once, and ids become text here, once. Tokenizers are
+Hugging Face fast tokenizers. Everything is numpy; nothing imports jax.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from absl import logging
+
+from rljax.text import files
+
+# Text to ids and back.
+
+
+def require_tokens(
+  tokenizer,
+  *,
+  eos: bool = True,
+  pad: bool = False,
+  text: str | None = None,
+) -> None:
+  """Checks that a tokenizer has what a script is going to use.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer.
+    eos: whether an end token is needed.
+    pad: whether a padding token is needed. Masks are made from lengths, so
+      that it may be the end token.
+    text: text that must survive encoding and decoding, blanks aside, such as
+      the symbols of a task.
+
+  Raises:
+    ValueError: naming everything that is missing.
+  """
+  missing = []
+  if eos and tokenizer.eos_token_id is None:
+    missing.append("an end token (eos_token)")
+  if pad and tokenizer.pad_token_id is None:
+    missing.append("a padding token (pad_token)")
+  if text and not _survives(tokenizer, text):
+    lost = [repr(part) for part in _lost_parts(tokenizer, text)]
+    missing += [
+      f"a way to write {part}" for part in lost or [files.shorten(text)]
+    ]
+  if missing:
+    raise ValueError(
+      f"The tokenizer {_name(tokenizer)} lacks {', '.join(missing)}."
+    )
+
+
+def encode_prompts(
+  tokenizer,
+  texts: Sequence[str],
+  *,
+  max_length: int,
+  truncate: Literal[False, "left"] = False,
+) -> list[list[int]]:
+  """Turns prompts into ids, with the start token if the tokenizer has one.
+
+  A prompt that begins with the text of the start token, as chat templates
+  write it, gets no second one.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer.
+    texts: B prompts.
+    max_length: tokens that a prompt may have, the start token included; > 0.
+    truncate: False to refuse longer prompts; "left" to keep the end of them,
+      behind the start token. How many were cut is logged.
+
+  Returns:
+    B lists of ids, none of them empty.
+
+  Raises:
+    ValueError: naming the prompt, if it is too long, holds what the tokenizer
+      cannot write, or comes out without any token; or if the tokenizer puts
+      its end token behind prompts.
+  """
+  if max_length < 1:
+    raise ValueError(f"max_length must be positive, got {max_length}.")
+  if truncate not in (False, "left"):
+    raise ValueError(f'truncate must be False or "left", got {truncate!r}.')
+  # A model would take an end token behind the prompt for its own.
+  added = _encode(tokenizer, "", add_special_tokens=True)
+  if added[:1] == [tokenizer.bos_token_id]:
+    added = added[1:]
+  if added[-1:] == [tokenizer.eos_token_id]:
+    raise ValueError(
+      f"The tokenizer {_name(tokenizer)} puts an end token behind prompts; "
+      "save it with a post-processor that does not."
+    )
+  rows, num_truncated, num_unknown = [], 0, 0
+  for text in texts:
+    ids = _encode_start(tokenizer, text)
+    if not ids:
+      raise ValueError(
+        f"The prompt {files.shorten(text)} has no tokens, and the tokenizer "
+        f"{_name(tokenizer)} adds no start token."
+      )
+    if len(ids) > max_length:
+      if not truncate:
+        raise ValueError(
+          f"The prompt {files.shorten(text)} has {len(ids)} tokens, the limit "
+          f"is {max_length}."
+        )
+      num_truncated += 1
+      ids = cut_prompt(tokenizer, ids, max_length)
+    num_unknown += _has_unknown(tokenizer, ids)
+    rows.append(ids)
+  if num_truncated:
+    logging.warning(
+      "%d of %d prompts were cut on the left to %d tokens.",
+      num_truncated,
+      len(rows),
+      max_length,
+    )
+  if num_unknown:
+    logging.warning(
+      "%d of %d prompts hold the unknown token.", num_unknown, len(rows)
+    )
+  return rows
+
+
+def cut_prompt(
+  tokenizer, prompt_ids: Sequence[int], max_length: int
+) -> list[int]:
+  """The end of a prompt, behind its start token if it has one.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer.
+    prompt_ids: ids of a prompt.
+    max_length: tokens that are kept at most, the start token included; > 0.
+  """
+  ids = list(prompt_ids)
+  if len(ids) <= max_length:
+    return ids
+  start = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+  start = start[: max_length - 1]
+  return start + ids[len(ids) - max_length + len(start) :]
+
+
+def encode_pairs(
+  tokenizer,
+  pairs: Sequence[tuple[str, str]],
+  *,
+  max_prompt_length: int,
+  max_response_length: int,
+) -> list[tuple[list[int], list[int]]]:
+  """Turns prompts and their responses into ids; responses end in the end token.
+
+  A prompt gets the ids that `encode_prompts` gives it, because these are what
+  the sampler will continue; a response those of `encode_response`. How many
+  were encoded apart is logged.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer with an end token.
+    pairs: (prompt, response) texts.
+    max_prompt_length: tokens that a prompt may have.
+    max_response_length: tokens that a response may have, end token included.
+
+  Returns:
+    (prompt ids, response ids) per pair.
+
+  Raises:
+    ValueError: naming the text that is too long or cannot be written.
+  """
+  require_tokens(tokenizer, eos=True)
+  prompts = encode_prompts(
+    tokenizer, [prompt for prompt, _ in pairs], max_length=max_prompt_length
+  )
+  rows, num_apart = [], 0
+  for (prompt, response), prompt_ids in zip(pairs, prompts, strict=True):
+    response_ids, apart = encode_response(
+      tokenizer, prompt, prompt_ids, response
+    )
+    num_apart += apart
+    if len(response_ids) > max_response_length:
+      raise ValueError(
+        f"The response {files.shorten(response)} has {len(response_ids)} "
+        f"tokens with its end token, the limit is {max_response_length}."
+      )
+    rows.append((prompt_ids, response_ids))
+  if num_apart:
+    logging.warning(
+      "%d of %d responses were encoded apart from their prompts.",
+      num_apart,
+      len(rows),
+    )
+  return rows
+
+
+def encode_response(
+  tokenizer, prompt: str, prompt_ids: Sequence[int], response: str
+) -> tuple[list[int], bool]:
+  """The ids of a response behind its prompt, the end token among them.
+
+  They are the rest of the ids of the two texts together where those begin
+  with the prompt's, and otherwise (a token would cross the border) the ids of
+  the response's own text.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer with an end token.
+    prompt: text.
+    prompt_ids: all its ids, from `encode_prompts`, before any cut.
+    response: text.
+
+  Returns:
+    The ids, and whether they were encoded apart from the prompt.
+  """
+  joint = _encode_start(tokenizer, prompt + response)
+  apart = joint[: len(prompt_ids)] != list(prompt_ids)
+  if apart:
+    ids = _encode(tokenizer, response, add_special_tokens=False)
+  else:
+    ids = joint[len(prompt_ids) :]
+  return [*ids, tokenizer.eos_token_id], apart
+
+
+def decode(
+  tokenizer,
+  response_ids: np.ndarray,
+  response_mask: np.ndarray,
+  *,
+  skip_special_tokens: bool = True,
+) -> list[str]:
+  """Turns the unmasked ids of each row into text.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer.
+    response_ids: `[B, T]` int. An id that the tokenizer does not know, such as
+      an unused row of a padded vocabulary, becomes nothing.
+    response_mask: `[B, T]` bool.
+    skip_special_tokens: whether the end token and its kin become nothing.
+
+  Returns:
+    B texts.
+  """
+  ids, mask = np.asarray(response_ids), np.asarray(response_mask)
+  if ids.ndim != 2 or ids.shape != mask.shape or mask.dtype != np.bool_:
+    raise ValueError(
+      f"decode needs ids and a bool mask of one [B, T] shape, got {ids.shape} "
+      f"and {mask.dtype} {mask.shape}."
+    )
+  return [
+    tokenizer.decode(
+      row[keep].tolist(),
+      skip_special_tokens=skip_special_tokens,
+      clean_up_tokenization_spaces=False,
+    )
+    for row, keep in zip(ids, mask, strict=True)
+  ]
+
+
+def stop_ids(tokenizer) -> tuple[int, ...]:
+  """The ids that end a response: the tokenizer's end token.
+
+  Raises:
+    ValueError: if it has none.
+  """
+  require_tokens(tokenizer, eos=True)
+  return (tokenizer.eos_token_id,)
+
+
+def pad_id(tokenizer) -> int:
+  """What to fill rows with: the pad token, else the end token, else 0."""
+  for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    if token_id is not None:
+      return token_id
+  return 0
+
+
+def allowed_tokens(
+  tokenizer, vocab_size: int, stop_ids: Sequence[int] = ()
+) -> np.ndarray:
+  """Which ids a policy may sample.
+
+  Special tokens other than the stop ids, and rows of the model's vocabulary
+  that no token uses, are out of it. The sampler and every loss take the same
+  mask: a policy that may put mass on a token that is never drawn defeats an
+  entropy bonus with it.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+    vocab_size: V of the model.
+    stop_ids: special tokens that may be drawn, because they end a response.
+
+  Returns:
+    `[V]` bool.
+
+  Raises:
+    ValueError: if the tokenizer has ids that the model has no row for.
+  """
+  used = list(tokenizer.get_vocab().values())
+  if vocab_size <= max(used):
+    raise ValueError(
+      f"vocab_size must be above the tokenizer's largest id {max(used)}, got "
+      f"{vocab_size}."
+    )
+  special = set(tokenizer.all_special_ids)
+  special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+  allowed = np.zeros(vocab_size, np.bool_)
+  allowed[used] = True
+  allowed[list(special)] = False
+  allowed[list(stop_ids)] = True
+  return allowed
+
+
+def check_positions(length: int, max_positions: int) -> None:
+  """Raises ValueError if prompts and responses are longer than the context."""
+  if length > max_positions:
+    raise ValueError(
+      f"Prompt and response take up to {length} tokens with their padding, but "
+      f"the model has {max_positions} positions; shorten --max_length or the "
+      "prompts."
+    )
+
+
+def token_bytes(tokenizer, *, vocab_size: int | None = None) -> list[bytes]:
+  """The bytes that each id adds to the decoded text.
+
+  The text of a sequence of ids is the UTF-8 text of their bytes, one after
+  the other. Three things may differ from the tokenizer's own `decode`: a
+  blank that some tokenizers take off the front of the text, bytes that are no
+  valid UTF-8, and tidying up.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer: byte-level BPE (GPT-2, Llama 3,
+      Qwen, SmolLM2), SentencePiece-like with or without byte fallback
+      (Llama 2, Mistral), or words that are joined without blanks.
+    vocab_size: length of the result, for models with unused rows; the
+      tokenizer's own size by default.
+
+  Returns:
+    One `bytes` per id; b"" for special and unused ids.
+
+  Raises:
+    ValueError: if the tokenizer's decoder is of another kind.
+  """
+  backend = getattr(tokenizer, "backend_tokenizer", None)
+  if backend is None:
+    raise ValueError(f"The tokenizer {_name(tokenizer)} is not a fast one.")
+  decoder = json.loads(backend.to_str())["decoder"]
+  if decoder is None:
+    raise ValueError(
+      f"The tokenizer {_name(tokenizer)} has no decoder, so that its tokens "
+      "are joined with blanks; rljax needs the bytes of each token."
+    )
+  special = set(tokenizer.all_special_ids)
+  special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+  vocabulary = tokenizer.get_vocab()
+  size = max(vocabulary.values()) + 1 if vocab_size is None else vocab_size
+  if size <= max(vocabulary.values()):
+    raise ValueError(
+      f"vocab_size must be above the tokenizer's largest id "
+      f"{max(vocabulary.values())}, got {size}."
+    )
+  result = [b""] * size
+  for token, token_id in vocabulary.items():
+    if token_id not in special:
+      piece = _decode_piece(token, decoder)
+      result[token_id] = piece.encode() if isinstance(piece, str) else piece
+  return result
+
+
+def _encode(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+  try:
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+  except Exception as error:  # The backend raises bare Exceptions.
+    raise ValueError(
+      f"The tokenizer {_name(tokenizer)} cannot encode {files.shorten(text)}: "
+      f"{files.first_line(error)}."
+    ) from error
+
+
+def _encode_start(tokenizer, text: str) -> list[int]:
+  """The ids of a text that stands at the start, with one start token."""
+  start = tokenizer.bos_token
+  has_start = bool(start) and text.startswith(start)
+  return _encode(tokenizer, text, add_special_tokens=not has_start)
+
+
+def _survives(tokenizer, text: str) -> bool:
+  try:
+    ids = _encode(tokenizer, text, add_special_tokens=False)
+  except ValueError:
+    return False
+  back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+  # Tokenizers of the SentencePiece kind may add or drop a blank in front, and
+  # those of words set their own between them.
+  return "".join(back.split()) == "".join(text.split())
+
+
+def _lost_parts(tokenizer, text: str) -> list[str]:
+  """Words of a text that a tokenizer cannot write, or characters of them."""
+  splitter = tokenizer.backend_tokenizer.pre_tokenizer
+  spans = splitter.pre_tokenize_str(text) if splitter else [(text, (0, None))]
+  found = {}
+  for _, (start, end) in spans:
+    word = text[start:end].strip()
+    if word and not _survives(tokenizer, word):
+      lost = [c for c in word if not _survives(tokenizer, c)]
+      # A tokenizer of words has no characters to name.
+      found |= dict.fromkeys(lost if 0 < len(lost) < len(word) else [word])
+  return list(found)
+
+
+def _has_unknown(tokenizer, ids: Sequence[int]) -> bool:
+  unknown = tokenizer.unk_token_id
+  # Byte-level tokenizers name an unknown token that they never produce, and
+  # that may be the start or end token.
+  if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+    return False
+  return unknown in ids
+
+
+def _name(tokenizer) -> str:
+  return repr(
+    getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+  )
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+  """Character -> byte in the vocabularies of byte-level BPE.
+
+  Printable characters of Latin-1 stand for their own code; the other bytes,
+  in order, for the characters from U+0100 on.
+
+  Source:
+    Radford et al. (2019), "Language Models are Unsupervised Multitask
+    Learners", section 2.2, as their released vocabulary spells it.
+  """
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  alphabet = {chr(byte): byte for byte in printable}
+  alphabet.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
+  return alphabet
+
+
+_ALPHABET = _byte_level_alphabet()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _decode_piece(piece: str | bytes, decoder: Mapping) -> str | bytes:
+  """What one decoder of a tokenizer.json makes of one token."""
+  kind = decoder["type"]
+  if kind == "Sequence":
+    for inner in decoder["decoders"]:
+      piece = _decode_piece(piece, inner)
+    return piece
+  # Fuse joins; Strip trims the front of the whole text, not of each token.
+  if isinstance(piece, bytes) or kind in ("Fuse", "Strip"):
+    return piece
+  if kind == "ByteLevel":
+    # Added tokens may hold characters outside the alphabet: then they are
+    # text as it stands.
+    if all(character in _ALPHABET for character in piece):
+      return bytes(_ALPHABET[character] for character in piece)
+    return piece.encode("utf-8")
+  if kind == "ByteFallback":
+    match = _BYTE_TOKEN.fullmatch(piece)
+    return bytes([int(match[1], 16)]) if match else piece
+  if kind == "Metaspace":
+    return piece.replace(decoder["replacement"], " ")
+  if kind == "Replace" and "String" in decoder["pattern"]:
+    return piece.replace(decoder["pattern"]["String"], decoder["content"])
+  raise ValueError(
+    f"token_bytes does not know the decoder {kind!r} of this tokenizer."
+  )

@@ -1,0 +1,329 @@
+"""Checks before the first update: do sampler and trainer mean the same thing?
+
+Most silent bugs of this field show at step 0, where every ratio must be 1 and
+every KL 0: a temperature that one side forgot, a pad that is attended to, an
+end token that the mask drops, a shift by one. A script runs these checks on
+its first rollout, prints them as a table and refuses to train on red.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.distributed import processes
+from rljax.generation import rollouts
+from rljax.ops import log_probs as log_probs_lib
+from rljax.ops import sampling
+
+Array = chex.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """One line of the table.
+
+  Attributes:
+    name: what must hold.
+    value: what was found.
+    limit: the largest value that is fine, or None where nothing is compared.
+    note: what the number is, or what to look at when it is red.
+  """
+
+  name: str
+  value: float
+  limit: float | None
+  note: str = ""
+
+  @property
+  def passed(self) -> bool:
+    # A NaN is not smaller than anything, so it is red.
+    return self.limit is None or self.value <= self.limit
+
+
+def check(
+  model: Any,
+  params: Any,
+  rollout: rollouts.Rollout,
+  *,
+  settings: sampling.Settings,
+  allowed: Array | None = None,
+  stop_ids: Sequence[int] = (),
+  has_stop_strings: bool = False,
+  chunk_size: int | None = None,
+  num_parts: int = 1,
+  rows_sharding: jax.sharding.Sharding | None = None,
+  gradients: Callable[[int], tuple[Any, dict[str, Array]]] | None = None,
+  num_micro_batches: int = 2,
+  tolerance: float = 1e-4,
+  gradient_tolerance: float | None = 1e-3,
+) -> list[Check]:
+  """Checks that sampler, trainer and masks agree on one rollout.
+
+  Args:
+    model: the policy's module.
+    params: its parameters, those that drew the rollout.
+    rollout: N rows.
+    settings: the sampler's.
+    allowed: `[V]` bool, tokens that may be drawn, or None.
+    stop_ids: token ids that end a response.
+    has_stop_strings: whether texts may end a response, too.
+    chunk_size: as in training.
+    num_parts: in which the rows are read one after another, as in training.
+    rows_sharding: of a part, see `rollout.in_parts`.
+    gradients: maps a number of micro-batches to the gradients and metrics of
+      one minibatch, exactly as the update makes them. Metrics that are looked
+      at: `ppo/ratio_max` and `ppo/ratio_min`.
+    num_micro_batches: compared with one; 1 to compare nothing.
+    tolerance: largest difference of log-probabilities, in nats. 1e-4 for
+      float32, some 0.1 for bfloat16.
+    gradient_tolerance: largest relative difference of the accumulated
+      gradient; None where a part of the loss is no sum over rows, and the
+      difference is only shown.
+
+  Returns:
+    The checks, in the order in which they should be mended.
+  """
+
+  @jax.jit
+  def statistics(params, rollout):
+    read = functools.partial(
+      _log_probs,
+      model,
+      params,
+      temperature=settings.temperature,
+      allowed=allowed,
+      chunk_size=chunk_size,
+    )
+    return rollouts.in_parts(read, rollout, num_parts, rows_sharding)
+
+  found = processes.gather(rollout.replace(allowed=None))
+  mask = found.response_mask
+  trainer = processes.gather(statistics(params, rollout))
+  again = processes.gather(statistics(params, rollout))
+
+  def gap(a, b, mask=mask):
+    return float(np.max(np.abs(np.where(mask, a - b, 0.0))))
+
+  checks = [
+    Check(
+      "sampler and trainer log-probs agree",
+      gap(found.log_probs, trainer),
+      tolerance,
+      "nats; else temperature, allowed tokens or positions differ",
+    ),
+    Check(
+      "dropout is off",
+      gap(trainer, again),
+      0.0,
+      "nats between two passes with the same parameters",
+    ),
+    Check(
+      "KL of the policy to itself is 0",
+      float(np.max(np.abs(_kl(trainer, again, mask)))),
+      1e-6,
+      "nats, k3 estimate",
+    ),
+  ]
+
+  # More pads on the left: positions and attention must come from the mask.
+  extra = 3
+  padded = rollout.replace(
+    prompt_ids=jnp.pad(rollout.prompt_ids, ((0, 0), (extra, 0))),
+    prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (extra, 0))),
+  )
+  checks.append(
+    Check(
+      "pads change nothing",
+      gap(trainer, processes.gather(statistics(params, padded))),
+      tolerance,
+      f"nats; {extra} more pads on the left",
+    )
+  )
+  order = np.random.default_rng(0).permutation(mask.shape[0])
+  permuted = jax.tree.map(lambda x: x[order], rollout)
+  checks.append(
+    Check(
+      "order of rows changes nothing",
+      gap(
+        trainer[order],
+        processes.gather(statistics(params, permuted)),
+        mask[order],
+      ),
+      tolerance,
+      "nats",
+    )
+  )
+  checks.append(_end_token(found, stop_ids, has_stop_strings))
+  if gradients is not None:
+    whole, metrics = gradients(1)
+    names = ("ppo/ratio_min", "ppo/ratio_max")
+    ratios = [abs(float(metrics.get(name, jnp.nan)) - 1.0) for name in names]
+    checks.append(
+      Check(
+        "first ratio is 1",
+        float(np.max(ratios)),
+        tolerance,
+        "largest |ratio - 1| before the first update",
+      )
+    )
+    if num_micro_batches > 1:
+      parts, _ = gradients(num_micro_batches)
+      checks.append(
+        Check(
+          f"{num_micro_batches} micro-batches equal one batch",
+          _relative_gap(whole, parts),
+          gradient_tolerance,
+          "relative difference of the gradients"
+          + ("" if gradient_tolerance else "; entropies differ, as they must"),
+        )
+      )
+  return checks
+
+
+def _log_probs(model, params, rollout, **options):
+  statistics, _ = rollouts.token_statistics(model, params, rollout, **options)
+  return statistics.log_probs
+
+
+def _kl(log_probs, ref_log_probs, mask):
+  estimate = log_probs_lib.kl_estimate(
+    jnp.where(mask, log_probs, 0.0),
+    jnp.where(mask, ref_log_probs, 0.0),
+    kind="k3",
+  )
+  return np.asarray(estimate)
+
+
+def _end_token(rollout, stop_ids, has_stop_strings) -> Check:
+  """Rows that ended by a stop id must have it inside their mask."""
+  mask = np.asarray(rollout.response_mask)
+  ids = np.asarray(rollout.response_ids)
+  finished = np.asarray(rollout.finished)
+  lengths = mask.sum(axis=1)
+  prefix = np.arange(mask.shape[1])[None, :] < lengths[:, None]
+  wrong = np.any(mask != prefix, axis=1) | (lengths == 0)
+  if stop_ids:
+    is_stop = np.isin(ids, list(stop_ids))
+    # A stop id before the last real token, or one hidden behind the mask.
+    last = np.maximum(lengths - 1, 0)
+    before = is_stop & (np.arange(mask.shape[1])[None, :] < last[:, None])
+    wrong |= np.any(before & mask, axis=1)
+    at_end = np.take_along_axis(is_stop, last[:, None], axis=1)[:, 0]
+    wrong |= at_end & ~finished
+    if not has_stop_strings:
+      wrong |= finished & ~at_end
+  return Check(
+    "masks end with the end token",
+    float(wrong.sum()),
+    0.0,
+    f"rows that do not; {int(finished.sum())} of {len(finished)} responses "
+    "ended by themselves",
+  )
+
+
+def _relative_gap(tree, other) -> float:
+  """`|a - b| / |a|` over all leaves together."""
+  square = lambda t: sum(
+    float(jnp.sum(jnp.square(x.astype(jnp.float32))))
+    for x in jax.tree.leaves(t)
+  )
+  difference = jax.tree.map(lambda a, b: a - b, tree, other)
+  return (square(difference) / max(square(tree), 1e-30)) ** 0.5
+
+
+def tree_bytes(tree: Any) -> int:
+  """Bytes of a pytree's arrays, each counted once."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes that a pytree's arrays take on one device, the fullest of all."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def show(
+  checks: Sequence[Check],
+  compilations: Sequence[dict[str, Any]] = (),
+  memory: dict[str, Any] | None = None,
+) -> None:
+  """Prints the checks, what was compiled, and memory by part.
+
+  Of several processes, the first one does.
+
+  Args:
+    checks: from `check`.
+    compilations: of `Compiled` programs; their memory is that of one device.
+    memory: part -> tree of jax arrays, or None.
+  """
+  if not processes.is_first():
+    return
+  from rich import console, table, text  # Only when it is shown.
+
+  terminal = console.Console()
+  if not terminal.is_terminal:
+    terminal = console.Console(width=110)
+  found = table.Table(title="Preflight", title_justify="left")
+  for column in ("check", "found", "limit", "", "what the number is"):
+    found.add_column(column)
+  for line in checks:
+    mark = text.Text("ok", "green") if line.passed else text.Text("RED", "red")
+    limit = "" if line.limit is None else f"{line.limit:.3g}"
+    found.add_row(line.name, f"{line.value:.3g}", limit, mark, line.note)
+  terminal.print(found)
+  sizes = ("argument", "output", "temporary")
+  if compilations:
+    compiled = table.Table(
+      title="Compiled, memory per device", title_justify="left"
+    )
+    compiled.add_column("program")
+    for column in ("seconds", *sizes):
+      compiled.add_column(column, justify="right")
+    for row in compilations:
+      columns = (_megabytes(row[f"{part}_bytes"]) for part in sizes)
+      compiled.add_row(row["name"], f"{row['seconds']:.1f}", *columns)
+    terminal.print(compiled)
+  if memory:
+    parts = table.Table(title="Memory", title_justify="left")
+    parts.add_column("part")
+    for column in ("in all", "per device"):
+      parts.add_column(column, justify="right")
+    for name, tree in memory.items():
+      sizes = tree_bytes(tree), device_bytes(tree)
+      parts.add_row(name, *map(_megabytes, sizes))
+    terminal.print(parts)
+
+
+def _megabytes(size: int) -> str:
+  return f"{size / 2**20:,.1f} MB"
+
+
+def judge(checks: Sequence[Check], mode: str) -> None:
+  """Stops a run whose checks are red.
+
+  Args:
+    checks: from `check`.
+    mode: "strict" raises, "warn" does not.
+
+  Raises:
+    RuntimeError: in mode "strict", if a check did not pass.
+  """
+  red = [line for line in checks if not line.passed]
+  if red and mode == "strict":
+    names = "; ".join(
+      f"{line.name}: {line.value:.3g} > {line.limit:.3g}" for line in red
+    )
+    raise RuntimeError(
+      f"preflight found {len(red)} of {len(checks)} checks red ({names}). "
+      "Training on this would optimise something else than was sampled. Mend "
+      "it, or pass --preflight=warn to train all the same."
+    )

@@ -1,0 +1,298 @@
+"""Tests of what a frozen reference says of logged responses."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import tempfile
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from rljax.distributed import meshes
+from rljax.generation import rollouts
+from rljax.scoring import cached
+from rljax.tasks import word_lists
+from rljax.text import logged
+from tests import tiny
+
+pytest.importorskip("tokenizers")
+
+WORDS = word_lists.word_tokenizer()
+MODEL = tiny.model(tiny.llama_config(vocab_size=120, num_layers=1))
+# Prompts of 7 tokens and of 2, replies of 3 and 5 with their end.
+ROWS = (
+  {
+    "prompt": "birds 4 not duck owl:",
+    "candidates": [" dove hawk wren lark", " fig axe", " owl owl"],
+    "rewards": [1.0, 0.0, 0.25],
+  },
+  {"prompt": "fish", "candidates": [" eel cod"], "rewards": [0.5]},
+  {
+    "prompt": "fish 2 not cod eel:",
+    "candidates": [" tuna sole", " pike perch bass carp"],
+    "rewards": [1.0, 0.5],
+  },
+)
+
+
+def _encode(rows=ROWS, tokenizer=WORDS, max_response_length=8):
+  return logged.encode(
+    tokenizer,
+    logged.from_rows(rows, "here"),
+    max_prompt_length=8,
+    max_response_length=max_response_length,
+  )
+
+
+@functools.cache
+def _params(seed=0):
+  return tiny.params(MODEL.config, seed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(model, params, batch):
+  found, _ = rollouts.token_statistics(model, params, batch, temperature=1.0)
+  return found.log_probs
+
+
+class LogProbsTest(parameterized.TestCase):
+  def test_lengths(self):
+    # The longest have 7 and 5 tokens; buckets hold 8 and 6.
+    self.assertEqual(cached.lengths(_encode()), (8, 6))
+    self.assertEqual(cached.lengths(_encode(ROWS[1:2])), (2, 3))
+
+  @parameterized.parameters(
+    (4, "data:1", None), (1, "data:1", 2), (8, "data:4,fsdp:2", 100)
+  )
+  def test_each_reply_as_if_alone(self, batch_size, spec, chunk_size):
+    encoded = _encode()
+    mesh = meshes.make(spec)
+    found = cached.response_log_probs(
+      MODEL,
+      meshes.replicate(_params(), mesh),
+      encoded,
+      batch_size=batch_size,
+      mesh=mesh,
+      chunk_size=chunk_size,
+    )
+    self.assertIsInstance(found, np.ndarray)
+    self.assertEqual((found.shape, found.dtype), ((3, 3, 6), np.float32))
+    expected = np.zeros((3, 3, 6))
+    for row, responses in enumerate(encoded.response_ids):
+      for candidate, ids in enumerate(responses):
+        prompt = np.int32([encoded.prompt_ids[row]])
+        response = np.int32([ids])
+        batch = {
+          "prompt_ids": prompt,
+          "prompt_mask": np.ones(prompt.shape, bool),
+          "response_ids": response,
+          "response_mask": np.ones(response.shape, bool),
+        }
+        (alone,) = _statistics(MODEL, _params(), batch)
+        expected[row, candidate, : len(ids)] = alone
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # Exactly 0 behind the end and where there is no candidate.
+    np.testing.assert_array_equal(found == 0, expected == 0)
+    np.testing.assert_array_equal(found[1, 1:], np.zeros((2, 6)))
+    self.assertLess(np.max(found[expected != 0]), 0)
+
+  @parameterized.parameters((3, "data:1"), (4, "data:4"))
+  def test_pairs_are_scored_as_next_tokens_one_by_one(self, batch_size, spec):
+    pairs = [([3, 4, 5], [6, 7]), ([8], [9, 1, 2, 3, 4]), ([5, 5], [1])]
+    mesh = meshes.make(spec)
+    found = cached.pair_log_probs(
+      MODEL,
+      meshes.replicate(_params(), mesh),
+      pairs,
+      batch_size=batch_size,
+      mesh=mesh,
+    )
+    self.assertEqual([len(row) for row in found], [2, 5, 1])
+    for row, (prompt, response) in zip(found, pairs, strict=True):
+      for t, token in enumerate(response):
+        # One token behind all that comes before it.
+        before = np.int32([prompt + response[:t]])
+        batch = {
+          "prompt_ids": before,
+          "prompt_mask": np.ones(before.shape, bool),
+          "response_ids": np.int32([[token]]),
+          "response_mask": np.ones((1, 1), bool),
+        }
+        (alone,) = _statistics(MODEL, _params(), batch)
+        np.testing.assert_allclose(row[t], alone[0], atol=1e-5)
+
+  def test_pairs_must_fit_the_context(self):
+    with self.assertRaisesRegex(ValueError, "64 positions"):
+      cached.pair_log_probs(
+        MODEL,
+        _params(),
+        [([1] * 40, [2] * 40)],
+        batch_size=1,
+        mesh=meshes.make("data:1"),
+      )
+
+
+class CacheTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(
+      self.enter_context(tempfile.TemporaryDirectory())
+    )
+    self.cache = self.folder / "values"
+    rng = np.random.default_rng(0)
+    self.arrays = {
+      "ref_log_probs": -rng.random((3, 3, 6), np.float32),
+      "values": rng.random(3, np.float32),
+    }
+
+  def _made_of(self, rows=ROWS, tokenizer=WORDS, seed=0, **settings):
+    settings = {
+      "max_response_length": 8,
+      "too_long": "skip",
+      "dtype": "float32",
+      **settings,
+    }
+    encoded = _encode(rows, tokenizer, settings["max_response_length"])
+    return cached.describe(encoded, _params(seed), tokenizer, **settings)
+
+  def _save(self):
+    cached.save(self.cache, self.arrays, self._made_of(), {"value_mse": 0.25})
+
+  def _refused(self, made_of, needed=()):
+    with self.assertRaises(ValueError) as caught:
+      cached.load(self.cache, made_of, needed)
+    message = str(caught.exception)
+    self.assertIn(str(self.cache), message)
+    self.assertIn("Make it again with experiments/offline_value.py", message)
+    return message
+
+  def test_round_trip(self):
+    self._save()
+    found = cached.load(self.cache, self._made_of(), ["values"])
+    self.assertEqual(found.keys(), self.arrays.keys())
+    for name, array in self.arrays.items():
+      np.testing.assert_array_equal(found[name], array)
+      self.assertEqual(found[name].dtype, array.dtype)
+    manifest = json.loads((self.cache / "manifest.json").read_text())
+    self.assertEqual(manifest["notes"], {"value_mse": 0.25})
+    self.assertEqual(cached.notes(self.cache), {"value_mse": 0.25})
+    # No half-written file is left.
+    self.assertCountEqual(
+      [path.name for path in self.cache.iterdir()],
+      ["manifest.json", "reference.npz"],
+    )
+
+  def test_saved_again(self):
+    self._save()
+    self.arrays = {"values": np.ones(3)}
+    self._save()
+    found = cached.load(self.cache, self._made_of(), ["values"])
+    np.testing.assert_array_equal(found["values"], np.ones(3))
+
+  def test_where_the_rows_come_from_is_no_part_of_them(self):
+    self._save()
+    encoded = _encode()
+    moved = [dataclasses.replace(row, place="there") for row in encoded.rows]
+    made_of = cached.describe(
+      dataclasses.replace(encoded, rows=moved),
+      jax.tree.map(np.asarray, _params()),
+      word_lists.word_tokenizer(),
+      max_response_length=8,
+      too_long="skip",
+      dtype="float32",
+    )
+    cached.load(self.cache, made_of, [])
+
+  def _other_end(self):
+    tokenizer = word_lists.word_tokenizer()
+    tokenizer.eos_token = "yellow"
+    return tokenizer
+
+  def test_made_of_something_else(self):
+    self._save()
+    other_reward = [*ROWS[:2], ROWS[2] | {"rewards": [1.0, 0.4]}]
+    for options, words in (
+      (dict(rows=ROWS[:2]), "the logged rows (--data)"),
+      (dict(rows=ROWS[::-1]), "the logged rows (--data)"),
+      (dict(rows=other_reward), "the logged rows (--data)"),
+      (dict(tokenizer=self._other_end()), "the tokenizer"),
+      (dict(seed=1), "the parameters of the reference (--policy)"),
+      (dict(max_response_length=7), "--max_response_length"),
+      (dict(too_long="cut"), "--too_long"),
+      (dict(dtype="bfloat16"), "--dtype"),
+      (dict(prompt_format="chat"), "--prompt_format"),
+      (dict(temperature=1.0), "temperature"),
+    ):
+      message = self._refused(self._made_of(**options))
+      head, *lines, _ = message.splitlines()
+      self.assertIn("does not fit this run", head)
+      # The part that differs has a line, and no other has one.
+      self.assertLen(lines, 1, message)
+      self.assertStartsWith(lines[0], f"  {words}: the cache has ")
+
+  def test_other_ids_are_named_alone(self):
+    # The same rows, words and limits, encoded another way.
+    self._save()
+    made_of = self._made_of()
+    message = self._refused(made_of | {"ids": "0" * 64})
+    self.assertIn("  the token ids of the rows: the cache has ", message)
+    self.assertIn(f", this run {'0' * 12}...", message)
+    message = self._refused(made_of | {"ids": "0" * 64, "data": "1" * 64})
+    self.assertNotIn("token ids", message)
+
+  def test_every_part_that_differs_is_named(self):
+    # A limit that skips two of the rows.
+    self._save()
+    message = self._refused(self._made_of(max_response_length=4, seed=1))
+    for words in (
+      "--max_response_length: the cache has 8, this run 4\n",
+      "the parameters of the reference (--policy): the cache has ",
+      "the logged rows (--data): the cache has ",
+    ):
+      self.assertIn(f"\n  {words}", message)
+
+  def test_damaged(self):
+    self._save()
+    path = self.cache / "reference.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    self.assertIn("is damaged", self._refused(self._made_of()))
+
+  @parameterized.parameters("manifest.json", "reference.npz")
+  def test_missing_file(self, name):
+    # A save that was killed had written one of the two.
+    self._save()
+    (self.cache / name).unlink()
+    self.assertIn("no whole cache", self._refused(self._made_of()))
+
+  def test_torn_manifest(self):
+    self._save()
+    path = self.cache / "manifest.json"
+    path.write_text(path.read_text()[:-20])
+    self.assertIn("no whole cache", self._refused(self._made_of()))
+
+  def test_killed_while_saving_again(self):
+    self._save()
+    for function in ("numpy.savez", "json.dumps"):
+      with (
+        mock.patch(function, side_effect=KeyboardInterrupt),
+        self.assertRaises(KeyboardInterrupt),
+      ):
+        cached.save(self.cache, {"values": np.ones(3)}, {}, {})
+      # The old manifest does not vouch for what was there.
+      self.assertIn("no whole cache", self._refused({}))
+
+  def test_nothing_there(self):
+    self.assertIn("no whole cache", self._refused(self._made_of()))
+
+  def test_missing_array(self):
+    self._save()
+    self.assertIn(
+      "lacks rewards, advantages.",
+      self._refused(self._made_of(), ["rewards", "values", "advantages"]),
+    )

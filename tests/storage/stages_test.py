@@ -1,0 +1,127 @@
+"""Tests of the stages of a pipeline."""
+
+import json
+import pathlib
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+from rljax.storage import stages
+
+
+class StageTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.workdir = pathlib.Path(folder.name)
+    self.notes = []
+
+  def stage(self, name="samples", **inputs):
+    return stages.Stage(self.workdir, name, inputs, self.notes.append)
+
+  def test_same_inputs_find_the_finished_stage(self):
+    first = self.stage(seed=1, limits=(2, 3))
+    self.assertIsNone(first.facts)
+    first.finish(rows=5)
+    second = self.stage(limits=[2, 3], seed=1)
+    self.assertEqual(second.facts["rows"], 5)
+    self.assertEmpty(self.notes)
+
+  def test_a_stopped_stage_goes_on_with_its_files(self):
+    pathlib.Path(self.stage(seed=1).path("rows.jsonl")).write_text("{}\n")
+    again = self.stage(seed=1)
+    self.assertIsNone(again.facts)
+    self.assertEqual(pathlib.Path(again.path("rows.jsonl")).read_text(), "{}\n")
+
+  @parameterized.parameters(
+    ({"seed": 2}, "seed"), ({"seed": 1, "more": 0}, "more"), ({}, "seed")
+  )
+  def test_other_inputs_begin_anew_and_keep_what_was_there(self, other, name):
+    first = self.stage(seed=1)
+    pathlib.Path(first.path("rows.jsonl")).write_text("old\n")
+    first.finish(rows=5)
+    second = self.stage(**other)
+    self.assertIsNone(second.facts)
+    self.assertFalse(pathlib.Path(second.path("rows.jsonl")).exists())
+    aside = self.workdir / "samples.old1"
+    self.assertEqual((aside / "rows.jsonl").read_text(), "old\n")
+    self.assertLen(self.notes, 1)
+    self.assertIn(f"samples: {name} changed", self.notes[0])
+    self.assertIn(str(aside), self.notes[0])
+
+  def test_older_results_are_not_overwritten(self):
+    for seed in range(3):
+      stage = self.stage(seed=seed)
+      pathlib.Path(stage.path("rows.jsonl")).write_text(f"{seed}")
+    found = [
+      (self.workdir / f"samples.old{i}" / "rows.jsonl").read_text()
+      for i in (1, 2)
+    ]
+    self.assertEqual(found, ["0", "1"])
+
+  def test_an_edited_output_has_another_digest(self):
+    stage = self.stage(seed=1)
+    path = pathlib.Path(stage.path("rows.jsonl"))
+    path.write_text("one\n")
+    stage.finish()
+    before = stage.digest("rows.jsonl")
+    self.assertEqual(self.stage(seed=1).digest("rows.jsonl"), before)
+    path.write_text("two\n")
+    self.assertNotEqual(self.stage(seed=1).digest("rows.jsonl"), before)
+
+  def test_digest_tells_files_apart(self):
+    stage = self.stage()
+    for name, text in (("a", "xy"), ("b", "z"), ("c", "x"), ("d", "yz")):
+      pathlib.Path(stage.path(name)).write_text(text)
+    stage.finish()
+    self.assertNotEqual(stage.digest("a", "b"), stage.digest("c", "d"))
+    self.assertNotEqual(stage.digest("a", "b"), stage.digest("b", "a"))
+
+  def test_digest_needs_a_finished_stage_and_its_files(self):
+    stage = self.stage()
+    with self.assertRaisesRegex(ValueError, "samples is not finished"):
+      stage.digest("rows.jsonl")
+    stage.finish()
+    with self.assertRaisesRegex(
+      ValueError, "rows.jsonl cannot be read.*delete"
+    ):
+      stage.digest("rows.jsonl")
+
+  @parameterized.parameters("", "{", "[]")
+  def test_foreign_folders_are_refused(self, text):
+    folder = self.workdir / "samples"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("precious")
+    if text:
+      (folder / "inputs.json").write_text(text)
+    with self.assertRaisesRegex(ValueError, "no folder of the stage samples"):
+      self.stage(seed=1)
+    self.assertEqual((folder / "mine.txt").read_text(), "precious")
+
+  def test_an_empty_folder_is_taken(self):
+    (self.workdir / "samples").mkdir()
+    self.assertIsNone(self.stage(seed=1).facts)
+
+  def test_a_kill_at_the_very_start_leaves_a_folder_to_go_on_in(self):
+    folder = self.workdir / "samples"
+    folder.mkdir()
+    (folder / ".inputs.json.partial").write_text("{")
+    self.assertIsNone(self.stage(seed=1).facts)
+    self.assertEmpty(self.notes)
+
+  def test_a_half_written_end_is_no_end(self):
+    stage = self.stage(seed=1)
+    stage.finish(rows=5)
+    path = self.workdir / "samples" / "done.json"
+    path.write_text(path.read_text()[:4])
+    self.assertIsNone(self.stage(seed=1).facts)
+
+  def test_inputs_can_be_read(self):
+    self.stage(seed=1)
+    text = (self.workdir / "samples" / "inputs.json").read_text()
+    self.assertEqual(json.loads(text), {"seed": 1})
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,263 @@
+"""Every check must turn red for the bug that it is there to find."""
+
+import contextlib
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from rljax.distributed import compiled
+from rljax.generation import rollouts
+from rljax.ops import sampling
+from rljax.training import preflight
+from tests import tiny
+
+STOP_IDS = tuple(range(5, 20))
+
+
+def _setting(**options):
+  config = tiny.gpt2_config()
+  model, params = tiny.model(config), tiny.params(config)
+  rng = np.random.default_rng(0)
+  lengths = np.array([1, 3, 2, 3])
+  mask = jnp.asarray(np.arange(3)[None] >= 3 - lengths[:, None])
+  ids = jnp.asarray(rng.integers(5, 40, (4, 3)), jnp.int32)
+  settings = options.pop("settings", sampling.Settings(temperature=0.7))
+  rollout = rollouts.sample(
+    jax.random.key(0),
+    model,
+    params,
+    ids,
+    mask,
+    max_length=5,
+    settings=settings,
+    num_samples=2,
+    stop_ids=STOP_IDS,
+    **options,
+  )
+  return model, params, rollout, settings
+
+
+def _red(checks):
+  return [check.name for check in checks if not check.passed]
+
+
+class CheckTest(parameterized.TestCase):
+  def test_all_green(self):
+    model, params, rollout, settings = _setting()
+    checks = preflight.check(
+      model, params, rollout, settings=settings, stop_ids=STOP_IDS
+    )
+    self.assertEmpty(_red(checks))
+    self.assertLen(checks, 6)
+    preflight.judge(checks, "strict")
+
+  def test_forgotten_temperature(self):
+    model, params, rollout, _ = _setting()
+    checks = preflight.check(
+      model, params, rollout, settings=sampling.Settings(), stop_ids=STOP_IDS
+    )
+    self.assertEqual(_red(checks), ["sampler and trainer log-probs agree"])
+
+  def test_forgotten_mask(self):
+    allowed = jnp.arange(40) % 2 == 1
+    model, params, rollout, settings = _setting(allowed=allowed)
+    checks = preflight.check(
+      model, params, rollout, settings=settings, stop_ids=STOP_IDS
+    )
+    self.assertEqual(_red(checks), ["sampler and trainer log-probs agree"])
+    checks = preflight.check(
+      model,
+      params,
+      rollout,
+      settings=settings,
+      stop_ids=STOP_IDS,
+      allowed=allowed,
+    )
+    self.assertEmpty(_red(checks))
+
+  def test_pads_that_are_attended_to(self):
+    model, params, rollout, settings = _setting()
+
+    class Inattentive(type(model)):
+      def __call__(self, ids, mask):
+        return super().__call__(ids, jnp.ones_like(mask))
+
+    checks = preflight.check(
+      Inattentive(model.config),
+      params,
+      rollout,
+      settings=settings,
+      stop_ids=STOP_IDS,
+    )
+    self.assertIn("pads change nothing", _red(checks))
+
+  def test_rows_that_mix(self):
+    model, params, rollout, settings = _setting()
+
+    class Mixing(type(model)):
+      def __call__(self, ids, mask):
+        hidden = super().__call__(ids, mask)
+        return hidden + 0.1 * hidden[:1]
+
+    checks = preflight.check(
+      Mixing(model.config),
+      params,
+      rollout,
+      settings=settings,
+      stop_ids=STOP_IDS,
+    )
+    self.assertIn("order of rows changes nothing", _red(checks))
+
+  def test_dropout(self):
+    model, params, rollout, settings = _setting()
+    state = {"calls": 0}
+
+    class Noisy(type(model)):
+      def __call__(self, ids, mask):
+        def noise():
+          state["calls"] += 1
+          return np.float32(0.01 * state["calls"])
+
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        factor = 1 + jax.pure_callback(noise, shape)
+        return super().__call__(ids, mask) * factor
+
+    checks = preflight.check(
+      Noisy(model.config), params, rollout, settings=settings, stop_ids=STOP_IDS
+    )
+    self.assertIn("dropout is off", _red(checks))
+    self.assertIn("KL of the policy to itself is 0", _red(checks))
+
+  def test_end_token_outside_the_mask(self):
+    model, params, rollout, settings = _setting()
+    mask = np.asarray(rollout.response_mask).copy()
+    row = int(np.flatnonzero(mask.sum(1) < 5)[0])
+    mask[row, mask[row].sum() - 1] = False  # As `ids != pad` would do.
+    checks = preflight.check(
+      model,
+      params,
+      rollout.replace(response_mask=jnp.asarray(mask)),
+      settings=settings,
+      stop_ids=STOP_IDS,
+    )
+    self.assertEqual(_red(checks), ["masks end with the end token"])
+
+  def test_mask_that_goes_on_behind_the_end(self):
+    model, params, rollout, settings = _setting()
+    mask = np.ones_like(np.asarray(rollout.response_mask))
+    checks = preflight.check(
+      model,
+      params,
+      rollout.replace(response_mask=jnp.asarray(mask)),
+      settings=settings,
+      stop_ids=STOP_IDS,
+    )
+    self.assertIn("masks end with the end token", _red(checks))
+
+  def test_ratio_and_accumulation(self):
+    model, params, rollout, settings = _setting()
+    gradients = {1: {"w": jnp.ones(3)}, 2: {"w": jnp.ones(3)}}
+    one = jnp.float32(1.0)
+    metrics = {"ppo/ratio_min": one, "ppo/ratio_max": one}
+
+    def check():
+      return preflight.check(
+        model,
+        params,
+        rollout,
+        settings=settings,
+        stop_ids=STOP_IDS,
+        gradients=lambda n: (gradients[n], metrics),
+      )
+
+    self.assertEmpty(_red(check()))
+    gradients[2] = {"w": jnp.array([1.0, 1.0, 1.1])}
+    self.assertEqual(_red(check()), ["2 micro-batches equal one batch"])
+    for name, ratio in (("ppo/ratio_min", 0.99), ("ppo/ratio_max", 1.01)):
+      metrics = {"ppo/ratio_min": one, "ppo/ratio_max": one}
+      metrics[name] = jnp.float32(ratio)
+      self.assertIn("first ratio is 1", _red(check()))
+    metrics = {}  # Nothing known is not good news.
+    self.assertIn("first ratio is 1", _red(check()))
+
+  def test_judge(self):
+    red = [preflight.Check("a thing", 2.0, 1.0), preflight.Check("b", 0.0, 1.0)]
+    with self.assertRaisesRegex(RuntimeError, "1 of 2 checks red .a thing: 2"):
+      preflight.judge(red, "strict")
+    preflight.judge(red, "warn")
+    self.assertFalse(preflight.Check("nan", float("nan"), 1.0).passed)
+
+  def test_show(self):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      preflight.show(
+        [preflight.Check("a thing", 2.0, 1.0, "nats")],
+        [
+          {
+            "name": "learn",
+            "seconds": 1.5,
+            "argument_bytes": 2**20,
+            "output_bytes": 0,
+            "temporary_bytes": 0,
+          }
+        ],
+        {"params": jnp.zeros((3, 2**18)), "reference": None},
+      )
+    for part in ("a thing", "RED", "learn", "1.5", "params", "3.0 MB"):
+      self.assertIn(part, out.getvalue())
+
+
+class CompiledTest(absltest.TestCase):
+  def test_compiles_once_per_shape(self):
+    double = compiled.Compiled("double", lambda x: 2 * x)
+    np.testing.assert_array_equal(double(jnp.arange(3)), [0, 2, 4])
+    double(jnp.arange(3))
+    self.assertLen(double.compilations, 1)
+    double(jnp.arange(4))
+    self.assertLen(double.compilations, 2)
+    self.assertGreater(double.compilations[0]["seconds"], 0)
+
+  def test_recompilation_names_the_argument(self):
+    add = compiled.Compiled("add", lambda x, y: x + y["b"])
+    add(jnp.zeros(3), {"b": jnp.ones(3)})
+    add.freeze()
+    add(jnp.zeros(3), {"b": jnp.zeros(3)})
+    with self.assertRaisesRegex(
+      RuntimeError, r"add would compile.*\['b'\].*float32\[3\].*float32\[1\]"
+    ):
+      add(jnp.zeros(3), {"b": jnp.ones(1)})
+    with self.assertRaisesRegex(RuntimeError, "structure|PyTreeDef"):
+      add(jnp.zeros(3), {"b": jnp.ones(3), "c": jnp.ones(3)})
+
+  def test_recompilation_by_sharding(self):
+    double = compiled.Compiled("double", lambda x: 2 * x)
+    double(jnp.arange(8))
+    double.freeze()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    spread = jax.device_put(
+      jnp.arange(8),
+      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")),
+    )
+    with self.assertRaisesRegex(RuntimeError, "was int32.8. on .*, now int32"):
+      double(spread)
+
+  def test_tree_bytes(self):
+    tree = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4, jnp.bfloat16)}
+    self.assertEqual(preflight.tree_bytes(tree), 24 + 8)
+    self.assertEqual(preflight.tree_bytes(None), 0)
+    # Of the 64 and 6 bytes, a device has an eighth and all of them.
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    spread = lambda *spec: jax.sharding.NamedSharding(mesh, jax.P(*spec))
+    tree = {
+      "a": jax.device_put(jnp.zeros((2, 8)), spread(None, "data")),
+      "b": jax.device_put(jnp.zeros(3, jnp.bfloat16), spread()),
+    }
+    self.assertEqual(preflight.tree_bytes(tree), 64 + 6)
+    self.assertEqual(preflight.device_bytes(tree), 8 + 6)
+
+
+if __name__ == "__main__":
+  absltest.main()
