@@ -28,7 +28,7 @@ def main():
     try:
       flags.FLAGS([path, *arguments])
       sys.argv = [path]
-      script["main"]([path])
+      script["main"]()
     except Exception as caught:
       error = f"{type(caught).__name__}: {caught}"
     results.append({"error": error})
