@@ -1,6 +1,6 @@
 """Numbers as the cells of a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -11,7 +11,7 @@ def interval(numbers: tuple[float, float, float]) -> str:
   return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def mean_and_range(seeds: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def mean_and_range(seeds: Iterable[Mapping[str, float]]) -> dict[str, str]:
   """Averages columns over seeds, with the lowest and highest of several.
 
   Args:
@@ -20,7 +20,7 @@ def mean_and_range(seeds: Sequence[Mapping[str, float]]) -> dict[str, str]:
   Returns:
     Column to "mean" for one seed, and "mean [lowest, highest]" for several.
   """
-  table = {}
+  table, seeds = {}, list(seeds)
   for name in seeds[0]:
     values = [float(seed[name]) for seed in seeds]
     table[name] = f"{np.mean(values):.3f}"
