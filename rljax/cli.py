@@ -195,6 +195,19 @@ def define_run(
       lower_bound=0,
     )
     may_change("num_page_samples")
+  _define_devices()
+  if logs:
+    flags.DEFINE_string(
+      "wandb_project",
+      "",
+      "Weights & Biases project to which metrics are sent as well; empty for "
+      "none.",
+    )
+    may_change("wandb_project")
+
+
+def _define_devices():
+  """Defines the mesh and the cache of compiled programs."""
   flags.DEFINE_string(
     "mesh",
     "data:-1",
@@ -209,14 +222,6 @@ def define_run(
     "none.",
   )
   may_change("workdir", "mesh", "compilation_cache")
-  if logs:
-    flags.DEFINE_string(
-      "wandb_project",
-      "",
-      "Weights & Biases project to which metrics are sent as well; empty for "
-      "none.",
-    )
-    may_change("wandb_project")
 
 
 def define_preflight() -> None:
