@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rljax.storage import paths
+
 Path = str | os.PathLike[str]
 Panels = Mapping[str, Sequence[str]]
 
@@ -315,11 +317,8 @@ def _finish(panel, title, *, legend):
 
 
 def _save(figure, path):
-  """Writes the picture so that a reader never sees half of one."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f".{path.name}.partial")
-  figure.savefig(partial, format="png")
-  os.replace(partial, path)
+  with paths.whole(path) as partial:
+    figure.savefig(partial, format="png")
 
 
 def _flat(row):

@@ -14,12 +14,13 @@ import dataclasses
 import html
 import math
 import os
-import pathlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from rljax.storage import paths
 
 # Stands where a token holds a part of a character that a later one completes.
 PART = "\N{DOTTED CIRCLE}"
@@ -274,10 +275,7 @@ def write(
     legend=legend,
     body=body or "<p>No sample is there yet.</p>",
   )
-  path = pathlib.Path(path)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(page, encoding="utf-8")
-  os.replace(partial, path)
+  paths.write_whole(path, page)
 
 
 def _scale(scale, values):

@@ -33,6 +33,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from rljax.storage import paths
+
 Tree = Any
 Workdir = str | os.PathLike[str]
 
@@ -385,10 +387,7 @@ def write_flags(
     text = json.dumps(
       _plain_json(dict(flags), "flags"), indent=2, sort_keys=True
     )
-    path = pathlib.Path(workdir) / "flags.json"
-    partial = path.with_name(".flags.json.partial")
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
+    paths.write_whole(pathlib.Path(workdir, "flags.json"), text + "\n")
 
 
 def check_flags(

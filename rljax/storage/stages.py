@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rljax.storage import paths
+
 _INPUTS, _DONE = "inputs.json", "done.json"
 
 
@@ -136,9 +138,5 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-  partial = path.with_name(f".{path.name}.partial")
-  with partial.open("w") as file:
-    file.write(json.dumps(dict(values), indent=2) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  content = json.dumps(dict(values), indent=2) + "\n"
+  paths.write_whole(path, content, fsync=True)

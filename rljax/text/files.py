@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from rljax.storage import paths
+
 Row = dict[str, Any]
 
 
@@ -54,15 +56,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
   content = "".join(map(_json_line, rows)).encode("utf-8")
   if path.suffix == ".gz":
     content = gzip.compress(content, mtime=0)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with temporary.open("wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  paths.write_whole(path, content, fsync=True, shared=True)
 
 
 def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:

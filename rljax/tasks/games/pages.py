@@ -10,12 +10,12 @@ import dataclasses
 import html
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rljax.storage import paths
 from rljax.tasks.games import boards, rules
 
 _WIDTH = 62  # Characters of a line of rules.
@@ -69,10 +69,7 @@ def write(
     notes="".join(f"<p>{html.escape(note)}</p>\n" for note in notes),
     body=body or "<p>There is no such game.</p>",
   )
-  path = pathlib.Path(path)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(page, encoding="utf-8")
-  os.replace(partial, path)
+  paths.write_whole(path, page)
 
 
 def pretty(text: str, width: int = _WIDTH) -> str:

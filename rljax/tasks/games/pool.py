@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import logging
 
+from rljax.storage import paths
 from rljax.tasks import sandbox
 
 _FORMAT = 2  # Of what is kept on disk: rises when `game_play` changes.
@@ -188,11 +189,7 @@ def _kept(path: pathlib.Path) -> dict[str, Any] | None:
 
 def _keep(path: pathlib.Path, measurement: dict[str, Any]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Other processes find a whole file, or none.
-  handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-  with os.fdopen(handle, "w") as file:
-    json.dump(measurement, file)
-  os.replace(name, path)
+  paths.write_whole(path, json.dumps(measurement), shared=True)
 
 
 @functools.cache
