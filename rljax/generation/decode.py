@@ -6,6 +6,7 @@ logits does as well, so nothing in here knows a model family.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from rljax.ops import log_probs as log_probs_lib
 from rljax.ops import sampling
 
 Array = chex.Array
+State = dict[str, Any]
 
 
 @chex.dataclass(frozen=True)
@@ -205,14 +207,7 @@ def sample(
   Raises:
     ValueError: if `max_length` or `num_samples` is not positive.
   """
-  chex.assert_rank([prompt_ids, prompt_mask], 2)
-  chex.assert_equal_shape([prompt_ids, prompt_mask])
-  chex.assert_type([prompt_ids, prompt_mask], [int, bool])
-  if max_length < 1 or num_samples < 1:
-    raise ValueError(
-      "max_length and num_samples must be positive, got "
-      f"{max_length} and {num_samples}."
-    )
+  _check_request(prompt_ids, prompt_mask, max_length, num_samples)
   num_prompts = prompt_ids.shape[0]
   num_rows = num_prompts * num_samples
   if prompt_indices is None:
@@ -228,104 +223,31 @@ def sample(
     chex.assert_rank(forced, 1)
   if constraint is not None:
     constraint = constraint.repeat(num_samples)
-  keys = row_keys(key, prompt_indices, num_samples)
-  variables = {"params": params}
-
-  def draw(step, logits, last_tokens, allowed):
-    """The tokens of one step and their log-probabilities, `[N]` each."""
-    logits = log_probs_lib.masked_logits(
-      logits, temperature=settings.temperature, allowed=allowed
-    )
-    truncated = sampling.truncate(logits, settings)
-    if settings.greedy:
-      tokens = sampling.greedy(truncated)
-    else:
-      step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-      uniforms = jax.vmap(jax.random.uniform)(step_keys)
-      tokens = sampling.inverse_cdf(truncated, uniforms)
-    log_prob = truncated_log_prob = _log_prob(logits, tokens)
-    if settings.truncates:
-      truncated_log_prob = _log_prob(truncated, tokens)
-    if forced is not None:
-      following = forced[last_tokens]
-      is_free = following < 0
-      tokens = jnp.where(is_free, tokens, following)
-      log_prob = jnp.where(is_free, log_prob, 0.0)
-      truncated_log_prob = jnp.where(is_free, truncated_log_prob, 0.0)
-    return tokens, log_prob, truncated_log_prob
-
-  def allowed_at(state):
-    """`[V]`, or `[N, V]` under a constraint."""
-    if constraint is None:
-      return allowed
-    found = constraint.allowed(state["place"])
-    return found if allowed is None else found & allowed[None]
-
-  def record(step, state, drawn, allowed):
-    """Writes one column and finds out which rows have ended with it."""
-    tokens, log_prob, truncated_log_prob = drawn
-    alive = ~state["finished"] & (step < lengths)
-    tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
-    stop = jnp.zeros_like(alive)
-    for stop_id in stop_ids:
-      stop |= tokens == stop_id
-    automaton = state["automaton"]
-    if stop_strings is not None:
-      automaton = jnp.where(alive, stop_strings[automaton, tokens], automaton)
-      stop |= automaton == stop_strings.shape[0] - 1
-    write = lambda name, column: jax.lax.dynamic_update_slice_in_dim(
-      state[name], column[:, None], step, axis=1
-    )
-    more = {}
-    if constraint is not None:
-      more = {
-        "allowed": write("allowed", allowed | ~alive[:, None]),
-        "place": constraint.advance(state["place"], tokens),
-      }
-    return {
-      "tokens": tokens,
-      "response_ids": write("response_ids", tokens),
-      "response_mask": write("response_mask", alive),
-      "log_probs": write("log_probs", jnp.where(alive, log_prob, 0.0)),
-      "truncated_log_probs": write(
-        "truncated_log_probs", jnp.where(alive, truncated_log_prob, 0.0)
-      ),
-      "finished": state["finished"] | (alive & stop),
-      "automaton": automaton,
-      **more,
-    }
+  if split_cache is None:
+    split_cache = lambda cache: cache
+  advance = functools.partial(
+    _advance,
+    keys=row_keys(key, prompt_indices, num_samples),
+    settings=settings,
+    allowed=allowed,
+    forced=forced,
+    constraint=constraint,
+    stop_ids=stop_ids,
+    stop_strings=stop_strings,
+    lengths=lengths,
+    pad_id=pad_id,
+  )
+  apply = functools.partial(model.apply, {"params": params})
 
   # The first token comes from the prompts' last column, once per prompt.
-  hidden, cache = model.apply(
-    variables,
-    prompt_ids,
-    prompt_mask,
-    num_samples,
-    max_length,
-    method="prefill",
+  hidden, cache = apply(
+    prompt_ids, prompt_mask, num_samples, max_length, method="prefill"
   )
-  if split_cache is not None:
-    cache = split_cache(cache)
-  logits = model.apply(variables, hidden[:, -1], method="logits")  # [B, V]
-  shape = (num_rows, max_length)
-  state = {
-    "tokens": jnp.zeros(num_rows, jnp.int32),
-    "response_ids": jnp.full(shape, pad_id, jnp.int32),
-    "response_mask": jnp.zeros(shape, bool),
-    "log_probs": jnp.zeros(shape, jnp.float32),
-    "truncated_log_probs": jnp.zeros(shape, jnp.float32),
-    "finished": jnp.zeros(num_rows, bool),
-    "automaton": jnp.zeros(num_rows, jnp.int32),
-  }
-  # Before the first token comes the entry of `forced` behind all tokens.
-  before = jnp.full(num_rows, -1, jnp.int32)
+  cache = split_cache(cache)
+  logits = apply(hidden[:, -1], method="logits")  # [B, V]
   logits = jnp.repeat(logits, num_samples, axis=0)
-  if constraint is not None:
-    state["place"] = constraint.start
-    state["allowed"] = jnp.ones((*shape, logits.shape[-1]), bool)
-  allowed_first = allowed_at(state)
-  drawn = draw(0, logits, before, allowed_first)
-  state = record(0, state, drawn, allowed_first)
+  state = _start((num_rows, max_length), logits.shape[-1], constraint, pad_id)
+  state = advance(0, state, logits)
 
   def goes_on(carry):
     step, state, _ = carry
@@ -334,15 +256,10 @@ def sample(
 
   def decode(carry):
     step, state, cache = carry
-    hidden, cache = model.apply(
-      variables, state["tokens"], cache, method="decode"
-    )
-    if split_cache is not None:
-      cache = split_cache(cache)
-    logits = model.apply(variables, hidden, method="logits")  # [N, V]
-    allowed_now = allowed_at(state)
-    drawn = draw(step, logits, state["tokens"], allowed_now)
-    return step + 1, record(step, state, drawn, allowed_now), cache
+    hidden, cache = apply(state["tokens"], cache, method="decode")
+    cache = split_cache(cache)
+    logits = apply(hidden, method="logits")  # [N, V]
+    return step + 1, advance(step, state, logits), cache
 
   if max_length > 1:
     _, state, _ = jax.lax.while_loop(goes_on, decode, (1, state, cache))
@@ -354,6 +271,146 @@ def sample(
     finished=state["finished"],
     allowed=state.get("allowed"),
   )
+
+
+def _check_request(
+  prompt_ids: Array, prompt_mask: Array, max_length: int, num_samples: int
+) -> None:
+  chex.assert_rank([prompt_ids, prompt_mask], 2)
+  chex.assert_equal_shape([prompt_ids, prompt_mask])
+  chex.assert_type([prompt_ids, prompt_mask], [int, bool])
+  if max_length < 1 or num_samples < 1:
+    raise ValueError(
+      "max_length and num_samples must be positive, got "
+      f"{max_length} and {num_samples}."
+    )
+
+
+def _start(
+  shape: tuple[int, int], vocab_size: int, constraint: Any, pad_id: int
+) -> State:
+  """The state of the loop before the first token of `[N, T]` responses."""
+  num_rows, _ = shape
+  state = {
+    # Index -1 is the entry of `forced` that comes before the first token.
+    "tokens": jnp.full(num_rows, -1, jnp.int32),
+    "response_ids": jnp.full(shape, pad_id, jnp.int32),
+    "response_mask": jnp.zeros(shape, bool),
+    "log_probs": jnp.zeros(shape, jnp.float32),
+    "truncated_log_probs": jnp.zeros(shape, jnp.float32),
+    "finished": jnp.zeros(num_rows, bool),
+    "automaton": jnp.zeros(num_rows, jnp.int32),
+  }
+  if constraint is not None:
+    state["place"] = constraint.start
+    state["allowed"] = jnp.ones((*shape, vocab_size), bool)
+  return state
+
+
+def _advance(
+  step: int | Array,
+  state: State,
+  logits: Array,
+  *,
+  keys: Array,
+  settings: sampling.Settings,
+  allowed: Array | None,
+  forced: Array | None,
+  constraint: Any,
+  stop_ids: tuple[int, ...],
+  stop_strings: Array | None,
+  lengths: Array,
+  pad_id: int,
+) -> State:
+  """Draws the tokens of one step and writes their column.
+
+  Args:
+    step: t, the column.
+    state: of the loop, see `_start`.
+    logits: `[N, V]` float, of the model.
+    keys: `[N]` typed keys, of the rows.
+    settings: as in `sample`, like those that follow.
+    allowed: `[V]` bool, or None.
+    forced: `[V + 1]` int, or None.
+    constraint: of N rows, or None.
+    stop_ids: ids that end a response.
+    stop_strings: `[S, V]` table, or None.
+    lengths: `[N]` int.
+    pad_id: what stands after the end.
+
+  Returns:
+    The state after the step.
+  """
+  if constraint is not None:
+    follows = constraint.allowed(state["place"])  # [N, V]
+    allowed = follows if allowed is None else follows & allowed[None]
+  tokens, log_prob, truncated_log_prob = _draw(
+    keys, step, logits, allowed, settings
+  )
+  if forced is not None:
+    following = forced[state["tokens"]]
+    is_free = following < 0
+    tokens = jnp.where(is_free, tokens, following)
+    log_prob = jnp.where(is_free, log_prob, 0.0)
+    truncated_log_prob = jnp.where(is_free, truncated_log_prob, 0.0)
+
+  alive = ~state["finished"] & (step < lengths)
+  tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
+  stop = jnp.zeros_like(alive)
+  for stop_id in stop_ids:
+    stop |= tokens == stop_id
+  automaton = state["automaton"]
+  if stop_strings is not None:
+    automaton = jnp.where(alive, stop_strings[automaton, tokens], automaton)
+    stop |= automaton == stop_strings.shape[0] - 1
+  write = lambda name, column: jax.lax.dynamic_update_slice_in_dim(
+    state[name], column[:, None], step, axis=1
+  )
+  constrained = {}
+  if constraint is not None:
+    constrained = {
+      "allowed": write("allowed", allowed | ~alive[:, None]),
+      "place": constraint.advance(state["place"], tokens),
+    }
+  return {
+    "tokens": tokens,
+    "response_ids": write("response_ids", tokens),
+    "response_mask": write("response_mask", alive),
+    "log_probs": write("log_probs", jnp.where(alive, log_prob, 0.0)),
+    "truncated_log_probs": write(
+      "truncated_log_probs", jnp.where(alive, truncated_log_prob, 0.0)
+    ),
+    "finished": state["finished"] | (alive & stop),
+    "automaton": automaton,
+    **constrained,
+  }
+
+
+def _draw(
+  keys: Array,
+  step: int | Array,
+  logits: Array,
+  allowed: Array | None,
+  settings: sampling.Settings,
+) -> tuple[Array, Array, Array]:
+  """One token per row, `[N]`, and its log-probabilities before and after cuts.
+
+  The key of a row's token is folded from the row's key and `step`.
+  """
+  logits = log_probs_lib.masked_logits(
+    logits, temperature=settings.temperature, allowed=allowed
+  )
+  truncated = sampling.truncate(logits, settings)
+  if settings.greedy:
+    tokens = sampling.greedy(truncated)
+  else:
+    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    uniforms = jax.vmap(jax.random.uniform)(step_keys)
+    tokens = sampling.inverse_cdf(truncated, uniforms)
+  log_prob = truncated_log_prob = _log_prob(logits, tokens)
+  if settings.truncates:
+    truncated_log_prob = _log_prob(truncated, tokens)
+  return tokens, log_prob, truncated_log_prob
 
 
 def _log_prob(logits: Array, tokens: Array) -> Array:
