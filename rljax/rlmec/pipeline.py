@@ -11,6 +11,7 @@ Source:
   blanks between the kept steps and the rest are as in the solution.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -315,86 +316,53 @@ def by_model(
     ValueError: if the folder holds answers to other questions.
   """
 
-  def ask(name, asked, prompts, length):
-    """Replies to those of the questions that are not too long."""
-    ids = tokens.encode_prompts(tokenizer, prompts, max_length=sys.maxsize)
-    limit = min(
-      max_prompt_length,
-      batches.longest_in_bucket(model.config.max_positions - length),
-    )
-    fits = [i for i, x in enumerate(ids) if len(x) <= limit]
-    if not fits:
-      return {}
-    responder = samplers.Responder(
-      model,
-      tokenizer,
-      [ids[i] for i in fits],
-      max_length=length,
-      settings=sampling.Settings(greedy=True),
-      batch_size=batch_size,
-      mesh=mesh,
-    )
-    found = samplers.collect(
-      pathlib.Path(folder, f"{name}.jsonl"),
-      responder,
-      params,
-      [prompts[i] for i in fits],
-      # Judged below, all together: a reply is part of a rewrite.
-      lambda prompts, replies: (np.zeros(len(replies)), [{} for _ in replies]),
-      progress=_progress(name, len(fits), should_stop),
-    )
-    return {asked[i]: row for i, row in zip(fits, found, strict=True)}
-
-  wrong = [i for i, row in enumerate(rows) if not row["is_right"]]
+  ask = functools.partial(
+    _ask,
+    folder,
+    model,
+    tokenizer,
+    params,
+    mesh=mesh,
+    batch_size=batch_size,
+    max_prompt_length=max_prompt_length,
+    should_stop=should_stop,
+  )
+  wrong = [row for row in rows if not row["is_right"]]
   if not wrong:
     return _in_order(rows, [])
-  steps_of = {i: steps_lib.steps(rows[i]["response"], step_ends) for i in wrong}
-  error_steps = dict.fromkeys(wrong, -1)
+  steps_of = [steps_lib.steps(row["response"], step_ends) for row in wrong]
+  error_steps = [-1] * len(wrong)
   if locate:
-    prompts = [
-      template.locate_prompt(rows[i]["prompt"], rows[i]["gold"], steps_of[i])
-      for i in wrong
+    questions = [
+      template.locate_prompt(row["prompt"], row["gold"], steps)
+      for row, steps in zip(wrong, steps_of, strict=True)
     ]
-    most_steps = max(map(len, steps_of.values()))
-    longest = max(
-      len(
-        tokens.encode_response(tokenizer, "", [], template.locate_target(k))[0]
-      )
-      for k in (0, most_steps)
-    )
-    for i, row in ask("locations", wrong, render(prompts), longest).items():
-      step = template.parse_location(row["response"])
-      if row["finished"] and 0 <= step < len(steps_of[i]):
-        error_steps[i] = step
+    longest = _longest_location(template, tokenizer, max(map(len, steps_of)))
+    replies = ask("locations", render(questions), max_length=longest)
+    error_steps = [
+      _located(template, reply, len(steps))
+      for reply, steps in zip(replies, steps_of, strict=True)
+    ]
 
-  kept = {i: prompts_lib.retained(steps_of[i], error_steps[i]) for i in wrong}
+  kept = list(map(prompts_lib.retained, steps_of, error_steps))
   questions = render(
     [
-      template.rewrite_prompt(
-        rows[i]["prompt"], rows[i]["gold"], rows[i]["response"]
-      )
-      for i in wrong
+      template.rewrite_prompt(row["prompt"], row["gold"], row["response"])
+      for row in wrong
     ]
   )
-  questions = [
-    question + kept[i] for i, question in zip(wrong, questions, strict=True)
-  ]
-  found = ask("rewritings", wrong, questions, max_length)
-  rewrites, too_long = [], []
-  for i in wrong:
+  questions = [a + b for a, b in zip(questions, kept, strict=True)]
+  replies = ask("rewritings", questions, max_length=max_length)
+  rewrites = [
     # One that ran out of length is no rewrite.
-    is_whole = i in found and found[i]["finished"]
-    text = prompts_lib.join(kept[i], found[i]["response"]) if is_whole else ""
-    rewrites.append(text)
-    too_long.append(i not in found)
-  answered = verified(
-    [rows[i] for i in wrong],
-    rewrites,
-    [error_steps[i] for i in wrong],
-    score,
-  )
-  for row, is_too_long in zip(answered, too_long, strict=True):
-    if is_too_long:
+    prompts_lib.join(start, reply["response"])
+    if reply and reply["finished"]
+    else ""
+    for start, reply in zip(kept, replies, strict=True)
+  ]
+  answered = verified(wrong, rewrites, error_steps, score)
+  for row, reply in zip(answered, replies, strict=True):
+    if reply is None:
       row["too_long"] = True
   return _in_order(rows, answered)
 
@@ -485,6 +453,78 @@ def check_template(
         f"--template={name} has characters that the model's tokenizer cannot "
         f"write; others are {', '.join(sorted(prompts_lib.TEMPLATES))}. {error}"
       ) from error
+
+
+def _ask(
+  folder: str | os.PathLike[str],
+  model: Any,
+  tokenizer: Any,
+  params: Any,
+  name: str,
+  questions: Sequence[str],
+  *,
+  mesh: Any,
+  batch_size: int,
+  max_length: int,
+  max_prompt_length: int,
+  should_stop: Callable[[], bool],
+) -> list[dict[str, Any] | None]:
+  """Asks a model greedily; files its replies in `<folder>/<name>.jsonl`.
+
+  Returns:
+    For each question a row of `responses.collect`, or None if it is too long.
+  """
+  ids = tokens.encode_prompts(tokenizer, questions, max_length=sys.maxsize)
+  limit = min(
+    max_prompt_length,
+    batches.longest_in_bucket(model.config.max_positions - max_length),
+  )
+  fits = [i for i, x in enumerate(ids) if len(x) <= limit]
+  replies = [None] * len(questions)
+  if not fits:
+    return replies
+  responder = samplers.Responder(
+    model,
+    tokenizer,
+    [ids[i] for i in fits],
+    max_length=max_length,
+    settings=sampling.Settings(greedy=True),
+    batch_size=batch_size,
+    mesh=mesh,
+  )
+  found = samplers.collect(
+    pathlib.Path(folder, f"{name}.jsonl"),
+    responder,
+    params,
+    [questions[i] for i in fits],
+    # The caller scores them all together: a reply is part of a rewrite.
+    lambda prompts, replies: (np.zeros(len(replies)), [{} for _ in replies]),
+    progress=_progress(name, len(fits), should_stop),
+  )
+  for i, row in zip(fits, found, strict=True):
+    replies[i] = row
+  return replies
+
+
+def _longest_location(
+  template: prompts_lib.Template, tokenizer: Any, num_steps: int
+) -> int:
+  """Tokens of the longest reply that names one of `num_steps` steps."""
+  targets = [template.locate_target(step) for step in (0, num_steps)]
+  return max(
+    len(tokens.encode_response(tokenizer, "", [], target)[0])
+    for target in targets
+  )
+
+
+def _located(
+  template: prompts_lib.Template, reply: dict[str, Any] | None, num_steps: int
+) -> int:
+  """The step that a reply names, -1 if it names none of `num_steps` steps."""
+  if not reply or not reply["finished"]:
+    return -1
+  step = template.parse_location(reply["response"])
+  return step if 0 <= step < num_steps else -1
 
 
 def _progress(name: str, num_prompts: int, should_stop: Callable[[], bool]):
