@@ -252,59 +252,72 @@ def _fast_options() -> dict[str, Any]:
   return options
 
 
+def _start(env: Any) -> Any:
+  """The first position, but for its legal moves."""
+  jax, _ = _libraries()
+  jnp = jax.numpy
+  state = env.game_state_cls(
+    board=jnp.full((env.num_piece_types, env.board_size), -1, jnp.int8),
+    legal_action_mask=jnp.ones(env.num_actions, bool),
+    current_player=jnp.int8(0),
+    phase_idx=jnp.int8(0),
+    phase_step_count=jnp.int8(0),
+    previous_actions=jnp.full(3, -1, jnp.int16),
+  )
+  state = env._initialize_board(state)
+  state = state._replace(current_player=env._get_next_player(state))
+  return env._update_info(state, -1)
+
+
+def _move(env: Any, state: Any, action: Any) -> Any:
+  """The position after a move, but for its legal moves."""
+  mover = state.current_player
+  state = env._update_info(env._apply_action(state, action), action)
+  phase, num_steps = env._get_phase_idx(state)
+  state = state._replace(phase_idx=phase, phase_step_count=num_steps)
+  state = state._replace(current_player=env._get_next_player(state))
+  return env._apply_effects(state, mover)
+
+
+def _step(env: Any, state: Any, action: Any, is_first: Any) -> tuple:
+  """Plays a move and finds the next legal ones: `(state, winners, is_over)`.
+
+  If `is_first`, the position stays and only gets its legal moves.
+  """
+  jax, _ = _libraries()
+  jnp = jax.numpy
+  mover = state.current_player
+  state = jax.tree.map(
+    lambda old, new: jnp.where(is_first, jnp.asarray(old, new.dtype), new),
+    state,
+    jax.tree.map(jnp.asarray, _move(env, state, action)),
+  )
+  mask = env._get_legal_action_mask(state).astype(bool)
+  state = state._replace(legal_action_mask=mask)
+  # Whoever moved is the mover of the rules for the end.
+  winners, is_over = env._get_winner(state._replace(current_player=mover))
+  return state, winners, is_over & ~is_first
+
+
 def _playouts(
   env: Any, num_games: int, max_plies: int, with_boards: bool = False
 ) -> Any:
-  """A function of `[T, N]` random numbers that tells how N games went.
+  """Returns a function of `[T, N]` random numbers that plays N games.
 
-  With boards also where their pieces are, `[N, P, M]`.
+  Its results tell how they went; with boards also where their pieces are,
+  `[N, P, M]`.
 
   It plays as `env.init` and `env.step` do. Those compute legal moves in two
   places, and handle illegal ones, which would all be compiled.
   """
   jax, _ = _libraries()
   jnp = jax.numpy
-
-  def start():
-    """The first position, but for its legal moves."""
-    state = env.game_state_cls(
-      board=jnp.full((env.num_piece_types, env.board_size), -1, jnp.int8),
-      legal_action_mask=jnp.ones(env.num_actions, bool),
-      current_player=jnp.int8(0),
-      phase_idx=jnp.int8(0),
-      phase_step_count=jnp.int8(0),
-      previous_actions=jnp.full(3, -1, jnp.int16),
-    )
-    state = env._initialize_board(state)
-    state = state._replace(current_player=env._get_next_player(state))
-    return env._update_info(state, -1)
-
-  def move(state, action):
-    """The position behind a move, but for its legal moves."""
-    mover = state.current_player
-    state = env._update_info(env._apply_action(state, action), action)
-    phase, num_steps = env._get_phase_idx(state)
-    state = state._replace(phase_idx=phase, phase_step_count=num_steps)
-    state = state._replace(current_player=env._get_next_player(state))
-    return env._apply_effects(state, mover)
-
-  def step(state, action, is_first):
-    mover = state.current_player
-    state = jax.tree.map(
-      lambda old, new: jnp.where(is_first, jnp.asarray(old, new.dtype), new),
-      state,
-      jax.tree.map(jnp.asarray, move(state, action)),
-    )
-    mask = env._get_legal_action_mask(state).astype(bool)
-    state = state._replace(legal_action_mask=mask)
-    # Whoever moved is the mover of the rules for the end.
-    winners, is_over = env._get_winner(state._replace(current_player=mover))
-    return state, winners, is_over & ~is_first
+  step = functools.partial(_step, env)
 
   def playouts(numbers):
     # All games start alike, and there is no chance in them.
     state = jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (num_games, *jnp.shape(x))), start()
+      lambda x: jnp.broadcast_to(x, (num_games, *jnp.shape(x))), _start(env)
     )
     zeros, no = jnp.zeros(num_games, jnp.int32), jnp.zeros(num_games, bool)
     played = {
@@ -337,7 +350,7 @@ def _playouts(
       after, winners, is_over = jax.vmap(step, (0, 0, None))(
         state, actions, is_first
       )
-      # Games that are over go on, and nobody looks.
+      # Games that are over play on, unless their boards are asked for.
       if with_boards:
         keep = ~(is_live | is_first)
         after = jax.tree.map(

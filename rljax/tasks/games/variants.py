@@ -138,14 +138,7 @@ def expand(
     measured = pool.measure([row["text"] for row in drawn], **options)
     num_played += len(drawn)
     for row, measurement in zip(drawn, measured, strict=True):
-      parts = rewards.unread("played")
-      rewards.judge(parts, measurement, max_plies, "true", games.MIN_PLIES)
-      kept = {
-        name: parts[name]
-        for name in ("quality", "balance", "decisive", "plies")
-      }
-      is_good = parts["is_playable"] and parts["is_good"]
-      is_good = is_good and parts["quality"] >= min_quality
+      quality, is_good = _quality(measurement, max_plies, min_quality)
       course = tuple(measurement.get(name) for name in _COURSE)
       is_good = is_good and course not in played
       played.add(course)
@@ -153,7 +146,7 @@ def expand(
       name = row["parents"][0]
       if is_kept:
         name = f"{split}_{len(rows)}"
-        rows.append({"name": name} | row | kept | fixed)
+        rows.append({"name": name} | row | quality | fixed)
       # Those that cost too much would have costly children.
       is_first = num_played == len(drawn) and measurement["stage"] == "played"
       if is_kept or is_first:
@@ -163,27 +156,10 @@ def expand(
       progress(min(len(rows), num), num_played)
     if len(rows) >= num or tries >= max_tries:
       break
-    drawn = []
-    while len(drawn) < _DRAWN_AT_ONCE and tries < max_tries:
-      tries += 1
-      index = int(rng.integers(len(found)))
-      text, changes, others = _changed(
-        found[index]["text"], donors, rng, max_sites
-      )
-      if text in seen or not _is_sound(text, max_sites):
-        continue
-      seen.add(text)
-      sources = [found[i] for i in dict.fromkeys([index, *others])]
-      roots = [root for source in sources for root in source["roots"]]
-      parents = [source["name"] for source in sources]
-      drawn.append(
-        {
-          "text": text,
-          "parents": list(dict.fromkeys(parents)),
-          "roots": list(dict.fromkeys(roots)),
-          "changes": changes,
-        }
-      )
+    drawn, tried = _draw(
+      found, donors, rng, seen, max_sites=max_sites, max_tries=max_tries - tries
+    )
+    tries += tried
   rows = rows[:num]
   if len(rows) < num:
     logging.warning(
@@ -216,6 +192,55 @@ def write(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> None:
   """
   files.write_jsonl(path, rows)
   pathlib.Path(f"{path}.NOTICE").write_text(rules.notice())
+
+
+def _quality(
+  measurement: dict[str, Any], max_plies: int, min_quality: float
+) -> tuple[dict[str, Any], bool]:
+  """The columns of a row that tell how good a game is, and whether it is."""
+  parts = rewards.unread("played")
+  rewards.judge(parts, measurement, max_plies, "true", games.MIN_PLIES)
+  names = ("quality", "balance", "decisive", "plies")
+  is_good = parts["is_playable"] and parts["is_good"]
+  is_good = is_good and parts["quality"] >= min_quality
+  return {name: parts[name] for name in names}, is_good
+
+
+def _draw(
+  found: Sequence[dict[str, Any]],
+  donors: "_Donors",
+  rng: np.random.Generator,
+  seen: set[str],
+  *,
+  max_sites: int,
+  max_tries: int,
+) -> tuple[list[dict[str, Any]], int]:
+  """Changed games that were not seen before, and how many tries they took.
+
+  Their texts join `seen`.
+  """
+  drawn, tries = [], 0
+  while len(drawn) < _DRAWN_AT_ONCE and tries < max_tries:
+    tries += 1
+    index = int(rng.integers(len(found)))
+    text, changes, others = _changed(
+      found[index]["text"], donors, rng, max_sites
+    )
+    if text in seen or not _is_sound(text, max_sites):
+      continue
+    seen.add(text)
+    sources = [found[i] for i in dict.fromkeys([index, *others])]
+    roots = [root for source in sources for root in source["roots"]]
+    parents = [source["name"] for source in sources]
+    drawn.append(
+      {
+        "text": text,
+        "parents": list(dict.fromkeys(parents)),
+        "roots": list(dict.fromkeys(roots)),
+        "changes": changes,
+      }
+    )
+  return drawn, tries
 
 
 def _first(split: str, max_sites: int) -> list[dict[str, Any]]:
