@@ -1,14 +1,14 @@
 """Rewrites of wrong solutions by a language model, in two calls.
 
-The model is asked which step is the first wrong one; the steps before it are
-written into its answer, and it goes on from there. So a rewrite begins as the
-solution did. The same two calls serve a teacher and a generative reward model.
+The model is asked which step is the first wrong one. Its rewrite is then
+started with the steps before that one, so that it begins as the solution does.
+The same two calls serve a teacher and a generative reward model.
 
 Source:
   Chen et al. (2024), "Improving Large Language Models via Fine-grained
   Reinforcement Learning with Minimum Editing Constraint". Departures: the
-  whole number of a step is read; a step that does not exist keeps nothing;
-  blanks between the kept steps and the rest are as in the solution.
+  number of a step is read whole; a step that does not exist keeps nothing;
+  blanks after the kept steps are as in the solution.
 """
 
 import functools
@@ -37,21 +37,21 @@ _SETTINGS = "rewriting.json"
 
 
 class Stopped(Exception):
-  """A signal came between two batches; all is written down."""
+  """Signals a stop between two batches; all results so far are on disk."""
 
 
 def digest(values: Any) -> str:
-  """SHA-256 of values that `json` can write, such as a list of texts."""
+  """Returns the SHA-256 of values that `json` can write, such as texts."""
   return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def values(flags: Any, *names: str) -> dict[str, Any]:
-  """Flags by name, as the inputs of a stage."""
+  """Returns the values of flags by name, as the inputs of a stage."""
   return {name: flags[name].value for name in names}
 
 
 def shown(facts: Mapping[str, Any]) -> str:
-  """The numbers that a stage was finished with, as a line."""
+  """Formats the numbers that a stage was finished with as one line."""
   return ", ".join(
     f"{value:.3g} {name}" if isinstance(value, float) else f"{value} {name}"
     for name, value in facts.items()
@@ -62,10 +62,10 @@ def shown(facts: Mapping[str, Any]) -> str:
 def stage(
   workdir: str | os.PathLike[str], name: str, inputs: Mapping[str, Any]
 ) -> stages.Stage:
-  """A stage of all processes, whose files the first one writes.
+  """Opens a stage that all processes share and process 0 writes.
 
-  All must call it and its `finish`, which waits for what the first has written
-  before; see `stages.Stage`.
+  All must call it and its `finish`, which waits for process 0; see
+  `stages.Stage`.
   """
   processes.check_same(f"The inputs of the stage {name}", dict(inputs))
   return stages.Stage(workdir, name, inputs, once=processes.from_first)
@@ -82,9 +82,9 @@ def sample(
   should_stop: Callable[[], bool] = lambda: False,
   **settings: Any,
 ) -> stages.Stage:
-  """The stage of samples: what a policy answers, with its verdicts.
+  """Runs the stage of samples: draws a policy's answers and scores them.
 
-  Two scripts that call it with the same arguments share what it wrote.
+  Two scripts that call it with the same arguments share its files.
 
   Args:
     workdir: folder of the stages.
@@ -98,7 +98,7 @@ def sample(
       among them, as values that `json` can write.
 
   Returns:
-    The finished stage; its file is `samples.jsonl`, of `responses.collect`.
+    The finished stage; its file is `samples.jsonl`, of `samplers.collect`.
 
   Raises:
     Stopped: if `should_stop` said so.
@@ -131,10 +131,10 @@ def sample(
 
 
 def records(rows: Rows, gold: Mapping[str, str]) -> Rows:
-  """What is rewritten: samples with their own verdicts, and gold solutions.
+  """Joins samples, with their own verdicts, to gold solutions.
 
   Args:
-    rows: of `responses.collect`.
+    rows: of `samplers.collect`.
     gold: prompt -> its solution.
 
   Returns:
@@ -154,16 +154,16 @@ def records(rows: Rows, gold: Mapping[str, str]) -> Rows:
 def metrics(
   rows: Rows, rewrite: Callable[[str, str], str] | None = None
 ) -> dict[str, float]:
-  """What became of the wrong solutions.
+  """Counts what became of the wrong solutions.
 
   Args:
     rows: records with rewrites.
     rewrite: the task's own `(prompt, response) -> text`, to compare with.
 
   Returns:
-    Numbers of right and wrong solutions, and of those that were too long to be
-    asked about; of the wrong ones the share whose rewrite is right, and with
-    `rewrite` the share that is the task's own.
+    Numbers of right and wrong solutions, and of those that were too long to ask
+    about; of the wrong ones the share whose rewrite is right, and with
+    `rewrite` the share that equals the task's own.
   """
   wrong = [row for row in rows if not row["is_right"]]
   found = {
@@ -181,7 +181,7 @@ def metrics(
 
 
 def unchanged(row: dict[str, Any]) -> dict[str, Any]:
-  """The record of a right solution: it is its own rewrite."""
+  """Returns the record of a right solution, which is its own rewrite."""
   kept = {"error_step": -1, "rewrite": row["response"], "is_verified": True}
   return row | kept
 
@@ -189,7 +189,7 @@ def unchanged(row: dict[str, Any]) -> dict[str, Any]:
 def verified(
   rows: Rows, rewrites: Sequence[str], steps: Sequence[int], score: Score
 ) -> Rows:
-  """The records of wrong solutions: is the rewrite right?
+  """Scores the rewrites of wrong solutions.
 
   Args:
     rows: N records with `prompt`.
@@ -224,7 +224,7 @@ def by_function(
   locate: Callable[[str, str], int] | None = None,
   step_ends: str = "\n",
 ) -> Rows:
-  """Rewrites by a plain function; every process asks it about its share.
+  """Rewrites by a plain function; processes divide the rows.
 
   Args:
     rows: records with `prompt`, `gold`, `response` and `is_right`.
@@ -238,7 +238,7 @@ def by_function(
     The records in their order, with `error_step`, `rewrite`, `is_verified`.
 
   Raises:
-    ValueError: if the teacher returns something else than a text.
+    ValueError: if the teacher does not return a text.
   """
   wrong = [row for row in rows if not row["is_right"]]
 
@@ -284,8 +284,8 @@ def by_model(
 ) -> Rows:
   """Rewrites by a language model, greedily, in one call or in two.
 
-  Every batch is written down before the next is asked for: a call that was
-  stopped goes on where it was.
+  Every batch is saved before the next one: a call that was stopped continues
+  where it was.
 
   Args:
     folder: where `locations.jsonl` and `rewritings.jsonl` go.
@@ -304,8 +304,7 @@ def by_model(
       rewrite, and its record has `too_long`.
     locate: whether to ask for the first wrong step; False: rewrite all.
     step_ends: characters that end a step.
-    render: turns questions into texts as the model is asked, such as by a chat
-      template.
+    render: renders questions as the model is asked, such as by a chat template.
     should_stop: asked after every batch.
 
   Returns:
@@ -354,7 +353,7 @@ def by_model(
   questions = [a + b for a, b in zip(questions, kept, strict=True)]
   replies = ask("rewritings", questions, max_length=max_length)
   rewrites = [
-    # One that ran out of length is no rewrite.
+    # A reply that ran out of length is not a rewrite.
     prompts_lib.join(start, reply["response"])
     if reply and reply["finished"]
     else ""
@@ -370,7 +369,7 @@ def by_model(
 def save_settings(
   workdir: str | os.PathLike[str], *, template: str, locate: bool
 ) -> None:
-  """Files how a generative reward model was asked in its training."""
+  """Saves the template and mode that a reward model was trained with."""
   if not processes.is_first():
     return
   row = {"template": template, "locate": locate}
@@ -378,7 +377,7 @@ def save_settings(
 
 
 def load_settings(name: str | os.PathLike[str]) -> Mapping[str, Any]:
-  """How a reward model is to be asked; nothing if nobody filed it.
+  """Loads the template and mode of a reward model, if they were saved.
 
   Args:
     name: of the model, in any form that a flag --reward_model takes.
@@ -393,7 +392,7 @@ def load_settings(name: str | os.PathLike[str]) -> Mapping[str, Any]:
 def solved(
   task: Any, split: str, seed: int, num: int, options: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-  """Questions of a task with their solutions.
+  """Returns questions of a task with their solutions.
 
   Args:
     task: a module of `rljax.tasks`.
@@ -403,12 +402,12 @@ def solved(
     options: keyword arguments of the task's `supervised`.
 
   Raises:
-    ValueError: if the task has no solutions, or not such an option.
+    ValueError: if the task has no solutions, or no such option.
   """
   if not hasattr(task, "supervised"):
     raise ValueError(
-      f"{task.__name__} has no solutions, which the reward model reads; choose "
-      "another --task."
+      f"The task {task.__name__} has no solutions, which the reward model "
+      "reads; choose another --task."
     )
   keywords.check(task.supervised, options)
   return task.supervised(split, seed, num=num, **options)
@@ -472,7 +471,7 @@ def _ask(
   """Asks a model greedily; files its replies in `<folder>/<name>.jsonl`.
 
   Returns:
-    For each question a row of `responses.collect`, or None if it is too long.
+    For each question a row of `samplers.collect`, or None if it is too long.
   """
   ids = tokens.encode_prompts(tokenizer, questions, max_length=sys.maxsize)
   limit = min(
@@ -509,7 +508,7 @@ def _ask(
 def _longest_location(
   template: prompts_lib.Template, tokenizer: Any, num_steps: int
 ) -> int:
-  """Tokens of the longest reply that names one of `num_steps` steps."""
+  """Returns the tokens of the longest reply for `num_steps` steps."""
   targets = [template.locate_target(step) for step in (0, num_steps)]
   return max(
     len(tokens.encode_response(tokenizer, "", [], target)[0])
@@ -520,7 +519,7 @@ def _longest_location(
 def _located(
   template: prompts_lib.Template, reply: dict[str, Any] | None, num_steps: int
 ) -> int:
-  """The step that a reply names, -1 if it names none of `num_steps` steps."""
+  """Returns the step that a reply names; -1 if it names no existing one."""
   if not reply or not reply["finished"]:
     return -1
   step = template.parse_location(reply["response"])
@@ -528,7 +527,7 @@ def _located(
 
 
 def _progress(name: str, num_prompts: int, should_stop: Callable[[], bool]):
-  """Shows how far `responses.collect` has come; stops it between batches."""
+  """Returns a callback that shows progress and stops between batches."""
   shown = samplers.Progress(name, num_prompts)
 
   def progress(done, batch):
@@ -540,10 +539,7 @@ def _progress(name: str, num_prompts: int, should_stop: Callable[[], bool]):
 
 
 def _as_in(sample: str, text: str) -> str:
-  """A rewrite with the white space that its sample begins and ends with.
-
-  It would count as an edit otherwise.
-  """
+  """Gives a rewrite the outer white space of its sample, which is no edit."""
   start = sample[: len(sample) - len(sample.lstrip())]
   end = sample[len(sample.rstrip()) :]
   return f"{start}{text.strip()}{end}" if text.strip() else ""

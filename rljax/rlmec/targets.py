@@ -1,8 +1,8 @@
-"""What RLMEC's policy learns from, as arrays: token rewards and weights.
+"""Makes the arrays that RLMEC's policy learns from: token rewards and weights.
 
-A row of supervision is a sample and its rewrite in tokens, with what the reward
-model and the first policy say of the sample's tokens, and which tokens an edit
-changes; `experiments/rlmec.py` writes them.
+A row of supervision is a sample and its rewrite in tokens, with the reward
+model's and the first policy's probabilities of the sample's tokens, and which
+tokens an edit changes; `experiments/rlmec.py` writes them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ def arrays(
 ) -> dict[str, np.ndarray]:
   """Pads rows of supervision to arrays that batches are drawn from.
 
-  What the tokens of a sample earn, by `token_rewards`:
+  The rewards of a sample's tokens, by `token_rewards`:
 
     model: `rewards.generative_rewards` of the reward model's probabilities
     alignment: -max_penalty on the tokens that the rewrite drops, 0 on the
@@ -60,9 +60,9 @@ def arrays(
     kept_weight: of all other imitated tokens.
 
   Returns:
-    The batch of `data.supervised_batch`; `ref_log_probs`, `rewards` `[N, T]`;
-    `imitated_ids`, `imitated_mask`, `weights` `[N, T]`. Where there is no
-    token, numbers are 0.
+    The batch of `batches.supervised_batch`; `ref_log_probs`, `rewards`
+    `[N, T]`; `imitated_ids`, `imitated_mask`, `weights` `[N, T]`. Numbers are 0
+    where there is no token.
 
   Raises:
     ValueError: if a name is unknown or a text is longer than its length.
@@ -70,7 +70,7 @@ def arrays(
   Source:
     Chen et al. (2024), "Improving Large Language Models via Fine-grained
     Reinforcement Learning with Minimum Editing Constraint": "model" and
-    "rewrite". The others take a part of the method away.
+    "rewrite". The others leave out a part of the method.
   """
   for name, value, known in (
     ("token_rewards", token_rewards, TOKEN_REWARDS),

@@ -173,7 +173,7 @@ class ParseTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    ({}, 'none of "response", "candidates" and "chosen" is there'),
+    ({}, 'it has none of "response", "candidates" and "chosen"'),
     ({"prompt": "a"}, 'none of "response"'),
     ({"prompt": "a", "response": None}, 'none of "response"'),
     ({"response": "b"}, '"prompt" is missing'),
@@ -188,24 +188,27 @@ class ParseTest(parameterized.TestCase):
     ({"prompt": "a", "chosen": "b", "rejected": ""}, '"rejected" is empty'),
     ({"prompt": " ", "response": "b"}, '"prompt" is empty'),
     ({"prompt": [], "response": "b"}, '"prompt" is empty'),
-    ({"prompt": 5, "response": "b"}, '"prompt" is neither text nor mess.*int'),
-    ({"prompt": ["a"], "response": "b"}, 'a message of "prompt" is no object'),
+    ({"prompt": 5, "response": "b"}, '"prompt" must be a text or mess.*int'),
+    ({"prompt": ["a"], "response": "b"}, 'message of "prompt" is not an obj'),
     ({"prompt": [{"role": "user"}], "response": "b"}, '"content" of a message'),
-    ({"prompt": "a", "response": ["b"]}, '"response" is no text but list'),
-    ({"prompt": "a\ud800", "response": "b"}, '"prompt" holds half a char'),
+    ({"prompt": "a", "response": ["b"]}, '"response" must be a text, got list'),
+    ({"prompt": "a\ud800", "response": "b"}, '"prompt" holds half a surr'),
     (
       {"prompt": "a", "candidates": ["b", 5], "rewards": [1, 2]},
-      r'"candidates\[1\]" is no text but int',
+      r'"candidates\[1\]" must be a text, got int',
     ),
     (
       {"prompt": "a", "candidates": ["b"], "rewards": [1, 2]},
       "there are 1 candidates, but 2 rewards",
     ),
-    ({"prompt": "a", "candidates": [], "rewards": []}, "or an empty one"),
-    ({"prompt": "a", "candidates": "b", "rewards": [1]}, "is no list"),
+    (
+      {"prompt": "a", "candidates": [], "rewards": []},
+      "a list that is not empty",
+    ),
+    ({"prompt": "a", "candidates": "b", "rewards": [1]}, "must be a list"),
     (
       {"prompt": "a", "candidates": ["b"], "rewards": [math.inf]},
-      r'"rewards\[0\]" is no finite number but inf',
+      r'"rewards\[0\]" must be a finite number, got inf',
     ),
     (
       {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": 1},
@@ -213,7 +216,7 @@ class ParseTest(parameterized.TestCase):
     ),
     (
       {"prompt": "a", "response": "b", "response_ids": [1, True]},
-      '"response_ids" is no list of ids',
+      '"response_ids" must be a list of ids',
     ),
   )
   def test_unusable(self, row, message):
@@ -226,11 +229,11 @@ class ParseTest(parameterized.TestCase):
   )
   def test_no_finite_number(self, name, value):
     row = {"prompt": "a", "response": "b", name: value}
-    with self.assertRaisesRegex(ValueError, f'^x: "{name}" is no finite numb'):
+    with self.assertRaisesRegex(ValueError, f'^x: "{name}" must be a finite'):
       logged.parse(row, "x")
 
   def test_lost_reward(self):
-    with self.assertRaisesRegex(ValueError, "no finite number but None"):
+    with self.assertRaisesRegex(ValueError, "a finite number, got None"):
       logged.parse({"prompt": "a", "response": "b", "reward": None}, "x")
 
   @parameterized.parameters(
@@ -308,7 +311,7 @@ class LoadTest(parameterized.TestCase):
       self.assertLen(skipped, 3)
       for message, start in zip(
         skipped,
-        (":3: not JSON", ':4: "reward" is no fin', ":5: expected a JSON obj"),
+        (":3: not JSON", ':4: "reward" must be a f', ":5: expected a JSON obj"),
         strict=True,
       ):
         self.assertStartsWith(message, f"{path}{start}")
@@ -455,7 +458,9 @@ class RenderTest(parameterized.TestCase):
       render(["1+2="], "t", BYTES, "chat"),
       ["<|start|>[user]1+2=[assistant]"],
     )
-    with self.assertRaisesRegex(ValueError, "1 prompts cannot be asked: t"):
+    with self.assertRaisesRegex(
+      ValueError, "1 prompts do not fit the chat template: t"
+    ):
       render(["1", "<|start|>2"], "t", BYTES, "chat")
 
   def test_a_row_that_the_template_refuses_is_named(self):
@@ -742,7 +747,7 @@ class EncodeTest(parameterized.TestCase):
       encoded.response_ids,
       [[[1, 2]], [[12, 104], [3, 104]], [[12, 104]], [[12, 104]]],
     )
-    self.assertRegex(logs.output[0], "3 of 4 .* do not fit their ids")
+    self.assertRegex(logs.output[0], "3 of 4 .* differ from their ids")
 
   def test_one_start_token(self):
     rows, _ = logged.render([_row((ASKED,)), _row()], BYTES, "chat")
