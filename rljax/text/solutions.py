@@ -342,7 +342,7 @@ def _values(row: Mapping[str, Any], response: str, place: str) -> list[float]:
   """Returns the values of a response's steps, which must fit them."""
   values = row.get("values")
   if not isinstance(values, list):
-    raise ValueError(f'{place}: labels=sorm needs "values", which is missing.')
+    raise ValueError(f'{place}: "values" is missing; labels=sorm needs it.')
   for value in values:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:

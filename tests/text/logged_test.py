@@ -239,7 +239,7 @@ class ParseTest(parameterized.TestCase):
   @parameterized.parameters(
     (TRANSCRIPT + " a", TRANSCRIPT + " ", '"rejected" is empty'),
     ("\n\nHuman: b" + TRANSCRIPT, TRANSCRIPT, "differ before the last reply"),
-    ("one", "two", r'"chosen" has no "\\n\\nAssistant:" behind'),
+    ("one", "two", r'"chosen" has no "\\n\\nAssistant:" after'),
     ("\n\nAssistant: a", "\n\nAssistant: b", '"chosen" has no'),
     (TRANSCRIPT + " a\n\nHuman: b", TRANSCRIPT, "does not end in a reply"),
     ([ASKED], [ASKED, _said("3")], "does not end in a reply of the assistant"),
@@ -325,13 +325,13 @@ class LoadTest(parameterized.TestCase):
     rows, skipped = logged.load("dev.json", data_dir=self.folder)
     self.assertEndsWith(rows[0].place, "dev.json, row 0")
     self.assertIn("dev.json, row 1: expected a JSON object", skipped[0])
-    self.assertIn("dev.json, row 2: none of", skipped[1])
+    self.assertIn("dev.json, row 2: it has none of", skipped[1])
 
   def test_nothing_left(self):
     self._write([{"prompt": "a"}, b"{", {"prompt": "", "response": "b"}, {}])
     with self.assertRaisesRegex(
       ValueError,
-      "No row is left: 4 of 4 .*:1: none .*:2: not JSON.*:3: .*empty",
+      "No row is left: 4 of 4 .*:1: it has none .*:2: not JSON.*:3: .*empty",
     ) as caught:
       logged.load("train.jsonl", data_dir=self.folder)
     self.assertNotIn(":4:", str(caught.exception))
@@ -489,7 +489,9 @@ class RenderTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'must be "plain" or "chat", got'):
       logged.render([], BYTES, "markdown")
     once, _ = logged.render([_row()], BYTES, "chat")
-    with self.assertRaisesRegex(ValueError, "here: .*special token already"):
+    with self.assertRaisesRegex(
+      ValueError, "here: .*already begins with a special"
+    ):
       logged.render(once, BYTES, "chat")
     strict = _bytes("{{ raise_exception('Turns must alternate') }}")
     with self.assertRaisesRegex(ValueError, "here: .*Turns must alternate"):

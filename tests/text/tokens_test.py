@@ -404,7 +404,7 @@ class TokenBytesTest(parameterized.TestCase):
     blanks = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     with self.assertRaisesRegex(ValueError, "has no decoder"):
       tokens_lib.token_bytes(blanks)
-    with self.assertRaisesRegex(ValueError, "is not a fast one"):
+    with self.assertRaisesRegex(ValueError, "needs a fast tokenizer, got"):
       tokens_lib.token_bytes(object())
 
 
