@@ -44,8 +44,8 @@ _MAX_CHARACTERS = 200  # Of an error's message.
 # The parent's search path, then this module, which may not be installed.
 _PROGRAM = (
   "import json, sys; settings = json.loads(sys.argv[1]); "
-  "sys.path[:] = settings.pop('path'); from rljax import workers; "
-  "workers._serve(**settings)"
+  "sys.path[:] = settings.pop('path'); from rljax.tasks import sandbox; "
+  "sandbox._serve(**settings)"
 )
 
 

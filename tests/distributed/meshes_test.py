@@ -1,4 +1,4 @@
-"""Tests of rljax.meshes."""
+"""Tests of rljax.distributed.meshes."""
 
 import os
 import socket
@@ -279,7 +279,8 @@ _PROCESS = """
     jax.distributed.initialize(f"localhost:{port}", 2, rank)
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
-    from rljax import checkpoint, meshes
+    from rljax.distributed import meshes
+    from rljax.storage import checkpoint
 
     mesh = meshes.make("fsdp:-1")
     assert mesh.devices.size == 4, mesh

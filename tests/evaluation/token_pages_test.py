@@ -1,4 +1,4 @@
-"""Tests of rljax.pages."""
+"""Tests of rljax.evaluation.token_pages."""
 
 import html.parser
 import math

@@ -834,7 +834,7 @@ class FingerprintTest(parameterized.TestCase):
   def test_another_process(self):
     row = _row(({"content": "né", "role": "user"},), ("a",), (0.1,))
     program = (
-      "from rljax import logged\n"
+      "from rljax.text import logged\n"
       "row = logged.parse({'prompt': [{'role': 'user', 'content': 'n\\xe9'}], "
       "'response': 'a', 'reward': 0.1}, 'elsewhere')\n"
       "print(logged.fingerprint([row]))"

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
   reason='needs ludax: pip install "rljax[games]"',
 )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 ME = "tests.tasks.games_play_test"
 BOARDS = (
   ("square_shape", 3),

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
   reason='needs ludax: pip install "rljax[games]"',
 )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 FAIR = {
   "stage": "played",
   "first": 0.5,
@@ -393,7 +393,8 @@ class PlayedTest(parameterized.TestCase):
       "import signal, sys, threading, time\n"
       # A shell's background jobs are started deaf to it, and so are theirs.
       "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-      "from rljax.tasks import game_pool, games\n"
+      "from rljax.tasks import games\n"
+      "from rljax.tasks.games import pool as game_pool\n"
       "pool = game_pool._pool(90.0, 2.0, 2)\n"
       "pool._settings['setup'] = None\n"
       "def tell():\n"
