@@ -382,7 +382,7 @@ def check_workdir(workdir: str, nonce: str) -> Finding:
   if jax.process_index() == 0:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text("Written by rljax.doctor; may be deleted.\n")
+      path.write_text("Written by rljax.distributed.doctor; may be deleted.\n")
     except OSError as error:
       problem = f" ({error})"
   _sum(lambda index: 0)  # No process looks before it is written.

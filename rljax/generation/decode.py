@@ -1,8 +1,8 @@
-"""Sampling from a language model: one compiled prefill and decode loop.
+"""Samples from a language model: one compiled prefill and decode loop.
 
 The model is anything that follows the protocol of `rljax.models`: a linen
 module with `prefill`, `decode` and `logits` methods. A stand-in with known
-logits does as well, so nothing in here knows a model family.
+logits works as well: nothing here depends on a model family.
 """
 
 import collections
@@ -24,7 +24,7 @@ State = dict[str, Any]
 
 @chex.dataclass(frozen=True)
 class Samples:
-  """What the decode loop returns; `N = B * num_samples` rows.
+  """Holds the result of the decode loop; `N = B * num_samples` rows.
 
   Attributes:
     response_ids: `[N, T]` int32, `pad_id` after the end.
@@ -37,7 +37,7 @@ class Samples:
     finished: `[N]` bool, True where a stop id or a stop string ended the
       response, False where it ran out of length.
     allowed: `[N, T, V]` bool under a constraint, the tokens that each was drawn
-      from, all behind the end; else None.
+      from, all after the end; else None.
   """
 
   response_ids: Array
@@ -49,7 +49,7 @@ class Samples:
 
 
 def row_keys(key: Array, prompt_indices: Array, num_samples: int) -> Array:
-  """One key for each sample of each prompt.
+  """Derives one key for each sample of each prompt.
 
   The key depends on the prompt's index in the step's batch and on the index
   of the sample, and on nothing else: not on the number of devices, on the
@@ -75,9 +75,9 @@ def stop_table(
 ) -> np.ndarray:
   """Compiles stop strings to a table over token ids.
 
-  The table is the Aho-Corasick automaton of the strings' bytes, run ahead
-  over the bytes of each token. So a string is found wherever its ends fall
-  inside the tokens, and the sampler follows it with one look-up per token.
+  The table is the Aho-Corasick automaton of the strings' bytes, run ahead over
+  the bytes of each token. So a string is found wherever it begins and ends
+  inside tokens, with one look-up per token.
 
   Args:
     strings: the stop strings, at least one, none empty.
@@ -183,8 +183,8 @@ def sample(
     num_samples: samples per prompt.
     prompt_indices: `[B]` int, index of each prompt in the step's batch;
       0..B-1 by default.
-    allowed: `[V]` bool, tokens that may be drawn; all by default. The same
-      mask belongs into the trainer's log-probabilities.
+    allowed: `[V]` bool, tokens that may be drawn; all by default. The trainer's
+      log-probabilities must use the same mask.
     stop_ids: token ids that end a response and belong to it.
     stop_strings: `[S, V]` table of `stop_table`, or None. The token that
       completes a stop string belongs to the response.
@@ -193,11 +193,11 @@ def sample(
       -1 where it is drawn; the last entry is for the first token. A forced
       token belongs to the response, is an input rather than a choice, and has
       log-probability 0.
-    constraint: what may follow what, for each prompt, such as
+    constraint: which tokens may follow, for each prompt, such as
       `grammars.Constraint`, or None: it has `repeat(num_samples)`, `start`,
       `allowed(place)` and `advance(place, tokens)`. The log-probabilities are
-      those of the policy within it.
-    split_cache: keeps the keys and values where they belong on a mesh, see
+      those of the constrained policy.
+    split_cache: keeps the keys and values sharded over a mesh, see
       `meshes.cache_splitter`; None leaves that to the compiler.
     pad_id: what stands after the end.
 
@@ -289,7 +289,7 @@ def _check_request(
 def _start(
   shape: tuple[int, int], vocab_size: int, constraint: Any, pad_id: int
 ) -> State:
-  """The state of the loop before the first token of `[N, T]` responses."""
+  """Returns the loop's state before the first token of `[N, T]` responses."""
   num_rows, _ = shape
   state = {
     # Index -1 is the entry of `forced` that comes before the first token.
@@ -393,9 +393,10 @@ def _draw(
   allowed: Array | None,
   settings: sampling.Settings,
 ) -> tuple[Array, Array, Array]:
-  """One token per row, `[N]`, and its log-probabilities before and after cuts.
+  """Draws one token per row; returns it with two log-probabilities, `[N]`.
 
-  The key of a row's token is folded from the row's key and `step`.
+  The key of a token is the row's, folded with `step`. The log-probabilities are
+  those before and after truncation.
   """
   logits = log_probs_lib.masked_logits(
     logits, temperature=settings.temperature, allowed=allowed
@@ -414,6 +415,6 @@ def _draw(
 
 
 def _log_prob(logits: Array, tokens: Array) -> Array:
-  """`[N]` log-probabilities of `tokens` `[N]` under `logits` `[N, V]`."""
+  """Returns the log-probabilities of `tokens` `[N]` under `[N, V]` logits."""
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return chosen - jax.nn.logsumexp(logits, axis=-1)
