@@ -9,7 +9,7 @@ whether the games are fair, decided, short enough and new. The last steps run
 in worker processes with limits, since nobody knows what a description costs.
 
 The games are those that ludax ships (Apache-2.0), and what
-`game_variants.expand` makes of them. The game files of Ludii, which the paper
+`variants.expand` makes of them. The game files of Ludii, which the paper
 used, are neither needed nor used: their licence allows no changes.
 
 Source:
@@ -62,16 +62,16 @@ def prompts(
     num: how many; None for all. More than there are gives repetitions.
     form: "middle" for games with an expression cut out; "whole" for an empty
       game, the same for all prompts.
-    corpus: file of `game_variants.expand` to take the games of this split from;
+    corpus: file of `variants.expand` to take the games of this split from;
       "" for those that ludax ships.
     min_share: characters that must be cut out, for each one of the prompt.
     max_sites: of a board; larger ones are left out.
-    max_words: of a game, as `game_rules.words` counts them; longer ones are
+    max_words: of a game, as `rules.words` counts them; longer ones are
       left out. 0 for no limit.
     max_gap: words that are cut out, at most; 0 for no limit.
 
   Returns:
-    Prompts, see `game_rules.gap`, of canonical text with placeholders for
+    Prompts, see `rules.gap`, of canonical text with placeholders for
     names.
 
   Raises:
@@ -175,7 +175,7 @@ def texts(
   Args:
     split: "train", "validation" or "test".
     corpus: see `prompts`.
-    max_sites: of a board. Games that `game_rules.checks` faults are left out.
+    max_sites: of a board. Games that `rules.checks` faults are left out.
 
   Returns:
     Different canonical texts.
@@ -227,7 +227,7 @@ def shipped(split: str) -> dict[str, str]:
 
 
 def corpus_rows(path: str) -> list[dict[str, Any]]:
-  """The rows of a file of `game_variants.write`.
+  """The rows of a file of `variants.write`.
 
   Raises:
     ValueError: if it is not as expected.
@@ -236,19 +236,19 @@ def corpus_rows(path: str) -> list[dict[str, Any]]:
 
 
 def grammar_tokenizer():
-  """A fast tokenizer of the language, see `game_rules.grammar_tokenizer`."""
+  """A fast tokenizer of the language, see `rules.grammar_tokenizer`."""
   return rules.grammar_tokenizer()
 
 
 def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
-  """The grammar of the language as arrays, see `game_grammar.grammar`."""
+  """The grammar of the language as arrays, see `grammar.grammar`."""
   return grammar_lib.grammar(tokenizer, vocab_size)
 
 
 def places(
   prompts: Sequence[str], tokenizer: Any, vocab_size: int
 ) -> dict[str, np.ndarray]:
-  """Where responses begin in the grammar, see `game_grammar.places`."""
+  """Where responses begin in the grammar, see `grammar.places`."""
   return grammar_lib.places(prompts, tokenizer, vocab_size)
 
 
@@ -308,33 +308,33 @@ def score_batch(
 ) -> tuple[list[float], list[dict[str, Any]]]:
   """Scores N responses, evaluating every different game once.
 
-  A response is cut where its first expression ends (`game_rules.trim`) and put
+  A response is cut where its first expression ends (`rules.trim`) and put
   into the gap of its prompt. "graded" is, for text of n characters of which
   the first u follow the grammar,
 
     0                              not readable: markers, too long
     0.14 min(1, u/200) u/n         no whole description
-    0.15 + 0.1 k/16                k of 16 checks passed (`game_rules.checks`)
+    0.15 + 0.1 k/16                k of 16 checks passed (`rules.checks`)
     0.25, 0.28                     an error of the compiler: building, tracing
     0.28                           out of time or memory
     0.32                           10 % of the games stuck, or mean length < 4
     0.35 + 0.65 q (0.2 + 0.8 ν)    played
 
-  with the quality q of `game_rewards.quality`, and the novelty ν, one for a
+  with the quality q of `rewards.quality`, and the novelty ν, one for a
   game that differs from all of the corpus in 15 % of its words. By the paper,
   "ladder" is
 
     0        no whole description, or it does not compile
     0.01     out of time or memory
     0.05     10 % of the games stuck, or mean length < 2
-    M        played: `game_rewards.ladder_mean` of the balance, and of the
+    M        played: `rewards.ladder_mean` of the balance, and of the
              decided share as completion and as drawishness
 
   The score is a function of text and seed, on all machines, save where a limit
   was hit: a slower machine hits the limit of time earlier.
 
   Args:
-    prompts: N texts, each one of `prompts` or another `game_rules.gap`.
+    prompts: N texts, each one of `prompts` or another `rules.gap`.
     responses: N texts, of any kind and length.
     reward: "graded" or "ladder".
     power_mean: "true" for the power mean with exponent 1/3, "code" for the
@@ -344,7 +344,7 @@ def score_batch(
     num_games: how many; None for 64 ("graded") or 100 ("ladder").
     max_plies: where a game is stopped; None for 300 or 500.
     max_sites: of a board; "graded" does not compile larger ones.
-    corpus: file of `game_variants.expand`, to measure novelty from all its
+    corpus: file of `variants.expand`, to measure novelty from all its
       games too.
     cache: folder that keeps what was measured; "" for none. Several processes
       may share one. Limits that were hit are kept in this process alone.
@@ -366,7 +366,7 @@ def score_batch(
       is_good: bool: balance and decided share are at least 0.05, the games two
         plies long, and fewer than half of them stuck.
       balance, decisive, timeouts, stuck, plies, decisions, branching: of the
-        games, see `game_play.measure`; 0 if none was played.
+        games, see `play.measure`; 0 if none was played.
       quality, novelty: q, and the distance to the corpus; 0 if not played.
 
   Raises:

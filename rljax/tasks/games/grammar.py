@@ -1,11 +1,11 @@
 """The grammar of board games as arrays, for a sampler that stays within it.
 
-`grammar` turns the parser of `game_rules` into the tables of
+`grammar` turns the parser of `rules` into the tables of
 `grammars.Tables`; `places` says where in it the responses to prompts begin, and
 what may begin there. The arrays are numpy's: nothing here needs jax.
 
 The grammar knows words and their order. It does not know which pieces were
-defined: a sentence of it may fail the checks of `game_rules`.
+defined: a sentence of it may fail the checks of `rules`.
 """
 
 import functools
@@ -24,7 +24,7 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
   """The tables of the parser, over the tokens of a tokenizer.
 
   Args:
-    tokenizer: of words, as `game_rules.grammar_tokenizer` makes it: each of its
+    tokenizer: of words, as `rules.grammar_tokenizer` makes it: each of its
       tokens is a word of the language, or is never drawn.
     vocab_size: V of the model, which may have more tokens.
 
@@ -99,7 +99,7 @@ def places(
   """Where the responses to prompts begin.
 
   Args:
-    prompts: N texts as `game_rules.gap` makes them.
+    prompts: N texts as `rules.gap` makes them.
     tokenizer: as for `grammar`.
     vocab_size: V of the model.
 

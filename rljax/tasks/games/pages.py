@@ -1,7 +1,7 @@
 """Pages of board games: a position, the rules, and how well a game plays.
 
 A page is one HTML file that opens anywhere: no script, no network. Whoever
-makes it plays the games, in `game_pool.positions`; here are text and numbers.
+makes it plays the games, in `pool.positions`; here are text and numbers.
 Nothing but words of the language reaches a page: games are drawn with
 placeholders for their names.
 """
@@ -80,7 +80,7 @@ def pretty(text: str, width: int = _WIDTH) -> str:
     width: characters of a line, where that can be met.
 
   Returns:
-    Text with line feeds; `game_rules.canonical` makes the given one of it.
+    Text with line feeds; `rules.canonical` makes the given one of it.
   """
   return "\n".join(_lines(rules.tree(text), 0, width))
 
@@ -93,7 +93,7 @@ def draw(
   """A board as SVG, with the number of every empty site, as rules name it.
 
   Args:
-    shape: of the board, see `game_boards`.
+    shape: of the board, see `boards`.
     sizes: of the board.
     pieces: see `Game`.
 

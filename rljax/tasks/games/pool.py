@@ -1,6 +1,6 @@
 """Measures games in worker processes with limits, each one once.
 
-What `game_play.measure` says of a text, a seed and a number of games does not
+What `play.measure` says of a text, a seed and a number of games does not
 change: it is kept in this process, and in a folder if there is one.
 """
 
@@ -20,7 +20,7 @@ from absl import logging
 from rljax.storage import paths
 from rljax.tasks import sandbox
 
-_FORMAT = 2  # Of what is kept on disk: rises when `game_play` changes.
+_FORMAT = 2  # Of what is kept on disk: rises when `play` changes.
 _CACHE_SIZE = 2**16
 _PATIENCE = 15  # Seconds of the clock for one of computing, on a busy machine.
 
@@ -55,7 +55,7 @@ def measure(
       asks again with the same limits.
 
   Returns:
-    N dicts of `game_play.measure`, or with the "stage" of a limit: "timeout"
+    N dicts of `play.measure`, or with the "stage" of a limit: "timeout"
     (also if the process died in another way), "memory" or "error".
 
   Raises:
@@ -125,7 +125,7 @@ def positions(
     num_workers: see `games.score_batch`.
 
   Returns:
-    N times what `game_play.position` gives, or with "stage" alone where a limit
+    N times what `play.position` gives, or with "stage" alone where a limit
     was hit: see `measure`.
   """
   with sandbox.Pool(

@@ -1,7 +1,7 @@
 """Rewards of board games: of how far a text gets, and how well it plays.
 
 Functions of numbers and names of stages. What is measured of a game is told by
-`game_play.measure`.
+`play.measure`.
 
 Source:
   Padula and Soemers (2024), "Exploring RL-based LLM Training for Formal
@@ -164,7 +164,7 @@ def judge(
 
   Args:
     parts: of `unread`; changed.
-    measurement: of `game_pool.measure`.
+    measurement: of `pool.measure`.
     max_plies: where a game was stopped.
     power_mean: of `quality`.
     min_plies: mean length below which a game cannot be played.

@@ -8,7 +8,7 @@ what can be said of its meaning without playing it, how far it is from known
 games, and the records with a part cut out that a model learns to fill in.
 
 The grammar and seventeen games are files of ludax, and are read from where it
-is installed. It is not imported, because it imports jax: `game_play` does so,
+is installed. It is not imported, because it imports jax: `play` does so,
 in a process of its own.
 
 Sources:

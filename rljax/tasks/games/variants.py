@@ -65,7 +65,7 @@ def expand(
 
   A game is changed in one to three places: an expression becomes another one
   with the same first word, from any game so far; the board becomes another one,
-  see `game_boards.on_board`; or an integer, a direction or the like becomes
+  see `boards.on_board`; or an integer, a direction or the like becomes
   another one. Those that pass all checks, are good in the sense of
   `games.score_batch` and have at least the asked quality are kept, and may be
   changed again. No two are the same, nor do two play the same: of changes that
@@ -76,7 +76,7 @@ def expand(
     num: how many games, the shipped ones among them.
     split: whose shipped games to begin with; see `games.prompts`.
     seed: of the changes, and of the games that are played.
-    min_quality: q of `game_rewards.quality` that a game must have.
+    min_quality: q of `rewards.quality` that a game must have.
     max_sites: see `games.score_batch`; likewise the others.
     num_games: see `games.score_batch`.
     max_plies: see `games.score_batch`.
