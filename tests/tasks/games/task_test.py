@@ -23,7 +23,7 @@ from rljax.text import files, keywords
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
