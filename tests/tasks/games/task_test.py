@@ -167,9 +167,13 @@ class PromptsTest(parameterized.TestCase):
       self.assertEqual(near, 0)
       self.assertGreater(far, 0.1)
       for name, row, message in (
-        ("bad", {"text": "(", "split": "train"}, r"row 1: '\(' is no game"),
-        ("number", {"text": 7, "split": "train"}, "row 1: '7' is no game"),
-        ("split", {"text": NEW, "split": 7}, "row 1: the splits are .*not 7"),
+        ("bad", {"text": "(", "split": "train"}, r"row 1: '\(' is not a game"),
+        ("number", {"text": 7, "split": "train"}, "row 1: '7' is not a game"),
+        (
+          "split",
+          {"text": NEW, "split": 7},
+          "row 1: the split must be .*got 7",
+        ),
       ):
         path = path.with_name(f"{name}.jsonl")
         files.write_jsonl(path, [row])
