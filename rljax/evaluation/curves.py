@@ -23,6 +23,56 @@ COLOURS = (
   "#56B4E9",
   "#000000",
 )
+# What a run's picture shows: the panels of which it has logged something.
+_LOSSES = ("offline", "nll", "token", "imitation", "pairwise", "bce", "fit")
+_PREFERENCES = ("dpo", "ipo", "kto", "simpo", "orpo", "pro")
+PANELS = {
+  "Reward": ["reward/mean", "eval/reward"],
+  "Reward terms": [
+    *("reward/reward_model", "reward/steps", "reward/dense_reward_model"),
+  ],
+  "Reward of the dev prompts": ["dev/reward"],
+  "Correct": ["task/is_correct", "eval/is_correct", "samples/is_correct"],
+  "Prompts with a right sample": ["samples/solved"],
+  "Distinct right solutions of a prompt": ["samples/distinct_traces"],
+  "Solutions in the data": ["data/size", "data/new"],
+  "Correct, by the tag that is forced": [
+    *("eval/good", "eval/bad", "eval/free"),
+  ],
+  "Loss": [
+    *(f"{name}/loss" for name in (*_LOSSES, *_PREFERENCES)),
+    "eval/loss",
+  ],
+  "In the right order, or right": [
+    *(f"{name}/accuracy" for name in ("pairwise", "bce", *_PREFERENCES)),
+    *("eval/accuracy", "eval/auc"),
+  ],
+  "Samples of a prompt": ["eval/rerank", "eval/sample_accuracy"],
+  "Groups": ["groups/acceptance", "groups/without_signal"],
+  "Entropy (nats)": ["entropy/token", "entropy/batch"],
+  "Different answers": ["answers/distinct"],
+  "Length (tokens)": ["response/length"],
+  "KL (nats)": ["kl/sequence_k1", "ppo/approx_kl"],
+  "Share that is clipped": [
+    *("ppo/clip_fraction", "value/clip_fraction"),
+    *("offline/clip_low_fraction", "offline/clip_high_fraction"),
+  ],
+  "Log-probability of a reply": [
+    *("offline/sequence_log_prob_mean",),
+    *(f"{name}/chosen_log_prob" for name in _PREFERENCES),
+    *(f"{name}/rejected_log_prob" for name in _PREFERENCES),
+  ],
+  "Implicit reward of a reply": [
+    *("dpo/chosen_reward", "dpo/rejected_reward"),
+    *("kto/desirable_reward", "kto/undesirable_reward"),
+  ],
+  "Ratio to the first policy": ["token/ratio_mean"],
+  "Lowest log-probability of a penalised token": [
+    "token/penalized_log_prob_min"
+  ],
+  "Different pairs of words (dev)": ["dev/distinct_2"],
+  "Words of a reply (dev)": ["dev/words"],
+}
 _STYLES = ("-", "--", ":", "-.")
 _MAX_POINTS = 400
 _PANEL_INCHES = (4.0, 2.6)

@@ -1,16 +1,14 @@
 """Rollouts: prompts, responses and the statistics of their tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 
-from rljax.distributed import processes
 from rljax.generation import decode
 from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import sampling
+from rljax.ops import masking, sampling
 
 Array = chex.Array
 Batch = Mapping[str, Array]
@@ -136,6 +134,19 @@ def text_hidden(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
   Returns:
     `[N, P + T - 1, D]`, and the mask `[N, P + T - 1]` bool of real tokens.
   """
+  ids, mask = text(batch)
+  return model.apply({"params": params}, ids, mask), mask
+
+
+def text(batch: Batch) -> tuple[Array, Array]:
+  """Joins prompts and responses, all but the last token.
+
+  Args:
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, P + T - 1]` int ids, and their mask, True at real tokens.
+  """
   prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"]
   response_ids, response_mask = batch["response_ids"], batch["response_mask"]
   arrays = [prompt_ids, prompt_mask, response_ids, response_mask]
@@ -146,7 +157,7 @@ def text_hidden(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
   # Nothing is drawn after the last response token: it is not read.
   ids = jnp.concatenate([prompt_ids, response_ids[:, :-1]], axis=1)
   mask = jnp.concatenate([prompt_mask, response_mask[:, :-1]], axis=1)
-  return model.apply({"params": params}, ids, mask), mask
+  return ids, mask
 
 
 def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
@@ -216,91 +227,25 @@ def token_statistics(
   return statistics, hidden
 
 
-def in_parts(
-  function: Callable[[Any], Any],
-  batch: Any,
-  num_parts: int,
-  sharding: jax.sharding.Sharding | None = None,
-) -> Any:
-  """Applies a function of rows to one part of a batch after another.
-
-  Keeps the memory of a pass without gradients below that of one with gradients.
-
-  Args:
-    function: maps rows to a tree of arrays `[rows, ...]`, each by itself.
-    batch: tree of arrays `[N, ...]`.
-    num_parts: must divide N; 1 to call the function once.
-    sharding: of a part's rows, where they lie on several devices. Every part
-      takes rows from all of them.
-
-  Returns:
-    The results for all rows, in their order.
-  """
-  if num_parts == 1:
-    return function(batch)
-  parts = jax.tree.map(
-    lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch
-  )
-
-  def one(part):
-    if sharding is not None:
-      part = jax.lax.with_sharding_constraint(part, sharding)
-    return function(part)
-
-  return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]),
-    jax.lax.map(one, parts),
-  )
-
-
-def records(
-  rollout: Rollout,
-  prompts: Sequence[str],
-  responses: Sequence[str],
-  scores: Sequence[float],
-  parts: Sequence[dict[str, Any]],
-  *,
-  settings: sampling.Settings,
-  policy_step: int,
-) -> list[dict[str, Any]]:
-  """Makes rows for a jsonl file, which online scripts write.
+def metrics(
+  rollout: Rollout, statistics: log_probs_lib.TokenStatistics
+) -> dict[str, Array]:
+  """Describes a rollout, as the policy that drew it reads it.
 
   Args:
     rollout: N rows.
-    prompts: N texts.
-    responses: N texts.
-    scores: N numbers.
-    parts: N dicts of parts of the scores.
-    settings: the sampler's.
-    policy_step: number of rollouts that the sampling policy was trained on.
+    statistics: `[N, T]`, of `token_statistics` before the first update.
 
   Returns:
-    N dicts with `prompt`, `response`, `reward`, the ids and log-probabilities
-    of the response, and the sampler's settings.
+    "entropy/token", nats, over the tokens; "response/length", tokens, and
+    "response/finished", over the responses; "sampler/log_prob_gap", the
+    largest difference between sampler and trainer, nats.
   """
-  names = (
-    *("response_ids", "response_mask", "finished"),
-    *("log_probs", "truncated_log_probs"),
-  )
-  host = processes.gather({name: getattr(rollout, name) for name in names})
-  rows = []
-  for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-    mask = host["response_mask"][i]
-    rows.append(
-      {
-        "prompt": prompt,
-        "response": response,
-        "reward": float(scores[i]),
-        "parts": parts[i],
-        "response_ids": host["response_ids"][i][mask].tolist(),
-        "log_probs": host["log_probs"][i][mask].tolist(),
-        "truncated_log_probs": host["truncated_log_probs"][i][mask].tolist(),
-        "finished": bool(host["finished"][i]),
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "min_p": settings.min_p,
-        "policy_step": policy_step,
-      }
-    )
-  return rows
+  mask = rollout.response_mask
+  gap = jnp.abs(rollout.log_probs - statistics.log_probs)
+  return {
+    "entropy/token": masking.masked_mean(statistics.entropies, mask),
+    "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
+    "response/finished": rollout.finished.astype(jnp.float32).mean(),
+    "sampler/log_prob_gap": jnp.where(mask, gap, 0.0).max(),
+  }

@@ -324,6 +324,13 @@ class Logs:
     )
 
 
+def read_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Returns the rows of a run's `metrics.jsonl`, in their order."""
+  path = pathlib.Path(workdir, "metrics.jsonl")
+  with path.open(encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
+
+
 class _Curves:
   """Redraws a picture in a thread, and once more at the end."""
 

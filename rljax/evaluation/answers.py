@@ -1,0 +1,96 @@
+"""Scores answers to held-out prompts, and describes samples of training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rljax.distributed import processes
+from rljax.evaluation import metrics
+from rljax.generation import samplers
+
+Scorer = Callable[..., tuple[np.ndarray, list[dict[str, Any]]]]
+
+
+def evaluate(
+  answer: samplers.Responder, params: Any, score: Scorer
+) -> list[dict[str, Any]]:
+  """Scores one answer to each held-out prompt.
+
+  Args:
+    answer: answers N prompts, whose texts it holds, one response each.
+    params: of the policy.
+    score: `(prompts, responses) -> (scores, parts)`.
+
+  Returns:
+    N rows of `samplers.records`, with `finished`.
+  """
+  _, texts, finished = zip(*answer.batches(params), strict=True)
+  texts = [text for batch in texts for text in batch]
+  finished = np.concatenate(finished)
+  scores, parts = samplers.score_responses(
+    score,
+    answer.texts,
+    texts,
+    finished,
+    unfinished=answer.unfinished_score,
+  )
+  return [
+    row | {"finished": bool(is_finished)}
+    for row, is_finished in zip(
+      samplers.records(answer.texts, texts, scores, parts),
+      finished,
+      strict=True,
+    )
+  ]
+
+
+def means(
+  rows: Sequence[Mapping[str, Any]], *, prefix: str = "eval/"
+) -> dict[str, float]:
+  """Averages the rows of `evaluate`: the reward, and every numeric part."""
+  found = {
+    "reward": float(np.mean([row["reward"] for row in rows])),
+    **mean_parts([row["parts"] for row in rows]),
+  }
+  return {f"{prefix}{name}": value for name, value in found.items()}
+
+
+def mean_parts(
+  parts: Sequence[Mapping[str, Any]], *, prefix: str = ""
+) -> dict[str, float]:
+  """Averages every part that is a number or a truth value everywhere."""
+  if not parts:
+    return {}
+  kinds = (bool, int, float, np.bool_, np.integer, np.floating)
+  return {
+    f"{prefix}{name}": float(np.mean([part[name] for part in parts]))
+    for name in parts[0]
+    if all(isinstance(part.get(name), kinds) for part in parts)
+  }
+
+
+def of_samples(
+  samples: samplers.Samples, seconds: float, *, num_tokens: int | None = None
+) -> dict[str, float]:
+  """Describes a step's samples and its speed.
+
+  Args:
+    samples: N scored responses.
+    seconds: that the step took.
+    num_tokens: tokens that were drawn, if not those of `samples`.
+
+  Returns:
+    "task/<part>", means over the samples; "answers/distinct", the share of
+    different answers; "step_seconds", and "tokens_per_second" of responses.
+  """
+  if num_tokens is None:
+    num_tokens = processes.gather(samples.rollout.response_mask).sum()
+  return mean_parts(samples.parts, prefix="task/") | {
+    "answers/distinct": metrics.distinct_answers(
+      part.get("answer", text)
+      for part, text in zip(samples.parts, samples.texts, strict=True)
+    ),
+    "tokens_per_second": num_tokens / seconds,
+    "step_seconds": seconds,
+  }
