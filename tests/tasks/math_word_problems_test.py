@@ -691,7 +691,7 @@ class DataTest(parameterized.TestCase):
     ({"dataset": "math", "split": "validation"}, "evaluation only"),
     ({"data": ""}, "data is missing: give the folder with gsm8k_train.jsonl"),
     ({"data": "/nowhere"}, "/nowhere: no such file or folder"),
-    ({"num": 37}, "train split of gsm8k has 36 prompts, 37 were asked for"),
+    ({"num": 37}, "train split of gsm8k has 36 prompts, but 37 were asked for"),
     ({"num": -1}, "must be >= 0"),
     ({"shots": 36}, "rows of gsm8k, but there are 36"),
     ({"template": "Q"}, "template needs \"{question}\" once, got 'Q'"),

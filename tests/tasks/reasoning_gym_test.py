@@ -109,7 +109,7 @@ class PromptsTest(parameterized.TestCase):
       dict(generator="countdown", template="{expression}"),
       "'countdown' is the answer; use {question}",
     ),
-    (dict(generator="rush_hour"), "gives no answer along"),
+    (dict(generator="rush_hour"), "cannot be used: it gives no answers"),
     (dict(generator="puzzle24"), "cannot be used: its scorer accepts any numb"),
     (dict(generator="composite"), "cannot be used: its parts"),
     (dict(generator="coin_flip"), "cannot be used: its scorer accepts any pre"),

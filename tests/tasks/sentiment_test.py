@@ -441,7 +441,7 @@ class ScoreTest(parameterized.TestCase):
     self.addCleanup(sentiment._analyzer.cache_clear)
     with (
       mock.patch.object(importlib.util, "find_spec", lambda name: None),
-      self.assertRaisesRegex(ValueError, r'pip install "rljax\[sentiment\]"'),
+      self.assertRaisesRegex(ValueError, "pip install vaderSentiment"),
     ):
       sentiment.score("a", "b")
 
