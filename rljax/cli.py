@@ -840,12 +840,13 @@ def define_optimizer(
     schedule,
     list(optimizers.SCHEDULES),
     "How the learning rate goes on after the warm-up: constant, or linear or "
-    "cosine down to --final_learning_rate at the last update.",
+    "cosine down to --final_learning_rate.",
   )
   flags.DEFINE_float(
     "final_learning_rate",
     0.0,
-    "Learning rate of the last update, unless --schedule=constant.",
+    "Learning rate to which --schedule=linear or cosine falls by the end of the "
+    "run.",
     lower_bound=0.0,
   )
   flags.DEFINE_float(
