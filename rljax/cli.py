@@ -845,8 +845,7 @@ def define_optimizer(
   flags.DEFINE_float(
     "final_learning_rate",
     0.0,
-    "Learning rate to which --schedule=linear or cosine falls by the end of the "
-    "run.",
+    "Learning rate to which --schedule=linear or cosine falls by the end.",
     lower_bound=0.0,
   )
   flags.DEFINE_float(
