@@ -23,7 +23,7 @@ is the one module of the library that knows flags by their names.
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,6 +112,56 @@ def may_change(*names: str) -> None:
 
 
 # Groups of flags, in the order of the data's journey.
+
+
+def define_presets(
+  algorithm: str,
+  presets: Mapping[str, str],
+  *,
+  paired: Mapping[str, str] | None = None,
+) -> None:
+  """Defines --algorithm, which sets other flags unless they are given.
+
+  It does so while the command line is parsed, before any condition over flags
+  that is defined after this: call it first.
+
+  Args:
+    algorithm: default of --algorithm.
+    presets: algorithm -> flags of the script, "name=value name=value". A value
+      such as max_length/5 is that share of another flag, rounded down.
+    paired: flag of a preset -> another one that speaks for it: if that is
+      given, the preset leaves both alone, for half of a pair would not fit the
+      other half.
+  """
+  paired = paired or {}
+
+  def apply(name):
+    values = flags.FLAGS
+    for flag, text in _preset(presets[name]):
+      is_given = any(values[x].present for x in (flag, paired.get(flag, flag)))
+      whole, _, divisor = text.partition("/")
+      if is_given:
+        continue
+      if divisor:
+        values[flag].value = values[whole].value // int(divisor)
+      else:
+        values[flag].value = values[flag].parser.parse(text)
+    return True
+
+  flags.DEFINE_enum(
+    "algorithm",
+    algorithm,
+    list(presets),
+    "Algorithm, which sets other flags unless they are given; "
+    + "; ".join(f"{name}: {text}" for name, text in presets.items())
+    + ".",
+  )
+  flags.register_validator("algorithm", apply)
+
+
+def _preset(text):
+  """Splits the flags of a preset into names and values."""
+  return [word.split("=") for word in text.split()]
 
 
 def define_run(
@@ -558,6 +608,56 @@ def _require(names, holds, message):
   flags.register_multi_flags_validator(names, holds, message)
 
 
+def define_dynamic_sampling() -> None:
+  """Defines what happens to groups of responses that are scored alike."""
+  flags.DEFINE_bool(
+    "dynamic_sampling",
+    False,
+    "Whether groups of equal scores, which teach nothing, are replaced by "
+    "those of further prompts.",
+  )
+  flags.DEFINE_integer(
+    "max_sampling_rounds",
+    10,
+    "Batches of prompts that a step draws at most, with --dynamic_sampling.",
+    lower_bound=1,
+  )
+  _require(
+    ["dynamic_sampling", "num_samples"],
+    lambda v: not v["dynamic_sampling"] or v["num_samples"] > 1,
+    "--dynamic_sampling compares responses to one prompt: --num_samples must "
+    "be at least 2.",
+  )
+  _require(
+    ["dynamic_sampling", "unfinished_score"],
+    lambda v: not v["dynamic_sampling"] or not v["unfinished_score"],
+    "--dynamic_sampling keeps the groups whose scores differ, and "
+    "--unfinished_score would tell wrong responses apart: it must be 0.",
+  )
+
+
+def define_overlong_penalty() -> None:
+  """Defines a price of long responses."""
+  flags.DEFINE_integer(
+    "overlong_buffer",
+    0,
+    "Last tokens before --max_length, over which a penalty grows from 0 to 1; "
+    "0: no penalty.",
+    lower_bound=0,
+  )
+  _require(
+    ["overlong_buffer", "max_length"],
+    lambda v: v["overlong_buffer"] <= v["max_length"],
+    "--overlong_buffer must lie between 0 and --max_length.",
+  )
+  _require(
+    ["overlong_buffer", "stop_at_eos", "stop_strings"],
+    lambda v: not v["overlong_buffer"] or v["stop_at_eos"] or v["stop_strings"],
+    "--overlong_buffer would price every response alike: without --stop_at_eos "
+    "or --stop_strings all have --max_length tokens.",
+  )
+
+
 def define_stop_strings() -> None:
   """Defines the texts that end a response."""
   flags.DEFINE_list(
@@ -667,6 +767,18 @@ def define_kl(
     "Model that the KL penalty compares the policy with, in the forms of "
     "--policy; empty: the policy before its first update.",
   )
+  if not estimator:
+    _require(
+      ["kl", "kl_estimator"],
+      lambda v: (v["kl"], v["kl_estimator"]) != ("loss", "k1"),
+      "--kl_estimator=k1 has a gradient of mean 0 as a loss; take k2 or k3, or "
+      "--kl=reward.",
+    )
+    _require(
+      ["kl", "reference"],
+      lambda v: v["kl"] != "none" or not v["reference"],
+      "--reference has no meaning for --kl=none.",
+    )
 
 
 def define_adaptive_kl() -> None:
@@ -737,12 +849,12 @@ def define_optimizer(
     schedule,
     list(optimizers.SCHEDULES),
     "How the learning rate goes on after the warm-up: constant, or linear or "
-    "cosine down to --final_learning_rate at the last update.",
+    "cosine down to --final_learning_rate.",
   )
   flags.DEFINE_float(
     "final_learning_rate",
     0.0,
-    "Learning rate of the last update, unless --schedule=constant.",
+    "Learning rate to which --schedule=linear or cosine falls by the end.",
     lower_bound=0.0,
   )
   flags.DEFINE_float(
@@ -787,6 +899,12 @@ def define_optimizer(
 
 
 # Readers. Each takes the parsed flags of a script that called the group.
+
+
+def preset(values: flags.FlagValues, presets: Mapping[str, str]) -> str:
+  """Returns --algorithm, and what is in force of the flags that it sets."""
+  names = [name for name, _ in _preset(presets[values.algorithm])]
+  return " ".join(f"--{n}={values[n].value}" for n in ("algorithm", *names))
 
 
 def load_task(values: flags.FlagValues) -> types.ModuleType:
@@ -918,20 +1036,25 @@ def load_reward_terms(
 
 
 def batch_sizes(
-  values: flags.FlagValues, mesh: Any, *, num_samples: int = 1
+  values: flags.FlagValues, mesh: Any, *, num_samples: int | None = None
 ) -> microbatch.Sizes:
   """Returns the rows of a step, of an update and of a pass.
 
   Args:
     values: parsed flags.
     mesh: from `meshes.make`.
-    num_samples: rows for each of --batch_size.
+    num_samples: rows for each of --batch_size prompts; None: those are rows.
 
   Raises:
-    ValueError: if one does not divide the other, or the devices cannot share
-      them.
+    ValueError: if one does not divide the other, the devices cannot share
+      them, or there are fewer prompts.
   """
-  rows = values.batch_size * num_samples
+  if num_samples is not None and values.batch_size > values.num_prompts:
+    raise ValueError(
+      f"--batch_size must lie between 1 and the {values.num_prompts} prompts "
+      f"of --num_prompts, got {values.batch_size}."
+    )
+  rows = values.batch_size * (num_samples or 1)
   minibatch = ("minibatch_size" in values and values.minibatch_size) or rows
   micro_batch = (
     "micro_batch_size" in values and values.micro_batch_size

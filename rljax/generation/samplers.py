@@ -355,6 +355,7 @@ class Sampler:
     rows: np.ndarray,
     *,
     step: int,
+    number: int = 0,
   ) -> Samples:
     """Draws responses to some of the prompts.
 
@@ -365,12 +366,14 @@ class Sampler:
       rows: `[B]` int, which of them.
       step: rollouts that the policy has learnt from; decides the limits of
         length, where they differ.
+      number: of the draw, if a step has several, for the same.
 
     Returns:
       B * num_samples responses; row b * num_samples + j is sample j of b.
     """
     num_samples = self.settings.num_samples
-    lengths = self.settings.lengths(len(rows) * num_samples, step, 1)
+    place = (step, 1, number) if number else (step, 1)
+    lengths = self.settings.lengths(len(rows) * num_samples, *place)
     ids, mask, lengths = meshes.shard_batch(
       (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
     )

@@ -230,7 +230,7 @@ class AloneTest(parameterized.TestCase):
   """Scripts that a launcher must not start twice."""
 
   @parameterized.parameters(
-    ("ppo_pmap", "--workdir=x", "--policy=x"),
+    ("examples/ppo_pmap", "--workdir=x", "--policy=x"),
     ("expand_games", "--output=x"),
     ("draw_games", "--samples=x", "--output=x"),
   )
