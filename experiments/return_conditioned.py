@@ -92,8 +92,8 @@ flags.DEFINE_enum(
   "label",
   "value",
   ["value", "advantage"],
-  "What makes a step good: a value of --threshold or more, or an advantage of 0 "
-  "or more.",
+  "What makes a step good: a value of --threshold or more, or an advantage of "
+  "0 or more.",
 )
 flags.DEFINE_float(
   "threshold", 0.5, "Lowest value of a good step, for --label=value.", 0, 1
@@ -185,7 +185,7 @@ def main():
       for row in chosen
       for prefix in steps.prefixes(row["response"])
     )
-    limits = cli.encode_options(FLAGS)
+    limits = cli.prompt_encoding(FLAGS)
     limits["max_length"] += FLAGS.max_length
     values, num_drawn = completions.values(
       os.path.join(run.workdir, "completions"),
@@ -239,7 +239,7 @@ def main():
   rows = [with_tags(labelled[i]) for i in chosen]
   write("data.jsonl", rows)
   (asked,) = prompts.encode(
-    tokenizer, [row["prompt"] for row in rows], **cli.encode_options(FLAGS)
+    tokenizer, [row["prompt"] for row in rows], **cli.prompt_encoding(FLAGS)
   )
   encoded = [
     (ids, *steps.encode_tagged(tokenizer, row["tagged"], tag_ids))

@@ -807,7 +807,7 @@ def solved_options(values: flags.FlagValues) -> dict[str, Any]:
   return {"seed": values.seed, "task_options": options}
 
 
-def encode_options(values: flags.FlagValues) -> dict[str, Any]:
+def prompt_encoding(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `text.prompts.encode` and its like."""
   return {
     "max_length": values.max_prompt_length,
