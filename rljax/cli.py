@@ -825,7 +825,7 @@ def define_batches(
     )
   if epochs is not None:
     flags.DEFINE_integer(
-      "epochs", epochs, "Passes over the data of a step.", lower_bound=1
+      "epochs", epochs, "Passes over the data of a step or fit.", lower_bound=1
     )
 
 
@@ -926,6 +926,23 @@ def prompt_options(values: flags.FlagValues) -> dict[str, Any]:
   }
 
 
+def solved_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `text.prompts.solved`."""
+  options = keywords.parse(values.task_options)
+  if "example_options" in values:
+    options |= keywords.parse(values.example_options)
+  return {"seed": values.seed, "task_options": options}
+
+
+def prompt_encoding(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `text.prompts.encode` and its like."""
+  return {
+    "max_length": values.max_prompt_length,
+    "prompt_format": values.prompt_format,
+    "name": values.task,
+  }
+
+
 def model_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `hf.load`."""
   return {
@@ -942,10 +959,27 @@ def load_reference(
   Raises:
     ValueError: if it is another architecture, or has other tokens.
   """
-  if not values.reference:
+  return load_like(values, "reference", loaded)
+
+
+def load_like(
+  values: flags.FlagValues, name: str, loaded: hf.LanguageModel
+) -> hf.LanguageModel:
+  """Loads the model that a flag names; the policy itself if it names none.
+
+  Args:
+    values: parsed flags.
+    name: of the flag.
+    loaded: the policy.
+
+  Raises:
+    ValueError: if it is another architecture, or has other tokens.
+  """
+  path = values[name].value
+  if not path:
     return loaded
-  other = hf.load(values.reference, **model_options(values))
-  runs.check_same_kind(f"--reference={values.reference}", other, loaded)
+  other = hf.load(path, **model_options(values))
+  runs.check_same_kind(f"--{name}={path}", other, loaded)
   return other
 
 
@@ -976,6 +1010,28 @@ def reward_model_options(values: flags.FlagValues) -> dict[str, Any]:
     "template": values.reward_template,
     "max_length": values.reward_length,
   }
+
+
+def load_reward_model(
+  values: flags.FlagValues, mesh: Any, *, batch_size: int
+) -> scorers.Scorer | None:
+  """Loads --reward_model as a scorer beside the task's; None if there is none.
+
+  Args:
+    values: parsed flags.
+    mesh: from `meshes.make`.
+    batch_size: texts at the same time.
+  """
+  if not values.reward_model:
+    return None
+  return scorers.scorer(
+    "",
+    {},
+    values.reward_model,
+    **reward_model_options(values),
+    batch_size=batch_size,
+    mesh=mesh,
+  )
 
 
 def load_scorer(
@@ -1070,20 +1126,29 @@ def batch_sizes(
       "of an update."
     )
   meshes.check_divisible(values.batch_size, mesh, "--batch_size")
+  if "sample_batch_size" in values:
+    name = "--sample_batch_size"
+    meshes.check_divisible(values.sample_batch_size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
   return microbatch.Sizes(rows, minibatch, micro_batch)
 
 
 def optimizer_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `optimizers.adamw`."""
-  return {
-    "learning_rate": values.learning_rate,
-    "kind": values.schedule,
-    "warmup": values.warmup,
-    "final_learning_rate": values.final_learning_rate,
+  return schedule_options(values) | {
     "b1": values.adam_b1,
     "b2": values.adam_b2,
     "epsilon": values.adam_epsilon,
     "weight_decay": values.weight_decay,
     "max_grad_norm": values.max_grad_norm,
+  }
+
+
+def schedule_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `optimizers.schedule`."""
+  return {
+    "learning_rate": values.learning_rate,
+    "kind": values.schedule,
+    "warmup": values.warmup,
+    "final_learning_rate": values.final_learning_rate,
   }

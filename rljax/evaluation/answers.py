@@ -8,6 +8,7 @@ import numpy as np
 from rljax.distributed import processes
 from rljax.evaluation import metrics
 from rljax.generation import samplers
+from rljax.text import steps
 
 Scorer = Callable[..., tuple[np.ndarray, list[dict[str, Any]]]]
 
@@ -68,6 +69,38 @@ def mean_parts(
     for name in parts[0]
     if all(isinstance(part.get(name), kinds) for part in parts)
   }
+
+
+def of_several(
+  rows: Sequence[Mapping[str, Any]],
+  *,
+  num_prompts: int,
+  prefix: str = "samples/",
+) -> dict[str, float]:
+  """Describes several samples of each prompt.
+
+  Args:
+    rows: of `samplers.collect`.
+    num_prompts: that they answer.
+    prefix: of the names.
+
+  Returns:
+    Means of the parts; "is_correct" and "finished", means over the samples, a
+    sample without an end being wrong; "solved", the share of prompts with a
+    right sample; "distinct_traces", how many different right samples a prompt
+    has, as a mean over the prompts.
+  """
+  right = [row for row in rows if steps.is_kept(row)]
+  different = {
+    (row["prompt"], steps.whitespace_key(row["response"])) for row in right
+  }
+  found = mean_parts([row["parts"] for row in rows]) | {
+    "is_correct": len(right) / len(rows),
+    "finished": float(np.mean([row["finished"] for row in rows])),
+    "solved": len({row["prompt"] for row in right}) / num_prompts,
+    "distinct_traces": len(different) / num_prompts,
+  }
+  return {f"{prefix}{name}": value for name, value in found.items()}
 
 
 def of_samples(

@@ -4,6 +4,8 @@ A stage whose inputs have not changed is not repeated; one that was stopped
 continues, if its writer can; one whose inputs have changed starts over, and its
 old folder is renamed, not deleted. An output that was edited by hand counts as
 changed, for the stages that read it.
+
+Rounds are simpler: each has a folder, and ends once.
 """
 
 import hashlib
@@ -17,6 +19,7 @@ from typing import Any
 from rljax.storage import paths
 
 _INPUTS, _DONE = "inputs.json", "done.json"
+_ROUND = "round.json"
 
 
 class Stage:
@@ -126,6 +129,62 @@ class Stage:
       number += 1
     os.replace(self.folder, aside)
     return aside
+
+
+class Rounds:
+  """Rounds of a run: `<workdir>/rounds/<number>`, whole once they have ended.
+
+  A round that was stopped goes on with what its folder holds, if its writers
+  can; one that has ended is not repeated.
+
+  Attributes:
+    finished: what `finish` was told of each round, from 0 on.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    once: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+  ):
+    """Reads which rounds have ended.
+
+    Args:
+      workdir: folder of the run.
+      once: see `Stage`.
+    """
+    self._folder = pathlib.Path(workdir, "rounds")
+    self._once = once
+    self.finished: list[dict[str, Any]] = once(self._read_all)
+
+  def path(self, number: int, file: str = "") -> str:
+    """Where a round, or a file of it, lies."""
+    return os.fspath(self._folder / str(number) / file)
+
+  def finish(self, **facts: Any) -> None:
+    """Files the next round as finished, at once or not at all.
+
+    Args:
+      **facts: what `json` can write; read again by a later start.
+    """
+
+    def write():
+      folder = self._folder / str(len(self.finished))
+      folder.mkdir(parents=True, exist_ok=True)
+      _write(folder / _ROUND, facts)
+      return _read(folder / _ROUND)
+
+    self.finished.append(self._once(write))
+
+  def best(self, name: str) -> int:
+    """Returns the round in which a number was largest; the first of several."""
+    values = [facts[name] for facts in self.finished]
+    return values.index(max(values))
+
+  def _read_all(self):
+    found = []
+    while facts := _read(self._folder / str(len(found)) / _ROUND):
+      found.append(facts)
+    return found
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:

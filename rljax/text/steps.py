@@ -54,6 +54,24 @@ def is_kept(row: Row) -> bool:
   return bool(row["finished"]) and bool(row["parts"].get("is_correct"))
 
 
+def is_valid(row: Row) -> bool:
+  """Whether a sample is right, ended, and its steps are valid as well."""
+  return is_kept(row) and bool(row["parts"]["is_valid"])
+
+
+def is_trusted(row: Row, *, threshold: float) -> bool:
+  """Whether a sample ended in an answer that a reward model believes in.
+
+  Args:
+    row: with what the model says of it, as `reward_model`.
+    threshold: the lowest of that, inclusive.
+  """
+  has_answer = row["parts"].get("answer") is not None
+  return (
+    bool(row["finished"]) and has_answer and row["reward_model"] >= threshold
+  )
+
+
 def add_distinct(
   kept: Sequence[Row],
   samples: Iterable[Row],
@@ -100,6 +118,26 @@ def add_distinct(
   return merged, counts
 
 
+def solutions(samples: Sequence[Row], *, max_per_prompt: int = 0) -> list[Row]:
+  """Each different solution once: samples that ended and have a step.
+
+  Args:
+    samples: rows.
+    max_per_prompt: most right solutions of a prompt, and most wrong ones; 0: no
+      limit.
+
+  Returns:
+    The right ones and behind them the wrong ones.
+  """
+  is_wrong = lambda row: row["finished"] and not is_kept(row)
+  found = []
+  for keep in (is_kept, is_wrong):
+    found += add_distinct(
+      [], samples, keep=keep, max_per_prompt=max_per_prompt
+    )[0]
+  return [row for row in found if steps(row["response"])]
+
+
 def steps(response: str, ends: str = "\n") -> list[str]:
   """Splits a response into steps, each with the character that ends it.
 
@@ -137,6 +175,46 @@ def prefixes(response: str, ends: str = "\n") -> list[str]:
   """Returns the text before the second, third, ... step: P_1 .. P_{L-1}."""
   parts = steps(response, ends)
   return ["".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def with_values(
+  chosen: Sequence[Row],
+  samples: Sequence[Row],
+  values: Mapping[tuple[str, str], float],
+) -> list[dict[str, Any]]:
+  """Solutions with the values of their steps, as rows for a jsonl file.
+
+  Args:
+    chosen: the solutions, see `solutions`.
+    samples: all samples that there are of their prompts.
+    values: (prompt, prefix) -> share of right completions, for every one of
+      `prefixes`.
+
+  Returns:
+    Rows with `prompt`, `response`, `reward`, `is_correct` and `finished`;
+    `steps` s_1 .. s_L and their `values` V(P_1) .. V(P_L), where P_i is the
+    prefix that includes step i, and the last is the solution's own verdict; and
+    `start_value` V(P_0), the share of right samples of the prompt.
+  """
+  verdicts = collections.defaultdict(list)
+  for row in samples:
+    verdicts[row["prompt"]].append(is_kept(row))
+  return [
+    {
+      "prompt": row["prompt"],
+      "response": row["response"],
+      "reward": float(is_kept(row)),
+      "steps": steps(row["response"]),
+      "values": [
+        *(values[row["prompt"], p] for p in prefixes(row["response"])),
+        float(is_kept(row)),
+      ],
+      "start_value": float(np.mean(verdicts[row["prompt"]])),
+      "is_correct": is_kept(row),
+      "finished": True,
+    }
+    for row in chosen
+  ]
 
 
 def value_labels(values: Sequence[float], *, threshold: float) -> list[bool]:
@@ -220,6 +298,62 @@ def tagged(
     (tags[0] if is_good else tags[1], text.removeprefix(slot))
     for text, is_good in zip(texts, labels, strict=True)
   ]
+
+
+def encode_tagged(
+  tokenizer: Any, pairs: Iterable[tuple[str, str]], tag_ids: Mapping[str, int]
+) -> tuple[list[int], list[bool]]:
+  """Encodes tag, step, tag, step, ..., end; each step by itself.
+
+  Args:
+    tokenizer: Hugging Face tokenizer with an end token.
+    pairs: of `tagged`.
+    tag_ids: tag -> its one token.
+
+  Returns:
+    The ids, and which of them are to be learnt: all but the tags, which the
+    sampler puts there by itself.
+  """
+  ids: list[int] = []
+  is_learnt: list[bool] = []
+  for tag, text in pairs:
+    step_ids = tokenizer.encode(text, add_special_tokens=False)
+    ids += [tag_ids[tag], *step_ids]
+    is_learnt += [False, *[True] * len(step_ids)]
+  return [*ids, tokenizer.eos_token_id], [*is_learnt, True]
+
+
+def forced_tag(token_bytes: Sequence[bytes], tag_id: int) -> np.ndarray:
+  """Makes the sampler's table that puts a tag in front of every step.
+
+  Args:
+    token_bytes: V texts of tokens, from `tokens.token_bytes`.
+    tag_id: token of the tag.
+
+  Returns:
+    `[V + 1]` int32: the tag behind every token that ends in a line feed, and at
+    the start, which is the last entry; else -1, for none.
+  """
+  ends_step = [text.endswith(b"\n") for text in token_bytes]
+  return np.where([*ends_step, True], tag_id, -1).astype(np.int32)
+
+
+def describe_labels(rows: Sequence[Row]) -> str:
+  """Says in a line how many steps are bad, by their position.
+
+  Args:
+    rows: with `is_correct`, and `good`, one truth value for each step.
+  """
+  num_right = sum(row["is_correct"] for row in rows)
+  longest = max(len(row["good"]) for row in rows)
+  shares = [
+    np.mean([not row["good"][i] for row in rows if i < len(row["good"])])
+    for i in range(longest)
+  ]
+  return (
+    f"{len(rows)} solutions, {num_right} right; share of bad steps by "
+    "position: " + " ".join(f"{share:.2f}" for share in shares[:8])
+  )
 
 
 def mix(

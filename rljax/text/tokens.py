@@ -219,6 +219,21 @@ def encode_response(
   return [*ids, tokenizer.eos_token_id], apart
 
 
+def single_id(tokenizer, text: str) -> int:
+  """Returns the id of a text that is one token.
+
+  Raises:
+    ValueError: if it is none, or several.
+  """
+  ids = tokenizer.encode(text, add_special_tokens=False)
+  if len(ids) != 1:
+    raise ValueError(
+      f"The tag {text!r} is {len(ids)} tokens of the tokenizer, and must be "
+      "one: choose a rare word, or add it to the tokenizer."
+    )
+  return ids[0]
+
+
 def decode(
   tokenizer,
   response_ids: np.ndarray,

@@ -67,7 +67,7 @@ def schedule(
 
 
 def adamw(
-  num_updates: int,
+  num_updates: int | None,
   *,
   learning_rate: float,
   kind: str = "constant",
@@ -82,7 +82,9 @@ def adamw(
   """Clips the global norm of the gradient, and steps by AdamW.
 
   Args:
-    num_updates: of the run.
+    num_updates: of the run. None: the learning rate is 1, and the caller
+      multiplies each update by one of `schedule`. So fits of different lengths
+      share one program.
     learning_rate: see `schedule`, likewise `kind`, `warmup` and
       `final_learning_rate`.
     b1: decay of the first moment.
@@ -97,13 +99,15 @@ def adamw(
   Source:
     Loshchilov and Hutter (2019), "Decoupled Weight Decay Regularization".
   """
-  rates = schedule(
-    num_updates,
-    learning_rate=learning_rate,
-    kind=kind,
-    warmup=warmup,
-    final_learning_rate=final_learning_rate,
-  )
+  rates = 1.0
+  if num_updates is not None:
+    rates = schedule(
+      num_updates,
+      learning_rate=learning_rate,
+      kind=kind,
+      warmup=warmup,
+      final_learning_rate=final_learning_rate,
+    )
   return optax.chain(
     optax.clip_by_global_norm(max_grad_norm or math.inf),
     optax.adamw(rates, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay),

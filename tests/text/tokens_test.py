@@ -252,6 +252,17 @@ class EncodePairsTest(parameterized.TestCase):
     self.assertEqual(BYTES.decode(prompt_ids + response_ids), prompt + response)
 
 
+class SingleIdTest(parameterized.TestCase):
+  def test_one_token(self):
+    self.assertEqual(tokens_lib.single_id(WORDS, "="), 102)
+    self.assertEqual(tokens_lib.single_id(WORDS, "12"), 12)
+
+  @parameterized.parameters(("", 0), ("1=", 2))
+  def test_another_number(self, text, number):
+    with self.assertRaisesRegex(ValueError, f"'{text}' is {number} tokens"):
+      tokens_lib.single_id(WORDS, text)
+
+
 class DecodeTest(parameterized.TestCase):
   def test_hand_computed(self):
     ids = np.array([[30, 104, 7], [20, 100, 10], [108, 106, 5], [1, 2, 3]])
