@@ -391,30 +391,54 @@ class Sampler:
       tokenizer=self._tokenizer,
     )
 
-  def greedy(
-    self, prompts: prompts_lib.Prompts, *, batch_size: int
+  def responder(
+    self, prompts: prompts_lib.Prompts, *, batch_size: int, **options: Any
   ) -> "Responder":
-    """Makes a responder that answers prompts greedily, within the same limits.
+    """Makes a responder that draws as the sampler does, for these prompts.
 
     Args:
       prompts: which it answers.
       batch_size: prompts at the same time.
+      **options: of `Responder`, in place of what the settings say.
     """
     settings = self.settings
     return Responder(
       self._model,
       self._tokenizer,
       prompts.encoded,
-      max_length=settings.max_length,
-      settings=sampling.Settings(greedy=True),
       batch_size=batch_size,
       mesh=self._mesh,
-      stop_at_eos=settings.stop_at_eos,
-      stop_strings=settings.stop_strings,
-      max_lengths=settings.lengths(len(prompts.texts), 0, 2),
-      constraint=self._constraint(prompts.texts),
       texts=prompts.texts,
-      unfinished_score=settings.unfinished_score,
+      **{
+        "max_length": settings.max_length,
+        "max_lengths": settings.lengths(len(prompts.texts), 0, 2),
+        "settings": settings.distribution,
+        "num_samples": settings.num_samples,
+        "seed": settings.seed,
+        "stop_at_eos": settings.stop_at_eos,
+        "stop_strings": settings.stop_strings,
+        "constraint": self._constraint(prompts.texts),
+        "unfinished_score": settings.unfinished_score,
+        **options,
+      },
+    )
+
+  def greedy(
+    self, prompts: prompts_lib.Prompts, *, batch_size: int, **options: Any
+  ) -> "Responder":
+    """Makes a responder that answers prompts greedily, within the same limits.
+
+    Args:
+      prompts: which it answers.
+      batch_size: prompts at the same time.
+      **options: of `Responder`, in place of what the settings say.
+    """
+    return self.responder(
+      prompts,
+      batch_size=batch_size,
+      settings=sampling.Settings(greedy=True),
+      num_samples=1,
+      **options,
     )
 
   def _constraint(self, texts):

@@ -1,6 +1,7 @@
 """Padding, and which rows make a batch. Everything is numpy."""
 
 import bisect
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -78,38 +79,78 @@ def pad_right(
 
 
 def supervised_batch(
-  rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+  rows: Sequence[tuple[Sequence[int], ...]],
   *,
   prompt_length: int | None = None,
   response_length: int | None = None,
   pad_id: int = 0,
+  num_rows: int | None = None,
 ) -> dict[str, np.ndarray]:
   """Pads (prompt ids, response ids) to a batch.
 
   Args:
-    rows: B pairs of id sequences; the response includes its end token.
+    rows: at most B pairs of id sequences; the response includes its end token.
+      A third item, if all have one, says which tokens of it are learnt.
     prompt_length: P; by default the bucket of the longest prompt.
     response_length: T, likewise.
     pad_id: what fills the rest.
+    num_rows: B; rows that are missing get responses without any token, from
+      which nothing is learnt. None: as many as there are `rows`.
 
   Returns:
     `prompt_ids`, `prompt_mask` `[B, P]`, left-padded, and `response_ids`,
-    `response_mask` `[B, T]`, right-padded.
+    `response_mask` `[B, T]`, right-padded; and `learnt_mask` `[B, T]`, if the
+    rows say so.
   """
   if not rows:
     raise ValueError("A batch needs at least one row.")
-  prompts, responses = zip(*rows, strict=True)
+  # An empty prompt would leave a row of attention without any key.
+  missing = ([pad_id], [], [])[: len(rows[0])]
+  num_missing = max(0, (num_rows or 0) - len(rows))
+  prompts, responses, *learnt = zip(
+    *rows, *[missing] * num_missing, strict=True
+  )
   prompt_ids, prompt_mask = pad_left(
     prompts, length=prompt_length, pad_id=pad_id
   )
   response_ids, response_mask = pad_right(
     responses, length=response_length, pad_id=pad_id
   )
-  return {
+  batch = {
     "prompt_ids": prompt_ids,
     "prompt_mask": prompt_mask,
     "response_ids": response_ids,
     "response_mask": response_mask,
+  }
+  for column in learnt:
+    flags, mask = pad_right(column, length=response_ids.shape[1])
+    batch["learnt_mask"] = mask & (flags > 0)
+  return batch
+
+
+def supervised_shape(
+  rows: Sequence[tuple[Sequence[int], ...]],
+  *,
+  prompt_length: int = 0,
+  response_length: int = 0,
+) -> dict[str, int]:
+  """The one shape in which `supervised_batch` pads all batches.
+
+  Args:
+    rows: (prompt ids, response ids, ...), of which there may be none.
+    prompt_length: tokens of a prompt for which there is room in any case.
+    response_length: tokens of a response, likewise.
+
+  Returns:
+    `prompt_length` and `response_length`, the buckets of the longest.
+  """
+  return {
+    "prompt_length": bucket_length(
+      max([prompt_length, *(len(row[0]) for row in rows)])
+    ),
+    "response_length": bucket_length(
+      max([response_length, *(len(row[1]) for row in rows)])
+    ),
   }
 
 
@@ -152,6 +193,38 @@ def batch_indices(
     following = epoch_order(num_rows, seed=seed, epoch=epoch + 1)
     rows = np.concatenate([rows, following[:missing]])
   return rows
+
+
+def indices_or_all(
+  num_rows: int, batch_size: int, step: int, *, seed: int
+) -> np.ndarray:
+  """The rows of `batch_indices`; all of them where there are not B.
+
+  Args:
+    num_rows: rows of the data set.
+    batch_size: B, which may be more.
+    step: 0 for the first batch.
+    seed: of the orders.
+
+  Returns:
+    `[min(B, num_rows)]` int64 row numbers.
+  """
+  if num_rows <= batch_size:
+    return np.arange(num_rows)
+  return batch_indices(num_rows, batch_size, step, seed=seed)
+
+
+def num_updates(num_rows: int, batch_size: int, epochs: float) -> int:
+  """The updates of a number of passes, by the batches of `indices_or_all`.
+
+    ⌈E n / min(B, n)⌉
+
+  Args:
+    num_rows: n >= 1.
+    batch_size: B.
+    epochs: E.
+  """
+  return math.ceil(num_rows * epochs / min(batch_size, num_rows))
 
 
 # Priorities.

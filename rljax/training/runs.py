@@ -18,6 +18,7 @@ What a step does, and in which order, stays in the script.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -125,6 +126,11 @@ class Run:
     """Puts the arrays of a tree on the mesh, by `meshes.shardings`."""
     return meshes.place(tree, meshes.shardings(tree, rules, self.mesh))
 
+  def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
+    """Puts the parameters of a loaded model on the mesh, by its own rules."""
+    rules = hf.partition_rules(loaded.model, self.mesh)
+    return dataclasses.replace(loaded, params=self.place(loaded.params, rules))
+
   def shard(self, batch: Tree) -> Tree:
     """Splits the rows of a batch over the devices, by `meshes.shard_batch`."""
     return meshes.shard_batch(batch, self.mesh)
@@ -201,7 +207,7 @@ class Run:
 
   @contextlib.contextmanager
   def signals(self) -> Iterator["Run"]:
-    """Catches SIGTERM and SIGINT in the work before training.
+    """Catches SIGTERM and SIGINT, in the work before training too.
 
     Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
     block: `is_stopped` is then True, and everything that was written stays.
@@ -211,7 +217,11 @@ class Run:
         yield self
       except checkpoint.Stopped:
         self._stopped = True
-        self.note("Stopped by a signal; everything so far is saved.")
+        text = "Stopped by a signal; everything so far is saved."
+        if self._log is not None:
+          self._log.note(text)
+        elif processes.is_first():
+          print(text, flush=True)
 
   def should_stop(self) -> bool:
     """Returns whether a signal asked for the end. All processes call it."""
@@ -227,6 +237,8 @@ class Run:
     digests: Mapping[str, str] | None = None,
   ) -> Iterator["Run"]:
     """Files flags and models, and opens logs, checkpoints and signals.
+
+    `checkpoint.Stopped` ends the block, as it does that of `signals`.
 
     Args:
       model: whose config is written to `<workdir>/model`.
@@ -249,7 +261,7 @@ class Run:
       for kept in filter(None, (self._checkpoints, self._best)):
         stack.enter_context(kept)
         self._notes += kept.messages
-      self._signals = stack.enter_context(checkpoint.Preemption())
+      stack.enter_context(self.signals())
       for text in self._notes:
         self._log.note(text)
       yield self
