@@ -60,8 +60,7 @@ def run(main: Callable[[], int | None]) -> None:
   def checked(argv):
     values = flags.FLAGS
     try:
-      _check_words(values, argv[1:])
-      _check_values(values)
+      check(values, argv[1:])
       return main()
     except (ValueError, preflight.Refused) as error:
       if values.verbosity >= 1:
@@ -79,8 +78,16 @@ def run(main: Callable[[], int | None]) -> None:
   app.run(checked)
 
 
-def _check_words(values, words):
-  """Raises ValueError for words of the command line that are no flags."""
+def check(values: flags.FlagValues, words: Sequence[str] = ()) -> None:
+  """Expands paths, and refuses what cannot be meant.
+
+  Args:
+    values: parsed flags.
+    words: of the command line that are no flags.
+
+  Raises:
+    ValueError: if there are any, or a number is not finite.
+  """
   if words:
     name = words[0].partition("=")[0]
     hint = f"; write --{words[0]}" if name in values else ""
@@ -88,11 +95,8 @@ def _check_words(values, words):
       f"{words[0]!r} on the command line is not a flag: flags begin with "
       f"-- and look like --name=value{hint}."
     )
-
-
-def _check_values(values):
-  """Expands paths, and raises ValueError for numbers that are not finite."""
-  for flag in values.get_key_flags_for_module(sys.argv[0]):
+  for name in values:
+    flag = values[name]
     if isinstance(flag.value, str) and flag.value.startswith("~"):
       flag.value = os.path.expanduser(flag.value)
     if isinstance(flag.value, float) and not abs(flag.value) <= _LARGEST:
@@ -206,6 +210,19 @@ def define_run(
       lower_bound=0,
     )
     may_change("num_page_samples")
+  _define_devices()
+  if logs:
+    flags.DEFINE_string(
+      "wandb_project",
+      "",
+      "Weights & Biases project to which metrics are sent as well; empty for "
+      "none.",
+    )
+    may_change("wandb_project")
+
+
+def _define_devices():
+  """Defines the mesh and the cache of compiled programs."""
   flags.DEFINE_string(
     "mesh",
     "data:-1",
@@ -220,14 +237,6 @@ def define_run(
     "none.",
   )
   may_change("workdir", "mesh", "compilation_cache")
-  if logs:
-    flags.DEFINE_string(
-      "wandb_project",
-      "",
-      "Weights & Biases project to which metrics are sent as well; empty for "
-      "none.",
-    )
-    may_change("wandb_project")
 
 
 def define_preflight() -> None:

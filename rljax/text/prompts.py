@@ -29,6 +29,10 @@ class Prompts:
   def __len__(self) -> int:
     return len(self.texts)
 
+  def rows(self, batch_size: int, step: int, *, seed: int) -> np.ndarray:
+    """Returns the prompts of a step, `[batch_size]`; see `batch_indices`."""
+    return batches.batch_indices(len(self), batch_size, step, seed=seed)
+
 
 def encode(
   tokenizer: Any,
