@@ -866,14 +866,6 @@ def encode_options(values: flags.FlagValues) -> dict[str, Any]:
   }
 
 
-def model_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `hf.load`."""
-  return {
-    "dtype": values.dtype,
-    "remat": "remat" in values and values.remat,
-  }
-
-
 def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `models.fresh.make`."""
   return {
@@ -883,6 +875,14 @@ def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
     "num_heads": values.num_heads,
     "max_positions": values.max_positions,
     **model_options(values),
+  }
+
+
+def model_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `hf.load`."""
+  return {
+    "dtype": values.dtype,
+    "remat": "remat" in values and values.remat,
   }
 
 
