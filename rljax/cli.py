@@ -34,6 +34,7 @@ from rljax import tasks
 from rljax.distributed import meshes
 from rljax.generation import samplers
 from rljax.models import hf
+from rljax.rlmec import prompts as rewriting
 from rljax.scoring import reward_terms, scorers
 from rljax.text import keywords
 from rljax.training import microbatch, optimizers, preflight, runs
@@ -167,6 +168,7 @@ def _preset(text):
 def define_run(
   *,
   steps: int | None = None,
+  epochs: float | None = None,
   save_every: int | None = 500,
   eval_every: int | None = None,
   samples_every: int | None = None,
@@ -178,6 +180,8 @@ def define_run(
 
   Args:
     steps: default of --steps; 0: as many as --epochs make; None: no flag.
+    epochs: default of --epochs, the passes over all data, for --steps=0; None:
+      no flag here.
     save_every: default of --save_every; None: no flag.
     eval_every: default of --eval_every; None: no flag, nor --keep_best.
     samples_every: default of --samples_every, for scripts that draw samples in
@@ -208,6 +212,13 @@ def define_run(
       "Steps of training, as the script's first lines define a step."
       + (" 0: as many as --epochs make." if not steps else ""),
       lower_bound=0 if not steps else 1,
+    )
+  if epochs is not None:
+    flags.DEFINE_float(
+      "epochs",
+      epochs,
+      "Passes over the training data, where --steps is 0; above 0.",
+      lower_bound=1e-6,
     )
   if save_every is not None:
     flags.DEFINE_integer(
@@ -730,6 +741,44 @@ def define_reward_terms() -> None:
   )
 
 
+def define_rewriting(template: str, *, locate: bool | None) -> None:
+  """Defines how a generative reward model is asked for rewrites.
+
+  Args:
+    template: default of --template; "": as the model was trained.
+    locate: default of --locate; None: likewise.
+  """
+  flags.DEFINE_string(
+    "stages",
+    "",
+    "Folder of the stages before training, which several runs may share; empty "
+    "takes --workdir.",
+  )
+  may_change("stages")
+  flags.DEFINE_enum(
+    "template",
+    template,
+    [*([] if template else [""]), *sorted(rewriting.TEMPLATES)],
+    "How the reward model is asked: compact for a model of characters, lines "
+    "for a vocabulary without letters, instruction for a model of words"
+    + ("." if template else "; empty: as it was trained."),
+  )
+  flags.DEFINE_bool(
+    "locate",
+    locate,
+    "Whether the reward model names the first wrong step, so that its rewrite "
+    "keeps the steps before that one"
+    + ("." if locate is not None else "; unset: as it was trained."),
+  )
+  flags.DEFINE_integer(
+    "max_question_length",
+    2000,
+    "Most tokens of a question to a model that rewrites, the wrong solution "
+    "included; longer ones are left out.",
+    lower_bound=1,
+  )
+
+
 def define_kl(
   kl: str,
   choices: Sequence[str],
@@ -934,12 +983,24 @@ def solved_options(values: flags.FlagValues) -> dict[str, Any]:
   return {"seed": values.seed, "task_options": options}
 
 
-def prompt_encoding(values: flags.FlagValues) -> dict[str, Any]:
+def encode_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `text.prompts.encode` and its like."""
   return {
     "max_length": values.max_prompt_length,
     "prompt_format": values.prompt_format,
     "name": values.task,
+  }
+
+
+def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `models.fresh.make`."""
+  return {
+    "family": values.family,
+    "hidden_size": values.hidden_size,
+    "num_layers": values.num_layers,
+    "num_heads": values.num_heads,
+    "max_positions": values.max_positions,
+    **model_options(values),
   }
 
 
@@ -1130,6 +1191,9 @@ def batch_sizes(
     name = "--sample_batch_size"
     meshes.check_divisible(values.sample_batch_size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
+  if "sample_batch_size" in values:
+    name = "--sample_batch_size"
+    meshes.check_divisible(values.sample_batch_size, mesh, name)
   return microbatch.Sizes(rows, minibatch, micro_batch)
 
 

@@ -43,7 +43,9 @@ def without_pictures():
   folder = scratch() / "no_pictures"
   folder.mkdir()
   (folder / "matplotlib.py").write_text("raise ImportError('not in this test')")
-  no_pictures = mock.patch.dict(os.environ, PYTHONPATH=str(folder))
+  kept = os.environ.get("PYTHONPATH", "")
+  found = os.pathsep.join(filter(None, [str(folder), kept]))
+  no_pictures = mock.patch.dict(os.environ, PYTHONPATH=found)
   no_pictures.start()
   unittest.addModuleCleanup(no_pictures.stop)
 

@@ -167,6 +167,42 @@ def from_ids(
   )
 
 
+def with_rewrites(
+  tokenizer: Any, rows: Sequence[Mapping[str, Any]]
+) -> list[Sample]:
+  """Samples with another text beside each.
+
+  Args:
+    tokenizer: Hugging Face tokenizer of any kind.
+    rows: mappings with `prompt`, and `ids`, `values` and `marked` of the
+      sample's tokens; where there is another text, `rewrite_ids` and
+      `rewrite_marked` of its tokens; and `facts`, see `Sample`.
+
+  Raises:
+    ValueError: as `from_ids`.
+  """
+  return [
+    Sample(
+      row["prompt"],
+      from_ids(
+        tokenizer,
+        row["ids"],
+        values=row["values"],
+        marked=np.asarray(row["marked"], bool),
+      ),
+      from_ids(
+        tokenizer,
+        row["rewrite_ids"],
+        marked=np.asarray(row["rewrite_marked"], bool),
+      )
+      if "rewrite_ids" in row
+      else None,
+      row["facts"],
+    )
+    for row in rows
+  ]
+
+
 def from_arrays(
   tokenizer: Any,
   prompts: Sequence[str],

@@ -52,6 +52,11 @@ _MAX_REPLY = 2**12  # Of a reply that names a step.
 # Steps and their labels.
 
 
+def step_ends(task: Any) -> str:
+  """Returns the characters that end a step of a task's solutions."""
+  return getattr(task, "STEP_ENDS", "\n")
+
+
 def labelled(steps: Iterable[str]) -> str:
   """Writes steps as lines "[0] ...", "[1] ...", for a model to name one."""
   return "\n".join(

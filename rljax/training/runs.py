@@ -19,6 +19,7 @@ What a step does, and in which order, stays in the script.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -127,6 +128,11 @@ class Run:
     """Puts the arrays of a tree on the mesh, by `meshes.shardings`."""
     return meshes.place(tree, meshes.shardings(tree, rules, self.mesh))
 
+  def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
+    """Puts the parameters of a loaded model on the mesh, by its own rules."""
+    rules = hf.partition_rules(loaded.model, self.mesh)
+    return dataclasses.replace(loaded, params=self.place(loaded.params, rules))
+
   def shard(self, batch: Tree) -> Tree:
     """Splits the rows of a batch over the devices, by `meshes.shard_batch`."""
     return meshes.shard_batch(batch, self.mesh)
@@ -231,7 +237,7 @@ class Run:
 
   @contextlib.contextmanager
   def signals(self) -> Iterator["Run"]:
-    """Catches SIGTERM and SIGINT in the work before training.
+    """Catches SIGTERM and SIGINT, in the work before training too.
 
     Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
     block: `is_stopped` is then True, and everything that was written stays.
@@ -343,6 +349,8 @@ class Run:
   ) -> Iterator["Run"]:
     """Files flags and models, and opens logs, checkpoints and signals.
 
+    `checkpoint.Stopped` ends the block, as it does that of `signals`.
+
     Args:
       model: whose config is written to `<workdir>/model`.
       tokenizer: likewise.
@@ -362,7 +370,7 @@ class Run:
       self.open_log(stack, columns)
       for kept in filter(None, (self._checkpoints, self._best)):
         stack.enter_context(kept)
-      self._signals = stack.enter_context(checkpoint.Preemption())
+      stack.enter_context(self.signals())
       yield self
 
   def open_log(

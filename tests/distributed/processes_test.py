@@ -22,7 +22,7 @@ from absl.testing import absltest, parameterized
 from rljax.distributed import meshes, processes
 from rljax.generation import samplers
 from rljax.models import hf
-from rljax.rlmec import pipeline
+from rljax.rlmec import pipeline, rewriters
 from rljax.storage import checkpoint, stages
 from rljax.tasks import arithmetic, word_lists
 from tests import conftest, processes_job, scripts, tiny
@@ -297,7 +297,7 @@ class NotFirstTest(absltest.TestCase):
       [{"is_correct": p < "d"} for p in prompts],
     )
     rewrite = functools.partial(
-      pipeline.by_function, rows, lambda p, _, wrong: f"{wrong}{p}", score
+      rewriters.by_function, rows, lambda p, _, wrong: f"{wrong}{p}", score
     )
     expected = rewrite()
     self.assertEqual([r["rewrite"] for r in expected][1:3], ["1\n2", "1\n2c"])
