@@ -356,6 +356,7 @@ class Sampler:
     rows: np.ndarray,
     *,
     step: int,
+    number: int = 0,
   ) -> Samples:
     """Draws responses to some of the prompts.
 
@@ -366,12 +367,14 @@ class Sampler:
       rows: `[B]` int, which of them.
       step: rollouts that the policy has learnt from; decides the limits of
         length, where they differ.
+      number: of the draw, if a step has several, for the same.
 
     Returns:
       B * num_samples responses; row b * num_samples + j is sample j of b.
     """
     num_samples = self.settings.num_samples
-    lengths = self.settings.lengths(len(rows) * num_samples, step, 1)
+    place = (step, 1, number) if number else (step, 1)
+    lengths = self.settings.lengths(len(rows) * num_samples, *place)
     ids, mask, lengths = meshes.shard_batch(
       (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
     )
@@ -395,7 +398,7 @@ class Sampler:
   def responder(
     self, prompts: prompts_lib.Prompts, *, batch_size: int, **options: Any
   ) -> "Responder":
-    """Makes a responder that answers these prompts, as the sampler draws.
+    """Makes a responder that draws as the sampler does, for these prompts.
 
     Args:
       prompts: which it answers.
