@@ -36,7 +36,7 @@ from rljax.generation import samplers
 from rljax.models import hf
 from rljax.rlmec import prompts as rewriting
 from rljax.scoring import reward_terms, scorers
-from rljax.text import keywords
+from rljax.text import keywords, steps
 from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -564,28 +564,39 @@ def define_sampler(
       lower_bound=1,
     )
   if online:
-    _define_ends()
+    define_ends()
+    _define_limits()
 
 
-def _define_ends():
-  """Defines where responses end, and what those without an end are worth."""
+def define_ends() -> None:
+  """Defines whether the end token and a grammar end responses."""
   flags.DEFINE_bool(
     "stop_at_eos",
     False,
     "Whether the end token ends a response; if not, it is never drawn.",
-  )
-  flags.DEFINE_integer(
-    "min_length",
-    0,
-    "Least limit of a response: each has a limit of its own, drawn from here "
-    "to --max_length; 0 gives all of them --max_length.",
-    lower_bound=0,
   )
   flags.DEFINE_enum(
     "constraint",
     "none",
     ["none", "grammar"],
     "What responses must follow: grammar keeps them within that of the task.",
+  )
+  _require(
+    ["constraint", "stop_at_eos"],
+    lambda v: v["constraint"] == "none" or v["stop_at_eos"],
+    "--constraint=grammar lets a response end where its expression does: it "
+    "needs --stop_at_eos.",
+  )
+
+
+def _define_limits():
+  """Defines limits of their own, and what responses without an end earn."""
+  flags.DEFINE_integer(
+    "min_length",
+    0,
+    "Least limit of a response: each has a limit of its own, drawn from here "
+    "to --max_length; 0 gives all of them --max_length.",
+    lower_bound=0,
   )
   flags.DEFINE_float(
     "unfinished_score",
@@ -597,12 +608,6 @@ def _define_ends():
     ["min_length", "max_length"],
     lambda v: v["min_length"] <= v["max_length"],
     "--min_length must not be more than --max_length.",
-  )
-  _require(
-    ["constraint", "stop_at_eos"],
-    lambda v: v["constraint"] == "none" or v["stop_at_eos"],
-    "--constraint=grammar lets a response end where its expression does: it "
-    "needs --stop_at_eos.",
   )
   _require(
     ["unfinished_score", "stop_at_eos", "stop_strings"],
@@ -710,6 +715,59 @@ def define_reward_model(text: str = "") -> None:
     "Most tokens that the reward model reads; longer texts lose their "
     "beginning.",
     lower_bound=1,
+  )
+
+
+def define_reasoning() -> None:
+  """Defines how several samples of a question are judged."""
+  flags.DEFINE_list(
+    "k",
+    [],
+    "Numbers k of samples for pass@k, separated by commas; empty: "
+    "--num_samples alone.",
+  )
+  flags.DEFINE_enum(
+    "ties",
+    "expected",
+    ["expected", "first_seen"],
+    "Which answer wins a tied vote: expected is one at random, on average; "
+    "first_seen is the first.",
+  )
+  flags.DEFINE_enum(
+    "trace_key",
+    "text",
+    sorted(steps.KEYS),
+    "What makes two reasoning traces the same: their text, or their equations.",
+  )
+  flags.DEFINE_string(
+    "rerank_model",
+    "",
+    "Classifier that ranks the samples of a question, in the forms of "
+    "--reward_model and read as the flags --reward_* say; empty for none.",
+  )
+  flags.DEFINE_string(
+    "new_vs",
+    "",
+    "Label of the policy whose samples make a trace of others known; empty for "
+    "none.",
+  )
+  flags.DEFINE_string(
+    "new_vs_samples",
+    "",
+    "File whose samples make a trace known, at least 4 times --num_samples of "
+    "each prompt; empty for none.",
+  )
+  _require(
+    ["k", "num_samples"],
+    lambda v: all(
+      k.isdecimal() and 1 <= int(k) <= v["num_samples"] for k in v["k"]
+    ),
+    "--k must be whole numbers from 1 to --num_samples.",
+  )
+  _require(
+    ["new_vs", "new_vs_samples"],
+    lambda v: not (v["new_vs"] and v["new_vs_samples"]),
+    "Give --new_vs or --new_vs_samples, not both.",
   )
 
 
@@ -1004,6 +1062,16 @@ def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
   }
 
 
+def length_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `logged.prepare`."""
+  return {
+    "max_prompt_length": values.max_prompt_length,
+    "max_response_length": values.max_response_length,
+    "too_long": values.too_long,
+    "prompt_format": values.prompt_format,
+  }
+
+
 def model_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `hf.load`."""
   return {
@@ -1074,21 +1142,26 @@ def reward_model_options(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def load_reward_model(
-  values: flags.FlagValues, mesh: Any, *, batch_size: int
+  values: flags.FlagValues,
+  mesh: Any,
+  *,
+  batch_size: int,
+  name: str = "reward_model",
 ) -> scorers.Scorer | None:
-  """Loads --reward_model as a scorer beside the task's; None if there is none.
+  """Loads a reward model as a scorer beside the task's; None if none is named.
 
   Args:
     values: parsed flags.
     mesh: from `meshes.make`.
     batch_size: texts at the same time.
+    name: of the flag that names it; it is read as the flags --reward_* say.
   """
-  if not values.reward_model:
+  if not values[name].value:
     return None
   return scorers.scorer(
     "",
     {},
-    values.reward_model,
+    values[name].value,
     **reward_model_options(values),
     batch_size=batch_size,
     mesh=mesh,

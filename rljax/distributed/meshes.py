@@ -216,6 +216,15 @@ def check_divisible(size: int, mesh: Mesh, name: str) -> None:
     )
 
 
+def shared_size(size: int, mesh: Mesh) -> int:
+  """Returns the most rows up to `size` that `data` x `fsdp` share evenly.
+
+  It is a row for each of them where `size` is less.
+  """
+  num_shards = num_batch_shards(mesh)
+  return max(size // num_shards, 1) * num_shards
+
+
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
   """Splits the rows of a batch over the devices of `data` x `fsdp`.
 

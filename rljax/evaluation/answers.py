@@ -117,8 +117,8 @@ def of_samples(
     drawn: all that the step drew, where the samples are a choice among it.
 
   Returns:
-    "task/<part>", means over all that was drawn; "answers/distinct", the share
-    of different answers among the samples; "step_seconds", and
+    "task/<part>", means over all that was drawn; "answers/distinct", the
+    number of different answers among the samples; "step_seconds", and
     "tokens_per_second" of all responses that were drawn.
   """
   drawn = drawn or samples

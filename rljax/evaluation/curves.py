@@ -73,6 +73,18 @@ PANELS = {
   "Different pairs of words (dev)": ["dev/distinct_2"],
   "Words of a reply (dev)": ["dev/words"],
 }
+# What a picture of several policies shows, where all lines share a panel.
+ARM_PANELS = {
+  "Reward of samples": ["reward/mean"],
+  "Reward of replies to dev prompts": ["dev/reward"],
+  "Different pairs of words (dev)": ["dev/distinct_2"],
+  "Words of a reply (dev)": ["dev/words"],
+  "Correct, greedy, on test prompts": ["eval/is_correct"],
+  "Entropy of an answer (nats)": ["entropy/token"],
+  "Entropy of the batch's answers (nats)": ["entropy/batch"],
+  "Different answers in a batch": ["answers/distinct"],
+  "Largest share of one answer": ["entropy/batch_max_prob"],
+}
 _STYLES = ("-", "--", ":", "-.")
 _MAX_POINTS = 400
 _PANEL_INCHES = (4.0, 2.6)

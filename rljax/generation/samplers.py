@@ -140,13 +140,14 @@ class Settings(NamedTuple):
 
   @property
   def distribution(self) -> sampling.Settings:
-    """What `ops.sampling` takes."""
+    """What `ops.sampling` takes; if it is greedy, the rest has no say."""
+    if self.greedy:
+      return sampling.Settings(greedy=True)
     return sampling.Settings(
       temperature=self.temperature,
       top_k=self.top_k,
       top_p=self.top_p,
       min_p=self.min_p,
-      greedy=self.greedy,
     )
 
   def lengths(self, num_responses: int, *place: int) -> np.ndarray:
@@ -493,6 +494,7 @@ class Responder:
     num_samples: K.
     texts: the prompts as they are scored, or None.
     unfinished_score: of an answer without an end; None: as any other.
+    has_forced: whether tokens are forced.
     program: the compiled sampler, a `compiled.Compiled`.
   """
 
@@ -593,6 +595,7 @@ class Responder:
 
     self.num_prompts, self.num_samples = len(ids), num_samples
     self.texts, self.unfinished_score = texts, unfinished_score
+    self.has_forced = forced is not None
     self.program = compiled.Compiled("respond", sample)
     self._arrays = {
       "ids": ids,

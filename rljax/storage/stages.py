@@ -187,6 +187,33 @@ class Rounds:
     return found
 
 
+def discard_unless(
+  path: str | os.PathLike[str],
+  made_of: Mapping[str, Any],
+  note: Callable[[str], None] = print,
+) -> None:
+  """Deletes a file that was made of something else than what is named.
+
+  What a file is made of stands beside it, in `<path>` with the suffix .json,
+  before the first line of the file: no line is ever beside another's manifest.
+
+  Args:
+    path: the file, which may be absent. Its folder is made.
+    made_of: all that its content depends on, as values that `json` can write.
+    note: called with a line if the file is deleted.
+  """
+  path = pathlib.Path(path)
+  manifest = path.with_suffix(".json")
+  made_of = json.loads(json.dumps(made_of))
+  if path.exists():
+    if _read(manifest) == made_of:
+      return
+    note(f"{path} is of another policy or other flags: drawn again.")
+    path.unlink()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _write(manifest, made_of)
+
+
 def _read(path: pathlib.Path) -> dict[str, Any] | None:
   """Reads a JSON object; None where there is no whole one."""
   try:

@@ -131,6 +131,31 @@ def load_or_draw(
   return task_rows(task, split, seed, options), []
 
 
+def load_or_ask(
+  name: str, task: Any, split: str, seed: int, options: Mapping[str, Any]
+) -> tuple[list[Row], list[str]]:
+  """Loads the prompts of a file if one is named, else draws those of a task.
+
+  Args:
+    name: see `load_prompts`; may be empty.
+    task: module with `prompts`.
+    split: of either.
+    seed: of the task's draw.
+    options: keyword arguments of the task's `prompts`.
+
+  Returns:
+    Rows without candidates, and one message for each that cannot be used.
+
+  Raises:
+    ValueError: as `load_prompts`, or if the task has no such option.
+  """
+  if name:
+    return load_prompts(name, split)
+  keywords.check(task.prompts, options)
+  prompts = task.prompts(split, seed, **options)
+  return from_prompts(prompts, f"{_task_name(task)}, {split}"), []
+
+
 def task_rows(
   task: Any, split: str, seed: int, options: Mapping[str, Any]
 ) -> list[Row]:
@@ -578,6 +603,12 @@ def prepare(
   rows, refused = render(rows, tokenizer, prompt_format)
   encoded = encode(tokenizer, rows, **limits)
   return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
+
+
+def as_given(rows: Iterable[Row], encoded: Encoded) -> list[Row]:
+  """Returns the rows that are left of `prepare`, as it was given them."""
+  by_place = {row.place: row for row in rows}
+  return [by_place[row.place] for row in encoded.rows]
 
 
 def batch(

@@ -207,6 +207,26 @@ def solved(
   return task.supervised(split, seed, num=num, **options)
 
 
+def of_rows(
+  rows: Sequence[logged.Row], encoded: logged.Encoded, *, templated: bool
+) -> Prompts:
+  """Makes prompts of rows that `logged.prepare` has encoded.
+
+  Args:
+    rows: what it was given.
+    encoded: the N rows that it has left.
+    templated: whether the texts are in the chat template, if there is one, as
+      a reward model reads them. A task does not know of it, and is given those
+      of the rows; where one of these is a list of messages, all of them are in
+      the template.
+  """
+  given = logged.as_given(rows, encoded)
+  is_text = all(isinstance(row.prompt, str) for row in given)
+  scored = given if is_text and not templated else encoded.rows
+  ids, mask = batches.pad_left(encoded.prompt_ids)
+  return Prompts([row.prompt for row in scored], encoded.prompt_ids, ids, mask)
+
+
 def load(
   task: Any,
   tokenizer: Any,

@@ -43,7 +43,12 @@ from rljax.training import logs
 Tree = Any
 
 
-def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
+def start(
+  values: flags.FlagValues,
+  *,
+  total_steps: int | None = None,
+  trains: bool = True,
+) -> "Run":
   """Opens the run that the flags of a script describe.
 
   Joins the processes, sets the compilation cache, takes the workdir with its
@@ -55,6 +60,8 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
     values: the absl flags of the script.
     total_steps: steps of the whole run; may be set later, as
       `run.total_steps`.
+    trains: whether it trains a model. A script that only measures, and files
+      its results by `Run.reporting`, does not take the workdir of one.
 
   Returns:
     The run. Its flags are filed once training begins, when all else that may
@@ -63,8 +70,8 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
   Raises:
     ValueError: if the workdir cannot be written to, belongs to a process that
       is still running, is not seen by all processes, or holds a run with other
-      flags; if the flags of several processes differ; or if the mesh does not
-      fit the devices.
+      flags or of another kind; if the flags of several processes differ; or if
+      the mesh does not fit the devices.
   """
   processes.join()
   if not values["verbosity"].present:
@@ -82,6 +89,11 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
   )
   checkpoint.prepare_workdir(values.workdir)
   processes.check_shared(values.workdir)
+  if not trains and os.path.exists(os.path.join(folder, "checkpoints")):
+    raise ValueError(
+      f"--workdir={values.workdir} holds a training run, whose files this "
+      "script would replace; choose another."
+    )
   lock = locks.take(values.workdir) if processes.is_first() else None
   checkpoint.check_flags(values.workdir, in_force, may_change)
   mesh = meshes.make(values.mesh)
@@ -297,7 +309,7 @@ class Run:
       ValueError: if another start has filed other flags or weights.
     """
     check_models(self.workdir, starts_from, digests)
-    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+    self.file_flags()
 
   @contextlib.contextmanager
   def part(
@@ -373,25 +385,52 @@ class Run:
       stack.enter_context(self.signals())
       yield self
 
+  def file_flags(self) -> None:
+    """Files the flags, which later starts are held against.
+
+    `training` and `reporting` do so. A script calls it where it leaves
+    something to go on with before.
+    """
+    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+
+  @contextlib.contextmanager
+  def reporting(self) -> Iterator["Run"]:
+    """Files flags and opens logs, for a script that trains nothing.
+
+    What an earlier start wrote to `samples.jsonl` is dropped.
+    """
+    self.file_flags()
+    if processes.is_first():
+      pathlib.Path(self.workdir, "samples.jsonl").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+      self.open_log(stack)
+      yield self
+
   def open_log(
     self, stack: contextlib.ExitStack, columns: Sequence[str] = ()
   ) -> None:
     """Opens the logs alone, for a script that files its results by itself.
 
+    Without the flag --wandb_project, see `cli.define_run`, the script logs no
+    metrics: it has no curves, and nothing for TensorBoard.
+
     Args:
       stack: closes them.
       columns: metrics that the progress line shows.
     """
+    has_metrics = "wandb_project" in self._values
     self._log = stack.enter_context(
       logs.Logs(
         self.workdir,
-        total_steps=self.total_steps,
+        total_steps=self.total_steps or 1,
         first_step=self.first_step,
         columns=columns,
-        wandb_project=self._values.wandb_project,
+        wandb_project=has_metrics and self._values.wandb_project,
+        tensorboard=has_metrics,
       )
     )
-    self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+    if has_metrics:
+      self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
     for text in self._notes:
       self._log.note(text)
     self._notes = []
