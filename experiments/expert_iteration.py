@@ -148,11 +148,11 @@ def main():
     shots = solved("validation", num=FLAGS.shots)
     shown = "".join(f"{p}{r}\n\n" for p, r in shots)
     asked = [shown + prompt for prompt in train.texts]
-    (asked,) = prompts.encode(tokenizer, asked, **cli.prompt_encoding(FLAGS))
+    (asked,) = prompts.encode(tokenizer, asked, **cli.encode_options(FLAGS))
     first_sample = sampler.responder(asked, **sizes_of_sampling)
 
   def encode(pairs):
-    return prompts.encode_pairs(tokenizer, pairs, **cli.prompt_encoding(FLAGS))
+    return prompts.encode_pairs(tokenizer, pairs, **cli.encode_options(FLAGS))
 
   # All fits have batches of one shape.
   shape = batches.supervised_shape(

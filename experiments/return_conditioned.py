@@ -185,7 +185,7 @@ def main():
       for row in chosen
       for prefix in steps.prefixes(row["response"])
     )
-    limits = cli.prompt_encoding(FLAGS)
+    limits = cli.encode_options(FLAGS)
     limits["max_length"] += FLAGS.max_length
     values, num_drawn = completions.values(
       os.path.join(run.workdir, "completions"),
@@ -239,7 +239,7 @@ def main():
   rows = [with_tags(labelled[i]) for i in chosen]
   write("data.jsonl", rows)
   (asked,) = prompts.encode(
-    tokenizer, [row["prompt"] for row in rows], **cli.prompt_encoding(FLAGS)
+    tokenizer, [row["prompt"] for row in rows], **cli.encode_options(FLAGS)
   )
   encoded = [
     (ids, *steps.encode_tagged(tokenizer, row["tagged"], tag_ids))

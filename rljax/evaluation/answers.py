@@ -1,4 +1,4 @@
-"""What a policy answers to held-out prompts, and what its samples are like."""
+"""Scores answers to held-out prompts, and describes samples of training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -104,22 +104,26 @@ def of_several(
 
 
 def of_samples(
-  samples: samplers.Samples, seconds: float, *, num_tokens: int | None = None
+  samples: samplers.Samples,
+  seconds: float,
+  *,
+  drawn: samplers.Samples | None = None,
 ) -> dict[str, float]:
   """Describes a step's samples and its speed.
 
   Args:
     samples: N scored responses.
     seconds: that the step took.
-    num_tokens: tokens that were drawn, if not those of `samples`.
+    drawn: all that the step drew, where the samples are a choice among it.
 
   Returns:
-    "task/<part>", means over the samples; "answers/distinct", the share of
-    different answers; "step_seconds", and "tokens_per_second" of responses.
+    "task/<part>", means over all that was drawn; "answers/distinct", the
+    number of different answers among the samples; "step_seconds", and
+    "tokens_per_second" of all responses that were drawn.
   """
-  if num_tokens is None:
-    num_tokens = processes.gather(samples.rollout.response_mask).sum()
-  return mean_parts(samples.parts, prefix="task/") | {
+  drawn = drawn or samples
+  num_tokens = processes.gather(drawn.rollout.response_mask).sum()
+  return mean_parts(drawn.parts, prefix="task/") | {
     "answers/distinct": metrics.distinct_answers(
       part.get("answer", text)
       for part, text in zip(samples.parts, samples.texts, strict=True)

@@ -11,7 +11,7 @@ from rljax.text import batches, keywords, logged, tokens
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """N prompts.
+  """Holds N prompts, as texts and as ids.
 
   Attributes:
     texts: N prompts, as they are scored.
@@ -28,6 +28,10 @@ class Prompts:
 
   def __len__(self) -> int:
     return len(self.texts)
+
+  def rows(self, batch_size: int, step: int, *, seed: int) -> np.ndarray:
+    """Returns the prompts of a step, `[batch_size]`; see `batch_indices`."""
+    return batches.batch_indices(len(self), batch_size, step, seed=seed)
 
 
 def encode(
@@ -201,6 +205,26 @@ def solved(
   options = dict(task_options or {})
   keywords.check(task.supervised, options)
   return task.supervised(split, seed, num=num, **options)
+
+
+def of_rows(
+  rows: Sequence[logged.Row], encoded: logged.Encoded, *, templated: bool
+) -> Prompts:
+  """Makes prompts of rows that `logged.prepare` has encoded.
+
+  Args:
+    rows: what it was given.
+    encoded: the N rows that it has left.
+    templated: whether the texts are in the chat template, if there is one, as
+      a reward model reads them. A task does not know of it, and is given those
+      of the rows; where one of these is a list of messages, all of them are in
+      the template.
+  """
+  given = logged.as_given(rows, encoded)
+  is_text = all(isinstance(row.prompt, str) for row in given)
+  scored = given if is_text and not templated else encoded.rows
+  ids, mask = batches.pad_left(encoded.prompt_ids)
+  return Prompts([row.prompt for row in scored], encoded.prompt_ids, ids, mask)
 
 
 def load(

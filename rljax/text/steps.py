@@ -1,4 +1,4 @@
-"""Reasoning traces as texts: their steps, their duplicates, what is kept.
+"""Reasoning traces as texts: their steps, labels and duplicates.
 
 A trace is a response; a step is one of its lines, with the line feed that ends
 it, unless a task ends its steps by other characters. Rows are those of
@@ -14,9 +14,9 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-# A calculation and its result, as in "48/2=24" or "$3 x (4 + 1) = 15", within
-# a line. What stands before it, such as the number of the step, is no part.
-# All repetitions are bounded: the text is a model's.
+# A calculation and its result, as in "48/2=24" or "$3 x (4 + 1) = 15", within a
+# line. What stands before it, such as the number of the step, is not part of
+# it. All repetitions are bounded, as the text is a model's.
 _NUMBER = r"\$?-?(?:\d[\d,]{0,30}+(?:\.\d{1,30}+)?|\.\d{1,30}+)%?"
 _OPERAND = rf"\({{0,5}}[ ]?{_NUMBER}[ ]?\){{0,5}}"
 _EQUATION = re.compile(
@@ -25,12 +25,12 @@ _EQUATION = re.compile(
 
 
 def whitespace_key(text: str) -> str:
-  """The text with every run of blanks and line feeds made one blank."""
+  """Replaces every run of blanks and line feeds by one blank."""
   return " ".join(text.split())
 
 
 def equation_key(text: str) -> str:
-  """The calculations of a trace in their order, whatever stands between.
+  """Returns the calculations of a trace in order, whatever is between.
 
   Two traces that calculate the same have the same key; one without any
   calculation has that of its text.
@@ -50,7 +50,7 @@ KEYS = {"text": whitespace_key, "equations": equation_key}
 
 
 def is_kept(row: Row) -> bool:
-  """Whether a sample is a demonstration: right, and ended by the policy."""
+  """Tells whether a sample is a demonstration: right, and not cut off."""
   return bool(row["finished"]) and bool(row["parts"].get("is_correct"))
 
 
@@ -80,7 +80,7 @@ def add_distinct(
   key: Callable[[str], str] = whitespace_key,
   max_per_prompt: int = 0,
 ) -> tuple[list[Row], dict[str, int]]:
-  """The data of expert iteration after one more round: D ∪ R.
+  """Adds the new traces of a round to those of expert iteration: D ∪ R.
 
   Every distinct trace of a prompt counts once, however often it was sampled:
   otherwise easy prompts, which give many copies, would dominate. Of traces
@@ -89,14 +89,14 @@ def add_distinct(
   Args:
     kept: D, rows with `prompt` and `response`.
     samples: rows of this round.
-    keep: which of them are right enough to be in R.
+    keep: which of them belong to R.
     key: what makes two traces of a prompt the same.
     max_per_prompt: most traces of a prompt, those of D included; later ones
       are left out. 0: no limit.
 
   Returns:
-    The rows of D and behind them the new ones; and how many samples were
-    "wrong", were a "duplicate", were "over the limit" or are "new".
+    The rows of D, then the new ones; and how many samples were "wrong", were a
+    "duplicate", were "over the limit" or are "new".
   """
   merged = list(kept)
   seen = {(row["prompt"], key(row["response"])) for row in merged}
@@ -139,11 +139,11 @@ def solutions(samples: Sequence[Row], *, max_per_prompt: int = 0) -> list[Row]:
 
 
 def steps(response: str, ends: str = "\n") -> list[str]:
-  """The steps of a response, each with the character that ends it.
+  """Splits a response into steps, each with the character that ends it.
 
-  Steps of nothing but white space are none: they belong to the step before
-  them, or at the beginning to the first, so that the steps joined are the
-  response. A response without any text has no step.
+  White space alone is not a step: it belongs to the step before it, or at the
+  beginning to the first, so that the steps joined are the response. A response
+  without any text has no step.
 
   Args:
     response: text.
@@ -160,7 +160,7 @@ def steps(response: str, ends: str = "\n") -> list[str]:
   if not ends:
     raise ValueError('ends must be one or more characters, such as "\\n".')
   end = "".join(map(re.escape, ends))
-  found: list[list[str]] = []  # Pieces, as adding up texts takes long.
+  found: list[list[str]] = []  # Pieces, as adding strings is slow.
   has_text = False
   for piece in re.findall(rf"[^{end}]*[{end}]|[^{end}]+", response):
     if found and (not has_text or not piece.strip()):
@@ -172,7 +172,7 @@ def steps(response: str, ends: str = "\n") -> list[str]:
 
 
 def prefixes(response: str, ends: str = "\n") -> list[str]:
-  """What stands before the second, third, ... step: P_1 .. P_{L-1}."""
+  """Returns the text before the second, third, ... step: P_1 .. P_{L-1}."""
   parts = steps(response, ends)
   return ["".join(parts[:i]) for i in range(1, len(parts))]
 
@@ -218,7 +218,7 @@ def with_values(
 
 
 def value_labels(values: Sequence[float], *, threshold: float) -> list[bool]:
-  """Which steps are good: those from whose end enough completions are right.
+  """Labels a step good if enough completions of its prefix are right.
 
     g_i = V(P_i) ≥ θ,   P_i the prefix that includes step i
 
@@ -236,7 +236,7 @@ def value_labels(values: Sequence[float], *, threshold: float) -> list[bool]:
 def advantage_labels(
   values: Sequence[float], *, start_value: float
 ) -> list[bool]:
-  """Which steps are good: those that do not lower the value.
+  """Labels a step good if it does not lower the value.
 
     g_i = V(P_i) - V(P_{i-1}) ≥ 0
 
@@ -249,11 +249,11 @@ def advantage_labels(
 
 
 def possible_labels(values: Sequence[float]) -> list[bool]:
-  """Which steps can still succeed: some completion of them was right.
+  """Labels a step good if some completion of it was right.
 
     g_i = ∃ j ≥ i: V(P_j) > 0
 
-  A step from which nothing was right is good all the same if a later one was:
+  A step from which nothing was right is good anyway if a later one was right:
   it did not prevent that. This approximates the value of the best policy, not
   of the one that sampled.
 
@@ -277,20 +277,20 @@ def tagged(
   tags: tuple[str, str],
   slot: str = "",
 ) -> list[tuple[str, str]]:
-  """A response with a tag in front of each step.
+  """Puts a tag in front of each step of a response.
 
   Args:
     response: L steps.
     labels: L truth values.
     tags: of good steps, and of bad ones.
-    slot: a text at the head of each step whose place the tag takes; a step
-      without it gets the tag in front.
+    slot: a text at the start of each step that the tag replaces; a step without
+      it gets the tag in front.
 
   Returns:
     L pairs (tag, rest of the step). Empty lines are left out.
   """
-  # A tag comes right behind a line feed: there is one at the end of a step,
-  # and none behind the last.
+  # A tag follows a line feed: there is one at the end of each step but the
+  # last.
   parts = steps(response)
   texts = [step.strip("\n") + "\n" for step in parts[:-1]]
   texts += [step.strip("\n") for step in parts[-1:]]
@@ -359,12 +359,12 @@ def describe_labels(rows: Sequence[Row]) -> str:
 def mix(
   is_correct: Sequence[bool], *, share: float, num_rows: int, seed: int
 ) -> np.ndarray:
-  """Draws rows with a given share of right solutions, none of them twice.
+  """Draws rows, none of them twice, of which a given share is right.
 
   Args:
     is_correct: `[N]`, one per row.
-    share: of right ones in the outcome, rounded to whole rows.
-    num_rows: size of the outcome; 0: as many as there can be.
+    share: of right ones in the result, rounded to whole rows.
+    num_rows: size of the result; 0: as many as there can be.
     seed: of the draw.
 
   Returns:
@@ -383,12 +383,12 @@ def mix(
       for rows, part in ((right, share), (wrong, 1 - share))
       if part > 0
     ]
-    # A hair more, or .1 + .2 would count as a row less.
+    # A little more, or .1 + .2 would count as a row less.
     num_rows = int(min(most) + 1e-9)
   if not num_rows:
     raise ValueError(
-      f"There is no mix with {share:.0%} right rows: {len(right)} are right "
-      f"and {len(wrong)} wrong."
+      f"There are not enough rows for a share of {share:.0%} right ones: "
+      f"{len(right)} are right and {len(wrong)} wrong."
     )
   num_right = round(share * num_rows)
   for name, rows, number in (
@@ -397,8 +397,8 @@ def mix(
   ):
     if number > len(rows):
       raise ValueError(
-        f"A mix of {num_rows} rows of which {share:.0%} are right takes "
-        f"{number} {name} ones; there are {len(rows)}."
+        f"{num_rows} rows of which {share:.0%} are right need {number} {name} "
+        f"ones; there are {len(rows)}."
       )
   rng = np.random.default_rng(seed)
   chosen = [

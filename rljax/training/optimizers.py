@@ -31,14 +31,15 @@ def schedule(
   """Returns the learning rate by number of update.
 
   It rises in a line from 0 during the warm-up, then stays, or falls in a line
-  or along a cosine to `final_learning_rate` at the last update.
+  or along a cosine, so that an update after the last one would have
+  `final_learning_rate`.
 
   Args:
     num_updates: of the run, over which it falls.
     learning_rate: the highest.
     kind: one of `SCHEDULES`.
     warmup: see `warmup_updates`.
-    final_learning_rate: where it ends, unless it is constant.
+    final_learning_rate: where the fall ends; unused if it is constant.
 
   Raises:
     ValueError: if there is no such schedule.

@@ -19,6 +19,7 @@ What a step does, and in which order, stays in the script.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -36,13 +37,18 @@ from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
-from rljax.storage import checkpoint, locks
+from rljax.storage import checkpoint, locks, paths
 from rljax.training import logs
 
 Tree = Any
 
 
-def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
+def start(
+  values: flags.FlagValues,
+  *,
+  total_steps: int | None = None,
+  trains: bool = True,
+) -> "Run":
   """Opens the run that the flags of a script describe.
 
   Joins the processes, sets the compilation cache, takes the workdir with its
@@ -54,6 +60,8 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
     values: the absl flags of the script.
     total_steps: steps of the whole run; may be set later, as
       `run.total_steps`.
+    trains: whether it trains a model. A script that only measures, and files
+      its results by `Run.reporting`, does not take the workdir of one.
 
   Returns:
     The run. Its flags are filed once training begins, when all else that may
@@ -62,8 +70,8 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
   Raises:
     ValueError: if the workdir cannot be written to, belongs to a process that
       is still running, is not seen by all processes, or holds a run with other
-      flags; if the flags of several processes differ; or if the mesh does not
-      fit the devices.
+      flags or of another kind; if the flags of several processes differ; or if
+      the mesh does not fit the devices.
   """
   processes.join()
   if not values["verbosity"].present:
@@ -81,6 +89,11 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
   )
   checkpoint.prepare_workdir(values.workdir)
   processes.check_shared(values.workdir)
+  if not trains and os.path.exists(os.path.join(folder, "checkpoints")):
+    raise ValueError(
+      f"--workdir={values.workdir} holds a training run, whose files this "
+      "script would replace; choose another."
+    )
   lock = locks.take(values.workdir) if processes.is_first() else None
   checkpoint.check_flags(values.workdir, in_force, may_change)
   mesh = meshes.make(values.mesh)
@@ -126,6 +139,11 @@ class Run:
   def place(self, tree: Tree, rules: meshes.Rules) -> Tree:
     """Puts the arrays of a tree on the mesh, by `meshes.shardings`."""
     return meshes.place(tree, meshes.shardings(tree, rules, self.mesh))
+
+  def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
+    """Puts the parameters of a loaded model on the mesh, by its own rules."""
+    rules = hf.partition_rules(loaded.model, self.mesh)
+    return dataclasses.replace(loaded, params=self.place(loaded.params, rules))
 
   def shard(self, batch: Tree) -> Tree:
     """Splits the rows of a batch over the devices, by `meshes.shard_batch`."""
@@ -231,7 +249,7 @@ class Run:
 
   @contextlib.contextmanager
   def signals(self) -> Iterator["Run"]:
-    """Catches SIGTERM and SIGINT in the work before training.
+    """Catches SIGTERM and SIGINT, in the work before training too.
 
     Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
     block: `is_stopped` is then True, and everything that was written stays.
@@ -291,7 +309,7 @@ class Run:
       ValueError: if another start has filed other flags or weights.
     """
     check_models(self.workdir, starts_from, digests)
-    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+    self.file_flags()
 
   @contextlib.contextmanager
   def part(
@@ -343,6 +361,8 @@ class Run:
   ) -> Iterator["Run"]:
     """Files flags and models, and opens logs, checkpoints and signals.
 
+    `checkpoint.Stopped` ends the block, as it does that of `signals`.
+
     Args:
       model: whose config is written to `<workdir>/model`.
       tokenizer: likewise.
@@ -362,7 +382,28 @@ class Run:
       self.open_log(stack, columns)
       for kept in filter(None, (self._checkpoints, self._best)):
         stack.enter_context(kept)
-      self._signals = stack.enter_context(checkpoint.Preemption())
+      stack.enter_context(self.signals())
+      yield self
+
+  def file_flags(self) -> None:
+    """Files the flags, which later starts are held against.
+
+    `training` and `reporting` do so. A script calls it where it leaves
+    something to go on with before.
+    """
+    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+
+  @contextlib.contextmanager
+  def reporting(self) -> Iterator["Run"]:
+    """Files flags and opens logs, for a script that trains nothing.
+
+    What an earlier start wrote to `samples.jsonl` is dropped.
+    """
+    self.file_flags()
+    if processes.is_first():
+      pathlib.Path(self.workdir, "samples.jsonl").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+      self.open_log(stack)
       yield self
 
   def open_log(
@@ -370,20 +411,26 @@ class Run:
   ) -> None:
     """Opens the logs alone, for a script that files its results by itself.
 
+    Without the flag --wandb_project, see `cli.define_run`, the script logs no
+    metrics: it has no curves, and nothing for TensorBoard.
+
     Args:
       stack: closes them.
       columns: metrics that the progress line shows.
     """
+    has_metrics = "wandb_project" in self._values
     self._log = stack.enter_context(
       logs.Logs(
         self.workdir,
-        total_steps=self.total_steps,
+        total_steps=self.total_steps or 1,
         first_step=self.first_step,
         columns=columns,
-        wandb_project=self._values.wandb_project,
+        wandb_project=has_metrics and self._values.wandb_project,
+        tensorboard=has_metrics,
       )
     )
-    self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+    if has_metrics:
+      self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
     for text in self._notes:
       self._log.note(text)
     self._notes = []
@@ -623,9 +670,7 @@ def check_models(
   def first_start():
     if path.exists():
       return json.loads(path.read_text())
-    partial = path.with_name(".models.json.partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(partial, path)
+    paths.write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
 
   known = processes.from_first(first_start)

@@ -95,7 +95,9 @@ class StageTest(parameterized.TestCase):
     (folder / "mine.txt").write_text("precious")
     if text:
       (folder / "inputs.json").write_text(text)
-    with self.assertRaisesRegex(ValueError, "no folder of the stage samples"):
+    with self.assertRaisesRegex(
+      ValueError, "is not a folder of the stage samples"
+    ):
       self.stage(seed=1)
     self.assertEqual((folder / "mine.txt").read_text(), "precious")
 

@@ -308,9 +308,7 @@ class MixTest(parameterized.TestCase):
     )
 
   def test_too_few_of_a_kind(self):
-    with self.assertRaisesRegex(
-      ValueError, "takes 20 wrong ones; there are 10"
-    ):
+    with self.assertRaisesRegex(ValueError, "need 20 wrong ones; there are 10"):
       steps.mix(self.RIGHT, share=0.5, num_rows=40, seed=0)
     with self.assertRaisesRegex(ValueError, "0 are right and 3 wrong"):
       steps.mix([False] * 3, share=1.0, num_rows=0, seed=0)

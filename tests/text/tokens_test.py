@@ -191,7 +191,7 @@ class EncodePromptsTest(parameterized.TestCase):
 
   def test_end_token_behind_prompts(self):
     ending = _ending(arithmetic.word_tokenizer(), "<bos> $A <eos>")
-    with self.assertRaisesRegex(ValueError, "puts an end token behind"):
+    with self.assertRaisesRegex(ValueError, "puts an end token after"):
       tokens_lib.encode_prompts(ending, ["1+1="], max_length=9)
     # In the text itself it is the user's choice.
     ids = tokens_lib.encode_prompts(WORDS, ["1+1=<eos>"], max_length=9)
@@ -415,7 +415,7 @@ class TokenBytesTest(parameterized.TestCase):
     blanks = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     with self.assertRaisesRegex(ValueError, "has no decoder"):
       tokens_lib.token_bytes(blanks)
-    with self.assertRaisesRegex(ValueError, "is not a fast one"):
+    with self.assertRaisesRegex(ValueError, "needs a fast tokenizer, got"):
       tokens_lib.token_bytes(object())
 
 
