@@ -147,7 +147,7 @@ class TemplateTest(parameterized.TestCase):
     )
     self.assertEqual(template.locate_target(12), "12")
     self.assertEqual(
-      template.rewrite_prompt("Q12+5*3", gold, "".join(steps)),
+      template.rewrite_prompt("Q12+5*3", gold, "".join(sample_steps)),
       "Q12+5*3G12+5=17;3*17=51|A51P12+5=18|3*18=54;A54R",
     )
 

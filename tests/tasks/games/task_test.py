@@ -51,7 +51,7 @@ def measuring(measure):
   fake.map = lambda items: [measure(*item) for item in items]
   pool._MEASURED.clear()
   with mock.patch.object(pool, "_pool", lambda *unused: fake):
-    yield pool
+    yield fake
   pool._MEASURED.clear()
 
 
