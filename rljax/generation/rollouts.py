@@ -7,8 +7,7 @@ import chex
 import jax.numpy as jnp
 
 from rljax.generation import decode
-from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import masking, sampling
+from rljax.ops import log_probs, masking, sampling
 
 Array = chex.Array
 Batch = Mapping[str, Array]
@@ -193,7 +192,7 @@ def token_statistics(
   allowed: Array | None = None,
   chunk_size: int | None = None,
   hidden: Array | None = None,
-) -> tuple[log_probs_lib.TokenStatistics, Array]:
+) -> tuple[log_probs.TokenStatistics, Array]:
   """Computes log-probabilities and entropies of the response tokens.
 
   Computed as in the sampler: same temperature, same allowed tokens.
@@ -216,7 +215,7 @@ def token_statistics(
   by_position = batch.get("allowed")
   if by_position is not None:
     allowed = by_position if allowed is None else by_position & allowed
-  statistics = log_probs_lib.from_hidden(
+  statistics = log_probs.from_hidden(
     lambda h: model.apply({"params": params}, h, method="logits"),
     hidden,
     batch["response_ids"],
@@ -228,7 +227,7 @@ def token_statistics(
 
 
 def metrics(
-  rollout: Rollout, statistics: log_probs_lib.TokenStatistics
+  rollout: Rollout, statistics: log_probs.TokenStatistics
 ) -> dict[str, Array]:
   """Describes a rollout, as the policy that drew it reads it.
 
