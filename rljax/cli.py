@@ -23,7 +23,7 @@ is the one module of the library that knows flags by their names.
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from rljax.generation import samplers
 from rljax.models import hf
 from rljax.rlmec import prompts as rewriting
 from rljax.scoring import reward_terms, scorers
-from rljax.text import keywords
+from rljax.text import keywords, steps
 from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -113,6 +113,56 @@ def may_change(*names: str) -> None:
 
 
 # Groups of flags, in the order of the data's journey.
+
+
+def define_presets(
+  algorithm: str,
+  presets: Mapping[str, str],
+  *,
+  paired: Mapping[str, str] | None = None,
+) -> None:
+  """Defines --algorithm, which sets other flags unless they are given.
+
+  It does so while the command line is parsed, before any condition over flags
+  that is defined after this: call it first.
+
+  Args:
+    algorithm: default of --algorithm.
+    presets: algorithm -> flags of the script, "name=value name=value". A value
+      such as max_length/5 is that share of another flag, rounded down.
+    paired: flag of a preset -> another one that speaks for it: if that is
+      given, the preset leaves both alone, for half of a pair would not fit the
+      other half.
+  """
+  paired = paired or {}
+
+  def apply(name):
+    values = flags.FLAGS
+    for flag, text in _preset(presets[name]):
+      is_given = any(values[x].present for x in (flag, paired.get(flag, flag)))
+      whole, _, divisor = text.partition("/")
+      if is_given:
+        continue
+      if divisor:
+        values[flag].value = values[whole].value // int(divisor)
+      else:
+        values[flag].value = values[flag].parser.parse(text)
+    return True
+
+  flags.DEFINE_enum(
+    "algorithm",
+    algorithm,
+    list(presets),
+    "Algorithm, which sets other flags unless they are given; "
+    + "; ".join(f"{name}: {text}" for name, text in presets.items())
+    + ".",
+  )
+  flags.register_validator("algorithm", apply)
+
+
+def _preset(text):
+  """Splits the flags of a preset into names and values."""
+  return [word.split("=") for word in text.split()]
 
 
 def define_run(
@@ -514,28 +564,39 @@ def define_sampler(
       lower_bound=1,
     )
   if online:
-    _define_ends()
+    define_ends()
+    _define_limits()
 
 
-def _define_ends():
-  """Defines where responses end, and what those without an end are worth."""
+def define_ends() -> None:
+  """Defines whether the end token and a grammar end responses."""
   flags.DEFINE_bool(
     "stop_at_eos",
     False,
     "Whether the end token ends a response; if not, it is never drawn.",
-  )
-  flags.DEFINE_integer(
-    "min_length",
-    0,
-    "Least limit of a response: each has a limit of its own, drawn from here "
-    "to --max_length; 0 gives all of them --max_length.",
-    lower_bound=0,
   )
   flags.DEFINE_enum(
     "constraint",
     "none",
     ["none", "grammar"],
     "What responses must follow: grammar keeps them within that of the task.",
+  )
+  _require(
+    ["constraint", "stop_at_eos"],
+    lambda v: v["constraint"] == "none" or v["stop_at_eos"],
+    "--constraint=grammar lets a response end where its expression does: it "
+    "needs --stop_at_eos.",
+  )
+
+
+def _define_limits():
+  """Defines limits of their own, and what responses without an end earn."""
+  flags.DEFINE_integer(
+    "min_length",
+    0,
+    "Least limit of a response: each has a limit of its own, drawn from here "
+    "to --max_length; 0 gives all of them --max_length.",
+    lower_bound=0,
   )
   flags.DEFINE_float(
     "unfinished_score",
@@ -547,12 +608,6 @@ def _define_ends():
     ["min_length", "max_length"],
     lambda v: v["min_length"] <= v["max_length"],
     "--min_length must not be more than --max_length.",
-  )
-  _require(
-    ["constraint", "stop_at_eos"],
-    lambda v: v["constraint"] == "none" or v["stop_at_eos"],
-    "--constraint=grammar lets a response end where its expression does: it "
-    "needs --stop_at_eos.",
   )
   _require(
     ["unfinished_score", "stop_at_eos", "stop_strings"],
@@ -567,6 +622,56 @@ def _define_ends():
 def _require(names, holds, message):
   """Registers a condition over several flags."""
   flags.register_multi_flags_validator(names, holds, message)
+
+
+def define_dynamic_sampling() -> None:
+  """Defines what happens to groups of responses that are scored alike."""
+  flags.DEFINE_bool(
+    "dynamic_sampling",
+    False,
+    "Whether groups of equal scores, which teach nothing, are replaced by "
+    "those of further prompts.",
+  )
+  flags.DEFINE_integer(
+    "max_sampling_rounds",
+    10,
+    "Batches of prompts that a step draws at most, with --dynamic_sampling.",
+    lower_bound=1,
+  )
+  _require(
+    ["dynamic_sampling", "num_samples"],
+    lambda v: not v["dynamic_sampling"] or v["num_samples"] > 1,
+    "--dynamic_sampling compares responses to one prompt: --num_samples must "
+    "be at least 2.",
+  )
+  _require(
+    ["dynamic_sampling", "unfinished_score"],
+    lambda v: not v["dynamic_sampling"] or not v["unfinished_score"],
+    "--dynamic_sampling keeps the groups whose scores differ, and "
+    "--unfinished_score would tell wrong responses apart: it must be 0.",
+  )
+
+
+def define_overlong_penalty() -> None:
+  """Defines a price of long responses."""
+  flags.DEFINE_integer(
+    "overlong_buffer",
+    0,
+    "Last tokens before --max_length, over which a penalty grows from 0 to 1; "
+    "0: no penalty.",
+    lower_bound=0,
+  )
+  _require(
+    ["overlong_buffer", "max_length"],
+    lambda v: v["overlong_buffer"] <= v["max_length"],
+    "--overlong_buffer must lie between 0 and --max_length.",
+  )
+  _require(
+    ["overlong_buffer", "stop_at_eos", "stop_strings"],
+    lambda v: not v["overlong_buffer"] or v["stop_at_eos"] or v["stop_strings"],
+    "--overlong_buffer would price every response alike: without --stop_at_eos "
+    "or --stop_strings all have --max_length tokens.",
+  )
 
 
 def define_stop_strings() -> None:
@@ -610,6 +715,59 @@ def define_reward_model(text: str = "") -> None:
     "Most tokens that the reward model reads; longer texts lose their "
     "beginning.",
     lower_bound=1,
+  )
+
+
+def define_reasoning() -> None:
+  """Defines how several samples of a question are judged."""
+  flags.DEFINE_list(
+    "k",
+    [],
+    "Numbers k of samples for pass@k, separated by commas; empty: "
+    "--num_samples alone.",
+  )
+  flags.DEFINE_enum(
+    "ties",
+    "expected",
+    ["expected", "first_seen"],
+    "Which answer wins a tied vote: expected is one at random, on average; "
+    "first_seen is the first.",
+  )
+  flags.DEFINE_enum(
+    "trace_key",
+    "text",
+    sorted(steps.KEYS),
+    "What makes two reasoning traces the same: their text, or their equations.",
+  )
+  flags.DEFINE_string(
+    "rerank_model",
+    "",
+    "Classifier that ranks the samples of a question, in the forms of "
+    "--reward_model and read as the flags --reward_* say; empty for none.",
+  )
+  flags.DEFINE_string(
+    "new_vs",
+    "",
+    "Label of the policy whose samples make a trace of others known; empty for "
+    "none.",
+  )
+  flags.DEFINE_string(
+    "new_vs_samples",
+    "",
+    "File whose samples make a trace known, at least 4 times --num_samples of "
+    "each prompt; empty for none.",
+  )
+  _require(
+    ["k", "num_samples"],
+    lambda v: all(
+      k.isdecimal() and 1 <= int(k) <= v["num_samples"] for k in v["k"]
+    ),
+    "--k must be whole numbers from 1 to --num_samples.",
+  )
+  _require(
+    ["new_vs", "new_vs_samples"],
+    lambda v: not (v["new_vs"] and v["new_vs_samples"]),
+    "Give --new_vs or --new_vs_samples, not both.",
   )
 
 
@@ -716,6 +874,18 @@ def define_kl(
     "Model that the KL penalty compares the policy with, in the forms of "
     "--policy; empty: the policy before its first update.",
   )
+  if not estimator:
+    _require(
+      ["kl", "kl_estimator"],
+      lambda v: (v["kl"], v["kl_estimator"]) != ("loss", "k1"),
+      "--kl_estimator=k1 has a gradient of mean 0 as a loss; take k2 or k3, or "
+      "--kl=reward.",
+    )
+    _require(
+      ["kl", "reference"],
+      lambda v: v["kl"] != "none" or not v["reference"],
+      "--reference has no meaning for --kl=none.",
+    )
 
 
 def define_adaptive_kl() -> None:
@@ -762,7 +932,7 @@ def define_batches(
     )
   if epochs is not None:
     flags.DEFINE_integer(
-      "epochs", epochs, "Passes over the data of a step.", lower_bound=1
+      "epochs", epochs, "Passes over the data of a step or fit.", lower_bound=1
     )
 
 
@@ -786,12 +956,12 @@ def define_optimizer(
     schedule,
     list(optimizers.SCHEDULES),
     "How the learning rate goes on after the warm-up: constant, or linear or "
-    "cosine down to --final_learning_rate at the last update.",
+    "cosine down to --final_learning_rate.",
   )
   flags.DEFINE_float(
     "final_learning_rate",
     0.0,
-    "Learning rate of the last update, unless --schedule=constant.",
+    "Learning rate to which --schedule=linear or cosine falls by the end.",
     lower_bound=0.0,
   )
   flags.DEFINE_float(
@@ -838,6 +1008,12 @@ def define_optimizer(
 # Readers. Each takes the parsed flags of a script that called the group.
 
 
+def preset(values: flags.FlagValues, presets: Mapping[str, str]) -> str:
+  """Returns --algorithm, and what is in force of the flags that it sets."""
+  names = [name for name, _ in _preset(presets[values.algorithm])]
+  return " ".join(f"--{n}={values[n].value}" for n in ("algorithm", *names))
+
+
 def load_task(values: flags.FlagValues) -> types.ModuleType:
   """Returns the module that --task names."""
   return tasks.load(values.task)
@@ -855,6 +1031,14 @@ def prompt_options(values: flags.FlagValues) -> dict[str, Any]:
     "task_options": keywords.parse(values.task_options),
     "eos": "stop_at_eos" not in values or values.stop_at_eos,
   }
+
+
+def solved_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `text.prompts.solved`."""
+  options = keywords.parse(values.task_options)
+  if "example_options" in values:
+    options |= keywords.parse(values.example_options)
+  return {"seed": values.seed, "task_options": options}
 
 
 def encode_options(values: flags.FlagValues) -> dict[str, Any]:
@@ -878,6 +1062,16 @@ def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
   }
 
 
+def length_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `logged.prepare`."""
+  return {
+    "max_prompt_length": values.max_prompt_length,
+    "max_response_length": values.max_response_length,
+    "too_long": values.too_long,
+    "prompt_format": values.prompt_format,
+  }
+
+
 def model_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `hf.load`."""
   return {
@@ -894,10 +1088,27 @@ def load_reference(
   Raises:
     ValueError: if it is another architecture, or has other tokens.
   """
-  if not values.reference:
+  return load_like(values, "reference", loaded)
+
+
+def load_like(
+  values: flags.FlagValues, name: str, loaded: hf.LanguageModel
+) -> hf.LanguageModel:
+  """Loads the model that a flag names; the policy itself if it names none.
+
+  Args:
+    values: parsed flags.
+    name: of the flag.
+    loaded: the policy.
+
+  Raises:
+    ValueError: if it is another architecture, or has other tokens.
+  """
+  path = values[name].value
+  if not path:
     return loaded
-  other = hf.load(values.reference, **model_options(values))
-  runs.check_same_kind(f"--reference={values.reference}", other, loaded)
+  other = hf.load(path, **model_options(values))
+  runs.check_same_kind(f"--{name}={path}", other, loaded)
   return other
 
 
@@ -928,6 +1139,33 @@ def reward_model_options(values: flags.FlagValues) -> dict[str, Any]:
     "template": values.reward_template,
     "max_length": values.reward_length,
   }
+
+
+def load_reward_model(
+  values: flags.FlagValues,
+  mesh: Any,
+  *,
+  batch_size: int,
+  name: str = "reward_model",
+) -> scorers.Scorer | None:
+  """Loads a reward model as a scorer beside the task's; None if none is named.
+
+  Args:
+    values: parsed flags.
+    mesh: from `meshes.make`.
+    batch_size: texts at the same time.
+    name: of the flag that names it; it is read as the flags --reward_* say.
+  """
+  if not values[name].value:
+    return None
+  return scorers.scorer(
+    "",
+    {},
+    values[name].value,
+    **reward_model_options(values),
+    batch_size=batch_size,
+    mesh=mesh,
+  )
 
 
 def load_scorer(
@@ -988,20 +1226,25 @@ def load_reward_terms(
 
 
 def batch_sizes(
-  values: flags.FlagValues, mesh: Any, *, num_samples: int = 1
+  values: flags.FlagValues, mesh: Any, *, num_samples: int | None = None
 ) -> microbatch.Sizes:
   """Returns the rows of a step, of an update and of a pass.
 
   Args:
     values: parsed flags.
     mesh: from `meshes.make`.
-    num_samples: rows for each of --batch_size.
+    num_samples: rows for each of --batch_size prompts; None: those are rows.
 
   Raises:
-    ValueError: if one does not divide the other, or the devices cannot share
-      them.
+    ValueError: if one does not divide the other, the devices cannot share
+      them, or there are fewer prompts.
   """
-  rows = values.batch_size * num_samples
+  if num_samples is not None and values.batch_size > values.num_prompts:
+    raise ValueError(
+      f"--batch_size must lie between 1 and the {values.num_prompts} prompts "
+      f"of --num_prompts, got {values.batch_size}."
+    )
+  rows = values.batch_size * (num_samples or 1)
   minibatch = ("minibatch_size" in values and values.minibatch_size) or rows
   micro_batch = (
     "micro_batch_size" in values and values.micro_batch_size
@@ -1017,6 +1260,9 @@ def batch_sizes(
       "of an update."
     )
   meshes.check_divisible(values.batch_size, mesh, "--batch_size")
+  if "sample_batch_size" in values:
+    name = "--sample_batch_size"
+    meshes.check_divisible(values.sample_batch_size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
   if "sample_batch_size" in values:
     name = "--sample_batch_size"
@@ -1026,14 +1272,20 @@ def batch_sizes(
 
 def optimizer_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `optimizers.adamw`."""
-  return {
-    "learning_rate": values.learning_rate,
-    "kind": values.schedule,
-    "warmup": values.warmup,
-    "final_learning_rate": values.final_learning_rate,
+  return schedule_options(values) | {
     "b1": values.adam_b1,
     "b2": values.adam_b2,
     "epsilon": values.adam_epsilon,
     "weight_decay": values.weight_decay,
     "max_grad_norm": values.max_grad_norm,
+  }
+
+
+def schedule_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `optimizers.schedule`."""
+  return {
+    "learning_rate": values.learning_rate,
+    "kind": values.schedule,
+    "warmup": values.warmup,
+    "final_learning_rate": values.final_learning_rate,
   }

@@ -140,13 +140,14 @@ class Settings(NamedTuple):
 
   @property
   def distribution(self) -> sampling.Settings:
-    """What `ops.sampling` takes."""
+    """What `ops.sampling` takes; if it is greedy, the rest has no say."""
+    if self.greedy:
+      return sampling.Settings(greedy=True)
     return sampling.Settings(
       temperature=self.temperature,
       top_k=self.top_k,
       top_p=self.top_p,
       min_p=self.min_p,
-      greedy=self.greedy,
     )
 
   def lengths(self, num_responses: int, *place: int) -> np.ndarray:
@@ -355,6 +356,7 @@ class Sampler:
     rows: np.ndarray,
     *,
     step: int,
+    number: int = 0,
   ) -> Samples:
     """Draws responses to some of the prompts.
 
@@ -365,12 +367,14 @@ class Sampler:
       rows: `[B]` int, which of them.
       step: rollouts that the policy has learnt from; decides the limits of
         length, where they differ.
+      number: of the draw, if a step has several, for the same.
 
     Returns:
       B * num_samples responses; row b * num_samples + j is sample j of b.
     """
     num_samples = self.settings.num_samples
-    lengths = self.settings.lengths(len(rows) * num_samples, step, 1)
+    place = (step, 1, number) if number else (step, 1)
+    lengths = self.settings.lengths(len(rows) * num_samples, *place)
     ids, mask, lengths = meshes.shard_batch(
       (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
     )
@@ -490,6 +494,7 @@ class Responder:
     num_samples: K.
     texts: the prompts as they are scored, or None.
     unfinished_score: of an answer without an end; None: as any other.
+    has_forced: whether tokens are forced.
     program: the compiled sampler, a `compiled.Compiled`.
   """
 
@@ -590,6 +595,7 @@ class Responder:
 
     self.num_prompts, self.num_samples = len(ids), num_samples
     self.texts, self.unfinished_score = texts, unfinished_score
+    self.has_forced = forced is not None
     self.program = compiled.Compiled("respond", sample)
     self._arrays = {
       "ids": ids,

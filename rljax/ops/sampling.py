@@ -25,7 +25,7 @@ _SINGLE_LEVEL = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How tokens are drawn. Hashable: a static argument of a jitted sampler.
+  """Holds how tokens are drawn; hashable, for a static argument under jit.
 
   Attributes:
     temperature: divides the logits; positive.
@@ -221,7 +221,7 @@ def truncate(logits: Array, settings: Settings) -> Array:
 
 
 def greedy(logits: Array) -> Array:
-  """The most likely token: `[..., V]` -> `[...]` int32, the first of ties."""
+  """Returns the most likely token, the first of ties, `[..., V]` -> `[...]`."""
   return _most_likely(logits)
 
 

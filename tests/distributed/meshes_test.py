@@ -1,4 +1,4 @@
-"""Tests of rljax.meshes."""
+"""Tests of rljax.distributed.meshes."""
 
 import os
 import socket
@@ -64,7 +64,7 @@ class MakeTest(parameterized.TestCase):
     ("data:-1,fsdp:3", "fixes 3 devices, which does not divide the 8 found"),
     ("data:-1,fsdp:16", "fixes 16 devices, which does not divide the 8"),
     ("data:-1,fsdp:-1", "only one size may be -1"),
-    ("batch:-1", '"batch" is no axis; there are data, fsdp, tensor'),
+    ("batch:-1", '"batch" is not an axis; there are data, fsdp, tensor'),
     ("data:2,data:4", "gives data twice"),
     ("data:0", "must be positive, or -1 .* got 0"),
     ("data:-2", "must be positive, or -1 .* got -2"),
@@ -279,7 +279,8 @@ _PROCESS = """
     jax.distributed.initialize(f"localhost:{port}", 2, rank)
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
-    from rljax import checkpoint, meshes
+    from rljax.distributed import meshes
+    from rljax.storage import checkpoint
 
     mesh = meshes.make("fsdp:-1")
     assert mesh.devices.size == 4, mesh

@@ -26,8 +26,8 @@ from rljax.rlmec import pipeline, rewriters
 from rljax.storage import checkpoint, stages
 from rljax.tasks import arithmetic, word_lists
 from tests import conftest, processes_job, scripts, tiny
-from tests import experiments_grammar_test as on_grammar
-from tests import experiments_meshes_test as on_meshes
+from tests.experiments import grammar_test as on_grammar
+from tests.experiments import meshes_test as on_meshes
 
 ROOT = conftest.REPOSITORY
 LAUNCHER = ROOT / "launch" / "local_processes.sh"
@@ -230,7 +230,7 @@ class AloneTest(parameterized.TestCase):
   """Scripts that a launcher must not start twice."""
 
   @parameterized.parameters(
-    ("ppo_pmap", "--workdir=x", "--policy=x"),
+    ("examples/ppo_pmap", "--workdir=x", "--policy=x"),
     ("expand_games", "--output=x"),
     ("draw_games", "--samples=x", "--output=x"),
   )

@@ -1,4 +1,4 @@
-"""Tests of rljax.pages."""
+"""Tests of rljax.evaluation.token_pages."""
 
 import html.parser
 import math
@@ -531,7 +531,7 @@ class PageTest(_PagesTest):
     self._read([self._sample("old")])
     old = self.path.read_text()
     with (
-      mock.patch.object(pathlib.Path, "write_text", side_effect=OSError),
+      mock.patch.object(pathlib.Path, "write_bytes", side_effect=OSError),
       self.assertRaises(OSError),
     ):
       self._read([self._sample("new")])

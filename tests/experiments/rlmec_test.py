@@ -487,7 +487,7 @@ class ErrorsTest(absltest.TestCase):
     path = workdir / "stages" / "samples" / "samples.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
     failed = scripts.run(RLMEC, workdir, *flags, ok=False)
-    self.assertIn("rewrites: samples changed; begun anew", failed.stdout)
+    self.assertIn("rewrites: samples changed; it starts over", failed.stdout)
     self.assertIn(
       "The rows of supervision are others than when the run", failed.stderr
     )

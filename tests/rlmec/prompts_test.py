@@ -202,7 +202,7 @@ class TemplateTest(parameterized.TestCase):
 
     start = prompts.__doc__.index("  def teacher")
     end = prompts.__doc__.index("What a teacher returns")
-    names = {"rewriting": prompts, "traces": steps_lib, "ask": ask}
+    names = {"prompts": prompts, "steps": steps_lib, "ask": ask}
     lines = prompts.__doc__[start:end].splitlines()
     exec("\n".join(line[2:] for line in lines), names)
     wrong = "In May 24 clips.\nShe sold 48+24 = 74 clips.\n#### 74"

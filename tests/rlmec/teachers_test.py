@@ -234,7 +234,7 @@ class FromGoldTest(parameterized.TestCase):
     self.assertEqual(_from_gold(GOLD, ""), (-1, GOLD))
     self.assertEqual(_from_gold(GOLD, "#### 3"), (0, GOLD))
     self.assertEqual(_from_gold("#### 51", "76/25 = 3\n#### 3")[1], "#### 51")
-    with self.assertRaisesRegex(ValueError, "one step at least"):
+    with self.assertRaisesRegex(ValueError, "at least one step"):
       _from_gold("", "a")
 
   @parameterized.parameters(

@@ -144,7 +144,7 @@ class PromptsTest(parameterized.TestCase):
     (dict(num_steps=7), "integer from 1 to 6, got 7"),
     (dict(num_steps=2.5), "integer from 1 to 6, got 2.5"),
     (dict(num_steps="2"), "integer from 1 to 6, got '2'"),
-    (dict(num_steps=1, num=2000), "different train prompts of 1 steps, 2000"),
+    (dict(num_steps=1, num=2000), "train prompts of 1 steps, but 2000"),
     (dict(num_steps=4, num=10**8), "at most 1036800 for 4 steps"),
   )
   def test_bad_settings(self, settings, message):

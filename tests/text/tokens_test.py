@@ -191,7 +191,7 @@ class EncodePromptsTest(parameterized.TestCase):
 
   def test_end_token_behind_prompts(self):
     ending = _ending(arithmetic.word_tokenizer(), "<bos> $A <eos>")
-    with self.assertRaisesRegex(ValueError, "puts an end token behind"):
+    with self.assertRaisesRegex(ValueError, "puts an end token after"):
       tokens_lib.encode_prompts(ending, ["1+1="], max_length=9)
     # In the text itself it is the user's choice.
     ids = tokens_lib.encode_prompts(WORDS, ["1+1=<eos>"], max_length=9)
@@ -250,6 +250,17 @@ class EncodePairsTest(parameterized.TestCase):
     self.assertEqual(prompt_ids, BYTES.encode(prompt))
     self.assertEqual(response_ids.pop(), BYTES.eos_token_id)
     self.assertEqual(BYTES.decode(prompt_ids + response_ids), prompt + response)
+
+
+class SingleIdTest(parameterized.TestCase):
+  def test_one_token(self):
+    self.assertEqual(tokens_lib.single_id(WORDS, "="), 102)
+    self.assertEqual(tokens_lib.single_id(WORDS, "12"), 12)
+
+  @parameterized.parameters(("", 0), ("1=", 2))
+  def test_another_number(self, text, number):
+    with self.assertRaisesRegex(ValueError, f"'{text}' is {number} tokens"):
+      tokens_lib.single_id(WORDS, text)
 
 
 class DecodeTest(parameterized.TestCase):
@@ -404,7 +415,7 @@ class TokenBytesTest(parameterized.TestCase):
     blanks = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     with self.assertRaisesRegex(ValueError, "has no decoder"):
       tokens_lib.token_bytes(blanks)
-    with self.assertRaisesRegex(ValueError, "is not a fast one"):
+    with self.assertRaisesRegex(ValueError, "needs a fast tokenizer, got"):
       tokens_lib.token_bytes(object())
 
 

@@ -19,7 +19,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
 
@@ -169,12 +169,12 @@ class SampleTest(absltest.TestCase):
 class ErrorsTest(parameterized.TestCase):
   def test_tokenizer_without_the_words(self):
     other = tokenizers.of_words(["(", ")"], ".")
-    with self.assertRaisesRegex(ValueError, "this one has not game"):
+    with self.assertRaisesRegex(ValueError, "this one lacks game"):
       games.grammar(other, vocab_size=8)
     # As tokenizers of natural text have them.
     words = ["(", ")", "game", "players", "board", *map(str, range(10))]
     other = tokenizers.of_words(words, r"\w+|.")
-    with self.assertRaisesRegex(ValueError, "has not .*, <=, .* more"):
+    with self.assertRaisesRegex(ValueError, "lacks .*, <=, .* more"):
       games.grammar(other, vocab_size=20)
 
   @parameterized.named_parameters(

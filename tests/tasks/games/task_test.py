@@ -23,10 +23,10 @@ from rljax.text import files, keywords
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 FAIR = {
   "stage": "played",
   "first": 0.5,
@@ -167,9 +167,13 @@ class PromptsTest(parameterized.TestCase):
       self.assertEqual(near, 0)
       self.assertGreater(far, 0.1)
       for name, row, message in (
-        ("bad", {"text": "(", "split": "train"}, r"row 1: '\(' is no game"),
-        ("number", {"text": 7, "split": "train"}, "row 1: '7' is no game"),
-        ("split", {"text": NEW, "split": 7}, "row 1: the splits are .*not 7"),
+        ("bad", {"text": "(", "split": "train"}, r"row 1: '\(' is not a game"),
+        ("number", {"text": 7, "split": "train"}, "row 1: '7' is not a game"),
+        (
+          "split",
+          {"text": NEW, "split": 7},
+          "row 1: the split must be .*got 7",
+        ),
       ):
         path = path.with_name(f"{name}.jsonl")
         files.write_jsonl(path, [row])
@@ -393,7 +397,8 @@ class PlayedTest(parameterized.TestCase):
       "import signal, sys, threading, time\n"
       # A shell's background jobs are started deaf to it, and so are theirs.
       "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-      "from rljax.tasks import game_pool, games\n"
+      "from rljax.tasks import games\n"
+      "from rljax.tasks.games import pool as game_pool\n"
       "pool = game_pool._pool(90.0, 2.0, 2)\n"
       "pool._settings['setup'] = None\n"
       "def tell():\n"
