@@ -210,6 +210,25 @@ class MakeTest(_PagesTest):
     )
     self.assertEqual((first.prompt, first.facts), ("p", {}))
 
+  def test_with_rewrites(self):
+    row = {
+      "prompt": "p",
+      "ids": [97, 98, END],
+      "values": np.array([0.5, 0.0, -0.1]),
+      "marked": [False, True, False],
+      "facts": {"right": False},
+    }
+    rewrite = {"rewrite_ids": [97, END], "rewrite_marked": [True, False]}
+    wrong, right = token_pages.with_rewrites(BYTES, [row | rewrite, row])
+    self.assertEqual((wrong.prompt, wrong.facts), ("p", {"right": False}))
+    self.assertEqual(wrong.response.texts, ["a", "b", ""])
+    np.testing.assert_array_equal(wrong.response.values, [0.5, 0.0, -0.1])
+    np.testing.assert_array_equal(wrong.response.marked, [False, True, False])
+    self.assertEqual(wrong.rewrite.texts, ["a", ""])
+    np.testing.assert_array_equal(wrong.rewrite.marked, [True, False])
+    self.assertIsNone(wrong.rewrite.values)
+    self.assertIsNone(right.rewrite)
+
   def test_shapes_that_differ(self):
     with self.assertRaisesRegex(ValueError, "values must hold one.* 2 tokens"):
       token_pages.Tokens(["a", "b"], [1.0])
