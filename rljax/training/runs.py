@@ -240,7 +240,7 @@ class Run:
       ValueError: if another start has filed other flags or weights.
     """
     check_models(self.workdir, starts_from, digests)
-    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+    self.file_flags()
     folders = [self.workdir] + ([self._best_folder] if self._best else [])
     for folder in folders:
       hf.save_config(os.path.join(folder, "model"), model, tokenizer)
@@ -253,6 +253,10 @@ class Run:
       for text in self._notes:
         self._log.note(text)
       yield self
+
+  def file_flags(self) -> None:
+    """Files the flags, for a script that has nothing to file by `training`."""
+    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
 
   def open_log(
     self, stack: contextlib.ExitStack, columns: Sequence[str] = ()
