@@ -23,7 +23,7 @@ is the one module of the library that knows flags by their names.
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -1045,22 +1045,24 @@ def load_reward_terms(
 
 
 def check_read(
-  values: flags.FlagValues, chooser: str, read_by: dict[str, Sequence[str]]
+  values: flags.FlagValues, chooser: str, reads: Mapping[str, Sequence[str]]
 ) -> None:
   """Refuses flags that are set, and that the chosen method does not read.
 
   Args:
     values: parsed flags.
     chooser: name of the flag that chooses the method.
-    read_by: name of a flag -> the methods that read it.
+    reads: method -> names of flags that it reads. Flags that no method names
+      are read by all.
 
   Raises:
     ValueError: naming the flag and its methods.
   """
   chosen = values[chooser].value
-  for name, methods in read_by.items():
+  for name in sorted({name for names in reads.values() for name in names}):
     flag = values[name]
-    if flag.value != flag.default and chosen not in methods:
+    if flag.value != flag.default and name not in reads[chosen]:
+      methods = [method for method, names in reads.items() if name in names]
       raise ValueError(
         f"--{name}={flag.value} belongs to --{chooser}="
         f"{' or '.join(methods)}; leave it out for {chosen}."

@@ -55,8 +55,9 @@ def known(
   dtype: str,
   batch_size: int,
   mesh: Any,
-  reader: str,
+  reader: str = "The training",
   firsts_alone: bool = False,
+  own_rewards: bool = False,
 ) -> dict[str, np.ndarray]:
   """Returns what a learner needs to know of a log, beside its tokens.
 
@@ -72,6 +73,8 @@ def known(
     mesh: from `meshes.make`.
     reader: the flag that needs rewards or advantages, for messages.
     firsts_alone: see `of_rows`.
+    own_rewards: whether rewards are always those of the rows, whatever a cache
+      holds.
 
   Returns:
     By name: `[N, K]` float32, or `[N, K, T]` of log-probabilities; 0 where
@@ -80,6 +83,7 @@ def known(
   Raises:
     ValueError: if the cache does not fit, or as `of_rows`.
   """
+  found = {}
   if cache:
     made_of = describe(
       log.encoded,
@@ -88,17 +92,20 @@ def known(
       **log.settings,
       dtype=dtype,
     )
-    arrays = load(cache, made_of, needed)
-    return {name: arrays[name] for name in needed}
+    read = [x for x in needed if not (own_rewards and x == "rewards")]
+    arrays = load(cache, made_of, read)
+    found = {name: arrays[name] for name in read}
   hint = ": run experiments/offline_value.py and give its workdir as --cache"
-  found = {
-    name: of_rows(
-      log, name, reader=reader, firsts_alone=firsts_alone, hint=hint
-    )
-    for name in needed
-    if name != "ref_log_probs"
-  }
-  if "ref_log_probs" in needed:
+  for name in needed:
+    if name not in ("ref_log_probs", *found):
+      found[name] = of_rows(
+        log,
+        name,
+        reader=reader,
+        firsts_alone=firsts_alone,
+        hint="" if own_rewards else hint,
+      )
+  if "ref_log_probs" in needed and not cache:
     rules = hf.partition_rules(loaded.model, mesh)
     found["ref_log_probs"] = response_log_probs(
       loaded.model,
