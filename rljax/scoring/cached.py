@@ -85,13 +85,7 @@ def known(
   """
   found = {}
   if cache:
-    made_of = describe(
-      log.encoded,
-      loaded.params,
-      loaded.tokenizer,
-      **log.settings,
-      dtype=dtype,
-    )
+    made_of = describe_log(log, loaded, dtype=dtype)
     read = [x for x in needed if not (own_rewards and x == "rewards")]
     arrays = load(cache, made_of, read)
     found = {name: arrays[name] for name in read}
@@ -295,6 +289,15 @@ def describe(
     "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
     **settings,
   }
+
+
+def describe_log(
+  log: logged.Log, loaded: hf.LanguageModel, *, dtype: str
+) -> dict[str, Any]:
+  """As `describe`, of a log, which holds the settings, and a reference."""
+  return describe(
+    log.encoded, loaded.params, loaded.tokenizer, **log.settings, dtype=dtype
+  )
 
 
 def save(
