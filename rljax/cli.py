@@ -369,7 +369,8 @@ def define_dev(
   flags.DEFINE_string(
     f"{name}_data",
     "",
-    f"{text}, in the forms of --data; empty: the task's validation split.",
+    f"{text}, in the forms of --data; empty: the task's validation split. "
+    "Replies have --max_response_length tokens at most.",
   )
   flags.DEFINE_integer(
     f"num_{name}_prompts",
