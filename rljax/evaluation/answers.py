@@ -97,8 +97,8 @@ def of_samples(
     num_tokens: tokens that were drawn, if not those of `samples`.
 
   Returns:
-    "task/<part>", means over the samples; "answers/distinct", the share of
-    different answers; "step_seconds", and "tokens_per_second" of responses.
+    "task/<part>", means over the samples; "answers/distinct", the number
+    of different answers; "step_seconds", and "tokens_per_second" of responses.
   """
   if num_tokens is None:
     num_tokens = processes.gather(samples.rollout.response_mask).sum()

@@ -270,23 +270,6 @@ class CollectTest(parameterized.TestCase):
       self.assertEqual(row["parts"]["answer"], expected)
       self.assertEqual(row["reward"], len(row["response"]) * row["finished"])
 
-  def test_answers_are_what_judge_judges(self):
-    responder = _responder()
-    scores, parts = samplers.judge(responder, self.params, PROMPTS, self.score)
-    rows = samplers.answers(responder, self.params, PROMPTS, self.score)
-    self.assertEqual([row["parts"] for row in rows], parts)
-    np.testing.assert_array_equal([row["reward"] for row in rows], scores)
-    self.assertEqual([row["prompt"] for row in rows], list(PROMPTS))
-    self.assertEqual([row["response"] for row in rows], responder(self.params))
-    self.assertEqual({type(row["finished"]) for row in rows}, {bool})
-
-  def test_judge_is_collect_without_a_file(self):
-    rows = self.collect(num_samples=1)
-    responder = _responder(settings=SAMPLED, batch_size=2)
-    scores, parts = samplers.judge(responder, self.params, PROMPTS, self.score)
-    self.assertEqual(scores.tolist(), [row["reward"] for row in rows])
-    self.assertEqual(parts, [row["parts"] for row in rows])
-
   @parameterized.parameters(0, 1, 2, 3, 5, 6)
   def test_killed_and_called_again(self, num_rows):
     whole = self.collect()
