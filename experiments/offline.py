@@ -104,9 +104,8 @@ flags.DEFINE_float(
 flags.register_multi_flags_validator(
   ["algorithm", "kl_coef"],
   lambda v: v["algorithm"].endswith("_kl") == bool(v["kl_coef"]),
-  "--kl_coef belongs to r_lol_kl and a_lol_kl, of which each is nothing "
-  "without its penalty: give them a positive one, such as 0.1, and the others "
-  "0.",
+  "--kl_coef belongs to r_lol_kl and a_lol_kl, which need a positive one, such "
+  "as 0.1; for other methods it must be 0.",
 )
 FLAGS = flags.FLAGS
 

@@ -77,8 +77,7 @@ flags.DEFINE_float(
 flags.register_validator(
   "heldout_fraction",
   lambda x: 0 < x < 1,
-  "--heldout_fraction must lie between 0 and 1, or nobody knows what the value "
-  "is worth.",
+  "It must lie between 0 and 1, or nobody knows what the value is worth.",
 )
 FLAGS = flags.FLAGS
 

@@ -141,7 +141,10 @@ class ValueTest(absltest.TestCase):
   def test_bad_input(self):
     policy = f"--policy={_policy()}"
     cases = [
-      (["--heldout_fraction=0"], "--heldout_fraction must lie between 0 and 1"),
+      (
+        ["--heldout_fraction=0"],
+        "heldout_fraction=0.0: It must lie between 0 a",
+      ),
       (["--num_value_prompts=8"], "give more prompts"),
       (["--max_value=0.1"], r"must lie in \[0, 0.1\], got 0 to 1"),
       (["--learning_rate=nan"], "error of the value was never a finite number"),
@@ -326,14 +329,14 @@ class OfflineTest(parameterized.TestCase):
       ([*unknown, "--algorithm=wbc"], "wbc needs rewards, which 1 of 1"),
       ([*unknown, "--algorithm=a_lol"], "a_lol needs advantages, which 1 of 1"),
       (["--micro_batch_size=3"], "--micro_batch_size=3 does not divide"),
-      (["--micro_batch_size=-1"], "--micro_batch_size=-1: must be a non-neg"),
+      (["--micro_batch_size=-1"], "-1 is not a non-negative"),
       (["--clip_epsilon=wide"], "--clip_epsilon=wide: could not convert"),
-      (["--clip_epsilon=-0.1"], "--clip_epsilon=-0.1: must be a non-negative"),
+      (["--clip_epsilon=-0.1"], "-0.1 is not a non-negative number"),
       (["--kl_coef=0.1"], "kl_coef belongs to r_lol_kl and a_lol_kl"),
       (["--batch_size=99", "--noreplace"], "without replacement"),
       (["--task=", "--cache="], "Without a --task, give --data and"),
       (["--score_options=x=1"], "no option 'x'"),
-      (["--algorithm=a_lol_kl"], "a_lol_kl is nothing without its penalty"),
+      (["--algorithm=a_lol_kl"], "a_lol_kl, which need a positive one"),
       (
         ["--cache=", f"--data={negative}", "--algorithm=wbc"],
         "got -0.5 to 1",
