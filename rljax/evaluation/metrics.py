@@ -603,6 +603,16 @@ def perplexity(log_probs: np.ndarray, mask: np.ndarray) -> dict[str, float]:
   }
 
 
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+  """Returns Pearson's correlation of `[N]` and `[N]` numbers.
+
+  NaN where one of them does not vary.
+  """
+  if np.std(x) == 0 or np.std(y) == 0:
+    return math.nan
+  return float(np.corrcoef(x, y)[0, 1])
+
+
 def area_under_curve(
   scores: Sequence[float], is_positive: Sequence[bool]
 ) -> float:

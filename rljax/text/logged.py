@@ -76,7 +76,101 @@ class Encoded:
   skipped: list[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """A log as ids, to be made into batches of one shape; see `read`.
+
+  N rows of up to K replies.
+
+  Attributes:
+    encoded: the rows as ids.
+    lengths: P and T, columns that hold every prompt and every reply.
+    present: `[N, K]` bool, which replies there are.
+    skipped: one message per row that was left out.
+    settings: how the rows were encoded, by the names of the flags.
+    pad_id: what fills batches.
+  """
+
+  encoded: Encoded
+  lengths: tuple[int, int]
+  present: np.ndarray
+  skipped: list[str]
+  settings: dict[str, Any]
+  pad_id: int = 0
+
+  @property
+  def rows(self) -> list[Row]:
+    """The N rows that could be encoded."""
+    return self.encoded.rows
+
+  def batch(
+    self, rows: np.ndarray, candidates: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """Pads replies and their prompts to a batch.
+
+    Args:
+      rows: `[...]` int, row numbers.
+      candidates: `[...]` int, candidate numbers, of a shape that goes with that
+        of `rows`. One that its row does not have is an empty response.
+
+    Returns:
+      `prompt_ids`, `prompt_mask` `[..., P]` and `response_ids`,
+      `response_mask` `[..., T]`; see `batch`.
+    """
+    rows, candidates = np.broadcast_arrays(rows, candidates)
+    arrays = batch(
+      self.encoded,
+      rows.ravel(),
+      candidates.ravel(),
+      prompt_length=self.lengths[0],
+      response_length=self.lengths[1],
+      pad_id=self.pad_id,
+    )
+    return {k: x.reshape(*rows.shape, -1) for k, x in arrays.items()}
+
+
 # Files.
+
+
+def read(
+  tokenizer: Any,
+  *,
+  name: str,
+  task: Any,
+  seed: int,
+  task_options: Mapping[str, Any] | None = None,
+  split: str = "train",
+  first_row: int = 0,
+  num_rows: int = 0,
+  **settings: Any,
+) -> Log:
+  """Reads a log and encodes it.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer with an end token.
+    name: of a file, see `load`; empty for the task's own log.
+    task: module with `logged`, where no file is named.
+    seed: of the task's draw.
+    task_options: keyword arguments of the task's `logged`.
+    split: of the file or the task.
+    first_row: rows before it are passed over.
+    num_rows: how many are taken from there on; 0 for all.
+    **settings: of `prepare`: `prompt_format`, `max_prompt_length`,
+      `max_response_length` and `too_long`.
+
+  Raises:
+    ValueError: as `load_or_draw` and `prepare`.
+  """
+  rows, unusable = load_or_draw(name, task, split, seed, task_options or {})
+  encoded = prepare(tokenizer, rows[first_row:][: num_rows or None], **settings)
+  return Log(
+    encoded=encoded,
+    lengths=lengths(encoded),
+    present=present(encoded.rows),
+    skipped=[*unusable, *encoded.skipped],
+    settings=settings,
+    pad_id=tokens.pad_id(tokenizer),
+  )
 
 
 def load(
@@ -609,6 +703,15 @@ def as_given(rows: Iterable[Row], encoded: Encoded) -> list[Row]:
   """Returns the rows that are left of `prepare`, as it was given them."""
   by_place = {row.place: row for row in rows}
   return [by_place[row.place] for row in encoded.rows]
+
+
+def lengths(encoded: Encoded) -> tuple[int, int]:
+  """Columns that hold every prompt, and every reply."""
+  replies = (len(ids) for row in encoded.response_ids for ids in row)
+  return (
+    batches.bucket_length(max(map(len, encoded.prompt_ids))),
+    batches.bucket_length(max(replies)),
+  )
 
 
 def batch(
