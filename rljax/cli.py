@@ -328,7 +328,7 @@ def define_log() -> None:
     "data",
     "",
     "Logged replies: a .jsonl or .json file, a folder of splits or "
-    "tfds:<name>; docs/data.md shows the fields. Empty: the task's own log.",
+    "tfds:<name>; docs/data.md shows the fields. Empty: those of the task.",
   )
   flags.DEFINE_integer(
     "first_row",
@@ -360,27 +360,41 @@ def define_dev() -> None:
   )
 
 
-def define_models(*, policy: str | None = None, remat: bool = True) -> None:
+def define_models(
+  *,
+  policy: str | None = None,
+  required: bool = True,
+  remat: bool = True,
+  logits: bool = True,
+) -> None:
   """Defines the policy and how models compute.
 
   Args:
     policy: what --policy is to the script, as a sentence; None: it starts as
       this model.
+    required: whether it must be named; else it may be empty.
     remat: whether the script has a backward pass.
+    logits: see `define_compute`.
   """
   flags.DEFINE_string(
     "policy",
-    None,
+    None if required else "",
     (policy or "Language model that the policy starts as.")
     + " The workdir of a run, a Hugging Face directory, a packaged model, a "
-    "GGUF file or a hub name.",
-    required=True,
+    "GGUF file or a hub name"
+    + ("." if required else "; empty for random weights."),
+    required=required,
   )
-  define_compute(remat=remat)
+  define_compute(remat=remat, logits=logits)
 
 
-def define_compute(*, remat: bool = True) -> None:
-  """Defines how models compute."""
+def define_compute(*, remat: bool = True, logits: bool = True) -> None:
+  """Defines how models compute.
+
+  Args:
+    remat: whether the script has a backward pass.
+    logits: whether that goes through logits of all tokens.
+  """
   flags.DEFINE_enum(
     "dtype",
     "float32",
@@ -394,6 +408,7 @@ def define_compute(*, remat: bool = True) -> None:
       "Whether the backward pass recomputes the layers: less memory, more "
       "time.",
     )
+  if remat and logits:
     flags.DEFINE_integer(
       "chunk_size",
       0,
@@ -780,8 +795,10 @@ def define_optimizer(
 # Readers. Each takes the parsed flags of a script that called the group.
 
 
-def load_task(values: flags.FlagValues) -> types.ModuleType:
-  """Returns the module that --task names."""
+def load_task(values: flags.FlagValues) -> types.ModuleType | None:
+  """Returns the module that --task names; None where it may be empty and is."""
+  if not (values.task or values["task"].default):
+    return None
   return tasks.load(values.task)
 
 
@@ -796,6 +813,28 @@ def prompt_options(values: flags.FlagValues) -> dict[str, Any]:
     "prompt_format": values.prompt_format,
     "task_options": keywords.parse(values.task_options),
     "eos": "stop_at_eos" not in values or values.stop_at_eos,
+  }
+
+
+def encoding_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `text.logged.prepare`."""
+  return {
+    "max_prompt_length": values.max_prompt_length,
+    "max_response_length": values.max_response_length,
+    "too_long": values.too_long,
+    "prompt_format": values.prompt_format,
+  }
+
+
+def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `models.fresh.make`."""
+  return {
+    "family": values.family,
+    "hidden_size": values.hidden_size,
+    "num_layers": values.num_layers,
+    "num_heads": values.num_heads,
+    "max_positions": values.max_positions,
+    **model_options(values),
   }
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -74,6 +74,22 @@ class Encoded:
   response_ids: list[list[list[int]]]
   rows: list[Row]
   skipped: list[str]
+
+
+class Split(NamedTuple):
+  """Rows to learn from, and held-out ones.
+
+  Attributes:
+    train: the rows to learn from.
+    held_out: the others.
+    skipped: one message for each row that cannot be used.
+    counts: what else was left out or found, in words -> number.
+  """
+
+  train: Encoded
+  held_out: Encoded
+  skipped: list[str]
+  counts: dict[str, int]
 
 
 # Files.
@@ -159,6 +175,35 @@ def task_prompts(task: Any, split: str, seed: int, num: int) -> list[Row]:
   """Prompts of a task, as rows without candidates."""
   prompts = task.prompts(split, seed, num=num)
   return from_prompts(prompts, f"{_task_name(task)}, {split}")
+
+
+def task_examples(
+  task: Any, split: str, seed: int, num: int, options: Mapping[str, Any]
+) -> list[Row]:
+  """Draws prompts of a task, each with the response to learn from.
+
+  Args:
+    task: module with `supervised`. Its prompts may be empty, so that the whole
+      text is a response.
+    split: of the task.
+    seed: of the draw.
+    num: number of prompts.
+    options: further keyword arguments of the task's `supervised`.
+
+  Raises:
+    ValueError: if the task has no examples, or not such an option.
+  """
+  if not hasattr(task, "supervised"):
+    raise ValueError(
+      f"The task {_task_name(task)} has no examples to learn from: give --data."
+    )
+  keywords.check(task.supervised, options)
+  name = f"{_task_name(task)}, {split}"
+  pairs = task.supervised(split, seed, num=num, **options)
+  return [
+    Row(prompt, (response,), None, None, None, f"{name}, row {i}", None)
+    for i, (prompt, response) in enumerate(pairs)
+  ]
 
 
 def _task_name(task: Any) -> str:
@@ -577,6 +622,30 @@ def prepare(
   rows, refused = render(rows, tokenizer, prompt_format)
   encoded = encode(tokenizer, rows, **limits)
   return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
+
+
+def take(encoded: Encoded, rows: Iterable[int]) -> Encoded:
+  """Returns some rows of N, and of every array `[N, ...]` of a subclass.
+
+  Args:
+    encoded: N rows.
+    rows: their numbers.
+  """
+  rows = list(rows)
+  fields = {
+    field.name: getattr(encoded, field.name)
+    for field in dataclasses.fields(encoded)
+    if field.name != "skipped"
+  }
+  return dataclasses.replace(
+    encoded,
+    **{
+      name: value[rows]
+      if isinstance(value, np.ndarray)
+      else [value[i] for i in rows]
+      for name, value in fields.items()
+    },
+  )
 
 
 def batch(
