@@ -230,13 +230,13 @@ def main():
     ),
   )
   update = run.compile(update, returns_state=True)
-  score = run.compile(score, out_shardings=run.rows_sharding)
+  score_rows = run.compile(score, out_shardings=run.rows_sharding)
   questions = batch_of(held_out, np.arange(len(held_out.rows)))
 
   def evaluate(step):
     """Metrics on the held-out rows; --keep_best keeps the lowest loss."""
     scores = meshes.map_batches(
-      functools.partial(score, state["params"]),
+      functools.partial(score_rows, state["params"]),
       questions,
       sizes.micro_batch,
       run.mesh,
@@ -267,7 +267,7 @@ def main():
     run.skipped(data.skipped)
     for name, count in data.counts.items():
       run.note(f"{name}: {count}.")
-    for step in run.steps(freeze=[update, score]):
+    for step in run.steps(freeze=[update, score_rows]):
       # Row `step` of the metrics is about the model after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
