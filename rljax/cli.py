@@ -43,14 +43,28 @@ flags.disclaim_key_flags()
 
 _LARGEST = float(np.finfo(np.float32).max)
 
+# Flags of the groups below whose default, or help, the script chooses. All
+# others are the same in all scripts.
+SCRIPTS_CHOOSE = frozenset(
+  (
+    *("steps", "save_every", "eval_every", "samples_every", "keep_best"),
+    *("num_page_samples", "task", "num_prompts", "num_eval_prompts"),
+    *("eval_split", "max_response_length", "too_long", "policy"),
+    *("hidden_size", "num_layers", "max_positions", "max_length"),
+    *("num_samples", "temperature", "top_p", "sample_batch_size"),
+    *("reward_model", "kl", "kl_coef", "kl_estimator", "batch_size", "epochs"),
+    *("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
+  )
+)
+
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a script's main function, and exits.
 
-  A word that is no flag, a number that is not finite, and a ValueError of the
-  script are one line on standard error, and the exit status is 1;
-  `--verbosity=1` shows where the error came from. A path that begins with ~ is
-  expanded.
+  A flag that cannot be parsed, a word that is no flag, a number that is not
+  finite, and a ValueError of the script are one line on standard error, and the
+  exit status is 1; `--verbosity=1` shows where the error came from. A path that
+  begins with ~ is expanded.
 
   Args:
     main: takes nothing, and returns the exit status.
@@ -65,17 +79,27 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, preflight.Refused) as error:
       if values.verbosity >= 1:
         raise
-      sys.stdout.flush()
-      print(
-        f"{os.path.basename(argv[0])}: {error} (--verbosity=1 shows where.)",
-        file=sys.stderr,
-        flush=True,
-      )
+      _print_error(argv[0], f"{error} (--verbosity=1 shows where.)")
       if jax.distributed.is_initialized():
         os._exit(1)  # The other processes would wait for this one.
       return 1
 
-  app.run(checked)
+  app.run(checked, flags_parser=_parse)
+
+
+def _parse(argv):
+  """Parses the flags, or prints what is wrong with them and exits."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    text = "; ".join(str(error).splitlines())
+    _print_error(argv[0], f"{text.rstrip('.')}. (--help lists the flags.)")
+    sys.exit(1)
+
+
+def _print_error(script, text):
+  sys.stdout.flush()
+  print(f"{os.path.basename(script)}: {text}", file=sys.stderr, flush=True)
 
 
 def _check_words(values, words):

@@ -43,7 +43,9 @@ def without_pictures():
   folder = scratch() / "no_pictures"
   folder.mkdir()
   (folder / "matplotlib.py").write_text("raise ImportError('not in this test')")
-  no_pictures = mock.patch.dict(os.environ, PYTHONPATH=str(folder))
+  others = filter(None, [os.environ.get("PYTHONPATH")])
+  paths = os.pathsep.join([str(folder), *others])
+  no_pictures = mock.patch.dict(os.environ, PYTHONPATH=paths)
   no_pictures.start()
   unittest.addModuleCleanup(no_pictures.stop)
 
