@@ -45,14 +45,28 @@ flags.disclaim_key_flags()
 
 _LARGEST = float(np.finfo(np.float32).max)
 
+# Flags of the groups below whose default, or help, the script chooses. All
+# others are the same in all scripts.
+SCRIPTS_CHOOSE = frozenset(
+  (
+    *("steps", "save_every", "eval_every", "samples_every", "keep_best"),
+    *("num_page_samples", "task", "num_prompts", "num_eval_prompts"),
+    *("eval_split", "max_response_length", "too_long", "policy"),
+    *("hidden_size", "num_layers", "max_positions", "max_length"),
+    *("num_samples", "temperature", "top_p", "sample_batch_size"),
+    *("reward_model", "kl", "kl_coef", "kl_estimator", "batch_size", "epochs"),
+    *("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
+  )
+)
+
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a script's main function, and exits.
 
-  A word that is no flag, a number that is not finite, and a ValueError of the
-  script are one line on standard error, and the exit status is 1;
-  `--verbosity=1` shows where the error came from. A path that begins with ~ is
-  expanded.
+  A flag that cannot be parsed, a word that is no flag, a number that is not
+  finite, and a ValueError of the script are one line on standard error, and the
+  exit status is 1; `--verbosity=1` shows where the error came from. A path that
+  begins with ~ is expanded.
 
   Args:
     main: takes nothing, and returns the exit status.
@@ -66,17 +80,27 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, preflight.Refused) as error:
       if values.verbosity >= 1:
         raise
-      sys.stdout.flush()
-      print(
-        f"{os.path.basename(argv[0])}: {error} (--verbosity=1 shows where.)",
-        file=sys.stderr,
-        flush=True,
-      )
+      _print_error(argv[0], f"{error} (--verbosity=1 shows where.)")
       if jax.distributed.is_initialized():
         os._exit(1)  # The other processes would wait for this one.
       return 1
 
-  app.run(checked)
+  app.run(checked, flags_parser=_parse)
+
+
+def _parse(argv):
+  """Parses the flags, or prints what is wrong with them and exits."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    text = "; ".join(str(error).splitlines())
+    _print_error(argv[0], f"{text.rstrip('.')}. (--help lists the flags.)")
+    sys.exit(1)
+
+
+def _print_error(script, text):
+  sys.stdout.flush()
+  print(f"{os.path.basename(script)}: {text}", file=sys.stderr, flush=True)
 
 
 def check(values: flags.FlagValues, words: Sequence[str] = ()) -> None:
@@ -399,7 +423,7 @@ def define_log() -> None:
     "data",
     "",
     "Logged replies: a .jsonl or .json file, a folder of splits or "
-    "tfds:<name>; docs/data.md shows the fields. Empty: the task's own log.",
+    "tfds:<name>; docs/data.md shows the fields. Empty: those of the task.",
   )
   flags.DEFINE_integer(
     "first_row",
@@ -472,27 +496,41 @@ def define_replies() -> None:
   define_stop_strings()
 
 
-def define_models(*, policy: str | None = None, remat: bool = True) -> None:
+def define_models(
+  *,
+  policy: str | None = None,
+  required: bool = True,
+  remat: bool = True,
+  logits: bool = True,
+) -> None:
   """Defines the policy and how models compute.
 
   Args:
     policy: what --policy is to the script, as a sentence; None: it starts as
       this model.
+    required: whether it must be named; else it may be empty.
     remat: whether the script has a backward pass.
+    logits: see `define_compute`.
   """
   flags.DEFINE_string(
     "policy",
-    None,
+    None if required else "",
     (policy or "Language model that the policy starts as.")
     + " The workdir of a run, a Hugging Face directory, a packaged model, a "
-    "GGUF file or a hub name.",
-    required=True,
+    "GGUF file or a hub name"
+    + ("." if required else "; empty for random weights."),
+    required=required,
   )
-  define_compute(remat=remat)
+  define_compute(remat=remat, logits=logits)
 
 
-def define_compute(*, remat: bool = True) -> None:
-  """Defines how models compute."""
+def define_compute(*, remat: bool = True, logits: bool = True) -> None:
+  """Defines how models compute.
+
+  Args:
+    remat: whether the script has a backward pass.
+    logits: whether that goes through logits of all tokens.
+  """
   flags.DEFINE_enum(
     "dtype",
     "float32",
@@ -506,6 +544,7 @@ def define_compute(*, remat: bool = True) -> None:
       "Whether the backward pass recomputes the layers: less memory, more "
       "time.",
     )
+  if remat and logits:
     flags.DEFINE_integer(
       "chunk_size",
       0,
@@ -1056,8 +1095,10 @@ def preset(values: flags.FlagValues, presets: Mapping[str, str]) -> str:
   return " ".join(f"--{n}={values[n].value}" for n in ("algorithm", *names))
 
 
-def load_task(values: flags.FlagValues) -> types.ModuleType:
-  """Returns the module that --task names."""
+def load_task(values: flags.FlagValues) -> types.ModuleType | None:
+  """Returns the module that --task names; None where it may be empty and is."""
+  if not (values.task or values["task"].default):
+    return None
   return tasks.load(values.task)
 
 

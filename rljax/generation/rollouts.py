@@ -173,14 +173,35 @@ def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
   Returns:
     `[N, T, L]` float32, 0 where masked.
   """
+  logits = model.apply(
+    {"params": params}, *_whole_text(batch), method="token_logits"
+  )
+  return logits[:, batch["prompt_ids"].shape[1] :]
+
+
+def text_logits(model: Any, params: Any, batch: Batch) -> Array:
+  """What a classifier says of prompts with their responses, as whole texts.
+
+  Args:
+    model: a classifier with the policy's tokens.
+    params: its parameters.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, L]` float32.
+  """
+  return model.apply({"params": params}, *_whole_text(batch))
+
+
+def _whole_text(batch: Batch) -> tuple[Array, Array]:
+  """Ids and mask `[N, P + T]` of prompts and responses."""
   ids, mask = (
     jnp.concatenate(
       [batch[f"prompt_{name}"], batch[f"response_{name}"]], axis=1
     )
     for name in ("ids", "mask")
   )
-  logits = model.apply({"params": params}, ids, mask, method="token_logits")
-  return logits[:, batch["prompt_ids"].shape[1] :]
+  return ids, mask
 
 
 def token_statistics(

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -127,6 +127,22 @@ class Log:
       pad_id=self.pad_id,
     )
     return {k: x.reshape(*rows.shape, -1) for k, x in arrays.items()}
+
+
+class Split(NamedTuple):
+  """Rows to learn from, and held-out ones.
+
+  Attributes:
+    train: the rows to learn from.
+    held_out: the others.
+    skipped: one message for each row that cannot be used.
+    counts: what else was left out or found, in words -> number.
+  """
+
+  train: Encoded
+  held_out: Encoded
+  skipped: list[str]
+  counts: dict[str, int]
 
 
 # Files.
@@ -278,6 +294,35 @@ def task_prompts(task: Any, split: str, seed: int, num: int) -> list[Row]:
   """Returns prompts of a task, as rows without candidates."""
   prompts = task.prompts(split, seed, num=num)
   return from_prompts(prompts, f"{_task_name(task)}, {split}")
+
+
+def task_examples(
+  task: Any, split: str, seed: int, num: int, options: Mapping[str, Any]
+) -> list[Row]:
+  """Draws prompts of a task, each with the response to learn from.
+
+  Args:
+    task: module with `supervised`. Its prompts may be empty, so that the whole
+      text is a response.
+    split: of the task.
+    seed: of the draw.
+    num: number of prompts.
+    options: further keyword arguments of the task's `supervised`.
+
+  Raises:
+    ValueError: if the task has no examples, or not such an option.
+  """
+  if not hasattr(task, "supervised"):
+    raise ValueError(
+      f"The task {_task_name(task)} has no examples to learn from: give --data."
+    )
+  keywords.check(task.supervised, options)
+  name = f"{_task_name(task)}, {split}"
+  pairs = task.supervised(split, seed, num=num, **options)
+  return [
+    Row(prompt, (response,), None, None, None, f"{name}, row {i}", None)
+    for i, (prompt, response) in enumerate(pairs)
+  ]
 
 
 def _task_name(task: Any) -> str:
@@ -711,6 +756,29 @@ def lengths(encoded: Encoded) -> tuple[int, int]:
   return (
     batches.bucket_length(max(map(len, encoded.prompt_ids))),
     batches.bucket_length(max(replies)),
+
+
+def take(encoded: Encoded, rows: Iterable[int]) -> Encoded:
+  """Returns some rows of N, and of every array `[N, ...]` of a subclass.
+
+  Args:
+    encoded: N rows.
+    rows: their numbers.
+  """
+  rows = list(rows)
+  fields = {
+    field.name: getattr(encoded, field.name)
+    for field in dataclasses.fields(encoded)
+    if field.name != "skipped"
+  }
+  return dataclasses.replace(
+    encoded,
+    **{
+      name: value[rows]
+      if isinstance(value, np.ndarray)
+      else [value[i] for i in rows]
+      for name, value in fields.items()
+    },
   )
 
 

@@ -406,10 +406,6 @@ class Run:
       self.open_log(stack)
       yield self
 
-  def file_flags(self) -> None:
-    """Files the flags, for a script that has nothing to file by `training`."""
-    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
-
   def open_log(
     self, stack: contextlib.ExitStack, columns: Sequence[str] = ()
   ) -> None:

@@ -253,13 +253,13 @@ class EncodePairsTest(parameterized.TestCase):
 
 class SingleIdTest(parameterized.TestCase):
   def test_one_token(self):
-    self.assertEqual(tokens_lib.single_id(WORDS, "="), 102)
-    self.assertEqual(tokens_lib.single_id(WORDS, "12"), 12)
+    self.assertEqual(tokens.single_id(WORDS, "="), 102)
+    self.assertEqual(tokens.single_id(WORDS, "12"), 12)
 
   @parameterized.parameters(("", 0), ("1=", 2))
   def test_another_number(self, text, number):
     with self.assertRaisesRegex(ValueError, f"'{text}' is {number} tokens"):
-      tokens_lib.single_id(WORDS, text)
+      tokens.single_id(WORDS, text)
 
 
 class DecodeTest(parameterized.TestCase):
