@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 
 from absl.testing import absltest
 
@@ -77,17 +78,34 @@ class DocstringsTest(absltest.TestCase):
     )
 
   def test_signatures_are_those_of_the_source(self):
-    docstrings = load_docstrings()
-    from rljax.ops import masking
-
-    self.assertEqual(
-      docstrings.signature("rljax.ops.masking.masked_mean", masking),
-      (
-        "(x: Array, mask: Array, *, axis: int | tuple[int, ...] | None=None, "
-        "axis_name: str | None=None)",
-        "Array",
-      ),
+    source = """
+Array = int | str
+def loss(x: Array, *, axis: Array | None = None) -> tuple[Array, dict]: ...
+class Pair(NamedTuple):
+  first: Array
+  second: float = 1.0
+  def swapped(self, times: int = 1) -> "Pair": ...
+class Runs:
+  def __init__(self, path: str): ...
+"""
+    path = pathlib.Path(
+      self.enter_context(tempfile.TemporaryDirectory()), "m.py"
     )
+    path.write_text(source)
+    module = types.SimpleNamespace(__file__=str(path), __name__="m")
+    signature = load_docstrings().signature
+    self.assertEqual(
+      signature("m.loss", module),
+      ("(x: Array, *, axis: Array | None=None)", "tuple[Array, dict]"),
+    )
+    self.assertEqual(
+      signature("m.Pair", module), ("(first: Array, second: float = 1.0)", "")
+    )
+    self.assertEqual(
+      signature("m.Pair.swapped", module), ("(times: int=1)", "'Pair'")
+    )
+    self.assertEqual(signature("m.Runs", module), ("(path: str)", ""))
+    self.assertIsNone(signature("m.other", module))
 
 
 if __name__ == "__main__":
