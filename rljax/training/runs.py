@@ -37,7 +37,7 @@ from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
-from rljax.storage import checkpoint, locks
+from rljax.storage import checkpoint, locks, paths
 from rljax.training import logs
 
 Tree = Any
@@ -670,9 +670,7 @@ def check_models(
   def first_start():
     if path.exists():
       return json.loads(path.read_text())
-    partial = path.with_name(".models.json.partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(partial, path)
+    paths.write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
 
   known = processes.from_first(first_start)
