@@ -756,6 +756,7 @@ def lengths(encoded: Encoded) -> tuple[int, int]:
   return (
     batches.bucket_length(max(map(len, encoded.prompt_ids))),
     batches.bucket_length(max(replies)),
+  )
 
 
 def take(encoded: Encoded, rows: Iterable[int]) -> Encoded:
