@@ -43,7 +43,10 @@ def without_pictures():
   folder = scratch() / "no_pictures"
   folder.mkdir()
   (folder / "matplotlib.py").write_text("raise ImportError('not in this test')")
-  no_pictures = mock.patch.dict(os.environ, PYTHONPATH=str(folder))
+  path = os.pathsep.join(
+    [str(folder), *filter(None, [os.getenv("PYTHONPATH")])]
+  )
+  no_pictures = mock.patch.dict(os.environ, PYTHONPATH=path)
   no_pictures.start()
   unittest.addModuleCleanup(no_pictures.stop)
 

@@ -17,6 +17,7 @@ from rljax.generation import rollouts, samplers
 from rljax.ops import sampling
 from rljax.tasks import arithmetic, word_lists
 from rljax.text import batches, files, tokens
+from rljax.text import prompts as prompts_lib
 from tests import stand_in, tiny
 
 pytest.importorskip("tokenizers")
@@ -100,6 +101,36 @@ class RecordsTest(parameterized.TestCase):
     )
     with self.assertRaises(ValueError):
       samplers.records(["a"], ["b", "c"], [1.0], [{}])
+
+
+class SamplerTest(parameterized.TestCase):
+  def test_every_draw_of_a_step_has_limits_of_its_own(self):
+    settings = samplers.Settings(
+      max_length=6, min_length=1, num_samples=4, stop_at_eos=False, seed=3
+    )
+    mesh = meshes.make("data:1")
+    sampler = samplers.Sampler(MODEL, WORDS, settings, mesh=mesh)
+    (prompts,) = prompts_lib.encode(WORDS, PROMPTS, max_length=99)
+    found = []
+    for step, number in ((2, 0), (2, 1), (3, 0)):
+      samples = sampler.draw(
+        jax.random.key(0),
+        meshes.replicate(_params(), mesh),
+        prompts,
+        np.array([0, 3, 5]),
+        step=step,
+        number=number,
+      )
+      # The rows of a prompt lie next to each other.
+      asked = [PROMPTS[i] for i in (0, 3, 5) for _ in range(4)]
+      self.assertEqual(samples.prompts, asked)
+      self.assertEqual(samples.policy_step, step)
+      found.append(np.asarray(samples.rollout.response_mask).sum(axis=1))
+    np.testing.assert_array_equal(found[0], settings.lengths(12, 2, 1))
+    np.testing.assert_array_equal(found[1], settings.lengths(12, 2, 1, 1))
+    for other in found[1:]:
+      self.assertTrue(np.any(other != found[0]))
+    self.assertLen(sampler.compilations, 1)
 
 
 class ResponderTest(parameterized.TestCase):
