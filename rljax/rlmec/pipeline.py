@@ -14,6 +14,7 @@ processes, the first one writes.
 import hashlib
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -480,8 +481,12 @@ def load_settings(name: str | os.PathLike[str]) -> Mapping[str, Any]:
   Returns:
     `template` and `locate`, or an empty mapping.
   """
-  path = os.path.join(name, _SETTINGS)
-  return files.read_jsonl(path)[0] if os.path.isfile(path) else {}
+  folder = pathlib.Path(name)
+  # The best parameters of a run were asked as the run was.
+  for place in (folder, *([folder.parent] if folder.name == "best" else [])):
+    if (place / _SETTINGS).is_file():
+      return files.read_jsonl(place / _SETTINGS)[0]
+  return {}
 
 
 def how_asked(

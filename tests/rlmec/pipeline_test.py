@@ -141,6 +141,11 @@ class RecordsTest(absltest.TestCase):
         pipeline.load_settings(folder),
         {"template": "compact", "locate": False},
       )
+      best = os.path.join(folder, "best")
+      self.assertEqual(
+        pipeline.load_settings(best), pipeline.load_settings(folder)
+      )
+      self.assertEmpty(pipeline.load_settings(os.path.join(folder, "other")))
     self.assertEmpty(pipeline.load_settings("some/hub-name"))
 
   def test_how_a_reward_model_is_asked(self):
