@@ -3,6 +3,7 @@
 import pathlib
 import tempfile
 
+import jax
 import numpy as np
 from absl.testing import parameterized
 
@@ -14,6 +15,15 @@ from tests import stand_in
 
 NUMBERS = arithmetic.word_tokenizer()
 LENGTH = 8
+
+
+def setUpModule():
+  # Most of the time goes to compiling samplers.
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+def tearDownModule():
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _model():
@@ -74,15 +84,13 @@ class ValuesTest(parameterized.TestCase):
   PAIRS = (
     ("1+2", "=3+4="),
     ("1+2", "=3+"),
-    ("1+2+3+4", "=3+4="),
-    ("5", "="),
-    ("6", "="),
+    ("2+1", "=3+4="),
+    ("5", "=3+4="),
   )
 
   def test_values_are_shares_of_right_completions(self):
     found, num_drawn = self.values(self.PAIRS)
-    self.assertEqual(num_drawn, 5 * 16)
-    self.assertEqual(list(found), sorted(found, key=list(found).index))
+    self.assertEqual(num_drawn, 4 * 16)
     self.assertEqual(set(found), set(self.PAIRS))
     rows = {}
     for path in pathlib.Path(self.folder).iterdir():
@@ -98,43 +106,34 @@ class ValuesTest(parameterized.TestCase):
     # Whole responses are scored, behind their own prompts.
     for prompt, text in self.asked:
       self.assertIn(prompt, {p for p, _ in self.PAIRS})
-      self.assertRegex(text, r"^=(3\+(4=[78]|\+*)|[78])$")
-
-  def test_a_group_for_each_padded_length(self):
-    self.values(self.PAIRS)
+      self.assertRegex(text, r"^=3\+(4=[78]|\+*)$")
+    # There is a group for each padded length.
     ids, _ = prompts.encode_prefixes(NUMBERS, self.PAIRS, max_length=30)
     lengths = {batches.bucket_length(len(row)) for row in ids}
-    names = {path.stem for path in pathlib.Path(self.folder).iterdir()}
-    self.assertEqual(names, {str(length) for length in lengths})
-    self.assertGreater(len(names), 1)
-
-  def test_whole_responses_are_no_longer_than_the_limit(self):
-    self.values([("1+2", "=3+"), ("2+2", "=3+4+5+6+")])
-    for _, text in self.asked:
-      # 3 and 9 tokens are there: at least one follows in any case.
-      room = LENGTH - 3 if text.startswith("=3++") else 1
-      given = len("=3+") if text.startswith("=3++") else len("=3+4+5+6+")
-      self.assertLen(text, given + room)
-
-  def test_stopped_and_called_again(self):
-    whole = self.values(self.PAIRS)
+    names = {path.name for path in pathlib.Path(self.folder).iterdir()}
+    self.assertEqual(names, {f"{length}.jsonl" for length in lengths})
+    self.assertLen(names, 2)
     contents = {
-      path.name: path.read_bytes()
-      for path in pathlib.Path(self.folder).iterdir()
+      name: pathlib.Path(self.folder, name).read_bytes() for name in names
     }
+    # Stopped in the second group, and called again with other batches.
     self.folder = self.enter_context(tempfile.TemporaryDirectory())
     self.stop_after = 2
     with self.assertRaises(KeyboardInterrupt):
-      self.values(self.PAIRS)
-    self.stop_after = None
-    self.assertEqual(self.values(self.PAIRS), whole)
+      self.values(self.PAIRS, batch_size=1)
+    self.assertLen(list(pathlib.Path(self.folder).iterdir()), 2)
+    self.stop_after, self.asked = None, []
+    self.assertEqual(self.values(self.PAIRS), (found, num_drawn))
+    # One prefix of four was left.
+    self.assertLen(self.asked, num_drawn // 4)
     for name, content in contents.items():
       self.assertEqual(pathlib.Path(self.folder, name).read_bytes(), content)
 
-  def test_batches_change_nothing(self):
-    first = self.values(self.PAIRS, batch_size=1)
-    self.folder = self.enter_context(tempfile.TemporaryDirectory())
-    self.assertEqual(self.values(self.PAIRS, batch_size=4), first)
+  def test_whole_responses_are_no_longer_than_the_limit(self):
+    self.values([("1+2", "=3+"), ("2", "=2+3+4+5+")], num_samples=1)
+    lengths = [len(text) for _, text in self.asked]
+    # Of three tokens, up to eight; of nine, one more in any case.
+    self.assertEqual(sorted(lengths), [LENGTH, len("=2+3+4+5+") + 1])
 
 
 class CheckPositionsTest(parameterized.TestCase):
