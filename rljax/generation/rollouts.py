@@ -1,16 +1,13 @@
-"""Rollouts: prompts, responses, and what a policy says of their tokens."""
+"""Rollouts: prompts, responses and the statistics of their tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 
-from rljax.distributed import processes
 from rljax.generation import decode
-from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import sampling
+from rljax.ops import log_probs, masking, sampling
 
 Array = chex.Array
 Batch = Mapping[str, Array]
@@ -18,7 +15,7 @@ Batch = Mapping[str, Array]
 
 @chex.dataclass(frozen=True)
 class Rollout:
-  """Prompts with one response each; N rows.
+  """Holds prompts with one response each; N rows.
 
   Attributes:
     prompt_ids: `[N, P]` int32, left-padded.
@@ -56,7 +53,7 @@ def sample(
   num_samples: int = 1,
   **options: Any,
 ) -> Rollout:
-  """Draws `num_samples` responses to each prompt, beside their prompts.
+  """Draws `num_samples` responses to each prompt, with their prompts.
 
   Args:
     key: typed key of the step.
@@ -67,7 +64,7 @@ def sample(
     max_length: T.
     settings: temperature and truncation.
     num_samples: responses per prompt.
-    **options: see `generation.sample`.
+    **options: see `decode.sample`.
 
   Returns:
     A `Rollout` of `N = B * num_samples` rows; row `b * num_samples + j` is
@@ -92,12 +89,12 @@ def sample(
 
 
 def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
-  """Hidden states that the response tokens were drawn from.
+  """Computes the hidden states that response tokens were drawn from.
 
   `hidden[:, t]` is the model's state after the prompt and the response tokens
-  before t. Its logits are the distribution of `response_ids[:, t]`, and a
-  value head on it gives V of the text before token t. This is the one place
-  where that shift by one is made.
+  before t. Its logits are the distribution of `response_ids[:, t]`, and a value
+  head on it gives V of the text before token t. Only this function makes that
+  shift by one.
 
   Args:
     model: module, called on ids and mask.
@@ -113,20 +110,20 @@ def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
 
 
 def at_responses(states: Array, batch: Batch) -> Array:
-  """Of `text_hidden`, what the response tokens were drawn from.
+  """Selects from `text_hidden` what the response tokens were drawn from.
 
   Args:
     states: `[N, P + T - 1, ...]`, one for each token that was read.
     batch: as for `response_hidden`.
 
   Returns:
-    `[N, T, ...]`, whose entry t stands behind all that comes before token t.
+    `[N, T, ...]`, whose entry t is the state before token t.
   """
   return states[:, batch["prompt_ids"].shape[1] - 1 :]
 
 
 def text_hidden(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
-  """Hidden states of prompts and responses, all but the last token's.
+  """Computes hidden states of prompts and responses but for the last token.
 
   Args:
     model: module, called on ids and mask.
@@ -136,6 +133,19 @@ def text_hidden(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
   Returns:
     `[N, P + T - 1, D]`, and the mask `[N, P + T - 1]` bool of real tokens.
   """
+  ids, mask = text(batch)
+  return model.apply({"params": params}, ids, mask), mask
+
+
+def text(batch: Batch) -> tuple[Array, Array]:
+  """Joins prompts and responses, all but the last token.
+
+  Args:
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, P + T - 1]` int ids, and their mask, True at real tokens.
+  """
   prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"]
   response_ids, response_mask = batch["response_ids"], batch["response_mask"]
   arrays = [prompt_ids, prompt_mask, response_ids, response_mask]
@@ -143,17 +153,17 @@ def text_hidden(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
   chex.assert_type(arrays, [int, bool, int, bool])
   chex.assert_equal_shape(arrays[:2])
   chex.assert_equal_shape(arrays[2:])
-  # Nothing is drawn after the last response token: it need not be read.
+  # Nothing is drawn after the last response token: it is not read.
   ids = jnp.concatenate([prompt_ids, response_ids[:, :-1]], axis=1)
   mask = jnp.concatenate([prompt_mask, response_mask[:, :-1]], axis=1)
-  return model.apply({"params": params}, ids, mask), mask
+  return ids, mask
 
 
 def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
-  """What a causal classifier says of the responses, token by token.
+  """Computes a causal classifier's logits of each prefix of the responses.
 
-  `logits[:, t]` is about the prompt and the response tokens up to and with t:
-  here nothing is shifted.
+  `logits[:, t]` is of the prompt and the response tokens up to and including t:
+  nothing is shifted here.
 
   Args:
     model: a `classifier.CausalClassifier` with the policy's tokens.
@@ -163,14 +173,35 @@ def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
   Returns:
     `[N, T, L]` float32, 0 where masked.
   """
+  logits = model.apply(
+    {"params": params}, *_whole_text(batch), method="token_logits"
+  )
+  return logits[:, batch["prompt_ids"].shape[1] :]
+
+
+def text_logits(model: Any, params: Any, batch: Batch) -> Array:
+  """What a classifier says of prompts with their responses, as whole texts.
+
+  Args:
+    model: a classifier with the policy's tokens.
+    params: its parameters.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, L]` float32.
+  """
+  return model.apply({"params": params}, *_whole_text(batch))
+
+
+def _whole_text(batch: Batch) -> tuple[Array, Array]:
+  """Ids and mask `[N, P + T]` of prompts and responses."""
   ids, mask = (
     jnp.concatenate(
       [batch[f"prompt_{name}"], batch[f"response_{name}"]], axis=1
     )
     for name in ("ids", "mask")
   )
-  logits = model.apply({"params": params}, ids, mask, method="token_logits")
-  return logits[:, batch["prompt_ids"].shape[1] :]
+  return ids, mask
 
 
 def token_statistics(
@@ -182,11 +213,10 @@ def token_statistics(
   allowed: Array | None = None,
   chunk_size: int | None = None,
   hidden: Array | None = None,
-) -> tuple[log_probs_lib.TokenStatistics, Array]:
-  """Log-probabilities and entropies of the response tokens under `params`.
+) -> tuple[log_probs.TokenStatistics, Array]:
+  """Computes log-probabilities and entropies of the response tokens.
 
-  Computed exactly as the sampler computes them: same temperature, same
-  allowed tokens.
+  Computed as in the sampler: same temperature, same allowed tokens.
 
   Args:
     model: module, called on ids and mask.
@@ -206,7 +236,7 @@ def token_statistics(
   by_position = batch.get("allowed")
   if by_position is not None:
     allowed = by_position if allowed is None else by_position & allowed
-  statistics = log_probs_lib.from_hidden(
+  statistics = log_probs.from_hidden(
     lambda h: model.apply({"params": params}, h, method="logits"),
     hidden,
     batch["response_ids"],
@@ -217,92 +247,25 @@ def token_statistics(
   return statistics, hidden
 
 
-def in_parts(
-  function: Callable[[Any], Any],
-  batch: Any,
-  num_parts: int,
-  sharding: jax.sharding.Sharding | None = None,
-) -> Any:
-  """Calls a function of rows for one part of a batch after another.
-
-  For passes without gradients, that need no more memory than those with.
-
-  Args:
-    function: maps rows to a tree of arrays `[rows, ...]`, each by itself.
-    batch: tree of arrays `[N, ...]`.
-    num_parts: must divide N; 1 to call the function once.
-    sharding: of a part's rows, where they lie on several devices. Every part
-      takes rows from all of them.
-
-  Returns:
-    What the function gives for all rows, in their order.
-  """
-  if num_parts == 1:
-    return function(batch)
-  parts = jax.tree.map(
-    lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch
-  )
-
-  def one(part):
-    if sharding is not None:
-      part = jax.lax.with_sharding_constraint(part, sharding)
-    return function(part)
-
-  return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]),
-    jax.lax.map(one, parts),
-  )
-
-
-def records(
-  rollout: Rollout,
-  prompts: Sequence[str],
-  responses: Sequence[str],
-  scores: Sequence[float],
-  parts: Sequence[dict[str, Any]],
-  *,
-  settings: sampling.Settings,
-  policy_step: int,
-) -> list[dict[str, Any]]:
-  """Rows for a jsonl file: what online scripts write and offline ones read.
+def metrics(
+  rollout: Rollout, statistics: log_probs.TokenStatistics
+) -> dict[str, Array]:
+  """Describes a rollout, as the policy that drew it reads it.
 
   Args:
     rollout: N rows.
-    prompts: N texts.
-    responses: N texts.
-    scores: N numbers.
-    parts: N dicts, what the score is made of.
-    settings: the sampler's.
-    policy_step: rollouts that the policy which drew the tokens had learnt
-      from.
+    statistics: `[N, T]`, of `token_statistics` before the first update.
 
   Returns:
-    N dicts with `prompt`, `response`, `reward`, the ids and log-probabilities
-    of the response, and the sampler's settings.
+    "entropy/token", nats, over the tokens; "response/length", tokens, and
+    "response/finished", over the responses; "sampler/log_prob_gap", the
+    largest difference between sampler and trainer, nats.
   """
-  names = (
-    *("response_ids", "response_mask", "finished"),
-    *("log_probs", "truncated_log_probs"),
-  )
-  host = processes.gather({name: getattr(rollout, name) for name in names})
-  rows = []
-  for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-    mask = host["response_mask"][i]
-    rows.append(
-      {
-        "prompt": prompt,
-        "response": response,
-        "reward": float(scores[i]),
-        "parts": parts[i],
-        "response_ids": host["response_ids"][i][mask].tolist(),
-        "log_probs": host["log_probs"][i][mask].tolist(),
-        "truncated_log_probs": host["truncated_log_probs"][i][mask].tolist(),
-        "finished": bool(host["finished"][i]),
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "min_p": settings.min_p,
-        "policy_step": policy_step,
-      }
-    )
-  return rows
+  mask = rollout.response_mask
+  gap = jnp.abs(rollout.log_probs - statistics.log_probs)
+  return {
+    "entropy/token": masking.masked_mean(statistics.entropies, mask),
+    "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
+    "response/finished": rollout.finished.astype(jnp.float32).mean(),
+    "sampler/log_prob_gap": jnp.where(mask, gap, 0.0).max(),
+  }

@@ -1,20 +1,28 @@
-"""Responses of a policy to a fixed set of prompts, as texts."""
+"""Samplers: prompts as ids in, responses as texts out, compiled once.
 
+`Sampler` draws the responses that a script learns from, with its settings,
+limits and constraint. `Responder` answers the same prompts again and again
+while a policy is trained. `collect` draws into a file, and goes on with it
+after a kill.
+"""
+
+import dataclasses
 import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import compiled, meshes, processes
-from rljax.generation import decode, rollouts
+from rljax.generation import decode, grammars, rollouts
 from rljax.ops import sampling
 from rljax.text import batches as batches_lib
 from rljax.text import files, tokens
+from rljax.text import prompts as prompts_lib
 
 
 def read(
@@ -95,6 +103,386 @@ def unfinished_are_wrong(
   return np.where(np.asarray(finished, bool), scores, np.float32(0)), judged
 
 
+class Settings(NamedTuple):
+  """How responses are drawn, and where they end.
+
+  Attributes:
+    max_length: tokens of a response at most, its end token included.
+    min_length: 0, or each response has a limit of its own, drawn from here to
+      `max_length`.
+    num_samples: responses to each prompt.
+    temperature: divides the logits; of sampler and trainer.
+    top_k: keeps the k likeliest tokens; 0 keeps all.
+    top_p: keeps the likeliest tokens of this total probability; 1 keeps all.
+    min_p: keeps tokens of at least this share of the largest probability.
+    greedy: whether the likeliest token is taken.
+    stop_at_eos: whether the end token ends a response; else it is never drawn.
+    stop_strings: texts that end a response, and are cut off it.
+    constraint: "grammar", to keep responses within the task's, or "none".
+    unfinished_score: score of a response that ran out of length, which is then
+      never right; None: it is scored as any other.
+    seed: of the limits of length.
+  """
+
+  max_length: int
+  min_length: int = 0
+  num_samples: int = 1
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  greedy: bool = False
+  stop_at_eos: bool = True
+  stop_strings: tuple[str, ...] = ()
+  constraint: str = "none"
+  unfinished_score: float | None = None
+  seed: int = 0
+
+  @property
+  def distribution(self) -> sampling.Settings:
+    """What `ops.sampling` takes; if it is greedy, the rest has no say."""
+    if self.greedy:
+      return sampling.Settings(greedy=True)
+    return sampling.Settings(
+      temperature=self.temperature,
+      top_k=self.top_k,
+      top_p=self.top_p,
+      min_p=self.min_p,
+    )
+
+  def lengths(self, num_responses: int, *place: int) -> np.ndarray:
+    """Draws the limits of responses; `place` tells draws of a seed apart.
+
+    Returns:
+      `[num_responses]` int32.
+    """
+    return np.random.default_rng([self.seed, *place]).integers(
+      self.min_length or self.max_length,
+      self.max_length,
+      num_responses,
+      np.int32,
+      endpoint=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Responses with what is known of them; N rows, on the host but `rollout`.
+
+  Attributes:
+    rollout: arrays, `[N, ...]`.
+    prompts: N texts.
+    texts: N responses, without the strings that ended them.
+    scores: `[N]` float32, once scored.
+    parts: N dicts of what the scores are made of.
+    settings: of the sampler.
+    policy_step: rollouts that the policy had learnt from.
+    tokenizer: of the policy.
+  """
+
+  rollout: rollouts.Rollout
+  prompts: list[str]
+  texts: list[str]
+  settings: Settings
+  policy_step: int
+  tokenizer: Any
+  scores: np.ndarray | None = None
+  parts: list[dict[str, Any]] | None = None
+
+  def scored(self, score: Callable[..., Any]) -> "Samples":
+    """Returns the samples with their scores; see `score_responses`."""
+    finished = processes.gather(self.rollout.finished)
+    scores, parts = score_responses(
+      score,
+      self.prompts,
+      self.texts,
+      finished,
+      unfinished=self.settings.unfinished_score,
+    )
+    return dataclasses.replace(self, scores=scores, parts=parts)
+
+  def take(self, rows: Sequence[int]) -> "Samples":
+    """Returns some rows, with the rollout on the host."""
+    pick = lambda column: column and [column[i] for i in rows]
+    rollout = processes.gather(self.rollout)
+    return dataclasses.replace(
+      self,
+      rollout=jax.tree.map(lambda x: x[rows], rollout),
+      prompts=pick(self.prompts),
+      texts=pick(self.texts),
+      scores=None if self.scores is None else self.scores[rows],
+      parts=pick(self.parts),
+    )
+
+  @staticmethod
+  def concatenate(several: Sequence["Samples"]) -> "Samples":
+    """Joins scored samples of one sampler, with the rollout on the host."""
+    joined = lambda name: [x for s in several for x in getattr(s, name)]
+    return dataclasses.replace(
+      several[0],
+      rollout=jax.tree.map(
+        lambda *x: np.concatenate(x),
+        *(processes.gather(s.rollout) for s in several),
+      ),
+      prompts=joined("prompts"),
+      texts=joined("texts"),
+      scores=np.concatenate([s.scores for s in several]),
+      parts=joined("parts"),
+    )
+
+  def records(self) -> list[dict[str, Any]]:
+    """Returns rows for a jsonl file, which offline scripts read.
+
+    Returns:
+      N dicts with `prompt`, `response`, `reward`, `parts`, the ids and
+      log-probabilities of the response, and the sampler's settings.
+    """
+    names = (
+      *("response_ids", "response_mask", "finished"),
+      *("log_probs", "truncated_log_probs"),
+    )
+    host = processes.gather(
+      {name: getattr(self.rollout, name) for name in names}
+    )
+    rows = records(self.prompts, self.texts, self.scores, self.parts)
+    settings = {
+      name: getattr(self.settings, name)
+      for name in ("temperature", "top_k", "top_p", "min_p")
+    }
+    for i, row in enumerate(rows):
+      mask = host["response_mask"][i]
+      for name in ("response_ids", "log_probs", "truncated_log_probs"):
+        row[name] = host[name][i][mask].tolist()
+      row["finished"] = bool(host["finished"][i])
+      row |= settings | {"policy_step": self.policy_step}
+    return rows
+
+
+class Sampler:
+  """Draws responses to batches of prompts while a policy is trained.
+
+  It compiles once. A response depends on the key, on the prompt's place in the
+  batch and on the number of the sample, and not on the mesh.
+
+  Attributes:
+    settings: see `Settings`.
+    allowed: `[V]` bool, the tokens that may be drawn: no other special tokens,
+      no unused rows of the vocabulary.
+    stop_ids: token ids that end a response.
+    program: the compiled sampler.
+  """
+
+  def __init__(
+    self,
+    model: Any,
+    tokenizer: Any,
+    settings: Settings,
+    *,
+    mesh: Any,
+    task: Any = None,
+  ):
+    """Prepares the sampler.
+
+    Args:
+      model: the policy's module.
+      tokenizer: its tokenizer.
+      settings: how responses are drawn.
+      mesh: from `meshes.make`.
+      task: a module with the grammar that responses follow, where the settings
+        ask for it.
+
+    Raises:
+      ValueError: if the task has no grammar, or the tokenizer lacks its words.
+    """
+    vocab_size = model.config.vocab_size
+    distribution = settings.distribution
+    self.settings = settings
+    self.stop_ids = tokens.stop_ids(tokenizer) if settings.stop_at_eos else ()
+    self.allowed = jnp.asarray(
+      tokens.allowed_tokens(tokenizer, vocab_size, self.stop_ids)
+    )
+    self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+    self._task, self._grammar = task, None
+    if settings.constraint == "grammar":
+      grammar = grammars.of_task(task, tokenizer, vocab_size)
+      self._grammar = meshes.replicate(grammar, mesh)
+    stop_table = None
+    if settings.stop_strings:
+      stop_table = decode.stop_table(
+        settings.stop_strings,
+        tokens.token_bytes(tokenizer, vocab_size=vocab_size),
+      )
+
+    def sample(key, params, ids, mask, lengths, within):
+      return rollouts.sample(
+        key,
+        model,
+        params,
+        ids,
+        mask,
+        max_length=settings.max_length,
+        settings=distribution,
+        num_samples=settings.num_samples,
+        allowed=self.allowed,
+        stop_ids=self.stop_ids,
+        stop_strings=stop_table,
+        lengths=lengths,
+        constraint=within,
+        split_cache=meshes.cache_splitter(mesh),
+        pad_id=tokens.pad_id(tokenizer),
+      )
+
+    self.program = compiled.Compiled("sample", sample)
+
+  @property
+  def has_constraint(self) -> bool:
+    """Whether the tokens that may be drawn differ from place to place."""
+    return self._grammar is not None
+
+  @property
+  def compilations(self) -> list[dict[str, Any]]:
+    """Of the program; see `compiled.Compiled`."""
+    return self.program.compilations
+
+  def freeze(self) -> None:
+    """Makes another compilation an error."""
+    self.program.freeze()
+
+  def draw(
+    self,
+    key: jax.Array,
+    params: Any,
+    prompts: prompts_lib.Prompts,
+    rows: np.ndarray,
+    *,
+    step: int,
+    number: int = 0,
+  ) -> Samples:
+    """Draws responses to some of the prompts.
+
+    Args:
+      key: typed key of the step.
+      params: of the policy, on the mesh.
+      prompts: from `text.prompts.load`.
+      rows: `[B]` int, which of them.
+      step: rollouts that the policy has learnt from; decides the limits of
+        length, where they differ.
+      number: of the draw, if a step has several, for the same.
+
+    Returns:
+      B * num_samples responses; row b * num_samples + j is sample j of b.
+    """
+    num_samples = self.settings.num_samples
+    place = (step, 1, number) if number else (step, 1)
+    lengths = self.settings.lengths(len(rows) * num_samples, *place)
+    ids, mask, lengths = meshes.shard_batch(
+      (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
+    )
+    asked = [prompts.texts[i] for i in rows]
+    within = self._constraint(asked)
+    if within is not None:
+      within = within._replace(
+        start=meshes.shard_batch(within.start, self._mesh),
+        seconds=meshes.shard_batch(within.seconds, self._mesh),
+      )
+    rollout = self.program(key, params, ids, mask, lengths, within)
+    return Samples(
+      rollout=rollout,
+      prompts=[text for text in asked for _ in range(num_samples)],
+      texts=read(self._tokenizer, rollout, self.settings.stop_strings),
+      settings=self.settings,
+      policy_step=step,
+      tokenizer=self._tokenizer,
+    )
+
+  def responder(
+    self, prompts: prompts_lib.Prompts, *, batch_size: int, **options: Any
+  ) -> "Responder":
+    """Makes a responder that draws as the sampler does, for these prompts.
+
+    Args:
+      prompts: which it answers.
+      batch_size: prompts at the same time.
+      **options: of `Responder`, in place of what the settings say.
+    """
+    settings = self.settings
+    return Responder(
+      self._model,
+      self._tokenizer,
+      prompts.encoded,
+      batch_size=batch_size,
+      mesh=self._mesh,
+      texts=prompts.texts,
+      **{
+        "max_length": settings.max_length,
+        "max_lengths": settings.lengths(len(prompts.texts), 0, 2),
+        "settings": settings.distribution,
+        "num_samples": settings.num_samples,
+        "seed": settings.seed,
+        "stop_at_eos": settings.stop_at_eos,
+        "stop_strings": settings.stop_strings,
+        "constraint": self._constraint(prompts.texts),
+        "unfinished_score": settings.unfinished_score,
+        **options,
+      },
+    )
+
+  def greedy(
+    self, prompts: prompts_lib.Prompts, *, batch_size: int, **options: Any
+  ) -> "Responder":
+    """Makes a responder that answers prompts greedily, within the same limits.
+
+    Args:
+      prompts: which it answers.
+      batch_size: prompts at the same time.
+      **options: of `Responder`, in place of what the settings say.
+    """
+    return self.responder(
+      prompts,
+      batch_size=batch_size,
+      settings=sampling.Settings(greedy=True),
+      num_samples=1,
+      **options,
+    )
+
+  def _constraint(self, texts):
+    """What the responses to prompts must follow; None without a grammar."""
+    if self._grammar is None:
+      return None
+    places = self._task.places(
+      texts, self._tokenizer, self._model.config.vocab_size
+    )
+    return grammars.constraint(self._grammar, **places)
+
+
+def score_responses(
+  score: Callable[..., Any],
+  prompts: Sequence[str],
+  texts: Sequence[str],
+  finished: np.ndarray,
+  *,
+  unfinished: float | None = None,
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+  """Scores responses, with a score of their own for those without an end.
+
+  Args:
+    score: `(prompts, responses) -> (scores, parts)`.
+    prompts: N texts.
+    texts: N responses.
+    finished: `[N]` bool, False where a response ran out of length.
+    unfinished: score of those, which are then never right; None: they are
+      scored as any other.
+
+  Returns:
+    `[N]` float32 scores and N dicts.
+  """
+  scores, parts = score(list(prompts), list(texts))
+  if unfinished is not None:
+    _, parts = unfinished_are_wrong(scores, parts, finished)
+    scores = np.where(finished, scores, np.float32(unfinished))
+  return scores, parts
+
+
 class Responder:
   """Answers the same prompts again and again while a policy is trained.
 
@@ -104,6 +492,9 @@ class Responder:
   Attributes:
     num_prompts: N.
     num_samples: K.
+    texts: the prompts as they are scored, or None.
+    unfinished_score: of an answer without an end; None: as any other.
+    has_forced: whether tokens are forced.
     program: the compiled sampler, a `compiled.Compiled`.
   """
 
@@ -125,6 +516,8 @@ class Responder:
     forced_as: int | None = None,
     max_lengths: Sequence[int] | None = None,
     constraint: Any = None,
+    texts: Sequence[str] | None = None,
+    unfinished_score: float | None = 0.0,
   ):
     """Pads the prompts and prepares the sampler.
 
@@ -149,6 +542,9 @@ class Responder:
         most.
       constraint: `grammars.Constraint` of N rows, or None; see
         `generation.sample`.
+      texts: N prompts as they are scored, or None.
+      unfinished_score: of an answer that ran out of length, which is then never
+        right; None: it is scored as any other.
 
     Raises:
       ValueError: if prompts and responses are longer than the context, or the
@@ -198,6 +594,8 @@ class Responder:
       return rollout.replace(allowed=None)
 
     self.num_prompts, self.num_samples = len(ids), num_samples
+    self.texts, self.unfinished_score = texts, unfinished_score
+    self.has_forced = forced is not None
     self.program = compiled.Compiled("respond", sample)
     self._arrays = {
       "ids": ids,
@@ -215,6 +613,10 @@ class Responder:
     self._forced, self._forced_as = forced, forced_as
     self._stop_strings = tuple(stop_strings)
     self._batch_size, self._mesh = batch_size, mesh
+
+  def freeze(self) -> None:
+    """Makes another compilation an error."""
+    self.program.freeze()
 
   def __call__(self, params: Any) -> list[str]:
     """The responses of the policy with these parameters.
@@ -265,60 +667,6 @@ class Responder:
         response_ids=np.where(is_forced, self._forced_as, ids)
       )
     return rollout.replace(response_mask=rollout.response_mask & ~is_forced)
-
-
-def judge(
-  responder: Responder,
-  params: Any,
-  prompts: Sequence[str],
-  score: Callable[..., tuple[np.ndarray, list[dict[str, Any]]]],
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-  """Scores one response to each prompt; one without an end is never right.
-
-  Args:
-    responder: for N prompts, one response to each.
-    params: parameters of the policy.
-    prompts: N texts, which are scored.
-    score: `(prompts, responses) -> (scores, parts)`.
-
-  Returns:
-    `[N]` float32 scores and N dicts of what they are made of.
-  """
-  _, _, scores, parts = _judged(responder, params, prompts, score)
-  return scores, parts
-
-
-def answers(
-  responder: Responder,
-  params: Any,
-  prompts: Sequence[str],
-  score: Callable[..., tuple[np.ndarray, list[dict[str, Any]]]],
-) -> list[dict[str, Any]]:
-  """The same as rows for `samples.jsonl`; see `judge` and `records`.
-
-  Returns:
-    N rows of `records`, with `finished`.
-  """
-  texts, finished, scores, parts = _judged(responder, params, prompts, score)
-  return [
-    row | {"finished": bool(is_finished)}
-    for row, is_finished in zip(
-      records(prompts, texts, scores, parts), finished, strict=True
-    )
-  ]
-
-
-def _judged(responder, params, prompts, score):
-  """One response to each prompt: texts, finished, scores and parts."""
-  _, texts, finished = zip(*responder.batches(params), strict=True)
-  texts = [text for batch in texts for text in batch]
-  finished = np.concatenate(finished)
-  scores, parts = score(list(prompts), texts)
-  return (
-    texts,
-    finished,
-    *unfinished_are_wrong(scores, parts, finished),
-  )
 
 
 class Progress:

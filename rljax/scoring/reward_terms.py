@@ -14,13 +14,21 @@ Source:
   the outcome model as a potential, are our choice.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.distributed import compiled, meshes, processes
+from rljax.generation import rollouts, samplers
+from rljax.models import classifier, hf
 from rljax.ops import rewards
+from rljax.scoring import scorers
+from rljax.text import tokens
 
 Array = chex.Array
 
@@ -105,3 +113,236 @@ def token_rewards(
     if counts is not None and name != "score":
       placed[name] = jnp.where(counts[:, None], placed[name], 0.0)
   return placed
+
+
+class Terms:
+  """The reward terms of a run: what responses earn, and on which tokens."""
+
+  def __init__(
+    self,
+    names: Sequence[str],
+    *,
+    step_reward: float,
+    step_reward_limit: float,
+    step_coef: float,
+    unfinished_earns: bool,
+    line_feeds: np.ndarray,
+    model_score: Any = None,
+    expect: compiled.Compiled | None = None,
+    expect_params: Any = None,
+    mesh: Any = None,
+  ):
+    """See `load`, which makes the parts."""
+    self._names = tuple(names)
+    self._step_reward, self._step_reward_limit = step_reward, step_reward_limit
+    self._step_coef = step_coef
+    self._unfinished_earns = unfinished_earns
+    self._line_feeds = line_feeds
+    self._model_score = model_score
+    self._expect, self._expect_params = expect, expect_params
+    self._mesh = mesh
+
+  @property
+  def compilations(self) -> list[dict[str, Any]]:
+    """Of the program that reads an outcome model; see `compiled.Compiled`."""
+    return self._expect.compilations if self._expect else []
+
+  def freeze(self) -> None:
+    """Makes another compilation an error."""
+    if self._expect:
+      self._expect.freeze()
+
+  def check(self, task: Any, score: scorers.Scorer, prompt: str) -> None:
+    """Scores an empty response, so that bad options show at once.
+
+    Raises:
+      ValueError: if the task cannot score it, or says too little for a term.
+    """
+    _, parts = score([prompt], [""])
+    if "steps" in self._names and "step_matches" not in parts[0]:
+      raise ValueError(
+        "--reward_terms=steps needs a task whose parts say step_matches, line "
+        "by line, such as merge_sums; those of --task="
+        f"{task.__name__.rpartition('.')[2]} are "
+        f"{', '.join(parts[0]) or 'none'}."
+      )
+
+  def earn(self, samples: samplers.Samples) -> dict[str, Array]:
+    """Returns what each term needs of the responses, on the devices.
+
+    Args:
+      samples: N scored responses.
+    """
+    earned = {}
+    rollout = samples.rollout
+    for name in self._names:
+      if name == "score":
+        earned[name] = samples.scores
+      elif name == "steps":
+        ids, mask = processes.gather(
+          (rollout.response_ids, rollout.response_mask)
+        )
+        earned[name] = step_rewards(
+          [part["step_matches"] for part in samples.parts],
+          np.where(mask, self._line_feeds[ids], 0),
+          reward=self._step_reward,
+          limit=self._step_reward_limit,
+        )
+      elif name == "reward_model":
+        earned[name], _ = self._model_score(samples.prompts, samples.texts)
+      else:
+        earned[name] = self._expect(self._expect_params, rollout)
+    return meshes.shard_batch(earned, self._mesh)
+
+  def place(
+    self, earned: Mapping[str, Array], rollout: rollouts.Rollout
+  ) -> tuple[Array, dict[str, Array]]:
+    """Adds the terms up, token by token; for use under jit.
+
+    Args:
+      earned: from `earn`.
+      rollout: N rows.
+
+    Returns:
+      `[N, T]` float32, and metrics over the responses: "reward/mean" and
+      "reward/std" of the score, or of the sum where the score is no term;
+      "reward/total", the sum of the terms; "reward/<term>" for each other one.
+    """
+    by_term = token_rewards(
+      earned,
+      jnp.asarray(self._line_feeds > 0)[rollout.response_ids],
+      rollout.response_mask,
+      counts=None if self._unfinished_earns else rollout.finished,
+      step_coef=self._step_coef,
+    )
+    placed = functools.reduce(jnp.add, by_term.values())
+    totals = placed.sum(axis=1)
+    outcomes = earned.get("score", totals)
+    metrics = {
+      "reward/mean": outcomes.mean(),
+      "reward/std": outcomes.std(),
+      "reward/total": totals.mean(),
+    }
+    for name, term in by_term.items():
+      if name != "score":
+        metrics[f"reward/{name}"] = term.sum(axis=1).mean()
+    return placed, metrics
+
+
+def load(
+  loaded: hf.LanguageModel,
+  *,
+  names: Sequence[str],
+  mesh: Any,
+  batch_size: int,
+  map_rows: Callable[[Any, Any], Any] = lambda function, batch: function(batch),
+  dtype: str = "float32",
+  step_reward: float = 0.1,
+  step_reward_limit: float = 0.5,
+  step_coef: float = 1.0,
+  unfinished_earns: bool = True,
+  reward_model: str = "",
+  **reward_options: Any,
+) -> Terms:
+  """Loads what the terms need: a reward model, or the line feeds of tokens.
+
+  Args:
+    loaded: the policy with its tokenizer.
+    names: of the terms, some of `TERMS`.
+    mesh: from `meshes.make`.
+    batch_size: texts at the same time, for a reward model of texts.
+    map_rows: calls a function of rows for one part of a rollout after another,
+      such as `training.microbatch.map_rows`; for an outcome model of tokens.
+    dtype: of the outcome model's computation.
+    step_reward: what a line that matches the reference earns.
+    step_reward_limit: the most that a response earns so.
+    step_coef: scale of the term dense_reward_model.
+    unfinished_earns: whether a response without an end earns more than its
+      score.
+    reward_model: a classifier, for the terms that have one.
+    **reward_options: of `reward_models.RewardModel`.
+
+  Raises:
+    ValueError: if a name is unknown or given twice, or the terms and the
+      reward model do not fit each other.
+  """
+  names = list(names)
+  if not names or sorted(names) != sorted(set(names) & set(TERMS)):
+    raise ValueError(
+      f"--reward_terms must be some of {', '.join(TERMS)}, each once, got "
+      f"{','.join(names) or 'none'}."
+    )
+  uses_model = {"reward_model", "dense_reward_model"} & set(names)
+  if bool(uses_model) != bool(reward_model):
+    raise ValueError(
+      "--reward_model and the terms reward_model and dense_reward_model of "
+      f"--reward_terms need each other, got {reward_model or 'none'} and "
+      f"{','.join(names)}."
+    )
+  vocab_size = loaded.model.config.vocab_size
+  line_feeds = np.zeros(vocab_size, np.int32)  # In each token.
+  if {"steps", "dense_reward_model"} & set(names):
+    token_bytes = tokens.token_bytes(loaded.tokenizer, vocab_size=vocab_size)
+    line_feeds[:] = [piece.count(b"\n") for piece in token_bytes]
+  more = {}
+  if "reward_model" in names:
+    more["model_score"] = scorers.scorer(
+      "",
+      {},
+      reward_model,
+      batch_size=batch_size,
+      mesh=mesh,
+      **reward_options,
+    )
+  if "dense_reward_model" in names:
+    outcome = _outcome_model(reward_model, loaded, dtype)
+    rules = hf.partition_rules(outcome.model, mesh)
+    more["expect_params"] = meshes.place(
+      outcome.params, meshes.shardings(outcome.params, rules, mesh)
+    )
+
+    def expect(params, rollout):
+      length = rollout.prompt_ids.shape[1] + rollout.response_ids.shape[1]
+      tokens.check_positions(length, outcome.model.config.max_positions)
+
+      # The model has one label, "right": this is its probability.
+      def one(part):
+        logits = rollouts.prefix_logits(outcome.model, params, part)
+        return jax.nn.sigmoid(logits[:, :, 0])
+
+      return map_rows(one, rollout)
+
+    more["expect"] = compiled.Compiled("expect", expect)
+  return Terms(
+    names,
+    step_reward=step_reward,
+    step_reward_limit=step_reward_limit,
+    step_coef=step_coef,
+    unfinished_earns=unfinished_earns,
+    line_feeds=line_feeds,
+    mesh=mesh,
+    **more,
+  )
+
+
+def _outcome_model(name: str, policy: hf.LanguageModel, dtype: str) -> Any:
+  """Loads a reward model that reads the policy's own tokens."""
+  loaded = hf.load_classifier(name, dtype=dtype)
+  if not isinstance(loaded.model, classifier.CausalClassifier):
+    raise ValueError(
+      "--reward_terms=dense_reward_model needs a causal classifier, which sees "
+      f"no later tokens; --reward_model={name} is of the type "
+      f"{type(loaded.model).__name__}."
+    )
+  if len(loaded.labels) != 1:
+    raise ValueError(
+      "--reward_terms=dense_reward_model needs a classifier with one label; "
+      f"--reward_model={name} has {', '.join(loaded.labels)}."
+    )
+  if loaded.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+    raise ValueError(
+      "--reward_terms=dense_reward_model reads the policy's own tokens, but "
+      f"--reward_model={name} has another vocabulary than "
+      f"--policy={policy.source}; --reward_terms=reward_model reads texts."
+    )
+  return loaded

@@ -65,6 +65,26 @@ def scorer(
   return function
 
 
+def of_task(task: Any, options: Sequence[str] = ()) -> Scorer:
+  """Makes the scorer of a task, whose processes share the responses.
+
+  Args:
+    task: module with `score` or `score_batch`.
+    options: keyword arguments of it, as texts: name=value.
+
+  Returns:
+    As `scorer`.
+
+  Raises:
+    ValueError: if the task has no such option.
+  """
+  parsed = keywords.parse(options)
+  keywords.check(task.score, parsed)
+  function = divided(functools.partial(tasks.score_all, task, **parsed))
+  function.description = {"task": task.__name__.rpartition(".")[2], **parsed}
+  return function
+
+
 def divided(score: Scorer) -> Scorer:
   """The same scorer, of which every process does its share of the responses.
 

@@ -7,7 +7,6 @@ its first rollout, prints them as a table and refuses to train on red.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import processes
-from rljax.generation import rollouts
+from rljax.generation import rollouts, samplers
 from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import sampling
 
 Array = chex.Array
+
+
+class Refused(RuntimeError):
+  """Sampler and trainer disagree: nothing is trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +50,12 @@ class Check:
 
 
 def check(
-  model: Any,
+  log_probs_of: Callable[[Any, rollouts.Rollout], Array],
   params: Any,
   rollout: rollouts.Rollout,
   *,
-  settings: sampling.Settings,
-  allowed: Array | None = None,
   stop_ids: Sequence[int] = (),
   has_stop_strings: bool = False,
-  chunk_size: int | None = None,
-  num_parts: int = 1,
-  rows_sharding: jax.sharding.Sharding | None = None,
   gradients: Callable[[int], tuple[Any, dict[str, Array]]] | None = None,
   num_micro_batches: int = 2,
   tolerance: float = 1e-4,
@@ -67,16 +64,12 @@ def check(
   """Checks that sampler, trainer and masks agree on one rollout.
 
   Args:
-    model: the policy's module.
-    params: its parameters, those that drew the rollout.
+    log_probs_of: maps parameters and rows to the log-probabilities `[N, T]` of
+      the response tokens, exactly as the trainer computes them.
+    params: those that drew the rollout.
     rollout: N rows.
-    settings: the sampler's.
-    allowed: `[V]` bool, tokens that may be drawn, or None.
     stop_ids: token ids that end a response.
     has_stop_strings: whether texts may end a response, too.
-    chunk_size: as in training.
-    num_parts: in which the rows are read one after another, as in training.
-    rows_sharding: of a part, see `rollout.in_parts`.
     gradients: maps a number of micro-batches to the gradients and metrics of
       one minibatch, exactly as the update makes them. Metrics that are looked
       at: `ppo/ratio_max` and `ppo/ratio_min`.
@@ -88,28 +81,17 @@ def check(
       difference is only shown.
 
   Returns:
-    The checks, in the order in which they should be mended.
+    The checks, in the order in which they should be fixed.
   """
 
-  @jax.jit
-  def statistics(params, rollout):
-    read = functools.partial(
-      _log_probs,
-      model,
-      params,
-      temperature=settings.temperature,
-      allowed=allowed,
-      chunk_size=chunk_size,
-    )
-    return rollouts.in_parts(read, rollout, num_parts, rows_sharding)
-
+  statistics = jax.jit(log_probs_of)
   found = processes.gather(rollout.replace(allowed=None))
   mask = found.response_mask
   trainer = processes.gather(statistics(params, rollout))
   again = processes.gather(statistics(params, rollout))
 
-  def gap(a, b, mask=mask):
-    return float(np.max(np.abs(np.where(mask, a - b, 0.0))))
+  def gap(a, b):
+    return _gap(a, b, mask)
 
   checks = [
     Check(
@@ -132,33 +114,12 @@ def check(
     ),
   ]
 
-  # More pads on the left: positions and attention must come from the mask.
-  extra = 3
-  padded = rollout.replace(
-    prompt_ids=jnp.pad(rollout.prompt_ids, ((0, 0), (extra, 0))),
-    prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (extra, 0))),
-  )
-  checks.append(
-    Check(
-      "pads change nothing",
-      gap(trainer, processes.gather(statistics(params, padded))),
-      tolerance,
-      f"nats; {extra} more pads on the left",
-    )
-  )
-  order = np.random.default_rng(0).permutation(mask.shape[0])
-  permuted = jax.tree.map(lambda x: x[order], rollout)
-  checks.append(
-    Check(
-      "order of rows changes nothing",
-      gap(
-        trainer[order],
-        processes.gather(statistics(params, permuted)),
-        mask[order],
-      ),
-      tolerance,
-      "nats",
-    )
+  checks += _invariances(
+    lambda rows: processes.gather(statistics(params, rows)),
+    rollout,
+    trainer,
+    mask,
+    tolerance,
   )
   checks.append(_end_token(found, stop_ids, has_stop_strings))
   if gradients is not None:
@@ -187,9 +148,35 @@ def check(
   return checks
 
 
-def _log_probs(model, params, rollout, **options):
-  statistics, _ = rollouts.token_statistics(model, params, rollout, **options)
-  return statistics.log_probs
+def _gap(a, b, mask) -> float:
+  """Largest difference of two arrays where the mask is True."""
+  return float(np.max(np.abs(np.where(mask, a - b, 0.0))))
+
+
+def _invariances(statistics, rollout, trainer, mask, tolerance) -> list[Check]:
+  """Pads and the order of rows must change nothing."""
+  # More pads on the left: positions and attention must come from the mask.
+  extra = 3
+  padded = rollout.replace(
+    prompt_ids=jnp.pad(rollout.prompt_ids, ((0, 0), (extra, 0))),
+    prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (extra, 0))),
+  )
+  order = np.random.default_rng(0).permutation(mask.shape[0])
+  permuted = jax.tree.map(lambda x: x[order], rollout)
+  return [
+    Check(
+      "pads change nothing",
+      _gap(trainer, statistics(padded), mask),
+      tolerance,
+      f"nats; {extra} more pads on the left",
+    ),
+    Check(
+      "order of rows changes nothing",
+      _gap(trainer[order], statistics(permuted), mask[order]),
+      tolerance,
+      "nats",
+    ),
+  ]
 
 
 def _kl(log_probs, ref_log_probs, mask):
@@ -307,7 +294,7 @@ def _megabytes(size: int) -> str:
   return f"{size / 2**20:,.1f} MB"
 
 
-def judge(checks: Sequence[Check], mode: str) -> None:
+def enforce(checks: Sequence[Check], mode: str) -> None:
   """Stops a run whose checks are red.
 
   Args:
@@ -315,15 +302,71 @@ def judge(checks: Sequence[Check], mode: str) -> None:
     mode: "strict" raises, "warn" does not.
 
   Raises:
-    RuntimeError: in mode "strict", if a check did not pass.
+    Refused: in mode "strict", if a check did not pass.
   """
   red = [line for line in checks if not line.passed]
   if red and mode == "strict":
     names = "; ".join(
       f"{line.name}: {line.value:.3g} > {line.limit:.3g}" for line in red
     )
-    raise RuntimeError(
+    raise Refused(
       f"preflight found {len(red)} of {len(checks)} checks red ({names}). "
-      "Training on this would optimise something else than was sampled. Mend "
-      "it, or pass --preflight=warn to train all the same."
+      "Training on this would optimise something else than was sampled. Fix "
+      "it, or pass --preflight=warn to train anyway."
     )
+
+
+def run(
+  mode: str,
+  log_probs_of: Callable[[Any, rollouts.Rollout], Array],
+  params: Any,
+  rollout: rollouts.Rollout,
+  *,
+  sampler: samplers.Sampler,
+  gradients: Callable[[int], tuple[Any, dict[str, Array]]],
+  num_rows: int,
+  is_float32: bool,
+  parts_add_up: bool = True,
+  programs: Sequence[Any] = (),
+  memory: dict[str, Any] | None = None,
+) -> None:
+  """Checks sampler against trainer on a script's first rollout, and shows it.
+
+  Args:
+    mode: "strict" stops if a check fails, "warn" goes on.
+    log_probs_of: see `check`, likewise `params` and `rollout`.
+    params: of the policy.
+    rollout: N rows, drawn by `sampler`.
+    sampler: the script's own.
+    gradients: of `num_rows` rows in so many parts, exactly as the update makes
+      them.
+    num_rows: that a device has of a micro-batch.
+    is_float32: whether the model computes in float32; bfloat16 is allowed
+      larger differences.
+    parts_add_up: False where a part of the loss is no sum over rows: the
+      difference is then only shown.
+    programs: whose `compilations` are shown.
+    memory: part -> tree of arrays, to be shown.
+
+  Raises:
+    Refused: in mode "strict", if a check failed.
+  """
+  checks = check(
+    log_probs_of,
+    params,
+    rollout,
+    stop_ids=sampler.stop_ids,
+    has_stop_strings=bool(sampler.settings.stop_strings),
+    gradients=gradients,
+    # Parts of which every device still has a row.
+    num_micro_batches=_smallest_divisor(num_rows),
+    tolerance=1e-4 if is_float32 else 0.2,
+    gradient_tolerance=(1e-3 if is_float32 else 0.1) if parts_add_up else None,
+  )
+  show(checks, [row for x in programs for row in x.compilations], memory)
+  enforce(checks, mode)
+
+
+def _smallest_divisor(number: int) -> int:
+  """Returns the smallest divisor above 1, and 1 for 1."""
+  return next((n for n in range(2, number + 1) if number % n == 0), 1)

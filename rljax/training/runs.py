@@ -1,50 +1,87 @@
-"""What every script does before its own work begins."""
+"""One run of a script: its folder, mesh, state, logs and signals.
 
+A script opens its run, makes its models and functions, restores its state, and
+trains inside of `run.training`:
+
+  run = runs.start(FLAGS, total_steps=FLAGS.steps)
+  ...
+  state = run.restore({"policy": params}, rules, optimizer=transform)
+  update = run.compile(update, returns_state=True)
+  with run.training(model, tokenizer, {"policy": loaded.params}):
+    for step in run.steps(freeze=[update]):
+      state, metrics = update(state, batch_of(step))
+      run.log(step, metrics)
+      run.save(step + 1, state)
+  return run.exit_status
+
+What a step does, and in which order, stays in the script.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 from absl import flags, logging
 
-from rljax.distributed import processes
-from rljax.storage import checkpoint
+from rljax.distributed import compiled, meshes, processes
+from rljax.evaluation import curves, token_pages
+from rljax.evaluation import metrics as metrics_lib
+from rljax.generation import samplers
+from rljax.models import hf
+from rljax.storage import checkpoint, locks, paths
+from rljax.training import logs
+
+Tree = Any
 
 
 def start(
-  values: flags.FlagValues, may_change: Collection[str] = ()
-) -> dict[str, Any]:
-  """Opens the workdir of a script and holds its flags against it.
+  values: flags.FlagValues,
+  *,
+  total_steps: int | None = None,
+  trains: bool = True,
+) -> "Run":
+  """Opens the run that the flags of a script describe.
 
-  Reads two flags that all scripts have: `workdir`, and `compilation_cache`,
-  where compiled programs are kept between runs. A script files its flags by
-  `checkpoint.write_flags` once all else that may be wrong with them is known.
+  Joins the processes, sets the compilation cache, takes the workdir with its
+  lock, holds the flags against those that the run there began with, and makes
+  the mesh. Reads flags that `cli.define_run` defines. Flags that may differ
+  when a run is started again carry the attribute `may_change`.
 
   Args:
     values: the absl flags of the script.
-    may_change: flags that may differ when the run is started again.
+    total_steps: steps of the whole run; may be set later, as
+      `run.total_steps`.
+    trains: whether it trains a model. A script that only measures, and files
+      its results by `Run.reporting`, does not take the workdir of one.
 
   Returns:
-    Name to value of the script's own flags.
+    The run. Its flags are filed once training begins, when all else that may
+    be wrong with them is known.
 
   Raises:
-    ValueError: if the workdir cannot be written to, is not seen by all
-      processes, or holds a run with other flags; if the flags of several
-      processes differ; or if a launcher has started several of a script that
-      does not call `processes.join`.
+    ValueError: if the workdir cannot be written to, belongs to a process that
+      is still running, is not seen by all processes, or holds a run with other
+      flags or of another kind; if the flags of several processes differ; or if
+      the mesh does not fit the devices.
   """
-  processes.check_joined()
-  logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
+  processes.join()
+  if not values["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
   if values.compilation_cache:
     cache = os.path.expanduser(values.compilation_cache)
     jax.config.update("jax_compilation_cache_dir", cache)
-  in_force = {
-    flag.name: flag.value
-    for flag in values.get_key_flags_for_module(sys.argv[0])
-  }
+  own = values.get_key_flags_for_module(sys.argv[0])
+  in_force = {flag.name: flag.value for flag in own}
+  may_change = {f.name for f in own if getattr(f, "may_change", False)}
   # The first that they tell each other, now that the cache is known.
   folder = os.path.realpath(values.workdir)
   processes.check_same(
@@ -52,8 +89,554 @@ def start(
   )
   checkpoint.prepare_workdir(values.workdir)
   processes.check_shared(values.workdir)
+  if not trains and os.path.exists(os.path.join(folder, "checkpoints")):
+    raise ValueError(
+      f"--workdir={values.workdir} holds a training run, whose files this "
+      "script would replace; choose another."
+    )
+  lock = locks.take(values.workdir) if processes.is_first() else None
   checkpoint.check_flags(values.workdir, in_force, may_change)
-  return in_force
+  mesh = meshes.make(values.mesh)
+  return Run(values, in_force, may_change, mesh, lock, total_steps)
+
+
+class Run:
+  """An open run; made by `start`.
+
+  Attributes:
+    mesh: the devices, from `meshes.make`.
+    rows_sharding: how the rows of a batch lie on them.
+    workdir: folder of the run.
+    total_steps: steps of the whole run.
+    first_step: where this start begins; known after `restore`.
+    meta: what the script has saved beside its arrays, by `save`.
+    best: the best evaluation so far, `{"step", "value", "kept"}`, or None.
+      `kept` is the step of the parameters in `<workdir>/best`.
+    is_complete: whether all steps are done, rather than stopped by a signal.
+  """
+
+  def __init__(self, values, in_force, may_change, mesh, lock, total_steps):
+    """See `start`."""
+    self.mesh = mesh
+    self.rows_sharding = meshes.batch_sharding(mesh)
+    self.workdir = values.workdir
+    self.total_steps = total_steps
+    self.first_step = 0
+    self.meta: dict[str, Any] = {}
+    self.best: dict[str, Any] | None = None
+    self.is_complete = False
+    self._values, self._in_force = values, in_force
+    self._keeps_best = "keep_best" in values and values.keep_best
+    self._may_change = may_change
+    self._lock = lock  # Held as long as this object lives.
+    self._notes: list[str] = []
+    self._log = self._checkpoints = self._signals = self._best = None
+    self._state_shardings = None
+    self._stopped = False
+
+  # State.
+
+  def place(self, tree: Tree, rules: meshes.Rules) -> Tree:
+    """Puts the arrays of a tree on the mesh, by `meshes.shardings`."""
+    return meshes.place(tree, meshes.shardings(tree, rules, self.mesh))
+
+  def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
+    """Puts the parameters of a loaded model on the mesh, by its own rules."""
+    rules = hf.partition_rules(loaded.model, self.mesh)
+    return dataclasses.replace(loaded, params=self.place(loaded.params, rules))
+
+  def shard(self, batch: Tree) -> Tree:
+    """Splits the rows of a batch over the devices, by `meshes.shard_batch`."""
+    return meshes.shard_batch(batch, self.mesh)
+
+  def restore(
+    self,
+    params: Tree,
+    rules: meshes.Rules,
+    *,
+    optimizer: optax.GradientTransformation,
+    **more: Tree,
+  ) -> dict[str, Tree]:
+    """Makes and places a fresh state, or loads that of the last checkpoint.
+
+    Sets `first_step`, `meta` and `best`.
+
+    Args:
+      params: what is trained, as it begins, by the names of its models.
+      rules: of `meshes.shardings`.
+      optimizer: of all of `params`.
+      **more: other arrays of the state.
+
+    Returns:
+      `{"params", "optimizer", **more}` on the mesh, to go on from.
+
+    Raises:
+      ValueError: if the checkpoint is of another model or optimizer.
+    """
+    params = self.place(params, rules)
+    state = {"params": params, "optimizer": optimizer.init(params), **more}
+    self._state_shardings = meshes.shardings(state, rules, self.mesh)
+    state = meshes.place(state, self._state_shardings)
+    if self._checkpoints is None:  # A part has its own already.
+      self._checkpoints = checkpoint.Checkpoints(self.workdir)
+    if restored := self._checkpoints.restore_latest(state):
+      self.first_step, state, self.meta = restored
+      self.best = self.meta.get("best")
+    if self._keeps_best:
+      self._best = checkpoint.Checkpoints(self._best_folder, keep=1)
+      self._best.forget_after((self.best or {}).get("kept") or 0)
+    for kept in filter(None, (self._checkpoints, self._best)):
+      for message in kept.messages:
+        self.note(message)
+    return state
+
+  def expect(
+    self,
+    params: Tree,
+    rules: meshes.Rules,
+    *,
+    optimizer: optax.GradientTransformation,
+    **more: Tree,
+  ) -> None:
+    """Says what `restore` will return, so that `compile` may come before it.
+
+    Such a program is shared by the parts of a run, each of which restores a
+    state of its own.
+
+    Args:
+      params: as for `restore`, likewise `rules`, `optimizer` and `more`.
+    """
+    make = lambda params: {
+      "params": params,
+      "optimizer": optimizer.init(params),
+      **more,
+    }
+    state = jax.eval_shape(make, params)
+    self._state_shardings = meshes.shardings(state, rules, self.mesh)
+
+  def compile(
+    self,
+    function: Callable[..., Any],
+    *,
+    name: str | None = None,
+    returns_state: bool = False,
+    **jit_options: Any,
+  ) -> compiled.Compiled:
+    """Jits a function that must not compile again once it is warm.
+
+    Args:
+      function: of arrays.
+      name: shown in tables and errors; by default the function's own.
+      returns_state: True for `(state, ...) -> (state, others)`, after
+        `restore` or `expect`: the state is donated, and stays where it lies.
+      **jit_options: of `jax.jit`.
+    """
+    if returns_state:
+      jit_options = {
+        "donate_argnums": 0,
+        "out_shardings": (self._state_shardings, None),
+        **jit_options,
+      }
+    name = name or function.__name__
+    return compiled.Compiled(name, function, **jit_options)
+
+  def keys(self, step: int, num: int = 2) -> jax.Array:
+    """Returns the random keys of a step: they depend on --seed and the step."""
+    key = jax.random.fold_in(jax.random.key(self._values.seed), step)
+    return jax.random.split(key, num)
+
+  # The loop.
+
+  @contextlib.contextmanager
+  def signals(self) -> Iterator["Run"]:
+    """Catches SIGTERM and SIGINT, in the work before training too.
+
+    Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
+    block: `is_stopped` is then True, and everything that was written stays.
+    """
+    with checkpoint.Preemption() as self._signals:
+      try:
+        yield self
+      except checkpoint.Stopped:
+        self._stopped = True
+        text = "Stopped by a signal; everything so far is saved."
+        if self._log is not None:
+          self._log.note(text)
+        elif processes.is_first():
+          print(text, flush=True)
+
+  def should_stop(self) -> bool:
+    """Returns whether a signal asked for the end. All processes call it."""
+    return self._signals.should_stop()
+
+  def check_signals(self) -> None:
+    """Ends the block of `signals` if a signal asked for the end."""
+    if self.should_stop():
+      raise checkpoint.Stopped
+
+  def progress(
+    self, name: str, num_prompts: int
+  ) -> Callable[[int, list[dict[str, Any]]], None]:
+    """Makes what `samplers.collect` calls after every batch, within `signals`.
+
+    Args:
+      name: of what is drawn.
+      num_prompts: that are answered.
+
+    Returns:
+      A function that shows how far it is, and then calls `check_signals`.
+    """
+    shown = samplers.Progress(name, num_prompts)
+
+    def progress(done, rows):
+      shown(done, rows)
+      self.check_signals()
+
+    return progress
+
+  def file(
+    self,
+    starts_from: Mapping[str, Tree],
+    digests: Mapping[str, str] | None = None,
+  ) -> None:
+    """Files flags and models, once all else that may be wrong is known.
+
+    Args:
+      starts_from: see `training`.
+      digests: see `check_models`.
+
+    Raises:
+      ValueError: if another start has filed other flags or weights.
+    """
+    check_models(self.workdir, starts_from, digests)
+    self.file_flags()
+
+  @contextlib.contextmanager
+  def part(
+    self,
+    folder: str,
+    model: Any,
+    tokenizer: Any,
+    *,
+    total_steps: int,
+    keep: int = 1,
+  ) -> Iterator["Run"]:
+    """Opens a run inside of this one, such as one fit of several.
+
+    It has steps and checkpoints of its own, and no logs. It lies within
+    `signals`: a signal ends the block of those, once the part is saved.
+
+    Args:
+      folder: below the workdir; it becomes one that flags which name models
+        take.
+      model: whose config is written there.
+      tokenizer: likewise.
+      total_steps: of the part.
+      keep: how many of its checkpoints stay.
+
+    Yields:
+      A run to `restore`, count `steps` and `save`.
+    """
+    part = copy.copy(self)
+    part.workdir = os.path.join(self.workdir, folder)
+    part.total_steps = total_steps
+    part.first_step, part.meta, part.best = 0, {}, None
+    part.is_complete = part._stopped = False
+    part._checkpoints = checkpoint.Checkpoints(part.workdir, keep=keep)
+    part._best, part._keeps_best = None, False
+    with part._checkpoints:
+      yield part
+    if part.is_stopped:
+      raise checkpoint.Stopped
+    hf.save_config(os.path.join(part.workdir, "model"), model, tokenizer)
+
+  @contextlib.contextmanager
+  def training(
+    self,
+    model: Any,
+    tokenizer: Any,
+    starts_from: Mapping[str, Tree],
+    columns: Sequence[str] = (),
+    digests: Mapping[str, str] | None = None,
+  ) -> Iterator["Run"]:
+    """Files flags and models, and opens logs, checkpoints and signals.
+
+    `checkpoint.Stopped` ends the block, as it does that of `signals`.
+
+    Args:
+      model: whose config is written to `<workdir>/model`.
+      tokenizer: likewise.
+      starts_from: name of a flag -> parameters that the run starts from; None
+        for none. A later start with other weights is refused.
+      columns: metrics that the progress line shows.
+      digests: what else it starts from, see `check_models`.
+
+    Raises:
+      ValueError: if another start has filed other flags or weights.
+    """
+    self.file(starts_from, digests)
+    folders = [self.workdir] + ([self._best_folder] if self._best else [])
+    for folder in folders:
+      hf.save_config(os.path.join(folder, "model"), model, tokenizer)
+    with contextlib.ExitStack() as stack:
+      self.open_log(stack, columns)
+      for kept in filter(None, (self._checkpoints, self._best)):
+        stack.enter_context(kept)
+      stack.enter_context(self.signals())
+      yield self
+
+  def file_flags(self) -> None:
+    """Files the flags, which later starts are held against.
+
+    `file` and `reporting` do so. A script that trains nothing calls it where it
+    leaves something to go on with before it reports.
+    """
+    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+
+  @contextlib.contextmanager
+  def reporting(self) -> Iterator["Run"]:
+    """Files flags and opens logs, for a script that trains nothing.
+
+    What an earlier start wrote to `samples.jsonl` is dropped.
+    """
+    self.file_flags()
+    if processes.is_first():
+      pathlib.Path(self.workdir, "samples.jsonl").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+      self.open_log(stack)
+      yield self
+
+  def open_log(
+    self, stack: contextlib.ExitStack, columns: Sequence[str] = ()
+  ) -> None:
+    """Opens the logs alone, for a script that files its results by itself.
+
+    Without the flag --wandb_project, see `cli.define_run`, the script logs no
+    metrics: it has no curves, and nothing for TensorBoard.
+
+    Args:
+      stack: closes them.
+      columns: metrics that the progress line shows.
+    """
+    has_metrics = "wandb_project" in self._values
+    self._log = stack.enter_context(
+      logs.Logs(
+        self.workdir,
+        total_steps=self.total_steps or 1,
+        first_step=self.first_step,
+        columns=columns,
+        wandb_project=has_metrics and self._values.wandb_project,
+        tensorboard=has_metrics,
+      )
+    )
+    if has_metrics:
+      self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+    for text in self._notes:
+      self._log.note(text)
+    self._notes = []
+
+  def steps(self, freeze: Iterable[Any] = ()) -> Iterator[int]:
+    """Counts the steps that are left, until the end or a signal.
+
+    Args:
+      freeze: programs that from the second step on must not compile again.
+
+    Yields:
+      Each step, from `first_step`. The loop calls `save` in every one of them.
+    """
+    for step in range(self.first_step, self.total_steps):
+      yield step
+      if self._stopped:
+        self.note(f"Stopped by a signal after step {step + 1}; all is saved.")
+        return
+      for program in freeze:
+        program.freeze()
+    self.is_complete = True
+
+  @property
+  def is_stopped(self) -> bool:
+    """Whether a signal has ended the work."""
+    return self._stopped
+
+  @property
+  def exit_status(self) -> int:
+    """What the script returns: 0, or 130 after an interrupt."""
+    return self._signals.exit_status if self._stopped else 0
+
+  def save(self, done: int, state: Tree, **meta: Any) -> None:
+    """Saves every --save_every steps, at the end, and after a signal.
+
+    Args:
+      done: number of finished steps.
+      state: as `restore` returned it.
+      **meta: what is not an array; comes back in `meta`.
+    """
+    stop = self.should_stop()
+    is_due = done % self._values.save_every == 0 or done == self.total_steps
+    if is_due or stop:
+      meta = {"step": done, "best": self.best, **meta}
+      self._checkpoints.save(done, state, meta)
+    self._stopped = stop and done < self.total_steps
+
+  # The best.
+
+  @property
+  def _best_folder(self):
+    return os.path.join(self.workdir, "best")
+
+  def keep_best(self, step: int, value: float, params: Tree) -> None:
+    """Keeps the parameters of the best evaluation, with --keep_best.
+
+    The first evaluation, of what the run starts from, is to be beaten; if none
+    does, the last parameters count as the best.
+
+    Args:
+      step: of the evaluation.
+      value: the larger, the better.
+      params: what is kept in `<workdir>/best`.
+    """
+    if not self._keeps_best:
+      return
+    value = float(value)
+    if self.best is None:
+      self.best = {"step": step, "value": value, "kept": None}
+    is_better = value > self.best["value"]
+    if is_better:
+      self.best = {"step": step, "value": value, "kept": step}
+    elif step == self.total_steps and self.best["kept"] is None:
+      self.note("Nothing beat the start: the last parameters are the best.")
+      self.best = self.best | {"kept": step}
+    else:
+      return
+    self._best.save(step, {"params": params}, self.best)
+    # Before the state that says so: a kill between them repeats these steps.
+    self._best.wait()
+
+  # What is left for people to look at.
+
+  def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Writes one row of metrics."""
+    self._log.write(step, metrics)
+
+  def note(self, text: str) -> None:
+    """Prints a line above the progress line, or once that is there."""
+    if self._log is None:
+      self._notes.append(text)
+    else:
+      self._log.note(text)
+
+  def skipped(self, messages: Sequence[str]) -> None:
+    """Names rows that were left out, in `skipped.txt`, and counts them."""
+    self._log.skipped(messages)
+
+  def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds rows to `samples.jsonl`."""
+    self._log.samples(step, rows)
+
+  def show(
+    self,
+    step: int,
+    samples: samplers.Samples,
+    weights: jax.Array | None = None,
+    *,
+    name: str = "advantage",
+    num_in_all: int | None = None,
+  ) -> None:
+    """Shows samples every --samples_every steps: rows, histograms, a page.
+
+    Args:
+      step: that drew them.
+      samples: N scored responses.
+      weights: `[N, T]`, by which the page colours tokens; all processes pass
+        them. The page shows the last step, too.
+      name: of the weights.
+      num_in_all: samples of the step, if not N.
+    """
+    is_due = step % self._values.samples_every == 0
+    if is_due:
+      self.samples(step, samples.records()[: self._values.samples_logged])
+      histograms = {
+        part: metrics_lib.answer_histogram(row[part] for row in samples.parts)
+        for part in ("answer", "truth")
+        if part in samples.parts[0]
+      }
+      self._log.histograms(step, histograms)
+    is_last = step + 1 == self.total_steps
+    if weights is None or not (is_due or is_last):
+      return
+    rollout = samples.rollout
+    ids, mask, weights = processes.gather(
+      (rollout.response_ids, rollout.response_mask, weights)
+    )
+    facts = zip(samples.scores.tolist(), samples.parts, strict=True)
+    self.page(
+      f"{self._values.task}: a rollout after {step} steps",
+      lambda limit: token_pages.from_arrays(
+        samples.tokenizer,
+        samples.prompts,
+        ids,
+        mask,
+        weights,
+        facts=[{"reward": reward} | part for reward, part in facts],
+        limit=limit,
+      ),
+      value_name=name,
+      num_in_all=num_in_all or len(samples.texts),
+    )
+
+  def page(
+    self,
+    title: str,
+    samples: Callable[[int], Sequence[token_pages.Sample]],
+    **options: Any,
+  ) -> None:
+    """Writes `tokens.html`, unless --num_page_samples is 0.
+
+    Args:
+      title: of the page.
+      samples: makes at most so many of them; called in the first process.
+      **options: of `token_pages.write`.
+    """
+    limit = self._values.num_page_samples
+    if limit and processes.is_first():
+      path = os.path.join(self.workdir, "tokens.html")
+      token_pages.write(path, title, samples(limit), limit=limit, **options)
+
+  def summarise(
+    self, names: Sequence[str] = (), *, prefix: str = "eval/", title: str = ""
+  ) -> None:
+    """Writes and prints the metrics before and after, and where the best is.
+
+    Args:
+      names: of metrics.
+      prefix: all metrics that begin with it are shown, too.
+      title: of the table; by default the workdir's name.
+    """
+    self._wait()
+    if not processes.is_first():
+      return
+    rows = logs.read_rows(self.workdir)
+    known = dict.fromkeys(name for row in rows for name in row)
+    shown = [*names, *(x for x in known if x.startswith(prefix))]
+    table = {}
+    for name in dict.fromkeys(shown):
+      values = [row[name] for row in rows if name in row]
+      if values:
+        table[name] = {"before": values[0], "after": values[-1]}
+    title = title or self.workdir
+    if self.best:
+      title += f"; the best, of step {self.best['kept']}, is in best"
+    self._log.summary(table, title=title)
+
+  def finish(self, values: Mapping[str, Any], **options: Any) -> None:
+    """Writes and prints a summary of the script's own; see `logs.Logs`."""
+    self._wait()
+    self._log.summary(values, **options)
+
+  def _wait(self):
+    """Waits for what is being saved: where a summary is, everything is."""
+    for kept in filter(None, (self._checkpoints, self._best)):
+      kept.wait()
 
 
 def check_models(
@@ -78,16 +661,16 @@ def check_models(
   path = pathlib.Path(workdir, "models.json")
   digests = dict(digests or {})
   found = {
-    name: checkpoint.fingerprint(params) for name, params in models.items()
+    name: checkpoint.fingerprint(params)
+    for name, params in models.items()
+    if params is not None
   } | digests
   processes.check_same("The models or the data of the processes", found)
 
   def first_start():
     if path.exists():
       return json.loads(path.read_text())
-    partial = path.with_name(".models.json.partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(partial, path)
+    paths.write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
 
   known = processes.from_first(first_start)
@@ -131,10 +714,3 @@ def check_same_tokens(name: str, other: Any, policy: Any) -> None:
 def unescaped(texts: Sequence[str]) -> list[str]:
   """Texts of a flag, in which a backslash and an n are a line feed."""
   return [text.replace("\\n", "\n") for text in texts]
-
-
-def check_positive(values: flags.FlagValues, *names: str) -> None:
-  """Raises ValueError if one of the named flags is below 1."""
-  for name in names:
-    if values[name].value < 1:
-      raise ValueError(f"--{name} must be positive, got {values[name].value}.")
