@@ -35,8 +35,9 @@ from rljax.distributed import meshes
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.ops import sampling
+from rljax.rlmec import prompts as rewriting
 from rljax.scoring import cached, reward_terms, scorers
-from rljax.text import keywords, logged, prompts
+from rljax.text import keywords, logged, prompts, steps
 from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -44,14 +45,28 @@ flags.disclaim_key_flags()
 
 _LARGEST = float(np.finfo(np.float32).max)
 
+# Flags of the groups below whose default, or help, the script chooses. All
+# others are the same in all scripts.
+SCRIPTS_CHOOSE = frozenset(
+  (
+    *("steps", "save_every", "eval_every", "samples_every", "keep_best"),
+    *("num_page_samples", "task", "num_prompts", "num_eval_prompts"),
+    *("eval_split", "max_response_length", "too_long", "policy"),
+    *("hidden_size", "num_layers", "max_positions", "max_length"),
+    *("num_samples", "temperature", "top_p", "sample_batch_size"),
+    *("reward_model", "kl", "kl_coef", "kl_estimator", "batch_size", "epochs"),
+    *("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
+  )
+)
+
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a script's main function, and exits.
 
-  A word that is no flag, a number that is not finite, and a ValueError of the
-  script are one line on standard error, and the exit status is 1;
-  `--verbosity=1` shows where the error came from. A path that begins with ~ is
-  expanded.
+  A flag that cannot be parsed, a word that is no flag, a number that is not
+  finite, and a ValueError of the script are one line on standard error, and the
+  exit status is 1; `--verbosity=1` shows where the error came from. A path that
+  begins with ~ is expanded.
 
   Args:
     main: takes nothing, and returns the exit status.
@@ -60,27 +75,44 @@ def run(main: Callable[[], int | None]) -> None:
   def checked(argv):
     values = flags.FLAGS
     try:
-      _check_words(values, argv[1:])
-      _check_values(values)
+      check(values, argv[1:])
       return main()
     except (ValueError, preflight.Refused) as error:
       if values.verbosity >= 1:
         raise
-      sys.stdout.flush()
-      print(
-        f"{os.path.basename(argv[0])}: {error} (--verbosity=1 shows where.)",
-        file=sys.stderr,
-        flush=True,
-      )
+      _print_error(argv[0], f"{error} (--verbosity=1 shows where.)")
       if jax.distributed.is_initialized():
         os._exit(1)  # The other processes would wait for this one.
       return 1
 
-  app.run(checked)
+  app.run(checked, flags_parser=_parse)
 
 
-def _check_words(values, words):
-  """Raises ValueError for words of the command line that are no flags."""
+def _parse(argv):
+  """Parses the flags, or prints what is wrong with them and exits."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    text = "; ".join(str(error).splitlines())
+    _print_error(argv[0], f"{text.rstrip('.')}. (--help lists the flags.)")
+    sys.exit(1)
+
+
+def _print_error(script, text):
+  sys.stdout.flush()
+  print(f"{os.path.basename(script)}: {text}", file=sys.stderr, flush=True)
+
+
+def check(values: flags.FlagValues, words: Sequence[str] = ()) -> None:
+  """Expands paths, and refuses what cannot be meant.
+
+  Args:
+    values: parsed flags.
+    words: of the command line that are no flags.
+
+  Raises:
+    ValueError: if there are any, or a number is not finite.
+  """
   if words:
     name = words[0].partition("=")[0]
     hint = f"; write --{words[0]}" if name in values else ""
@@ -88,11 +120,8 @@ def _check_words(values, words):
       f"{words[0]!r} on the command line is not a flag: flags begin with "
       f"-- and look like --name=value{hint}."
     )
-
-
-def _check_values(values):
-  """Expands paths, and raises ValueError for numbers that are not finite."""
-  for flag in values.get_key_flags_for_module(sys.argv[0]):
+  for name in values:
+    flag = values[name]
     if isinstance(flag.value, str) and flag.value.startswith("~"):
       flag.value = os.path.expanduser(flag.value)
     if isinstance(flag.value, float) and not abs(flag.value) <= _LARGEST:
@@ -111,9 +140,60 @@ def may_change(*names: str) -> None:
 # Groups of flags, in the order of the data's journey.
 
 
+def define_presets(
+  algorithm: str,
+  presets: Mapping[str, str],
+  *,
+  paired: Mapping[str, str] | None = None,
+) -> None:
+  """Defines --algorithm, which sets other flags unless they are given.
+
+  It does so while the command line is parsed, before any condition over flags
+  that is defined after this: call it first.
+
+  Args:
+    algorithm: default of --algorithm.
+    presets: algorithm -> flags of the script, "name=value name=value". A value
+      such as max_length/5 is that share of another flag, rounded down.
+    paired: flag of a preset -> another one that speaks for it: if that is
+      given, the preset leaves both alone, for half of a pair would not fit the
+      other half.
+  """
+  paired = paired or {}
+
+  def apply(name):
+    values = flags.FLAGS
+    for flag, text in _preset(presets[name]):
+      is_given = any(values[x].present for x in (flag, paired.get(flag, flag)))
+      whole, _, divisor = text.partition("/")
+      if is_given:
+        continue
+      if divisor:
+        values[flag].value = values[whole].value // int(divisor)
+      else:
+        values[flag].value = values[flag].parser.parse(text)
+    return True
+
+  flags.DEFINE_enum(
+    "algorithm",
+    algorithm,
+    list(presets),
+    "Algorithm, which sets other flags unless they are given; "
+    + "; ".join(f"{name}: {text}" for name, text in presets.items())
+    + ".",
+  )
+  flags.register_validator("algorithm", apply)
+
+
+def _preset(text):
+  """Splits the flags of a preset into names and values."""
+  return [word.split("=") for word in text.split()]
+
+
 def define_run(
   *,
   steps: int | None = None,
+  epochs: float | None = None,
   save_every: int | None = 500,
   eval_every: int | None = None,
   samples_every: int | None = None,
@@ -125,6 +205,8 @@ def define_run(
 
   Args:
     steps: default of --steps; 0: as many as --epochs make; None: no flag.
+    epochs: default of --epochs, the passes over all data, for --steps=0; None:
+      no flag here.
     save_every: default of --save_every; None: no flag.
     eval_every: default of --eval_every; None: no flag, nor --keep_best.
     samples_every: default of --samples_every, for scripts that draw samples in
@@ -155,6 +237,13 @@ def define_run(
       "Steps of training, as the script's first lines define a step."
       + (" 0: as many as --epochs make." if not steps else ""),
       lower_bound=0 if not steps else 1,
+    )
+  if epochs is not None:
+    flags.DEFINE_float(
+      "epochs",
+      epochs,
+      "Passes over the training data, where --steps is 0; above 0.",
+      lower_bound=1e-6,
     )
   if save_every is not None:
     flags.DEFINE_integer(
@@ -196,6 +285,19 @@ def define_run(
       lower_bound=0,
     )
     may_change("num_page_samples")
+  _define_devices()
+  if logs:
+    flags.DEFINE_string(
+      "wandb_project",
+      "",
+      "Weights & Biases project to which metrics are sent as well; empty for "
+      "none.",
+    )
+    may_change("wandb_project")
+
+
+def _define_devices():
+  """Defines the mesh and the cache of compiled programs."""
   flags.DEFINE_string(
     "mesh",
     "data:-1",
@@ -210,14 +312,6 @@ def define_run(
     "none.",
   )
   may_change("workdir", "mesh", "compilation_cache")
-  if logs:
-    flags.DEFINE_string(
-      "wandb_project",
-      "",
-      "Weights & Biases project to which metrics are sent as well; empty for "
-      "none.",
-    )
-    may_change("wandb_project")
 
 
 def define_preflight() -> None:
@@ -329,7 +423,7 @@ def define_log() -> None:
     "data",
     "",
     "Logged replies: a .jsonl or .json file, a folder of splits or "
-    "tfds:<name>; docs/data.md shows the fields. Empty: the task's own log.",
+    "tfds:<name>; docs/data.md shows the fields. Empty: those of the task.",
   )
   flags.DEFINE_integer(
     "first_row",
@@ -402,27 +496,41 @@ def define_replies() -> None:
   define_stop_strings()
 
 
-def define_models(*, policy: str | None = None, remat: bool = True) -> None:
+def define_models(
+  *,
+  policy: str | None = None,
+  required: bool = True,
+  remat: bool = True,
+  logits: bool = True,
+) -> None:
   """Defines the policy and how models compute.
 
   Args:
     policy: what --policy is to the script, as a sentence; None: it starts as
       this model.
+    required: whether it must be named; else it may be empty.
     remat: whether the script has a backward pass.
+    logits: see `define_compute`.
   """
   flags.DEFINE_string(
     "policy",
-    None,
+    None if required else "",
     (policy or "Language model that the policy starts as.")
     + " The workdir of a run, a Hugging Face directory, a packaged model, a "
-    "GGUF file or a hub name.",
-    required=True,
+    "GGUF file or a hub name"
+    + ("." if required else "; empty for random weights."),
+    required=required,
   )
-  define_compute(remat=remat)
+  define_compute(remat=remat, logits=logits)
 
 
-def define_compute(*, remat: bool = True) -> None:
-  """Defines how models compute."""
+def define_compute(*, remat: bool = True, logits: bool = True) -> None:
+  """Defines how models compute.
+
+  Args:
+    remat: whether the script has a backward pass.
+    logits: whether that goes through logits of all tokens.
+  """
   flags.DEFINE_enum(
     "dtype",
     "float32",
@@ -436,6 +544,7 @@ def define_compute(*, remat: bool = True) -> None:
       "Whether the backward pass recomputes the layers: less memory, more "
       "time.",
     )
+  if remat and logits:
     flags.DEFINE_integer(
       "chunk_size",
       0,
@@ -536,28 +645,39 @@ def define_sampler(
       lower_bound=1,
     )
   if online:
-    _define_ends()
+    define_ends()
+    _define_limits()
 
 
-def _define_ends():
-  """Defines where responses end, and what those without an end are worth."""
+def define_ends() -> None:
+  """Defines whether the end token and a grammar end responses."""
   flags.DEFINE_bool(
     "stop_at_eos",
     False,
     "Whether the end token ends a response; if not, it is never drawn.",
-  )
-  flags.DEFINE_integer(
-    "min_length",
-    0,
-    "Least limit of a response: each has a limit of its own, drawn from here "
-    "to --max_length; 0 gives all of them --max_length.",
-    lower_bound=0,
   )
   flags.DEFINE_enum(
     "constraint",
     "none",
     ["none", "grammar"],
     "What responses must follow: grammar keeps them within that of the task.",
+  )
+  _require(
+    ["constraint", "stop_at_eos"],
+    lambda v: v["constraint"] == "none" or v["stop_at_eos"],
+    "--constraint=grammar lets a response end where its expression does: it "
+    "needs --stop_at_eos.",
+  )
+
+
+def _define_limits():
+  """Defines limits of their own, and what responses without an end earn."""
+  flags.DEFINE_integer(
+    "min_length",
+    0,
+    "Least limit of a response: each has a limit of its own, drawn from here "
+    "to --max_length; 0 gives all of them --max_length.",
+    lower_bound=0,
   )
   flags.DEFINE_float(
     "unfinished_score",
@@ -569,12 +689,6 @@ def _define_ends():
     ["min_length", "max_length"],
     lambda v: v["min_length"] <= v["max_length"],
     "--min_length must not be more than --max_length.",
-  )
-  _require(
-    ["constraint", "stop_at_eos"],
-    lambda v: v["constraint"] == "none" or v["stop_at_eos"],
-    "--constraint=grammar lets a response end where its expression does: it "
-    "needs --stop_at_eos.",
   )
   _require(
     ["unfinished_score", "stop_at_eos", "stop_strings"],
@@ -589,6 +703,56 @@ def _define_ends():
 def _require(names, holds, message):
   """Registers a condition over several flags."""
   flags.register_multi_flags_validator(names, holds, message)
+
+
+def define_dynamic_sampling() -> None:
+  """Defines what happens to groups of responses that are scored alike."""
+  flags.DEFINE_bool(
+    "dynamic_sampling",
+    False,
+    "Whether groups of equal scores, which teach nothing, are replaced by "
+    "those of further prompts.",
+  )
+  flags.DEFINE_integer(
+    "max_sampling_rounds",
+    10,
+    "Batches of prompts that a step draws at most, with --dynamic_sampling.",
+    lower_bound=1,
+  )
+  _require(
+    ["dynamic_sampling", "num_samples"],
+    lambda v: not v["dynamic_sampling"] or v["num_samples"] > 1,
+    "--dynamic_sampling compares responses to one prompt: --num_samples must "
+    "be at least 2.",
+  )
+  _require(
+    ["dynamic_sampling", "unfinished_score"],
+    lambda v: not v["dynamic_sampling"] or not v["unfinished_score"],
+    "--dynamic_sampling keeps the groups whose scores differ, and "
+    "--unfinished_score would tell wrong responses apart: it must be 0.",
+  )
+
+
+def define_overlong_penalty() -> None:
+  """Defines a price of long responses."""
+  flags.DEFINE_integer(
+    "overlong_buffer",
+    0,
+    "Last tokens before --max_length, over which a penalty grows from 0 to 1; "
+    "0: no penalty.",
+    lower_bound=0,
+  )
+  _require(
+    ["overlong_buffer", "max_length"],
+    lambda v: v["overlong_buffer"] <= v["max_length"],
+    "--overlong_buffer must lie between 0 and --max_length.",
+  )
+  _require(
+    ["overlong_buffer", "stop_at_eos", "stop_strings"],
+    lambda v: not v["overlong_buffer"] or v["stop_at_eos"] or v["stop_strings"],
+    "--overlong_buffer would price every response alike: without --stop_at_eos "
+    "or --stop_strings all have --max_length tokens.",
+  )
 
 
 def define_stop_strings() -> None:
@@ -635,6 +799,59 @@ def define_reward_model(text: str = "") -> None:
   )
 
 
+def define_reasoning() -> None:
+  """Defines how several samples of a question are judged."""
+  flags.DEFINE_list(
+    "k",
+    [],
+    "Numbers k of samples for pass@k, separated by commas; empty: "
+    "--num_samples alone.",
+  )
+  flags.DEFINE_enum(
+    "ties",
+    "expected",
+    ["expected", "first_seen"],
+    "Which answer wins a tied vote: expected is one at random, on average; "
+    "first_seen is the first.",
+  )
+  flags.DEFINE_enum(
+    "trace_key",
+    "text",
+    sorted(steps.KEYS),
+    "What makes two reasoning traces the same: their text, or their equations.",
+  )
+  flags.DEFINE_string(
+    "rerank_model",
+    "",
+    "Classifier that ranks the samples of a question, in the forms of "
+    "--reward_model and read as the flags --reward_* say; empty for none.",
+  )
+  flags.DEFINE_string(
+    "new_vs",
+    "",
+    "Label of the policy whose samples make a trace of others known; empty for "
+    "none.",
+  )
+  flags.DEFINE_string(
+    "new_vs_samples",
+    "",
+    "File whose samples make a trace known, at least 4 times --num_samples of "
+    "each prompt; empty for none.",
+  )
+  _require(
+    ["k", "num_samples"],
+    lambda v: all(
+      k.isdecimal() and 1 <= int(k) <= v["num_samples"] for k in v["k"]
+    ),
+    "--k must be whole numbers from 1 to --num_samples.",
+  )
+  _require(
+    ["new_vs", "new_vs_samples"],
+    lambda v: not (v["new_vs"] and v["new_vs_samples"]),
+    "Give --new_vs or --new_vs_samples, not both.",
+  )
+
+
 def define_reward_terms() -> None:
   """Defines the sum of rewards that a response earns."""
   flags.DEFINE_list(
@@ -660,6 +877,44 @@ def define_reward_terms() -> None:
   )
   define_reward_model(
     "Classifier for the reward terms reward_model and dense_reward_model."
+  )
+
+
+def define_rewriting(template: str, *, locate: bool | None) -> None:
+  """Defines how a generative reward model is asked for rewrites.
+
+  Args:
+    template: default of --template; "": as the model was trained.
+    locate: default of --locate; None: likewise.
+  """
+  flags.DEFINE_string(
+    "stages",
+    "",
+    "Folder of the stages before training, which several runs may share; empty "
+    "takes --workdir.",
+  )
+  may_change("stages")
+  flags.DEFINE_enum(
+    "template",
+    template,
+    [*([] if template else [""]), *sorted(rewriting.TEMPLATES)],
+    "How the reward model is asked: compact for a model of characters, lines "
+    "for a vocabulary without letters, instruction for a model of words"
+    + ("." if template else "; empty: as it was trained."),
+  )
+  flags.DEFINE_bool(
+    "locate",
+    locate,
+    "Whether the reward model names the first wrong step, so that its rewrite "
+    "keeps the steps before that one"
+    + ("." if locate is not None else "; unset: as it was trained."),
+  )
+  flags.DEFINE_integer(
+    "max_question_length",
+    2000,
+    "Most tokens of a question to a model that rewrites, the wrong solution "
+    "included; longer ones are left out.",
+    lower_bound=1,
   )
 
 
@@ -700,6 +955,18 @@ def define_kl(
     "Model that the KL penalty compares the policy with, in the forms of "
     "--policy; empty: the policy before its first update.",
   )
+  if not estimator:
+    _require(
+      ["kl", "kl_estimator"],
+      lambda v: (v["kl"], v["kl_estimator"]) != ("loss", "k1"),
+      "--kl_estimator=k1 has a gradient of mean 0 as a loss; take k2 or k3, or "
+      "--kl=reward.",
+    )
+    _require(
+      ["kl", "reference"],
+      lambda v: v["kl"] != "none" or not v["reference"],
+      "--reference has no meaning for --kl=none.",
+    )
 
 
 def define_adaptive_kl() -> None:
@@ -746,7 +1013,7 @@ def define_batches(
     )
   if epochs is not None:
     flags.DEFINE_integer(
-      "epochs", epochs, "Passes over the data of a step.", lower_bound=1
+      "epochs", epochs, "Passes over the data of a step or fit.", lower_bound=1
     )
 
 
@@ -770,12 +1037,12 @@ def define_optimizer(
     schedule,
     list(optimizers.SCHEDULES),
     "How the learning rate goes on after the warm-up: constant, or linear or "
-    "cosine down to --final_learning_rate at the last update.",
+    "cosine down to --final_learning_rate.",
   )
   flags.DEFINE_float(
     "final_learning_rate",
     0.0,
-    "Learning rate of the last update, unless --schedule=constant.",
+    "Learning rate to which --schedule=linear or cosine falls by the end.",
     lower_bound=0.0,
   )
   flags.DEFINE_float(
@@ -822,8 +1089,16 @@ def define_optimizer(
 # Readers. Each takes the parsed flags of a script that called the group.
 
 
-def load_task(values: flags.FlagValues) -> types.ModuleType:
-  """Returns the module that --task names."""
+def preset(values: flags.FlagValues, presets: Mapping[str, str]) -> str:
+  """Returns --algorithm, and what is in force of the flags that it sets."""
+  names = [name for name, _ in _preset(presets[values.algorithm])]
+  return " ".join(f"--{n}={values[n].value}" for n in ("algorithm", *names))
+
+
+def load_task(values: flags.FlagValues) -> types.ModuleType | None:
+  """Returns the module that --task names; None where it may be empty and is."""
+  if not (values.task or values["task"].default):
+    return None
   return tasks.load(values.task)
 
 
@@ -838,6 +1113,35 @@ def prompt_options(values: flags.FlagValues) -> dict[str, Any]:
     "prompt_format": values.prompt_format,
     "task_options": keywords.parse(values.task_options),
     "eos": "stop_at_eos" not in values or values.stop_at_eos,
+  }
+
+
+def solved_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `text.prompts.solved`."""
+  options = keywords.parse(values.task_options)
+  if "example_options" in values:
+    options |= keywords.parse(values.example_options)
+  return {"seed": values.seed, "task_options": options}
+
+
+def encode_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `text.prompts.encode` and its like."""
+  return {
+    "max_length": values.max_prompt_length,
+    "prompt_format": values.prompt_format,
+    "name": values.task,
+  }
+
+
+def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `models.fresh.make`."""
+  return {
+    "family": values.family,
+    "hidden_size": values.hidden_size,
+    "num_layers": values.num_layers,
+    "num_heads": values.num_heads,
+    "max_positions": values.max_positions,
+    **model_options(values),
   }
 
 
@@ -952,10 +1256,27 @@ def load_reference(
   Raises:
     ValueError: if it is another architecture, or has other tokens.
   """
-  if not values.reference:
+  return load_like(values, "reference", loaded)
+
+
+def load_like(
+  values: flags.FlagValues, name: str, loaded: hf.LanguageModel
+) -> hf.LanguageModel:
+  """Loads the model that a flag names; the policy itself if it names none.
+
+  Args:
+    values: parsed flags.
+    name: of the flag.
+    loaded: the policy.
+
+  Raises:
+    ValueError: if it is another architecture, or has other tokens.
+  """
+  path = values[name].value
+  if not path:
     return loaded
-  other = hf.load(values.reference, **model_options(values))
-  runs.check_same_kind(f"--reference={values.reference}", other, loaded)
+  other = hf.load(path, **model_options(values))
+  runs.check_same_kind(f"--{name}={path}", other, loaded)
   return other
 
 
@@ -986,6 +1307,33 @@ def reward_model_options(values: flags.FlagValues) -> dict[str, Any]:
     "template": values.reward_template,
     "max_length": values.reward_length,
   }
+
+
+def load_reward_model(
+  values: flags.FlagValues,
+  mesh: Any,
+  *,
+  batch_size: int,
+  name: str = "reward_model",
+) -> scorers.Scorer | None:
+  """Loads a reward model as a scorer beside the task's; None if none is named.
+
+  Args:
+    values: parsed flags.
+    mesh: from `meshes.make`.
+    batch_size: texts at the same time.
+    name: of the flag that names it; it is read as the flags --reward_* say.
+  """
+  if not values[name].value:
+    return None
+  return scorers.scorer(
+    "",
+    {},
+    values[name].value,
+    **reward_model_options(values),
+    batch_size=batch_size,
+    mesh=mesh,
+  )
 
 
 def load_scorer(
@@ -1071,20 +1419,25 @@ def check_read(
 
 
 def batch_sizes(
-  values: flags.FlagValues, mesh: Any, *, num_samples: int = 1
+  values: flags.FlagValues, mesh: Any, *, num_samples: int | None = None
 ) -> microbatch.Sizes:
   """Returns the rows of a step, of an update and of a pass.
 
   Args:
     values: parsed flags.
     mesh: from `meshes.make`.
-    num_samples: rows for each of --batch_size.
+    num_samples: rows for each of --batch_size prompts; None: those are rows.
 
   Raises:
-    ValueError: if one does not divide the other, or the devices cannot share
-      them.
+    ValueError: if one does not divide the other, the devices cannot share
+      them, or there are fewer prompts.
   """
-  rows = values.batch_size * num_samples
+  if num_samples is not None and values.batch_size > values.num_prompts:
+    raise ValueError(
+      f"--batch_size must lie between 1 and the {values.num_prompts} prompts "
+      f"of --num_prompts, got {values.batch_size}."
+    )
+  rows = values.batch_size * (num_samples or 1)
   minibatch = ("minibatch_size" in values and values.minibatch_size) or rows
   micro_batch = (
     "micro_batch_size" in values and values.micro_batch_size
@@ -1100,20 +1453,32 @@ def batch_sizes(
       "of an update."
     )
   meshes.check_divisible(values.batch_size, mesh, "--batch_size")
+  if "sample_batch_size" in values:
+    name = "--sample_batch_size"
+    meshes.check_divisible(values.sample_batch_size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
+  if "sample_batch_size" in values:
+    name = "--sample_batch_size"
+    meshes.check_divisible(values.sample_batch_size, mesh, name)
   return microbatch.Sizes(rows, minibatch, micro_batch)
 
 
 def optimizer_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `optimizers.adamw`."""
-  return {
-    "learning_rate": values.learning_rate,
-    "kind": values.schedule,
-    "warmup": values.warmup,
-    "final_learning_rate": values.final_learning_rate,
+  return schedule_options(values) | {
     "b1": values.adam_b1,
     "b2": values.adam_b2,
     "epsilon": values.adam_epsilon,
     "weight_decay": values.weight_decay,
     "max_grad_norm": values.max_grad_norm,
+  }
+
+
+def schedule_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `optimizers.schedule`."""
+  return {
+    "learning_rate": values.learning_rate,
+    "kind": values.schedule,
+    "warmup": values.warmup,
+    "final_learning_rate": values.final_learning_rate,
   }

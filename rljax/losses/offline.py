@@ -1,9 +1,8 @@
 """Losses of offline reinforcement learning on logged responses with rewards.
 
 A whole response is one action. Every method is the negative log-likelihood of
-the logged tokens under its own weights, and the methods differ in nothing but
-these: `token_weights` makes them, without gradient, and `weighted_loss` uses
-them.
+the logged tokens under its own weights, and the methods differ only in these:
+`token_weights` makes them, without gradient, and `weighted_loss` uses them.
 """
 
 import chex
@@ -38,7 +37,7 @@ _MAX_LOG_RATIO = 20.0
 
 
 def needed_arrays(algorithm: str) -> tuple[str, ...]:
-  """The arguments of `offline_loss` that a method cannot do without.
+  """Returns which arguments of `offline_loss` a method needs.
 
   Args:
     algorithm: one of `ALGORITHMS`.
@@ -70,7 +69,7 @@ def token_weights(
   clip_epsilon: float | None = 0.9,
   gold_floor: float = 0.1,
 ) -> Array:
-  """What an offline method multiplies each token's log-likelihood with.
+  """Computes the weight of each token's log-likelihood in a method.
 
     nll             w_t = 1
     wbc             w_t = R
@@ -90,8 +89,8 @@ def token_weights(
   of its log-likelihood, unlike under the surrogate of PPO.
 
   "wbc" is weighted behaviour cloning. "r_gold" is the learning from
-  demonstrations of Pang and He, with the reward in the place of their return;
-  a method of distillation bears the same name and is not meant.
+  demonstrations of Pang and He, with the reward in place of their return, not
+  the distillation method of the same name.
 
   Args:
     algorithm: one of `ALGORITHMS`.
@@ -104,7 +103,7 @@ def token_weights(
       for "nll" and the methods that weigh by reward.
     mask: `[B, T]` bool, True on response tokens.
     clip_epsilon: ε > 0, or None to leave the ratios as they are.
-    gold_floor: u >= 0, the smallest probability that "r_gold" reckons with.
+    gold_floor: u >= 0, the smallest probability that "r_gold" uses.
 
   Returns:
     `[B, T]` float32 w, 0 where masked.
@@ -118,7 +117,7 @@ def token_weights(
     Reinforcement Learning for Language Models", and its code. Pang and He
     (2021), "Text Generation by Learning from Demonstrations", for "r_gold".
     The bounds of the log-ratios are ours: without clipping, a response that
-    is 100 nats likelier than before has a ratio that is no float32.
+    is 100 nats likelier than before has a ratio beyond float32.
   """
   _check_arrays(log_probs, ref_log_probs, rewards, advantages, mask)
   _check_settings(algorithm, clip_epsilon, gold_floor)
@@ -140,7 +139,7 @@ def token_weights(
     if clip_epsilon is not None:
       ratio = jnp.clip(ratio, 1.0 - clip_epsilon, 1.0 + clip_epsilon)
     weights = weights * ratio
-  # The one place where no method can forget it.
+  # Here, so that no method can forget it.
   return jax.lax.stop_gradient(jnp.where(mask, weights, 0.0))
 
 
@@ -153,16 +152,16 @@ def weighted_loss(
   kl_coef: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Weighted negative log-likelihood of whole responses, and a penalty.
+  """Computes a weighted NLL of whole responses, with a KL-like penalty.
 
     L = mean_i(-Σ_t w_it log π(y_it)) + β mean_i(S_i - S_ref,i)
     S = Σ_t log π(y_t),   S_ref = Σ_t log π_ref(y_t)
 
-  Both means are over the sequences that have an unmasked token; the tokens of
-  a sequence are summed. The penalty is taken on the logged responses. It is
-  no divergence of the policy, may be negative, and leaves a token the weight
-  w - β in all: where that is negative the loss has no lower bound, and the
-  mean of S, which is among the metrics, falls.
+  Both means are over the sequences that have an unmasked token; the tokens of a
+  sequence are summed. The penalty is taken on the logged responses. It is not a
+  divergence of the policy, may be negative, and leaves a token the total weight
+  w - β: where that is negative the loss has no lower bound, and the mean of S,
+  which is among the metrics, falls.
 
   No gradient flows to `weights` and `ref_log_probs`.
 
@@ -236,7 +235,7 @@ def offline_loss(
   kl_coef: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Loss of an offline method, by its name.
+  """Computes the loss of an offline method, given by its name.
 
     L = mean_i(-Σ_t w_it log π(y_it))   [+ β mean_i(S_i - S_ref,i)]
 
@@ -249,7 +248,7 @@ def offline_loss(
     algorithm: one of `ALGORITHMS`.
     log_probs: `[B, T]` float, of the trained policy.
     ref_log_probs: `[B, T]` float, of the frozen reference policy, or None for
-      a method that does without.
+      a method that needs none.
     rewards: `[B]` float R >= 0, or None likewise.
     advantages: `[B]` float A, or None likewise; negative ones count as 0.
     mask: `[B, T]` bool, True on response tokens.

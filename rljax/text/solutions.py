@@ -1,7 +1,7 @@
-"""Responses with outcomes: what outcome reward models learn from.
+"""Responses with outcomes, which outcome reward models learn from.
 
-A response counts as a whole, right or wrong, or by its steps, of which each
-can or cannot lead to a right answer; a step is a line, see `traces.steps`.
+A label says of a whole response whether it is right, or of each step whether it
+can still lead to a right answer; a step is a line, see `steps.steps`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ TARGETS = ("tokens", "step_ends", "last")
 
 @dataclasses.dataclass(frozen=True)
 class Solution(logged.Row):
-  """A response whose outcome is known; `candidates` holds it alone.
+  """Holds a response of known outcome, the only one of its `candidates`.
 
   Attributes:
     labels: one number in [0, 1] per step; the last is the outcome.
@@ -38,7 +38,7 @@ class Solution(logged.Row):
 
 @dataclasses.dataclass(frozen=True)
 class Labelled(logged.Encoded):
-  """N solutions as ids, with labels for tokens.
+  """Holds N solutions as ids, with labels for tokens.
 
   Attributes:
     labels: `[N, T]` float32, of the step that a token belongs to.
@@ -49,6 +49,138 @@ class Labelled(logged.Encoded):
   labels: np.ndarray
   is_target: np.ndarray
   steps: np.ndarray
+
+
+# Data.
+
+
+def read(
+  tokenizer: Any,
+  data: str,
+  eval_data: str = "",
+  *,
+  eval_share: float = 0.0,
+  num_eval_rows: int,
+  first_row: int = 0,
+  num_rows: int = 0,
+  task: Any = None,
+  seed: int,
+  options: Mapping[str, Any],
+  labels: str = "outcome",
+  targets: str = "tokens",
+  balance_labels: bool = True,
+  prompt_format: str = "plain",
+  **limits: Any,
+) -> logged.Split:
+  """Reads solutions to learn from and held-out ones, with labels for tokens.
+
+  No held-out prompt is among those to learn from, and of the latter every
+  (prompt, response) is taken once. Held-out samples count as often as they
+  were drawn, balanced or not.
+
+  Args:
+    tokenizer: encodes them.
+    data: files with commas between them, see `load`; empty: the task's log.
+    eval_data: the same, of the held-out ones.
+    eval_share: share of the prompts in `data` that are held out instead; 0 for
+      none.
+    num_eval_rows: held-out solutions that are used at most, the first ones.
+    first_row: solutions of `data` that are passed over at its beginning.
+    num_rows: solutions that are used from there on; 0 uses all.
+    task: module with `logged`, where no file is named.
+    seed: of every draw.
+    options: of the task's log.
+    labels: see `parse`.
+    targets: see `label_tokens`.
+    balance_labels: whether to `balance` those to learn from, by steps for
+      "sorm".
+    prompt_format: see `logged.render`.
+    **limits: of `logged.encode`.
+
+  Returns:
+    Both as `Labelled`, with what was left out.
+
+  Raises:
+    ValueError: if there is nothing to learn from, or the held-out solutions
+      have all one outcome.
+  """
+  skipped: list[str] = []
+
+  def scored(names, split):
+    if names:
+      found, unusable = load(names.split(","), split, labels)
+      skipped.extend(unusable)
+      return found
+    return from_rows(logged.task_rows(task, split, seed, options))
+
+  def rendered(rows):
+    rows, unusable = logged.render(rows, tokenizer, prompt_format)
+    skipped.extend(unusable)
+    return rows
+
+  def labelled(rows):
+    encoded = logged.encode(tokenizer, rows, **limits)
+    skipped.extend(encoded.skipped)
+    return label_tokens(encoded, tokenizer, targets)
+
+  rows = scored(data, "train")[first_row:]
+  rows = rendered(rows[: num_rows or None])
+  num_shared = 0
+  if eval_share:
+    rows, held_out = split_prompts(rows, eval_share, seed=seed)
+  else:
+    held_out = rendered(scored(eval_data, "validation"))
+    num_shared, rows = len(rows), _without_prompts(rows, held_out)
+    num_shared -= len(rows)
+  held_out = labelled(held_out[:num_eval_rows])
+  if len({row.is_positive for row in held_out.rows}) < 2:
+    raise ValueError(
+      f"All {len(held_out.rows)} held-out solutions have the same outcome; "
+      "give more (--num_eval_rows)."
+    )
+  different = distinct(rows)
+  train = whole = labelled(different)
+  if balance_labels:
+    train = balance(whole, by_step=labels == "sorm", seed=seed)
+  num_targets = int(train.is_target.sum())
+  counts = {
+    "solutions of held-out prompts left out": num_shared,
+    "duplicates left out": len(rows) - len(different),
+    "solutions left out for balance": len(whole.rows) - len(train.rows),
+    "targets left out for balance": int(whole.is_target.sum()) - num_targets,
+    "good solutions": sum(row.is_positive for row in train.rows),
+    "targets": num_targets,
+    "good targets": int(np.sum(train.labels[train.is_target] >= 0.5)),
+  }
+  return logged.Split(train, held_out, skipped, counts)
+
+
+def batch(
+  part: Labelled, rows: Sequence[int], lengths: Sequence[int]
+) -> dict[str, np.ndarray]:
+  """Pads B solutions to a batch.
+
+  Args:
+    part: N solutions.
+    rows: B row numbers.
+    lengths: columns P and T of prompts and responses.
+
+  Returns:
+    The arrays of `logged.batch`, `labels` `[B, T]` float32 and `is_target`
+    `[B, T]` bool.
+  """
+  missing = ((0, 0), (0, lengths[1] - part.labels.shape[1]))
+  return {
+    **logged.batch(
+      part,
+      rows,
+      np.zeros(len(rows), int),
+      prompt_length=lengths[0],
+      response_length=lengths[1],
+    ),
+    "labels": np.pad(part.labels[rows], missing),
+    "is_target": np.pad(part.is_target[rows], missing),
+  }
 
 
 # Rows.
@@ -65,8 +197,8 @@ def load(
     labels: see `parse`.
 
   Returns:
-    Solutions in order, and one message for each row that cannot be used,
-    which names its place.
+    Solutions in order, and a message with the place of each row that cannot be
+    used.
 
   Raises:
     ValueError: if there is no such file or split, no row can be used, or an
@@ -89,7 +221,7 @@ def load(
 
 
 def from_rows(rows: Sequence[logged.Row]) -> list[Solution]:
-  """Every scored candidate of rows as a solution.
+  """Makes a solution of every scored candidate of rows.
 
   Raises:
     ValueError: if a row has no rewards, or one is not in [0, 1].
@@ -101,16 +233,16 @@ def parse(row: Mapping[str, Any], place: str, labels: str) -> list[Solution]:
   """Reads the solutions of one row.
 
   "outcome" gives every step the label of the whole response: its reward, or
-  `is_correct` where it has none. "sorm" asks whether a step can still lead to
-  a right answer, by `values`, the shares of right ones among completions of
-  the prefix that ends in the step: `traces.possible_labels`. A response that
-  ran out of length (`finished` is false) is wrong whatever is said of it.
+  `is_correct` where it has none. "sorm" asks whether a step can still lead to a
+  right answer, by `values`, the shares of right ones among completions of the
+  prefix that ends in the step: `steps.possible_labels`. A response that ran out
+  of length (`finished` is false) is wrong, whatever its reward.
 
   Args:
     row: JSON values by field: `prompt`, `response` and `reward` as
-      `responses.collect` writes them, or any form of `logged.parse` with
+      `samplers.collect` writes them, or any form of `logged.parse` with
       rewards. For "sorm" `prompt`, `response` and `values`.
-    place: what to call the row.
+    place: of the row, for messages.
     labels: "outcome" or "sorm".
 
   Returns:
@@ -146,7 +278,7 @@ def parse(row: Mapping[str, Any], place: str, labels: str) -> list[Solution]:
 def split_prompts(
   solutions: Sequence[Solution], share: float, *, seed: int
 ) -> tuple[list[Solution], list[Solution]]:
-  """Sets all solutions of some prompts apart.
+  """Splits off all solutions of some prompts.
 
   Args:
     solutions: N, whose prompts are texts.
@@ -154,16 +286,16 @@ def split_prompts(
     seed: of the choice.
 
   Returns:
-    The solutions that are left, and those that were set apart.
+    The solutions that are left, and those that were split off.
 
   Raises:
-    ValueError: if `share` is not in (0, 1), or there is one prompt alone.
+    ValueError: if `share` is not in (0, 1), or there is only one prompt.
   """
   if not 0 < share < 1:
     raise ValueError(f"share must lie between 0 and 1, got {share}.")
   prompts = list(dict.fromkeys(solution.prompt for solution in solutions))
   if len(prompts) < 2:
-    raise ValueError(f"Splitting takes 2 prompts or more, got {len(prompts)}.")
+    raise ValueError(f"A split needs 2 prompts or more, got {len(prompts)}.")
   order = np.random.default_rng(seed).permutation(len(prompts))
   number = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
   apart = {prompts[i] for i in order[:number]}
@@ -174,7 +306,7 @@ def split_prompts(
 
 
 def distinct(solutions: Sequence[Solution]) -> list[Solution]:
-  """The first solution of each (prompt, response)."""
+  """Keeps the first solution of each (prompt, response)."""
   found = {}
   for solution in solutions:
     found.setdefault((solution.prompt, solution.candidates), solution)
@@ -187,10 +319,10 @@ def distinct(solutions: Sequence[Solution]) -> list[Solution]:
 def label_tokens(
   encoded: logged.Encoded, tokenizer: Any, targets: str
 ) -> Labelled:
-  """Gives the tokens of solutions the labels of their steps.
+  """Labels the tokens of solutions by their steps.
 
-  A step ends in the token with its line feed; should a token end two, it
-  belongs to the later one. The last step goes on to the end token.
+  A step ends in the token with its line feed; a token that ends two belongs to
+  the later one. The last step goes on to the end token.
 
   Args:
     encoded: N rows that are solutions.
@@ -223,7 +355,7 @@ def label_tokens(
   for n, (row, (ids,)) in enumerate(
     zip(encoded.rows, encoded.response_ids, strict=True)
   ):
-    # A step is over after so many line feeds; one without goes on.
+    # A step is over after so many line feeds; a step without any goes on.
     parts = steps_lib.steps(row.candidates[0])
     ends = np.cumsum([part.count("\n") for part in parts], dtype=float)
     if "\n" not in parts[-1]:
@@ -233,7 +365,7 @@ def label_tokens(
     ends_step = np.diff(num_over, prepend=0) > 0
     step = np.minimum(num_over - ends_step, len(parts) - 1)
     steps[n, : len(ids)] = step
-    # A chat template may have taken blank lines off the front.
+    # A chat template may have stripped blank lines from the front.
     labels[n, : len(ids)] = np.float32(row.labels[-len(parts) :])[step]
     if targets == "tokens":
       is_target[n, : len(ids)] = True
@@ -248,12 +380,12 @@ def label_tokens(
 def balanced(
   is_positive: np.ndarray, groups: np.ndarray, *, seed: int
 ) -> np.ndarray:
-  """Which items to keep for as many positive as negative ones in each group.
+  """Chooses items so that each group has as many positive as negative ones.
 
   Args:
     is_positive: `[N]` bool.
     groups: `[N]` int.
-    seed: of the draw among those that are too many.
+    seed: of the draw among the surplus.
 
   Returns:
     `[N]` bool.
@@ -286,7 +418,7 @@ def balance(part: Labelled, *, by_step: bool, seed: int) -> Labelled:
     The solutions and targets that are left.
 
   Raises:
-    ValueError: if nothing is.
+    ValueError: if nothing is left.
   """
   if by_step:
     rows, columns = np.nonzero(part.is_target)
@@ -308,14 +440,25 @@ def balance(part: Labelled, *, by_step: bool, seed: int) -> Labelled:
       f"{int(is_positive.sum())} of {len(is_positive)} labels are positive: "
       "there is nothing to balance."
     )
-  return _subset(part, np.flatnonzero(kept))
+  return logged.take(part, np.flatnonzero(kept))
 
 
 # Helpers.
 
 
+def _without_prompts(
+  rows: Sequence[Solution], others: Sequence[Solution]
+) -> list[Solution]:
+  """Solutions whose prompts others do not have."""
+  asked = {row.prompt for row in others}
+  left = [row for row in rows if row.prompt not in asked]
+  if not left:
+    raise ValueError("All prompts of the training rows are held out.")
+  return left
+
+
 def _of_row(row: logged.Row) -> list[Solution]:
-  """Every candidate with its reward as the label of all its steps."""
+  """Makes a solution of every candidate, its reward the label of all steps."""
   if row.rewards is None:
     raise ValueError(f'{row.place}: "reward" is missing.')
   return [
@@ -328,8 +471,8 @@ def _of_row(row: logged.Row) -> list[Solution]:
 
 
 def _solution(row: logged.Row, labels: Iterable[float]) -> Solution:
-  # Encoded from its text as a reward model will read it, end token included,
-  # not by the ids that were drawn.
+  # Encoded from its text, end token included, as a reward model will read it,
+  # not from the ids that were drawn.
   fields = _fields(row) | {"response_ids": None}
   return Solution(**fields, labels=tuple(labels), has_answer=True)
 
@@ -339,19 +482,21 @@ def _wrong(solution: Solution) -> Solution:
 
 
 def _values(row: Mapping[str, Any], response: str, place: str) -> list[float]:
-  """The values of the steps of a response, which must fit them."""
+  """Returns the values of a response's steps, which must fit them."""
   values = row.get("values")
   if not isinstance(values, list):
-    raise ValueError(f'{place}: "values" is missing, for labels=sorm.')
+    raise ValueError(f'{place}: "values" is missing; labels=sorm needs it.')
   for value in values:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
-      raise ValueError(f'{place}: "values" holds no share but {value!r:.20}.')
+      raise ValueError(
+        f'{place}: "values" must be shares in [0, 1], got {value!r:.20}.'
+      )
   steps = steps_lib.steps(response)
   if row.get("steps", steps) != steps or len(values) != len(steps):
     raise ValueError(
       f"{place}: there are {len(values)} values, but the response has "
-      f'{len(steps)} lines, or "steps" are not its lines.'
+      f'{len(steps)} lines, or its "steps" are not its lines.'
     )
   return [float(value) for value in values]
 
@@ -367,20 +512,7 @@ def _checked(solutions: list[Solution]) -> list[Solution]:
 
 
 def _fields(row: Any) -> dict[str, Any]:
-  """The fields of a dataclass, not copied."""
+  """Returns the fields of a dataclass, not copied."""
   return {
     field.name: getattr(row, field.name) for field in dataclasses.fields(row)
   }
-
-
-def _subset(part: Labelled, indices: np.ndarray) -> Labelled:
-  pick = lambda items: [items[i] for i in indices]
-  return dataclasses.replace(
-    part,
-    prompt_ids=pick(part.prompt_ids),
-    response_ids=pick(part.response_ids),
-    rows=pick(part.rows),
-    labels=part.labels[indices],
-    is_target=part.is_target[indices],
-    steps=part.steps[indices],
-  )

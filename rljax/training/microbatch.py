@@ -95,7 +95,8 @@ def grad(
   what the mean divides by: rows (all parts alike, the default), or tokens.
 
   Metrics are combined by their names: the largest of `..._max`, the least of
-  `..._min`, the sum of `.../tokens` and `.../count`. Of the others it is the
+  `..._min`, the sum of `.../tokens` and `.../count`, the perplexity of all
+  tokens for `<loss>/perplexity` (with `<loss>/tokens`). Of the others it is the
   mean, weighed by `<loss>/count` where the loss counts what its means are over
   (a subset, say), else by w.
 
@@ -120,7 +121,7 @@ def grad(
     counts = jnp.ones(num_parts)
     if weigh is not None:
       counts = jax.vmap(weigh)(parts).astype(jnp.float32)
-    weights = counts / jnp.maximum(counts.sum(), 1.0)
+    weights = counts / _not_zero(counts.sum())
     scale = jnp.ones(num_parts) if adds_up else weights
 
     def add(total, inputs):
@@ -159,10 +160,13 @@ def combine(
       adds_up and quantity.endswith("loss")
     ):
       found[name] = values.sum()
+    elif quantity == "perplexity":
+      tokens = metrics[f"{loss}/tokens"]
+      total = jnp.maximum(tokens.sum(), 1.0)
+      found[name] = jnp.exp((jnp.log(values) * tokens).sum() / total)
     elif f"{loss}/count" in metrics:
       counts = metrics[f"{loss}/count"].astype(jnp.float32)
-      total = jnp.maximum(counts.sum(), 1.0)
-      found[name] = (values * counts).sum() / total
+      found[name] = (values * counts).sum() / _not_zero(counts.sum())
     else:
       found[name] = (values * weights).sum()
   return found
@@ -210,6 +214,11 @@ def orders(key: Array, sizes: Sizes, *, epochs: int) -> Array:
   shuffle = lambda key: jax.random.permutation(key, sizes.rows)
   shuffled = jax.vmap(shuffle)(jax.random.split(key, epochs))
   return shuffled.reshape(-1, sizes.minibatch)
+
+
+def _not_zero(total):
+  """Divides a sum of nothing by 1."""
+  return jnp.where(total == 0, 1.0, total)
 
 
 def _constrained(tree, sharding):

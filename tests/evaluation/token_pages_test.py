@@ -1,4 +1,4 @@
-"""Tests of rljax.pages."""
+"""Tests of rljax.evaluation.token_pages."""
 
 import html.parser
 import math
@@ -210,6 +210,25 @@ class MakeTest(_PagesTest):
       BYTES, ["p", "q"], ids, ids >= 0, ids * 1.0, limit=1
     )
     self.assertEqual((first.prompt, first.facts), ("p", {}))
+
+  def test_with_rewrites(self):
+    row = {
+      "prompt": "p",
+      "ids": [97, 98, END],
+      "values": np.array([0.5, 0.0, -0.1]),
+      "marked": [False, True, False],
+      "facts": {"right": False},
+    }
+    rewrite = {"rewrite_ids": [97, END], "rewrite_marked": [True, False]}
+    wrong, right = token_pages.with_rewrites(BYTES, [row | rewrite, row])
+    self.assertEqual((wrong.prompt, wrong.facts), ("p", {"right": False}))
+    self.assertEqual(wrong.response.texts, ["a", "b", ""])
+    np.testing.assert_array_equal(wrong.response.values, [0.5, 0.0, -0.1])
+    np.testing.assert_array_equal(wrong.response.marked, [False, True, False])
+    self.assertEqual(wrong.rewrite.texts, ["a", ""])
+    np.testing.assert_array_equal(wrong.rewrite.marked, [True, False])
+    self.assertIsNone(wrong.rewrite.values)
+    self.assertIsNone(right.rewrite)
 
   def test_from_log(self):
     tokenizer = word_lists.word_tokenizer()
@@ -567,7 +586,7 @@ class PageTest(_PagesTest):
     self._read([self._sample("old")])
     old = self.path.read_text()
     with (
-      mock.patch.object(pathlib.Path, "write_text", side_effect=OSError),
+      mock.patch.object(pathlib.Path, "write_bytes", side_effect=OSError),
       self.assertRaises(OSError),
     ):
       self._read([self._sample("new")])

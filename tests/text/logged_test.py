@@ -173,7 +173,7 @@ class ParseTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    ({}, 'none of "response", "candidates" and "chosen" is there'),
+    ({}, 'it has none of "response", "candidates" and "chosen"'),
     ({"prompt": "a"}, 'none of "response"'),
     ({"prompt": "a", "response": None}, 'none of "response"'),
     ({"response": "b"}, '"prompt" is missing'),
@@ -188,24 +188,27 @@ class ParseTest(parameterized.TestCase):
     ({"prompt": "a", "chosen": "b", "rejected": ""}, '"rejected" is empty'),
     ({"prompt": " ", "response": "b"}, '"prompt" is empty'),
     ({"prompt": [], "response": "b"}, '"prompt" is empty'),
-    ({"prompt": 5, "response": "b"}, '"prompt" is neither text nor mess.*int'),
-    ({"prompt": ["a"], "response": "b"}, 'a message of "prompt" is no object'),
+    ({"prompt": 5, "response": "b"}, '"prompt" must be a text or mess.*int'),
+    ({"prompt": ["a"], "response": "b"}, 'message of "prompt" is not an obj'),
     ({"prompt": [{"role": "user"}], "response": "b"}, '"content" of a message'),
-    ({"prompt": "a", "response": ["b"]}, '"response" is no text but list'),
-    ({"prompt": "a\ud800", "response": "b"}, '"prompt" holds half a char'),
+    ({"prompt": "a", "response": ["b"]}, '"response" must be a text, got list'),
+    ({"prompt": "a\ud800", "response": "b"}, '"prompt" holds half a surr'),
     (
       {"prompt": "a", "candidates": ["b", 5], "rewards": [1, 2]},
-      r'"candidates\[1\]" is no text but int',
+      r'"candidates\[1\]" must be a text, got int',
     ),
     (
       {"prompt": "a", "candidates": ["b"], "rewards": [1, 2]},
       "there are 1 candidates, but 2 rewards",
     ),
-    ({"prompt": "a", "candidates": [], "rewards": []}, "or an empty one"),
-    ({"prompt": "a", "candidates": "b", "rewards": [1]}, "is no list"),
+    (
+      {"prompt": "a", "candidates": [], "rewards": []},
+      "a list that is not empty",
+    ),
+    ({"prompt": "a", "candidates": "b", "rewards": [1]}, "must be a list"),
     (
       {"prompt": "a", "candidates": ["b"], "rewards": [math.inf]},
-      r'"rewards\[0\]" is no finite number but inf',
+      r'"rewards\[0\]" must be a finite number, got inf',
     ),
     (
       {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": 1},
@@ -213,7 +216,7 @@ class ParseTest(parameterized.TestCase):
     ),
     (
       {"prompt": "a", "response": "b", "response_ids": [1, True]},
-      '"response_ids" is no list of ids',
+      '"response_ids" must be a list of ids',
     ),
   )
   def test_unusable(self, row, message):
@@ -226,17 +229,17 @@ class ParseTest(parameterized.TestCase):
   )
   def test_no_finite_number(self, name, value):
     row = {"prompt": "a", "response": "b", name: value}
-    with self.assertRaisesRegex(ValueError, f'^x: "{name}" is no finite numb'):
+    with self.assertRaisesRegex(ValueError, f'^x: "{name}" must be a finite'):
       logged.parse(row, "x")
 
   def test_lost_reward(self):
-    with self.assertRaisesRegex(ValueError, "no finite number but None"):
+    with self.assertRaisesRegex(ValueError, "a finite number, got None"):
       logged.parse({"prompt": "a", "response": "b", "reward": None}, "x")
 
   @parameterized.parameters(
     (TRANSCRIPT + " a", TRANSCRIPT + " ", '"rejected" is empty'),
     ("\n\nHuman: b" + TRANSCRIPT, TRANSCRIPT, "differ before the last reply"),
-    ("one", "two", r'"chosen" has no "\\n\\nAssistant:" behind'),
+    ("one", "two", r'"chosen" has no "\\n\\nAssistant:" after'),
     ("\n\nAssistant: a", "\n\nAssistant: b", '"chosen" has no'),
     (TRANSCRIPT + " a\n\nHuman: b", TRANSCRIPT, "does not end in a reply"),
     ([ASKED], [ASKED, _said("3")], "does not end in a reply of the assistant"),
@@ -308,7 +311,7 @@ class LoadTest(parameterized.TestCase):
       self.assertLen(skipped, 3)
       for message, start in zip(
         skipped,
-        (":3: not JSON", ':4: "reward" is no fin', ":5: expected a JSON obj"),
+        (":3: not JSON", ':4: "reward" must be a f', ":5: expected a JSON obj"),
         strict=True,
       ):
         self.assertStartsWith(message, f"{path}{start}")
@@ -322,13 +325,13 @@ class LoadTest(parameterized.TestCase):
     rows, skipped = logged.load("dev.json", data_dir=self.folder)
     self.assertEndsWith(rows[0].place, "dev.json, row 0")
     self.assertIn("dev.json, row 1: expected a JSON object", skipped[0])
-    self.assertIn("dev.json, row 2: none of", skipped[1])
+    self.assertIn("dev.json, row 2: it has none of", skipped[1])
 
   def test_nothing_left(self):
     self._write([{"prompt": "a"}, b"{", {"prompt": "", "response": "b"}, {}])
     with self.assertRaisesRegex(
       ValueError,
-      "No row is left: 4 of 4 .*:1: none .*:2: not JSON.*:3: .*empty",
+      "No row is left: 4 of 4 .*:1: it has none .*:2: not JSON.*:3: .*empty",
     ) as caught:
       logged.load("train.jsonl", data_dir=self.folder)
     self.assertNotIn(":4:", str(caught.exception))
@@ -455,7 +458,9 @@ class RenderTest(parameterized.TestCase):
       render(["1+2="], "t", BYTES, "chat"),
       ["<|start|>[user]1+2=[assistant]"],
     )
-    with self.assertRaisesRegex(ValueError, "1 prompts cannot be asked: t"):
+    with self.assertRaisesRegex(
+      ValueError, "1 prompts do not fit the chat template: t"
+    ):
       render(["1", "<|start|>2"], "t", BYTES, "chat")
 
   def test_a_row_that_the_template_refuses_is_named(self):
@@ -484,7 +489,9 @@ class RenderTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'must be "plain" or "chat", got'):
       logged.render([], BYTES, "markdown")
     once, _ = logged.render([_row()], BYTES, "chat")
-    with self.assertRaisesRegex(ValueError, "here: .*special token already"):
+    with self.assertRaisesRegex(
+      ValueError, "here: .*already begins with a special"
+    ):
       logged.render(once, BYTES, "chat")
     strict = _bytes("{{ raise_exception('Turns must alternate') }}")
     with self.assertRaisesRegex(ValueError, "here: .*Turns must alternate"):
@@ -742,7 +749,7 @@ class EncodeTest(parameterized.TestCase):
       encoded.response_ids,
       [[[1, 2]], [[12, 104], [3, 104]], [[12, 104]], [[12, 104]]],
     )
-    self.assertRegex(logs.output[0], "3 of 4 .* do not fit their ids")
+    self.assertRegex(logs.output[0], "3 of 4 .* differ from their ids")
 
   def test_one_start_token(self):
     rows, _ = logged.render([_row((ASKED,)), _row()], BYTES, "chat")
