@@ -11,10 +11,12 @@ experiments/rlmec_reward_model.py has made the reward model of the same policy:
 The policy answers questions; the reward model rewrites the wrong answers with
 few edits, and says of every token whether it would have written it. From both,
 fixed during training, the policy learns by a loss with a reward for each token
-and by imitating the rewrites. To try an idea, copy this file and change
-`targets.arrays` (what is learnt from) or `loss_fn` (how). What is made before
-training is kept in --stages, so that runs which differ in the training alone
-share it: samples/, rewrites/ and supervision/, see rljax/rlmec/pipeline.py.
+and by imitating the rewrites. A step is one update. To try an idea, copy this
+file and change `targets.arrays` (what is learnt from) or `loss_fn` (how).
+
+What is made before training is kept in --stages, so that runs which differ in
+the training alone share it: samples/, rewrites/ and supervision/, which
+rljax/rlmec/pipeline.py describes.
 
 Source: Chen et al. (2024), arXiv 2401.06081, after the authors' code.
 Departures: whether a sample is right, its own verdict says, also where the
@@ -198,7 +200,7 @@ def main():
       train.prompts,
       score,
       batch_size=FLAGS.sample_batch_size,
-      should_stop=run.should_stop,
+      progress=run.progress,
       policy=rewriters.identity(loaded),
     )
     rewritten = pipeline.rewrite(
@@ -209,7 +211,7 @@ def main():
       rewriter,
       score,
       own=getattr(task, "rewrite", None),
-      should_stop=run.should_stop,
+      progress=run.progress,
     )
   if run.is_stopped:
     return run.exit_status

@@ -8,12 +8,12 @@ the policy:
     --stages=runs/stages
 
 The policy answers questions, a teacher rewrites the wrong answers with few
-edits, and a model learns to do the same. What comes before training is kept in
---stages: samples/, teacher/ and records/, see rljax/rlmec/pipeline.py. With
-the same flags of sampling, experiments/rlmec.py finds the samples there. After
-training, test/ in the workdir has its rewrites of unseen questions. To try an
-idea, copy this file and change `pipeline.record` (what is learnt from) or
-`loss_fn` (how).
+edits, and a model learns to do the same. A step is one update. What comes
+before training is kept in --stages: samples/, teacher/ and records/, which
+rljax/rlmec/pipeline.py describes; with the same flags of sampling,
+experiments/rlmec.py finds the samples there. After training, test/ in the
+workdir has the model's rewrites of unseen questions. To try an idea, copy this
+file and change `pipeline.record` (what is learnt from) or `loss_fn` (how).
 
 Source: Chen et al. (2024), arXiv 2401.06081, after the authors' code: records
 of three kinds in one file, prompts masked, right solutions kept with
@@ -168,7 +168,7 @@ def main():
       questions.prompts,
       score,
       batch_size=FLAGS.sample_batch_size,
-      should_stop=run.should_stop,
+      progress=run.progress,
       policy=rewriters.identity(loaded),
     )
     taught = pipeline.rewrite(
@@ -178,7 +178,7 @@ def main():
       solutions,
       teacher,
       score,
-      should_stop=run.should_stop,
+      progress=run.progress,
     )
   if run.is_stopped:
     return run.exit_status
@@ -306,7 +306,7 @@ def main():
         held_out,
         student,
         score,
-        should_stop=run.should_stop,
+        progress=run.progress,
       )
       run.finish(
         {

@@ -45,7 +45,7 @@ one_seed() {
   # The start is a policy with random weights: an update of size 0.
   local whole=(experiments/sft.py "--seed=$seed"
     "--flagfile=$flags/games_base.flags" "--task_options=$games,form=whole")
-  once "$base/start" "${whole[@]}" --steps=1 --warmup_steps=0 --learning_rate=0
+  once "$base/start" "${whole[@]}" --steps=1 --warmup=0 --learning_rate=0
   once "$base/base" "${whole[@]}"
   once "$base/sft" experiments/sft.py "--seed=$seed" "--policy=$base/base" \
     "--flagfile=$flags/games_sft.flags" "--task_options=$task,min_share=0"

@@ -34,9 +34,10 @@ from rljax import tasks
 from rljax.distributed import meshes
 from rljax.generation import samplers
 from rljax.models import hf
+from rljax.ops import sampling
 from rljax.rlmec import prompts as rewriting
-from rljax.scoring import reward_terms, scorers
-from rljax.text import keywords, steps
+from rljax.scoring import cached, reward_terms, scorers
+from rljax.text import keywords, logged, prompts, steps
 from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -44,14 +45,28 @@ flags.disclaim_key_flags()
 
 _LARGEST = float(np.finfo(np.float32).max)
 
+# Flags of the groups below whose default, or help, the script chooses. All
+# others are the same in all scripts.
+SCRIPTS_CHOOSE = frozenset(
+  (
+    *("steps", "save_every", "eval_every", "samples_every", "keep_best"),
+    *("num_page_samples", "task", "num_prompts", "num_eval_prompts"),
+    *("eval_split", "max_response_length", "too_long", "policy"),
+    *("hidden_size", "num_layers", "max_positions", "max_length"),
+    *("num_samples", "temperature", "top_p", "sample_batch_size"),
+    *("reward_model", "kl", "kl_coef", "kl_estimator", "batch_size", "epochs"),
+    *("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
+  )
+)
+
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a script's main function, and exits.
 
-  A word that is no flag, a number that is not finite, and a ValueError of the
-  script are one line on standard error, and the exit status is 1;
-  `--verbosity=1` shows where the error came from. A path that begins with ~ is
-  expanded.
+  A flag that cannot be parsed, a word that is no flag, a number that is not
+  finite, and a ValueError of the script are one line on standard error, and the
+  exit status is 1; `--verbosity=1` shows where the error came from. A path that
+  begins with ~ is expanded.
 
   Args:
     main: takes nothing, and returns the exit status.
@@ -65,17 +80,27 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, preflight.Refused) as error:
       if values.verbosity >= 1:
         raise
-      sys.stdout.flush()
-      print(
-        f"{os.path.basename(argv[0])}: {error} (--verbosity=1 shows where.)",
-        file=sys.stderr,
-        flush=True,
-      )
+      _print_error(argv[0], f"{error} (--verbosity=1 shows where.)")
       if jax.distributed.is_initialized():
         os._exit(1)  # The other processes would wait for this one.
       return 1
 
-  app.run(checked)
+  app.run(checked, flags_parser=_parse)
+
+
+def _parse(argv):
+  """Parses the flags, or prints what is wrong with them and exits."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    text = "; ".join(str(error).splitlines())
+    _print_error(argv[0], f"{text.rstrip('.')}. (--help lists the flags.)")
+    sys.exit(1)
+
+
+def _print_error(script, text):
+  sys.stdout.flush()
+  print(f"{os.path.basename(script)}: {text}", file=sys.stderr, flush=True)
 
 
 def check(values: flags.FlagValues, words: Sequence[str] = ()) -> None:
@@ -393,12 +418,12 @@ def define_lengths(*, max_response_length: int, too_long: str) -> None:
 
 
 def define_log() -> None:
-  """Defines the flags of logged replies, and of dev prompts."""
+  """Defines the flags of logged replies."""
   flags.DEFINE_string(
     "data",
     "",
     "Logged replies: a .jsonl or .json file, a folder of splits or "
-    "tfds:<name>; docs/data.md shows the fields. Empty: the task's own log.",
+    "tfds:<name>; docs/data.md shows the fields. Empty: those of the task.",
   )
   flags.DEFINE_integer(
     "first_row",
@@ -414,43 +439,98 @@ def define_log() -> None:
   )
 
 
-def define_dev() -> None:
-  """Defines the prompts by whose replies parameters are selected."""
+def define_cache() -> None:
+  """Defines where numbers of a log are read from."""
   flags.DEFINE_string(
-    "dev_data",
+    "cache",
     "",
-    "Prompts by whose replies the best parameters are selected, in the forms "
-    "of --data; empty: the task's validation split.",
+    "Workdir of offline_value.py, from which rewards, advantages and "
+    "reference log-probabilities of the log are read. Empty: rewards and "
+    "advantages are those of its rows, and the rest is computed.",
+  )
+
+
+def define_dev(
+  name: str = "dev",
+  text: str = "Prompts by whose replies the best parameters are selected",
+) -> None:
+  """Defines prompts that the policy answers, after the task and the log.
+
+  Args:
+    name: of the prompts: the flags are --<name>_data and --num_<name>_prompts.
+    text: what they are.
+  """
+  flags.DEFINE_string(
+    f"{name}_data",
+    "",
+    f"{text}, in the forms of --data; empty: the task's validation split. "
+    "Replies have --max_response_length tokens at most.",
   )
   flags.DEFINE_integer(
-    "num_dev_prompts",
+    f"num_{name}_prompts",
     280,
-    "Number of dev prompts that are used, the first ones.",
+    f"Number of {name} prompts that are used, the first ones.",
     lower_bound=1,
+  )
+  _require(
+    ["task", "data", f"{name}_data"],
+    lambda v: v["task"] or (v["data"] and v[f"{name}_data"]),
+    f"Without a --task, give --data and --{name}_data.",
   )
 
 
-def define_models(*, policy: str | None = None, remat: bool = True) -> None:
+def define_replies() -> None:
+  """Defines how replies to dev prompts are drawn; see `load_responder`."""
+  flags.DEFINE_bool(
+    "greedy",
+    True,
+    "Whether a reply takes the likeliest token everywhere; false samples it at "
+    "temperature 1.",
+  )
+  flags.DEFINE_integer(
+    "sample_batch_size",
+    64,
+    "Texts that are answered or scored at the same time.",
+    lower_bound=1,
+  )
+  define_stop_strings()
+
+
+def define_models(
+  *,
+  policy: str | None = None,
+  required: bool = True,
+  remat: bool = True,
+  logits: bool = True,
+) -> None:
   """Defines the policy and how models compute.
 
   Args:
     policy: what --policy is to the script, as a sentence; None: it starts as
       this model.
+    required: whether it must be named; else it may be empty.
     remat: whether the script has a backward pass.
+    logits: see `define_compute`.
   """
   flags.DEFINE_string(
     "policy",
-    None,
+    None if required else "",
     (policy or "Language model that the policy starts as.")
     + " The workdir of a run, a Hugging Face directory, a packaged model, a "
-    "GGUF file or a hub name.",
-    required=True,
+    "GGUF file or a hub name"
+    + ("." if required else "; empty for random weights."),
+    required=required,
   )
-  define_compute(remat=remat)
+  define_compute(remat=remat, logits=logits)
 
 
-def define_compute(*, remat: bool = True) -> None:
-  """Defines how models compute."""
+def define_compute(*, remat: bool = True, logits: bool = True) -> None:
+  """Defines how models compute.
+
+  Args:
+    remat: whether the script has a backward pass.
+    logits: whether that goes through logits of all tokens.
+  """
   flags.DEFINE_enum(
     "dtype",
     "float32",
@@ -464,6 +544,7 @@ def define_compute(*, remat: bool = True) -> None:
       "Whether the backward pass recomputes the layers: less memory, more "
       "time.",
     )
+  if remat and logits:
     flags.DEFINE_integer(
       "chunk_size",
       0,
@@ -1014,8 +1095,10 @@ def preset(values: flags.FlagValues, presets: Mapping[str, str]) -> str:
   return " ".join(f"--{n}={values[n].value}" for n in ("algorithm", *names))
 
 
-def load_task(values: flags.FlagValues) -> types.ModuleType:
-  """Returns the module that --task names."""
+def load_task(values: flags.FlagValues) -> types.ModuleType | None:
+  """Returns the module that --task names; None where it may be empty and is."""
+  if not (values.task or values["task"].default):
+    return None
   return tasks.load(values.task)
 
 
@@ -1070,6 +1153,91 @@ def length_options(values: flags.FlagValues) -> dict[str, Any]:
     "too_long": values.too_long,
     "prompt_format": values.prompt_format,
   }
+
+
+def read_log(values: flags.FlagValues, tokenizer: Any) -> logged.Log:
+  """Reads --data, or the log of --task.
+
+  Raises:
+    ValueError: as `logged.read`.
+  """
+  return logged.read(
+    tokenizer,
+    name=values.data,
+    task=values.task and load_task(values),
+    seed=values.seed,
+    task_options=keywords.parse(values.task_options),
+    first_row=values.first_row,
+    num_rows=values.num_rows,
+    **length_options(values),
+  )
+
+
+def read_dev(
+  values: flags.FlagValues, tokenizer: Any, name: str = "dev"
+) -> prompts.Prompts:
+  """Reads the prompts that `define_dev` defines.
+
+  Raises:
+    ValueError: as `prompts.read`.
+  """
+  return prompts.read(
+    tokenizer,
+    name=values[f"{name}_data"].value,
+    task=values.task and load_task(values),
+    seed=values.seed,
+    num_prompts=values[f"num_{name}_prompts"].value,
+    **length_options(values),
+  )
+
+
+def load_known(
+  values: flags.FlagValues,
+  log: logged.Log,
+  loaded: hf.LanguageModel,
+  needed: Sequence[str],
+  mesh: Any,
+  **options: Any,
+) -> dict[str, np.ndarray]:
+  """Returns what is known of a log, from --cache; see `cached.known`."""
+  return cached.known(
+    log,
+    loaded,
+    needed,
+    cache=values.cache,
+    dtype=values.dtype,
+    batch_size=values.sample_batch_size,
+    mesh=mesh,
+    **options,
+  )
+
+
+def load_responder(
+  values: flags.FlagValues,
+  loaded: hf.LanguageModel,
+  asked: prompts.Prompts,
+  mesh: Any,
+) -> samplers.Responder:
+  """Makes what replies to dev prompts, up to --max_response_length.
+
+  Raises:
+    ValueError: if prompts and replies do not fit the model's context, or the
+      devices cannot share --sample_batch_size.
+  """
+  meshes.check_divisible(values.sample_batch_size, mesh, "--sample_batch_size")
+  return samplers.Responder(
+    loaded.model,
+    loaded.tokenizer,
+    asked.encoded,
+    max_length=values.max_response_length,
+    settings=sampling.Settings(greedy=values.greedy),
+    batch_size=values.sample_batch_size,
+    mesh=mesh,
+    seed=values.seed,
+    stop_strings=runs.unescaped(values.stop_strings),
+    texts=asked.texts,
+    unfinished_score=None,
+  )
 
 
 def model_options(values: flags.FlagValues) -> dict[str, Any]:
@@ -1223,6 +1391,31 @@ def load_reward_terms(
       "which is none of the --reward_terms: give 0, or the term."
     )
   return terms
+
+
+def check_read(
+  values: flags.FlagValues, chooser: str, reads: Mapping[str, Sequence[str]]
+) -> None:
+  """Refuses flags that are set, and that the chosen method does not read.
+
+  Args:
+    values: parsed flags.
+    chooser: name of the flag that chooses the method.
+    reads: method -> names of flags that it reads. Flags that no method names
+      are read by all.
+
+  Raises:
+    ValueError: naming the flag and its methods.
+  """
+  chosen = values[chooser].value
+  for name in sorted({name for names in reads.values() for name in names}):
+    flag = values[name]
+    if flag.value != flag.default and name not in reads[chosen]:
+      methods = [method for method, names in reads.items() if name in names]
+      raise ValueError(
+        f"--{name}={flag.value} belongs to --{chooser}="
+        f"{' or '.join(methods)}; leave it out for {chosen}."
+      )
 
 
 def batch_sizes(

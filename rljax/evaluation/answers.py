@@ -57,6 +57,22 @@ def means(
   return {f"{prefix}{name}": value for name, value in found.items()}
 
 
+def wording(
+  rows: Sequence[Mapping[str, Any]], *, prefix: str = "eval/"
+) -> dict[str, float]:
+  """Describes the texts of the rows of `evaluate`.
+
+  Returns:
+    "<prefix>words", their mean number of words, and "<prefix>distinct_2", the
+    share of pairs of neighbouring words that are different.
+  """
+  texts = [row["response"] for row in rows]
+  return {
+    f"{prefix}words": metrics.mean_words(texts),
+    f"{prefix}distinct_2": metrics.distinct_n(texts, 2),
+  }
+
+
 def mean_parts(
   parts: Sequence[Mapping[str, Any]], *, prefix: str = ""
 ) -> dict[str, float]:

@@ -603,6 +603,16 @@ def perplexity(log_probs: np.ndarray, mask: np.ndarray) -> dict[str, float]:
   }
 
 
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+  """Returns Pearson's correlation of `[N]` and `[N]` numbers.
+
+  NaN where one of them does not vary.
+  """
+  if np.std(x) == 0 or np.std(y) == 0:
+    return math.nan
+  return float(np.corrcoef(x, y)[0, 1])
+
+
 def area_under_curve(
   scores: Sequence[float], is_positive: Sequence[bool]
 ) -> float:
@@ -650,6 +660,84 @@ def area_under_curve(
   total = float(ranks[groups][is_positive].sum())
   area = total - num_positive * (num_positive + 1) / 2
   return area / (num_positive * num_negative)
+
+
+def of_verdicts(
+  scores: np.ndarray,
+  is_correct: np.ndarray,
+  prompts: Sequence[Hashable],
+  has_answer: Sequence[bool],
+) -> dict[str, float]:
+  """Describes how well scores tell right samples from wrong ones.
+
+  Args:
+    scores: `[N]` float, above 0 for a verdict of "right", such as logits.
+    is_correct: `[N]` bool.
+    prompts: N, which tell whose sample each is.
+    has_answer: N bool; a sample without an answer is never chosen.
+
+  Returns:
+    "accuracy" of the verdicts and "auc", see `area_under_curve`. Where prompts
+    have several samples, over these prompts: "rerank", the share on which the
+    sample with the highest score is right, "sample_accuracy", that of a sample
+    by chance, and "samples_per_prompt". With scores that are not finite, the
+    ranks are NaN.
+  """
+  scores = np.asarray(scores, np.float64)
+  is_correct = np.asarray(is_correct, bool)
+  is_finite = bool(np.all(np.isfinite(scores)))
+  found = {
+    "accuracy": float(np.mean((scores > 0) == is_correct)),
+    "auc": area_under_curve(scores, is_correct) if is_finite else np.nan,
+  }
+  samples = collections.defaultdict(list)
+  for i, prompt in enumerate(prompts):
+    samples[prompt].append(i)
+  several = [rows for rows in samples.values() if len(rows) > 1]
+  if several:
+    # What the answers are does not matter here, but whether there is one.
+    answers = [answered or None for answered in has_answer]
+    chosen = [
+      rerank([answers[i] for i in rows], is_correct[rows], scores[rows])
+      for rows in several
+      if is_finite
+    ]
+    found |= {
+      "rerank": float(np.mean(chosen)) if is_finite else np.nan,
+      "sample_accuracy": float(
+        np.mean([is_correct[rows].mean() for rows in several])
+      ),
+      "samples_per_prompt": float(np.mean(list(map(len, several)))),
+    }
+  return found
+
+
+def doubts(
+  verdicts: Mapping[str, float], *, prefix: str = "", least_auc: float = 0.8
+) -> list[str]:
+  """Returns why a policy should not be trained against a reward model.
+
+  Args:
+    verdicts: of `of_verdicts`, on held-out samples.
+    prefix: of their names, such as "eval/".
+    least_auc: below it, such a policy finds the errors of the model.
+
+  Returns:
+    Reasons, in words; none where the model may be used.
+  """
+  found = []
+  auc = verdicts[f"{prefix}auc"]
+  if not auc > least_auc:
+    found.append(f"the held-out AUC is {auc:.3f}, not above {least_auc}")
+  if f"{prefix}rerank" in verdicts:
+    chosen = verdicts[f"{prefix}rerank"]
+    by_chance = verdicts[f"{prefix}sample_accuracy"]
+    if not chosen > by_chance:
+      found.append(
+        f"the sample with the highest score is right on {chosen:.3f} of the "
+        f"prompts, a sample by chance on {by_chance:.3f}"
+      )
+  return found
 
 
 def localization(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rljax.storage import paths
+from rljax.text import logged
 
 # The text of a token that is a part of a character which a later one completes.
 PART = "\N{DOTTED CIRCLE}"
@@ -246,6 +247,60 @@ def from_arrays(
     )
     for i in range(len(prompts) if limit is None else min(limit, len(prompts)))
   ]
+
+
+def from_log(
+  tokenizer: Any,
+  log: logged.Log,
+  rows: Sequence[int],
+  candidates: Sequence[int],
+  values: np.ndarray,
+  facts: Mapping[str, np.ndarray],
+) -> list[Sample]:
+  """Samples of logged replies.
+
+  Args:
+    tokenizer: Hugging Face tokenizer, of the log.
+    log: where they stand.
+    rows: N row numbers.
+    candidates: N candidate numbers.
+    values: `[N, T]` float, of the tokens.
+    facts: name -> `[N]` numbers, shown beside the place of the row and the
+      reward that stands in it.
+
+  Returns:
+    N samples.
+  """
+  batch = log.batch(np.asarray(rows), np.asarray(candidates))
+  asked = [log.rows[i] for i in rows]
+  return from_arrays(
+    tokenizer,
+    [row.prompt for row in asked],
+    batch["response_ids"],
+    batch["response_mask"],
+    values,
+    facts=[
+      {"row": row.place, "reward": row.rewards and row.rewards[k]}
+      | {name: column[i] for name, column in facts.items()}
+      for i, (row, k) in enumerate(zip(asked, candidates, strict=True))
+    ],
+  )
+
+
+def spread(rows: Sequence[int] | np.ndarray, num: int) -> np.ndarray:
+  """Picks rows to look at from all over a data set.
+
+  Args:
+    rows: N row numbers, at least one.
+    num: how many are picked; all, if there are fewer.
+
+  Returns:
+    `[min(N, num)]` of them in their order, the first and the last included if
+    there are two or more.
+  """
+  rows = np.asarray(rows)
+  num = min(num, len(rows))
+  return rows[np.linspace(0, len(rows) - 1, num).astype(int)]
 
 
 def write(

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import sampling
+from rljax.ops import log_probs, sampling
 
 Array = chex.Array
 State = dict[str, Any]
@@ -398,7 +397,7 @@ def _draw(
   The key of a token is the row's, folded with `step`. The log-probabilities are
   those before and after truncation.
   """
-  logits = log_probs_lib.masked_logits(
+  logits = log_probs.masked_logits(
     logits, temperature=settings.temperature, allowed=allowed
   )
   truncated = sampling.truncate(logits, settings)

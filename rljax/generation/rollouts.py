@@ -7,8 +7,7 @@ import chex
 import jax.numpy as jnp
 
 from rljax.generation import decode
-from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import masking, sampling
+from rljax.ops import log_probs, masking, sampling
 
 Array = chex.Array
 Batch = Mapping[str, Array]
@@ -174,14 +173,35 @@ def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
   Returns:
     `[N, T, L]` float32, 0 where masked.
   """
+  logits = model.apply(
+    {"params": params}, *_whole_text(batch), method="token_logits"
+  )
+  return logits[:, batch["prompt_ids"].shape[1] :]
+
+
+def text_logits(model: Any, params: Any, batch: Batch) -> Array:
+  """What a classifier says of prompts with their responses, as whole texts.
+
+  Args:
+    model: a classifier with the policy's tokens.
+    params: its parameters.
+    batch: as for `response_hidden`.
+
+  Returns:
+    `[N, L]` float32.
+  """
+  return model.apply({"params": params}, *_whole_text(batch))
+
+
+def _whole_text(batch: Batch) -> tuple[Array, Array]:
+  """Ids and mask `[N, P + T]` of prompts and responses."""
   ids, mask = (
     jnp.concatenate(
       [batch[f"prompt_{name}"], batch[f"response_{name}"]], axis=1
     )
     for name in ("ids", "mask")
   )
-  logits = model.apply({"params": params}, ids, mask, method="token_logits")
-  return logits[:, batch["prompt_ids"].shape[1] :]
+  return ids, mask
 
 
 def token_statistics(
@@ -193,7 +213,7 @@ def token_statistics(
   allowed: Array | None = None,
   chunk_size: int | None = None,
   hidden: Array | None = None,
-) -> tuple[log_probs_lib.TokenStatistics, Array]:
+) -> tuple[log_probs.TokenStatistics, Array]:
   """Computes log-probabilities and entropies of the response tokens.
 
   Computed as in the sampler: same temperature, same allowed tokens.
@@ -216,7 +236,7 @@ def token_statistics(
   by_position = batch.get("allowed")
   if by_position is not None:
     allowed = by_position if allowed is None else by_position & allowed
-  statistics = log_probs_lib.from_hidden(
+  statistics = log_probs.from_hidden(
     lambda h: model.apply({"params": params}, h, method="logits"),
     hidden,
     batch["response_ids"],
@@ -228,7 +248,7 @@ def token_statistics(
 
 
 def metrics(
-  rollout: Rollout, statistics: log_probs_lib.TokenStatistics
+  rollout: Rollout, statistics: log_probs.TokenStatistics
 ) -> dict[str, Array]:
   """Describes a rollout, as the policy that drew it reads it.
 

@@ -260,13 +260,8 @@ def offline_loss(
       the whole batch, on every shard.
 
   Returns:
-    The scalar loss (0 if no token counts) and scalar metrics. Besides those
-    of `weighted_loss`, where advantages are given: "offline/advantage_mean",
-    of max(A, 0), and "offline/zero_advantage_fraction". For the methods with
-    a ratio, before it is clipped: "offline/ratio_mean", and the shares at the
-    bounds or beyond, "offline/clip_low_fraction" and
-    "offline/clip_high_fraction"; over tokens for "a_lol_seq", else over
-    sequences.
+    The scalar loss (0 if no token counts) and scalar metrics, those of
+    `weighted_loss` and of `weight_metrics`.
 
   Raises:
     ValueError: as `token_weights` and `weighted_loss` do, and for a penalty on
@@ -300,6 +295,52 @@ def offline_loss(
     axis_name=axis_name,
   )
 
+  return loss, metrics | weight_metrics(
+    algorithm,
+    log_probs,
+    ref_log_probs,
+    advantages,
+    mask,
+    clip_epsilon=clip_epsilon,
+    axis_name=axis_name,
+  )
+
+
+def weight_metrics(
+  algorithm: str,
+  log_probs: Array,
+  ref_log_probs: Array | None,
+  advantages: Array | None,
+  mask: Array,
+  *,
+  clip_epsilon: float | None = 0.9,
+  axis_name: str | None = None,
+) -> Metrics:
+  """Describes what the weights of an offline method are made of.
+
+  No gradient flows through the result.
+
+  Args:
+    algorithm: one of `ALGORITHMS`.
+    log_probs: `[B, T]` float, of the trained policy.
+    ref_log_probs: `[B, T]` float, of the frozen reference policy, or None for
+      a method without a ratio.
+    advantages: `[B]` float A, or None for a method that does without.
+    mask: `[B, T]` bool, True on response tokens.
+    clip_epsilon: ε of the ratios, or None where they are left as they are.
+    axis_name: mapped axis that shards B, if any; the means are then over the
+      whole batch, on every shard.
+
+  Returns:
+    Scalars. Where advantages are given: "offline/advantage_mean", of max(A, 0),
+    and "offline/zero_advantage_fraction", over sequences. For the methods with
+    a ratio, before it is clipped: "offline/ratio_mean", and the shares at the
+    bounds or beyond, "offline/clip_low_fraction" and
+    "offline/clip_high_fraction"; over tokens for "a_lol_seq", else over
+    sequences.
+  """
+  _check_arrays(log_probs, ref_log_probs, None, advantages, mask)
+  metrics = {}
   counts = jnp.any(mask, axis=1)  # [B]
   if advantages is not None:
     positive = jnp.maximum(jax.lax.stop_gradient(_float32(advantages)), 0.0)
@@ -325,7 +366,7 @@ def offline_loss(
     metrics["offline/ratio_mean"] = mean(ratio)
     metrics["offline/clip_low_fraction"] = mean(ratio <= 1.0 - epsilon)
     metrics["offline/clip_high_fraction"] = mean(ratio >= 1.0 + epsilon)
-  return loss, metrics
+  return metrics
 
 
 def _ratio(

@@ -48,11 +48,11 @@ def kl_estimate(
     d = log q(y) - log p(y),   p the policy, q the reference
     k1 = -d,   k2 = d²/2,   k3 = exp(d) - 1 - d
 
-  k1 and k3 are unbiased; k2 has a small bias; k2 and k3 are never negative;
-  k3 has a heavy tail where q is much larger than p. An unbiased estimate need
-  not have an unbiased gradient: with the samples held fixed, the expected
-  gradient of k1 is 0, that of k2 is the gradient of KL(p || q), and that of k3
-  is the gradient of KL(q || p). As a number inside a reward any kind will do.
+  k1 and k3 are unbiased; k2 has a small bias; k2 and k3 are never negative; k3
+  has a heavy tail where q is much larger than p. An unbiased estimate need not
+  have an unbiased gradient: with the samples held fixed, the expected gradient
+  of k1 is 0, that of k2 is the gradient of KL(p || q), and that of k3 is the
+  gradient of KL(q || p). Inside a reward any kind may be used.
 
   No gradient flows to `ref_log_probs`. The estimate is elementwise and takes
   no mask: replace masked entries that may not be finite before calling.

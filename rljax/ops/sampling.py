@@ -118,8 +118,8 @@ def top_k(logits: Array, k: int) -> Array:
   if k == 0 or k >= logits.shape[-1]:
     return logits
 
-  # The barrier keeps the indices that nobody uses: without them XLA replaces
-  # its top-k by a full sort, some seventy times slower on a CPU.
+  # The barrier keeps the unused indices: without them XLA replaces its top-k by
+  # a full sort, some seventy times slower on a CPU.
   kept, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, k))  # [..., k]
   return _keep(logits, logits >= kept[..., -1:])
 

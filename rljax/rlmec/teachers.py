@@ -37,8 +37,8 @@ def last_result(step: str) -> fractions.Fraction | None:
   found = collections.deque(_RESULT.finditer(step), maxlen=1)
   if not found:
     return None
-  before, behind, number = found[0].groups()  # Of the currency sign.
-  return -_value(number) if before or behind else _value(number)
+  before, after, number = found[0].groups()  # Signs around the currency.
+  return -_value(number) if before or after else _value(number)
 
 
 def from_gold(

@@ -35,6 +35,30 @@ def load(name: str) -> types.ModuleType:
   return importlib.import_module(_MODULES[name])
 
 
+def tokenizer(task: types.ModuleType, kind: str) -> Any:
+  """Makes a tokenizer of a task.
+
+  Args:
+    task: module, from `load`.
+    kind: such as "word" or "character", of `<kind>_tokenizer` in the module.
+
+  Raises:
+    ValueError: if the task has no such tokenizer, with those that it has.
+  """
+  ending = "_tokenizer"
+  if not hasattr(task, f"{kind}{ending}"):
+    kinds = [
+      name.removesuffix(ending)
+      for name in vars(task)
+      if name.endswith(ending) and not name.startswith("_")
+    ]
+    raise ValueError(
+      f"The task {task.__name__.rpartition('.')[2]} has no tokenizer {kind!r}; "
+      f"it has {', '.join(sorted(kinds)) or 'none'}."
+    )
+  return getattr(task, f"{kind}{ending}")()
+
+
 def check_parts(
   name: str, parts: Sequence[Mapping[str, Any]], *needed: str
 ) -> None:

@@ -177,7 +177,7 @@ def reference(prompt: str, *, seed: int = 0) -> str:
     A text such as "12+5=17;3*17=51|A51".
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   return _styled(prompt, _hash(f"style {seed} {prompt}"))
 
@@ -192,7 +192,7 @@ def variants(prompt: str) -> list[str]:
     prompt: one of `prompts`.
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   steps, _, answer = _solved(prompt)
   return ["".join(texts) for texts in itertools.product(*steps, [answer])]
@@ -227,7 +227,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
         none.
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   _, results, right_answer = _solved(prompt)
   pieces = steps_lib.steps(response, STEP_ENDS)
@@ -271,7 +271,7 @@ def first_wrong_step(prompt: str, response: str) -> int:
     The index, 0 to K; or -1 if the response is one of `variants`.
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   steps, _, answer = _solved(prompt)
   if len(response) > MAX_CHARACTERS:
@@ -307,7 +307,7 @@ def rewrite(prompt: str, response: str) -> str:
     One of `variants`; the response itself if it is one.
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   num_kept = first_wrong_step(prompt, response)
   if num_kept < 0:

@@ -228,7 +228,7 @@ def reference(prompt: str, *, seed: int = 0, slot: bool = False) -> str:
     Lines, such as "11+02+10\\n13+10\\n#23".
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   terms, digits = _parse(prompt)
   lines, _ = _work_out(terms, _reference_order(prompt, seed), digits)
@@ -243,7 +243,7 @@ def traces(prompt: str, *, slot: bool = False) -> list[str]:
     slot: see `reference`.
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   terms, digits = _parse(prompt)
   orders = range(math.factorial(len(terms) - 1))
@@ -297,7 +297,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
       step_matches: list of `num_steps` bools.
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   terms, digits, truth, results = _solved(prompt)
   lines = steps(response)
@@ -346,7 +346,7 @@ def first_wrong_step(prompt: str, response: str) -> int:
     that lines are missing; -1 if every line is right.
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   _, parts = score(prompt, response)
   return -1 if parts["is_valid"] else parts["num_valid_steps"]
@@ -371,7 +371,7 @@ def rewrite(prompt: str, response: str) -> str:
     A response whose lines are all valid; the given one if its lines are.
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   num_kept = first_wrong_step(prompt, response)
   if num_kept < 0:

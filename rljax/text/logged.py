@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -76,7 +76,117 @@ class Encoded:
   skipped: list[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """A log as ids, to be made into batches of one shape; see `read`.
+
+  N rows of up to K replies.
+
+  Attributes:
+    encoded: the rows as ids.
+    lengths: P and T, columns that hold every prompt and every reply.
+    present: `[N, K]` bool, which replies there are.
+    skipped: one message per row that was left out.
+    settings: how the rows were encoded, by the names of the flags.
+    pad_id: what fills batches.
+  """
+
+  encoded: Encoded
+  lengths: tuple[int, int]
+  present: np.ndarray
+  skipped: list[str]
+  settings: dict[str, Any]
+  pad_id: int = 0
+
+  @property
+  def rows(self) -> list[Row]:
+    """The N rows that could be encoded."""
+    return self.encoded.rows
+
+  def batch(
+    self, rows: np.ndarray, candidates: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """Pads replies and their prompts to a batch.
+
+    Args:
+      rows: `[...]` int, row numbers.
+      candidates: `[...]` int, candidate numbers, of a shape that goes with that
+        of `rows`. One that its row does not have is an empty response.
+
+    Returns:
+      `prompt_ids`, `prompt_mask` `[..., P]` and `response_ids`,
+      `response_mask` `[..., T]`; see `batch`.
+    """
+    rows, candidates = np.broadcast_arrays(rows, candidates)
+    arrays = batch(
+      self.encoded,
+      rows.ravel(),
+      candidates.ravel(),
+      prompt_length=self.lengths[0],
+      response_length=self.lengths[1],
+      pad_id=self.pad_id,
+    )
+    return {k: x.reshape(*rows.shape, -1) for k, x in arrays.items()}
+
+
+class Split(NamedTuple):
+  """Rows to learn from, and held-out ones.
+
+  Attributes:
+    train: the rows to learn from.
+    held_out: the others.
+    skipped: one message for each row that cannot be used.
+    counts: what else was left out or found, in words -> number.
+  """
+
+  train: Encoded
+  held_out: Encoded
+  skipped: list[str]
+  counts: dict[str, int]
+
+
 # Files.
+
+
+def read(
+  tokenizer: Any,
+  *,
+  name: str,
+  task: Any,
+  seed: int,
+  task_options: Mapping[str, Any] | None = None,
+  split: str = "train",
+  first_row: int = 0,
+  num_rows: int = 0,
+  **settings: Any,
+) -> Log:
+  """Reads a log and encodes it.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer with an end token.
+    name: of a file, see `load`; empty for the task's own log.
+    task: module with `logged`, where no file is named.
+    seed: of the task's draw.
+    task_options: keyword arguments of the task's `logged`.
+    split: of the file or the task.
+    first_row: rows before it are passed over.
+    num_rows: how many are taken from there on; 0 for all.
+    **settings: of `prepare`: `prompt_format`, `max_prompt_length`,
+      `max_response_length` and `too_long`.
+
+  Raises:
+    ValueError: as `load_or_draw` and `prepare`.
+  """
+  rows, unusable = load_or_draw(name, task, split, seed, task_options or {})
+  encoded = prepare(tokenizer, rows[first_row:][: num_rows or None], **settings)
+  return Log(
+    encoded=encoded,
+    lengths=lengths(encoded),
+    present=present(encoded.rows),
+    skipped=[*unusable, *encoded.skipped],
+    settings=settings,
+    pad_id=tokens.pad_id(tokenizer),
+  )
 
 
 def load(
@@ -184,6 +294,35 @@ def task_prompts(task: Any, split: str, seed: int, num: int) -> list[Row]:
   """Returns prompts of a task, as rows without candidates."""
   prompts = task.prompts(split, seed, num=num)
   return from_prompts(prompts, f"{_task_name(task)}, {split}")
+
+
+def task_examples(
+  task: Any, split: str, seed: int, num: int, options: Mapping[str, Any]
+) -> list[Row]:
+  """Draws prompts of a task, each with the response to learn from.
+
+  Args:
+    task: module with `supervised`. Its prompts may be empty, so that the whole
+      text is a response.
+    split: of the task.
+    seed: of the draw.
+    num: number of prompts.
+    options: further keyword arguments of the task's `supervised`.
+
+  Raises:
+    ValueError: if the task has no examples, or not such an option.
+  """
+  if not hasattr(task, "supervised"):
+    raise ValueError(
+      f"The task {_task_name(task)} has no examples to learn from: give --data."
+    )
+  keywords.check(task.supervised, options)
+  name = f"{_task_name(task)}, {split}"
+  pairs = task.supervised(split, seed, num=num, **options)
+  return [
+    Row(prompt, (response,), None, None, None, f"{name}, row {i}", None)
+    for i, (prompt, response) in enumerate(pairs)
+  ]
 
 
 def _task_name(task: Any) -> str:
@@ -609,6 +748,39 @@ def as_given(rows: Iterable[Row], encoded: Encoded) -> list[Row]:
   """Returns the rows that are left of `prepare`, as it was given them."""
   by_place = {row.place: row for row in rows}
   return [by_place[row.place] for row in encoded.rows]
+
+
+def lengths(encoded: Encoded) -> tuple[int, int]:
+  """Columns that hold every prompt, and every reply."""
+  replies = (len(ids) for row in encoded.response_ids for ids in row)
+  return (
+    batches.bucket_length(max(map(len, encoded.prompt_ids))),
+    batches.bucket_length(max(replies)),
+  )
+
+
+def take(encoded: Encoded, rows: Iterable[int]) -> Encoded:
+  """Returns some rows of N, and of every array `[N, ...]` of a subclass.
+
+  Args:
+    encoded: N rows.
+    rows: their numbers.
+  """
+  rows = list(rows)
+  fields = {
+    field.name: getattr(encoded, field.name)
+    for field in dataclasses.fields(encoded)
+    if field.name != "skipped"
+  }
+  return dataclasses.replace(
+    encoded,
+    **{
+      name: value[rows]
+      if isinstance(value, np.ndarray)
+      else [value[i] for i in rows]
+      for name, value in fields.items()
+    },
+  )
 
 
 def batch(

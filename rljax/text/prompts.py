@@ -19,12 +19,14 @@ class Prompts:
       if it is asked by one.
     ids: `[N, P]` int32, left-padded.
     mask: `[N, P]` bool.
+    skipped: one message per prompt that was left out.
   """
 
   texts: list[str]
   encoded: list[list[int]]
   ids: np.ndarray
   mask: np.ndarray
+  skipped: list[str] = dataclasses.field(default_factory=list)
 
   def __len__(self) -> int:
     return len(self.texts)
@@ -277,4 +279,50 @@ def load(
     max_length=max_length,
     prompt_format=prompt_format,
     name=name,
+  )
+
+
+def read(
+  tokenizer: Any,
+  *,
+  name: str,
+  task: Any,
+  seed: int,
+  num_prompts: int,
+  split: str = "validation",
+  **settings: Any,
+) -> Prompts:
+  """Reads the prompts of a file, answered or not, or of a task.
+
+  Unlike `load`, it leaves out and names those that cannot be used.
+
+  Args:
+    tokenizer: of the policy.
+    name: of a file, see `logged.load_prompts`; empty for the task's prompts.
+    task: module with `prompts`, where no file is named.
+    seed: of the task's draw.
+    num_prompts: how many are taken, the first ones.
+    split: of the file or the task.
+    **settings: of `logged.prepare`: `prompt_format`, `max_prompt_length`,
+      `max_response_length` and `too_long`.
+
+  Returns:
+    The prompts; their texts are in the chat template, if there is one.
+
+  Raises:
+    ValueError: as `logged.load_prompts` and `logged.prepare`.
+  """
+  unusable = []
+  if name:
+    rows, unusable = logged.load_prompts(name, split)
+  else:
+    rows = logged.task_prompts(task, split, seed, num_prompts)
+  found = logged.prepare(tokenizer, rows[:num_prompts], **settings)
+  ids, mask = batches.pad_left(found.prompt_ids)
+  return Prompts(
+    texts=[row.prompt for row in found.rows],
+    encoded=found.prompt_ids,
+    ids=ids,
+    mask=mask,
+    skipped=[*unusable, *found.skipped],
   )

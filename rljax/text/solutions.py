@@ -51,6 +51,138 @@ class Labelled(logged.Encoded):
   steps: np.ndarray
 
 
+# Data.
+
+
+def read(
+  tokenizer: Any,
+  data: str,
+  eval_data: str = "",
+  *,
+  eval_share: float = 0.0,
+  num_eval_rows: int,
+  first_row: int = 0,
+  num_rows: int = 0,
+  task: Any = None,
+  seed: int,
+  options: Mapping[str, Any],
+  labels: str = "outcome",
+  targets: str = "tokens",
+  balance_labels: bool = True,
+  prompt_format: str = "plain",
+  **limits: Any,
+) -> logged.Split:
+  """Reads solutions to learn from and held-out ones, with labels for tokens.
+
+  No held-out prompt is among those to learn from, and of the latter every
+  (prompt, response) is taken once. Held-out samples count as often as they
+  were drawn, balanced or not.
+
+  Args:
+    tokenizer: encodes them.
+    data: files with commas between them, see `load`; empty: the task's log.
+    eval_data: the same, of the held-out ones.
+    eval_share: share of the prompts in `data` that are held out instead; 0 for
+      none.
+    num_eval_rows: held-out solutions that are used at most, the first ones.
+    first_row: solutions of `data` that are passed over at its beginning.
+    num_rows: solutions that are used from there on; 0 uses all.
+    task: module with `logged`, where no file is named.
+    seed: of every draw.
+    options: of the task's log.
+    labels: see `parse`.
+    targets: see `label_tokens`.
+    balance_labels: whether to `balance` those to learn from, by steps for
+      "sorm".
+    prompt_format: see `logged.render`.
+    **limits: of `logged.encode`.
+
+  Returns:
+    Both as `Labelled`, with what was left out.
+
+  Raises:
+    ValueError: if there is nothing to learn from, or the held-out solutions
+      have all one outcome.
+  """
+  skipped: list[str] = []
+
+  def scored(names, split):
+    if names:
+      found, unusable = load(names.split(","), split, labels)
+      skipped.extend(unusable)
+      return found
+    return from_rows(logged.task_rows(task, split, seed, options))
+
+  def rendered(rows):
+    rows, unusable = logged.render(rows, tokenizer, prompt_format)
+    skipped.extend(unusable)
+    return rows
+
+  def labelled(rows):
+    encoded = logged.encode(tokenizer, rows, **limits)
+    skipped.extend(encoded.skipped)
+    return label_tokens(encoded, tokenizer, targets)
+
+  rows = scored(data, "train")[first_row:]
+  rows = rendered(rows[: num_rows or None])
+  num_shared = 0
+  if eval_share:
+    rows, held_out = split_prompts(rows, eval_share, seed=seed)
+  else:
+    held_out = rendered(scored(eval_data, "validation"))
+    num_shared, rows = len(rows), _without_prompts(rows, held_out)
+    num_shared -= len(rows)
+  held_out = labelled(held_out[:num_eval_rows])
+  if len({row.is_positive for row in held_out.rows}) < 2:
+    raise ValueError(
+      f"All {len(held_out.rows)} held-out solutions have the same outcome; "
+      "give more (--num_eval_rows)."
+    )
+  different = distinct(rows)
+  train = whole = labelled(different)
+  if balance_labels:
+    train = balance(whole, by_step=labels == "sorm", seed=seed)
+  num_targets = int(train.is_target.sum())
+  counts = {
+    "solutions of held-out prompts left out": num_shared,
+    "duplicates left out": len(rows) - len(different),
+    "solutions left out for balance": len(whole.rows) - len(train.rows),
+    "targets left out for balance": int(whole.is_target.sum()) - num_targets,
+    "good solutions": sum(row.is_positive for row in train.rows),
+    "targets": num_targets,
+    "good targets": int(np.sum(train.labels[train.is_target] >= 0.5)),
+  }
+  return logged.Split(train, held_out, skipped, counts)
+
+
+def batch(
+  part: Labelled, rows: Sequence[int], lengths: Sequence[int]
+) -> dict[str, np.ndarray]:
+  """Pads B solutions to a batch.
+
+  Args:
+    part: N solutions.
+    rows: B row numbers.
+    lengths: columns P and T of prompts and responses.
+
+  Returns:
+    The arrays of `logged.batch`, `labels` `[B, T]` float32 and `is_target`
+    `[B, T]` bool.
+  """
+  missing = ((0, 0), (0, lengths[1] - part.labels.shape[1]))
+  return {
+    **logged.batch(
+      part,
+      rows,
+      np.zeros(len(rows), int),
+      prompt_length=lengths[0],
+      response_length=lengths[1],
+    ),
+    "labels": np.pad(part.labels[rows], missing),
+    "is_target": np.pad(part.is_target[rows], missing),
+  }
+
+
 # Rows.
 
 
@@ -308,10 +440,21 @@ def balance(part: Labelled, *, by_step: bool, seed: int) -> Labelled:
       f"{int(is_positive.sum())} of {len(is_positive)} labels are positive: "
       "there is nothing to balance."
     )
-  return _subset(part, np.flatnonzero(kept))
+  return logged.take(part, np.flatnonzero(kept))
 
 
 # Helpers.
+
+
+def _without_prompts(
+  rows: Sequence[Solution], others: Sequence[Solution]
+) -> list[Solution]:
+  """Solutions whose prompts others do not have."""
+  asked = {row.prompt for row in others}
+  left = [row for row in rows if row.prompt not in asked]
+  if not left:
+    raise ValueError("All prompts of the training rows are held out.")
+  return left
 
 
 def _of_row(row: logged.Row) -> list[Solution]:
@@ -373,16 +516,3 @@ def _fields(row: Any) -> dict[str, Any]:
   return {
     field.name: getattr(row, field.name) for field in dataclasses.fields(row)
   }
-
-
-def _subset(part: Labelled, indices: np.ndarray) -> Labelled:
-  pick = lambda items: [items[i] for i in indices]
-  return dataclasses.replace(
-    part,
-    prompt_ids=pick(part.prompt_ids),
-    response_ids=pick(part.response_ids),
-    rows=pick(part.rows),
-    labels=part.labels[indices],
-    is_target=part.is_target[indices],
-    steps=part.steps[indices],
-  )

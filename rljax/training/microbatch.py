@@ -95,7 +95,8 @@ def grad(
   what the mean divides by: rows (all parts alike, the default), or tokens.
 
   Metrics are combined by their names: the largest of `..._max`, the least of
-  `..._min`, the sum of `.../tokens` and `.../count`. Of the others it is the
+  `..._min`, the sum of `.../tokens` and `.../count`, the perplexity of all
+  tokens for `<loss>/perplexity` (with `<loss>/tokens`). Of the others it is the
   mean, weighed by `<loss>/count` where the loss counts what its means are over
   (a subset, say), else by w.
 
@@ -159,6 +160,10 @@ def combine(
       adds_up and quantity.endswith("loss")
     ):
       found[name] = values.sum()
+    elif quantity == "perplexity":
+      tokens = metrics[f"{loss}/tokens"]
+      total = jnp.maximum(tokens.sum(), 1.0)
+      found[name] = jnp.exp((jnp.log(values) * tokens).sum() / total)
     elif f"{loss}/count" in metrics:
       counts = metrics[f"{loss}/count"].astype(jnp.float32)
       found[name] = (values * counts).sum() / _not_zero(counts.sum())

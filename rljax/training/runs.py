@@ -388,8 +388,8 @@ class Run:
   def file_flags(self) -> None:
     """Files the flags, which later starts are held against.
 
-    `training` and `reporting` do so. A script calls it where it leaves
-    something to go on with before.
+    `file` and `reporting` do so. A script that trains nothing calls it where it
+    leaves something to go on with before it reports.
     """
     checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
 

@@ -143,6 +143,19 @@ class ShardingsTest(parameterized.TestCase):
       self._specs(_params(), rules)
 
 
+class SharedSizeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("data:1", 5, 5),
+    ("data:4,fsdp:2", 17, 16),
+    ("data:4,fsdp:2", 7, 8),  # A row for each device.
+    ("data:2,tensor:4", 5, 4),  # Devices of tensor share no rows.
+  )
+  def test_rows_that_devices_share(self, spec, size, expected):
+    mesh = meshes.make(spec)
+    self.assertEqual(meshes.shared_size(size, mesh), expected)
+    meshes.check_divisible(expected, mesh, "size")
+
+
 class PlaceTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

@@ -316,7 +316,7 @@ class RunTest(absltest.TestCase):
       ),
       (["--overlong_buffer=1"], "would price every response alike"),
       (["--minibatch_size=-8"], "minibatch_size=-8: .*non-negative"),
-      (["--clip_epsilon=0"], "clip_epsilon=0: .*must be .* 1e-09"),
+      (["--clip_epsilon=0"], "clip_epsilon=0: .*number >= 1e-09"),
       (["--kl_coef=-1"], "kl_coef=-1: .*non-negative"),
       (["--min_length=2"], "min_length must not be more than --max_length"),
       (["--constraint=grammar"], "it needs --stop_at_eos"),

@@ -375,6 +375,9 @@ class PipelineTest(parameterized.TestCase):
     base = scripts.scratch() / "layouts"
     one, parts, mesh = base / "one", base / "parts", base / "mesh"
     scripts.run(RLMEC, one, *flags)
+    # The samples are those that the reward model was made of.
+    _, stages = trained()
+    self.assertFalse((stages / "samples.old1").exists())
     scripts.run(RLMEC, parts, *flags, "--micro_batch_size=1")
     scripts.run(RLMEC, mesh, *flags, "--mesh=data:2,fsdp:2", devices=4)
     # Parts without a reward have no ratio, and do not count in the mean.

@@ -15,9 +15,8 @@ import tokenizers
 import transformers
 from absl.testing import parameterized
 
-from rljax.generation import rollouts
+from rljax.generation import rollouts, samplers
 from rljax.models import hf
-from rljax.ops import sampling
 from rljax.tasks import arithmetic, word_lists
 from rljax.text import files, logged, tokens
 from tests import conftest
@@ -146,8 +145,8 @@ class ParseTest(parameterized.TestCase):
     ids = jnp.array([[3, 104, 0], [4, 1, 2]])
     mask = jnp.array([[True, True, False], [True, True, True]])
     prompts = jnp.ones((2, 4), jnp.int32)
-    records = rollouts.records(
-      rollouts.Rollout(
+    records = samplers.Samples(
+      rollout=rollouts.Rollout(
         prompt_ids=prompts,
         prompt_mask=prompts == 1,
         response_ids=ids,
@@ -156,13 +155,14 @@ class ParseTest(parameterized.TestCase):
         truncated_log_probs=jnp.zeros((2, 3)),
         finished=mask[:, 2],
       ),
-      ["1+2=", "2+2="],
-      ["3", "412"],
-      [1.0, 0.0],
-      [{"answer": 3}, {}],
-      settings=sampling.Settings(),
+      prompts=["1+2=", "2+2="],
+      texts=["3", "412"],
+      scores=[1.0, 0.0],
+      parts=[{"answer": 3}, {}],
+      settings=samplers.Settings(max_length=3),
       policy_step=7,
-    )
+      tokenizer=WORDS,
+    ).records()
     rows = [logged.parse(json.loads(json.dumps(r)), "here") for r in records]
     self.assertEqual(
       rows,
@@ -804,6 +804,114 @@ class BatchTest(parameterized.TestCase):
       logged.batch(
         self.ENCODED, rows, candidates, prompt_length=3, response_length=3
       )
+
+
+class ReadTest(parameterized.TestCase):
+  """A log as scripts read it: rows, ids and the shape of batches in one."""
+
+  LIMITS = {
+    "max_prompt_length": 5,
+    "max_response_length": 4,
+    "too_long": "skip",
+    "prompt_format": "plain",
+  }
+
+  def setUp(self):
+    super().setUp()
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    self.path = pathlib.Path(folder) / "log.jsonl"
+    rows = [
+      {"prompt": "9", "response": "9"},
+      {"prompt": "1", "candidates": ["2", "1+2"], "rewards": [1, 0]},
+      {},
+      {"prompt": "1+2+3=", "response": "6"},
+      {"prompt": "1+2=", "response": "3"},
+      {"prompt": "8", "response": "8"},
+    ]
+    files.write_jsonl(self.path, rows)
+
+  def _read(self, name=None, task=None, **options):
+    return logged.read(
+      WORDS,
+      name=str(self.path) if name is None else name,
+      task=task,
+      seed=0,
+      **self.LIMITS,
+      **options,
+    )
+
+  def test_rows_and_what_is_left_out(self):
+    # The first usable row is passed over, and three are taken.
+    log = self._read(first_row=1, num_rows=3)
+    self.assertEqual([row.prompt for row in log.rows], ["1", "1+2="])
+    self.assertEqual(log.encoded.rows, log.rows)
+    self.assertEqual(
+      log.encoded.response_ids,
+      [[[2, 104], [1, 100, 2, 104]], [[3, 104]]],
+    )
+    self.assertRegex(log.skipped[0], "log.jsonl:3: none of")
+    self.assertRegex(log.skipped[1], "log.jsonl:4: the prompt has 7 tokens")
+    self.assertLen(log.skipped, 2)
+    self.assertEqual(log.settings, self.LIMITS)
+    np.testing.assert_array_equal(log.present, [[True, True], [True, False]])
+    # The longest have 5 and 4 tokens; buckets hold 6 and 4.
+    self.assertEqual(log.lengths, (6, 4))
+    self.assertLen(self._read().rows, 4)
+
+  def test_batches_of_any_shape(self):
+    log = self._read(first_row=1, num_rows=3)
+    pad = tokens.pad_id(WORDS)
+    batch = log.batch(np.array([1, 0]), np.array([0, 1]))
+    np.testing.assert_array_equal(
+      batch["prompt_ids"],
+      [[pad, 103, 1, 100, 2, 102], [pad] * 4 + [103, 1]],
+    )
+    np.testing.assert_array_equal(
+      batch["response_ids"], [[3, 104, pad, pad], [1, 100, 2, 104]]
+    )
+    # Both replies to each row, the second of which has but one.
+    ranked = log.batch(np.array([[0], [1]]), np.array([[1, 0], [0, 1]]))
+    self.assertEqual(ranked["prompt_ids"].shape, (2, 2, 6))
+    self.assertEqual(ranked["response_mask"].shape, (2, 2, 4))
+    np.testing.assert_array_equal(
+      ranked["response_mask"].sum(axis=-1), [[4, 2], [2, 0]]
+    )
+    np.testing.assert_array_equal(
+      ranked["response_ids"][0, 0], batch["response_ids"][1]
+    )
+    np.testing.assert_array_equal(
+      ranked["prompt_ids"][1, 1], batch["prompt_ids"][0]
+    )
+
+  def test_the_log_of_a_task(self):
+    log = logged.read(
+      word_lists.word_tokenizer(),
+      name="",
+      task=word_lists,
+      seed=3,
+      task_options={"num": 4},
+      split="test",
+      **self.LIMITS | {"max_prompt_length": 16, "max_response_length": 16},
+    )
+    self.assertEqual(
+      log.rows, logged.task_rows(word_lists, "test", 3, {"num": 4})
+    )
+    self.assertEqual(log.skipped, [])
+
+  def test_nothing_is_left(self):
+    with self.assertRaisesRegex(ValueError, "There are no rows to encode"):
+      self._read(first_row=5)
+
+
+class LengthsTest(parameterized.TestCase):
+  def test_buckets(self):
+    # The longest have 7 and 5 tokens; buckets hold 8 and 6.
+    encoded = logged.Encoded(
+      [[1] * 7, [1] * 2], [[[1] * 5, [1]], [[1] * 3]], [_row(), _row()], []
+    )
+    self.assertEqual(logged.lengths(encoded), (8, 6))
+    encoded = logged.Encoded([[1] * 2], [[[1] * 3]], [_row()], [])
+    self.assertEqual(logged.lengths(encoded), (2, 3))
 
 
 class FingerprintTest(parameterized.TestCase):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.tasks.games import rules as rules_lib
+from rljax.tasks.games import rules
 
 MAX_STACK = 96  # States of the parser; the games of ludax need 32.
 
@@ -38,7 +38,7 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
   vocabulary = tokenizer.get_vocab()
   # A tokenizer of natural text has only some of the words, and could write no
   # game.
-  words = dict.fromkeys(("(", ")", "game", *rules_lib.vocabulary()))
+  words = dict.fromkeys(("(", ")", "game", *rules.vocabulary()))
   missing = [word for word in words if word not in vocabulary]
   if missing or tokenizer.eos_token_id is None:
     lost = ", ".join(missing[:5]) or "an end token"
@@ -51,12 +51,12 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
     )
   from lark.parsers.lalr_analysis import Shift
 
-  parser = rules_lib._parser()
+  parser = rules._parser()
   states = _table().states
   terminals = {t.name: i for i, t in enumerate(parser.terminals)}
-  rules = {rule: i for i, rule in enumerate(parser.rules)}
+  productions = {rule: i for i, rule in enumerate(parser.rules)}
   heads: dict[str, int] = {}
-  for rule in rules:
+  for rule in productions:
     heads.setdefault(rule.origin.name, len(heads))
   shape = (len(states), len(terminals))
   found = {
@@ -64,8 +64,12 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
     "next_states": np.full(shape, -1, np.int16),
     "reduces": np.zeros(shape, bool),
     "rules": np.zeros(len(states), np.int16),
-    "lengths": np.array([len(rule.expansion) for rule in rules], np.int32),
-    "heads": np.array([heads[rule.origin.name] for rule in rules], np.int32),
+    "lengths": np.array(
+      [len(rule.expansion) for rule in productions], np.int32
+    ),
+    "heads": np.array(
+      [heads[rule.origin.name] for rule in productions], np.int32
+    ),
     "gotos": np.full((len(states), len(heads)), -1, np.int16),
     "depths": np.zeros(vocab_size, np.int32),
     "ends": np.zeros(vocab_size, bool),
@@ -84,7 +88,7 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
         found["next_states"][state, terminals[symbol]] = argument
       elif symbol in terminals:
         found["reduces"][state, terminals[symbol]] = True
-        by.add(rules[argument])
+        by.add(productions[argument])
     if len(by) > 1:
       raise ValueError(
         f"State {state} of the parser reduces by {len(by)} rules, but the "
@@ -138,13 +142,13 @@ Stack = tuple[int, ...]
 @functools.lru_cache(2**16)
 def _place(prompt: str) -> tuple[Stack, tuple[str, ...]]:
   """Returns the stack before the gap, and words that may be second."""
-  parts = rules_lib.around(prompt)
+  parts = rules.around(prompt)
   if parts is None:
     raise ValueError(
-      f"A prompt has the marks {', '.join(rules_lib.MARKERS)} once each, in "
+      f"A prompt has the marks {', '.join(rules.MARKERS)} once each, in "
       f"this order, got {prompt[:100]!r}."
     )
-  prefix, suffix = map(rules_lib.words, parts)
+  prefix, suffix = map(rules.words, parts)
   before = _feed((_table().start_states["game"],), prefix)
   if before is None:
     raise ValueError(
@@ -194,13 +198,13 @@ def _feed(
 
 @functools.cache
 def _table() -> Any:
-  return rules_lib._parser().parser.parser.parser.parse_table
+  return rules._parser().parser.parser.parser.parse_table
 
 
 @functools.cache
 def _words(state: int) -> dict[str, str]:
   """Maps each word of the language to its terminal in a state."""
-  parser = rules_lib._parser()
+  parser = rules._parser()
   return _read(
     parser.parser.lexer.lexers[state],
     frozenset(name for name in _table().states[state] if name.isupper()),
@@ -214,7 +218,7 @@ def _read(lexer: Any, names: frozenset[str]) -> dict[str, str]:
   from lark.utils import TextSlice
 
   fixed, patterns = {}, []
-  for terminal in rules_lib._parser().terminals:
+  for terminal in rules._parser().terminals:
     if terminal.name not in names:
       continue
     if type(terminal.pattern).__name__ == "PatternStr":
@@ -222,7 +226,7 @@ def _read(lexer: Any, names: frozenset[str]) -> dict[str, str]:
     else:
       patterns.append(terminal.pattern.to_regexp())
   found = {}
-  for word in rules_lib.vocabulary():
+  for word in rules.vocabulary():
     if word in fixed:
       found[word] = fixed[word]
     elif any(re.fullmatch(pattern, word) for pattern in patterns):
@@ -245,13 +249,13 @@ def _shortest() -> tuple[tuple[str, ...], ...]:
   One for each rule and each terminal that may be second: the same word may
   begin expressions of several kinds.
   """
-  parser = rules_lib._parser()
+  parser = rules._parser()
   words = {
     terminal.name: terminal.pattern.value
     if type(terminal.pattern).__name__ == "PatternStr"
     else next(
       word
-      for word in (rules_lib.GAME, "3")
+      for word in (rules.GAME, "3")
       if re.fullmatch(terminal.pattern.to_regexp(), word)
     )
     for terminal in parser.terminals

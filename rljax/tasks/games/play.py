@@ -292,7 +292,7 @@ def _step(env: Any, state: Any, action: Any, is_first: Any) -> tuple:
   )
   mask = env._get_legal_action_mask(state).astype(bool)
   state = state._replace(legal_action_mask=mask)
-  # Whoever moved is the mover of the rules for the end.
+  # The rules for the end mean the player who moved.
   winners, is_over = env._get_winner(state._replace(current_player=mover))
   return state, winners, is_over & ~is_first
 

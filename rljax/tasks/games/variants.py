@@ -10,8 +10,7 @@ import numpy as np
 from absl import logging
 
 from rljax.tasks import games
-from rljax.tasks.games import boards as boards_lib
-from rljax.tasks.games import pool, rewards, rules
+from rljax.tasks.games import boards, pool, rewards, rules
 from rljax.text import files
 
 LICENCE = "Apache-2.0"
@@ -249,7 +248,7 @@ def _first(split: str, max_sites: int) -> list[dict[str, Any]]:
       text, {"text": text, "parents": [name], "roots": [name], "changes": []}
     )
   for name, text in shipped.items():
-    for small in boards_lib.smaller(text, max_sites):
+    for small in boards.smaller(text, max_sites):
       drawn.setdefault(
         small,
         {
@@ -307,12 +306,12 @@ def _changed(
         text = prefix + other + suffix
     elif draw < 0.55 and "(board (" in text:
       kinds.append("board")
-      boards = boards_lib.boards(max_sites)
-      shape, _ = boards_lib.board(text)
+      sizes_of = boards.boards(max_sites)
+      shape, _ = boards.board(text)
       if rng.random() < 0.5:
-        shape = str(rng.choice(boards_lib.SHAPES))
-      sizes = boards[shape][rng.integers(len(boards[shape]))]
-      text = boards_lib.on_board(text, shape, sizes)
+        shape = str(rng.choice(boards.SHAPES))
+      sizes = sizes_of[shape][rng.integers(len(sizes_of[shape]))]
+      text = boards.on_board(text, shape, sizes)
     else:
       lexemes = rules.words(text)
       places = [

@@ -17,8 +17,7 @@ from absl.testing import absltest, parameterized
 
 from rljax import tasks
 from rljax.tasks import games, sandbox
-from rljax.tasks.games import pool as pool_lib
-from rljax.tasks.games import rewards, rules
+from rljax.tasks.games import pool, rewards, rules
 from rljax.text import files, keywords
 
 pytestmark = pytest.mark.skipif(
@@ -48,12 +47,12 @@ NEW = (
 @contextlib.contextmanager
 def measuring(measure):
   """Replaces the worker processes, and forgets what they said."""
-  pool = mock.Mock()
-  pool.map = lambda items: [measure(*item) for item in items]
-  pool_lib._MEASURED.clear()
-  with mock.patch.object(pool_lib, "_pool", lambda *unused: pool):
-    yield pool
-  pool_lib._MEASURED.clear()
+  fake = mock.Mock()
+  fake.map = lambda items: [measure(*item) for item in items]
+  pool._MEASURED.clear()
+  with mock.patch.object(pool, "_pool", lambda *unused: fake):
+    yield fake
+  pool._MEASURED.clear()
 
 
 def always(**changes):

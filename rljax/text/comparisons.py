@@ -1,0 +1,107 @@
+"""Which replies of a log are set against each other."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rljax.text import logged
+
+
+class Comparisons(NamedTuple):
+  """M comparisons of K replies each.
+
+  Attributes:
+    rows: `[M]` int, row numbers.
+    ranks: `[M, K]` int, candidate numbers, the best reply first. One that the
+      row does not have stands for a missing reply.
+    notes: what is compared, and which rows are not.
+  """
+
+  rows: np.ndarray
+  ranks: np.ndarray
+  notes: list[str]
+
+  def check_batch(self, batch_size: int) -> None:
+    """Raises ValueError if there are fewer than a batch."""
+    if batch_size > len(self.rows):
+      raise ValueError(
+        f"--batch_size={batch_size} is more than the {len(self.rows)} rows "
+        "that can be compared."
+      )
+
+
+def ranked(
+  rows: Sequence[logged.Row],
+  rewards: np.ndarray | None = None,
+  *,
+  all_replies: bool = False,
+) -> Comparisons:
+  """Ranks the replies of each row.
+
+  Args:
+    rows: N logged rows of up to C candidates; those with fewer than two are
+      left out.
+    rewards: `[N, C]` float, by which replies are ranked; equal ones keep their
+      order. None: the order in which they stand is their rank.
+    all_replies: whether all replies of a row are compared, K = C; else the best
+      with the worst, K = 2, unless their rewards are equal.
+
+  Raises:
+    ValueError: if nothing is left.
+  """
+  compared, ranks, few, tied = [], [], [], []
+  most = max(len(row.candidates) for row in rows)
+  for i, row in enumerate(rows):
+    candidates = list(range(len(row.candidates)))
+    if len(candidates) < 2:
+      few.append(row.place)
+      continue
+    if rewards is not None:
+      candidates.sort(key=lambda k: -rewards[i, k])
+    if all_replies:
+      # The number after the last: no reply has it, and arrays have a column.
+      candidates += [len(candidates)] * (most - len(candidates))
+    else:
+      candidates = [candidates[0], candidates[-1]]
+      if rewards is not None and np.ptp(rewards[i, candidates]) == 0:
+        tied.append(row.place)
+        continue
+    compared.append(i)
+    ranks.append(candidates)
+  left_out = [
+    f"{len(places)} of {len(rows)} rows have {what}: {', '.join(places[:3])}"
+    + (", ..." if len(places) > 3 else ".")
+    for places, what in (
+      (few, "fewer than two replies"),
+      (tied, "replies of equal reward"),
+    )
+    if places
+  ]
+  if not compared:
+    raise ValueError(f"Nothing can be compared: {' '.join(left_out)}")
+  note = f"{len(compared)} comparisons out of {len(rows)} rows."
+  return Comparisons(np.array(compared), np.array(ranks), [note, *left_out])
+
+
+def singles(
+  rows: Sequence[logged.Row], rewards: np.ndarray, threshold: float
+) -> Comparisons:
+  """Takes every reply by itself, a good or a bad one: K = 1.
+
+  Args:
+    rows: N logged rows of up to C candidates.
+    rewards: `[N, C]` float.
+    threshold: least reward of a good reply.
+
+  Raises:
+    ValueError: if all are good, or all bad.
+  """
+  compared, candidates = np.nonzero(logged.present(rows))
+  good = rewards[compared, candidates] >= threshold
+  note = f"{good.sum()} of {len(good)} replies are good ones."
+  if good.all() or not good.any():
+    raise ValueError(
+      f"The threshold of {threshold} makes all replies alike: {note}"
+    )
+  return Comparisons(compared, candidates[:, None], [note])
