@@ -459,6 +459,10 @@ def fingerprint(tree: Tree) -> str:
   return digest.hexdigest()
 
 
+class Stopped(Exception):
+  """Ends work that a signal asked to stop, once all of it is saved."""
+
+
 class Preemption:
   """Turns the signal that ends a machine into a clean stop.
 
