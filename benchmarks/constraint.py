@@ -11,9 +11,7 @@ runs, side by side in one process.
 """
 
 import functools
-import json
 import os
-import pathlib
 import time
 
 import jax
@@ -32,7 +30,6 @@ from rljax.text import batches, tokens
 flags.DEFINE_list("rows", ["1", "32", "128"], "Responses at the same time.")
 flags.DEFINE_integer("tokens", 64, "Of a response.")
 flags.DEFINE_integer("repeats", 5, "Runs, of which the best one counts.")
-flags.DEFINE_string("json", "", "Also write the rows to this file.")
 FLAGS = flags.FLAGS
 
 # That of experiments/flags/padula/games_cpu_base.flags.
@@ -40,11 +37,12 @@ SIZE = {"hidden_size": 128, "num_layers": 4, "num_heads": 4}
 
 
 def main(_):
+  machine.report("constraint", {"rows": "A step of the sampler"}, measure_all)
+
+
+def measure_all():
   rows = [measure(int(num)) for num in FLAGS.rows]
-  machine.print_table("A step of the sampler", rows)
-  if FLAGS.json:
-    found = {"load": os.getloadavg()[0], "rows": rows}
-    pathlib.Path(FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
+  return {"load": os.getloadavg()[0], "rows": rows}
 
 
 def measure(num_rows):

@@ -11,7 +11,6 @@ path, not the one that the modes ask for. Seconds of this process, the best of
 """
 
 import json
-import pathlib
 import time
 
 import numpy as np
@@ -24,17 +23,15 @@ flags.DEFINE_integer("pairs", 1_000, "Pairs that are aligned in one call.")
 flags.DEFINE_integer("plain", 5, "Pairs of the plain loops.")
 flags.DEFINE_list("tokens", ["20", "300"], "Lengths of the samples.")
 flags.DEFINE_integer("repeats", 3, "Runs, of which the best counts.")
-flags.DEFINE_string("json", "", "Also write the rows to this file.")
 FLAGS = flags.FLAGS
 
 
 def main(_):
-  rows = []
-  for length in map(int, FLAGS.tokens):
-    rows += measure(length)
-  machine.print_table("Alignments on one core", rows)
-  if FLAGS.json:
-    pathlib.Path(FLAGS.json).write_text(json.dumps(rows, indent=2) + "\n")
+  machine.report("edits", {"": "Alignments on one core"}, measure_all)
+
+
+def measure_all():
+  return [row for length in map(int, FLAGS.tokens) for row in measure(length)]
 
 
 def measure(length):

@@ -11,9 +11,7 @@ of computing: on a busy machine the latter tell more.
 """
 
 import collections
-import json
 import os
-import pathlib
 import resource
 import time
 
@@ -32,11 +30,15 @@ flags.DEFINE_integer("repeats", 20, "Runs of the stages that are text alone.")
 flags.DEFINE_integer("seed", 0, "Of the changes.")
 flags.DEFINE_integer("workers", 2, "Processes.")
 flags.DEFINE_float("seconds", 20.0, "Of computing that a game may take.")
-flags.DEFINE_string("json", "", "Also write the rows to this file.")
 FLAGS = flags.FLAGS
 
 
 def main(_):
+  titles = {"texts": "Texts alone", "batch": "A batch"}
+  machine.report("games", titles, measure_all)
+
+
+def measure_all():
   sound, faulty, broken = make_texts(FLAGS.batch // 3 + 1, FLAGS.seed)
   shipped = list(rules.shipped().values())
   rows = [
@@ -44,13 +46,8 @@ def main(_):
     measure_text("a check fails", faulty),
     measure_text("no games", broken),
   ]
-  machine.print_table("Texts alone", rows)
   texts = [*sound, *faulty, *broken][: FLAGS.batch]
-  batch = measure_batch(texts)
-  machine.print_table("A batch", [batch])
-  if FLAGS.json:
-    text = json.dumps({"texts": rows, "batch": batch}, indent=2)
-    pathlib.Path(FLAGS.json).write_text(text + "\n")
+  return {"texts": rows, "batch": measure_batch(texts)}
 
 
 def make_texts(num, seed):

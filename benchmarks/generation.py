@@ -15,7 +15,6 @@ of Hugging Face are left out.
 
 import functools
 import json
-import pathlib
 import statistics
 import tempfile
 import time
@@ -37,11 +36,14 @@ flags.DEFINE_integer("new_tokens", 32, "Tokens sampled per row.")
 flags.DEFINE_integer("repeats", 3, "Timed pairs of runs.")
 flags.DEFINE_integer("torch_threads", 2, "")
 flags.DEFINE_bool("peer", True, "Run Hugging Face too, if torch is there.")
-flags.DEFINE_string("json", "", "Also write the rows to this file.")
 FLAGS = flags.FLAGS
 
 
 def main(_):
+  machine.report("generation", {"": "Sampling"}, measure_all)
+
+
+def measure_all():
   peak, bandwidth = machine.matmul_peak(), machine.memory_bandwidth()
   print(
     f"jax {jax.__version__} on {jax.devices()[0].device_kind}: "
@@ -54,9 +56,7 @@ def main(_):
     for batch in map(int, FLAGS.batches):
       rows.append(measure(name, model, params, peers, batch, peak, bandwidth))
       print(json.dumps(rows[-1]), flush=True)
-  machine.print_table("Sampling", rows)
-  if FLAGS.json:
-    pathlib.Path(FLAGS.json).write_text(json.dumps(rows, indent=2) + "\n")
+  return rows
 
 
 def load(name):

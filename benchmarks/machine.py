@@ -1,12 +1,25 @@
-"""What this machine can do at best: the ceilings of a roofline."""
+"""What measurements share: ceilings of a roofline, and tables of results."""
 
+import json
+import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import flags
+
+flags.DEFINE_string("json", "", "File to write the rows to; empty for none.")
+flags.DEFINE_bool(
+  "from_results",
+  False,
+  "Whether to print the tables of benchmarks/results instead of measuring.",
+)
+FLAGS = flags.FLAGS
+
+RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def seconds(run: Callable[[], Any], repeats: int = 5) -> list[float]:
@@ -39,6 +52,37 @@ def memory_bandwidth(megabytes: int = 512) -> float:
   add = jax.jit(jnp.sum)
   best = min(seconds(lambda: add(x).block_until_ready(), 10))
   return x.nbytes / best
+
+
+def report(
+  name: str, titles: Mapping[str, str], measure: Callable[[], Any]
+) -> None:
+  """Measures, and prints tables; --json keeps what they are made of.
+
+  With --from_results nothing is measured: the tables are those of
+  `benchmarks/results/<name>.json`.
+
+  Args:
+    name: of the benchmark.
+    titles: name of an entry of the results -> title of its table; "" for
+      results that are a list of rows.
+    measure: makes the results: a list of rows, or a dict of such lists or rows.
+
+  Raises:
+    ValueError: if there are no results of this name.
+  """
+  path = RESULTS / f"{name}.json"
+  if not FLAGS.from_results:
+    found = measure()
+    if FLAGS.json:
+      pathlib.Path(FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
+  elif path.exists():
+    found = json.loads(path.read_text())
+  else:
+    raise ValueError(f"There are no results at {path}: measure with --json.")
+  for entry, title in titles.items():
+    rows = found[entry] if entry else found
+    print_table(title, rows if isinstance(rows, list) else [rows])
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -14,7 +14,6 @@ Then the host: advantages and priorities of a log, and drawing a batch, beside
 
 import functools
 import json
-import pathlib
 import statistics
 import time
 
@@ -37,6 +36,14 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+  titles = {
+    "step": "One A-LoL step, reference cached or inside",
+    "host": "A log on the host, milliseconds",
+  }
+  machine.report("offline", titles, measure_all)
+
+
+def measure_all():
   print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
   rows = []
   for name in FLAGS.models:
@@ -62,12 +69,8 @@ def main(_):
       }
     )
     print(json.dumps(rows[-1]), flush=True)
-  machine.print_table("One A-LoL step, reference cached or inside", rows)
   host = [time_host(num_rows) for num_rows in (1_000, 100_000, 1_000_000)]
-  machine.print_table("A log on the host, milliseconds", host)
-  if FLAGS.json:
-    results = {"step": rows, "host": host}
-    pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=2) + "\n")
+  return {"step": rows, "host": host}
 
 
 def make_batch(model):

@@ -1,11 +1,11 @@
 """The study of reasoning: its table, its curves, and the claims it supports.
 
   python -m benchmarks.reasoning --runs=runs/reasoning --seeds=0,1,2
-  python -m benchmarks.reasoning            # the same table, from the results
+  python -m benchmarks.reasoning --from_results   # the same, from the file
 
-With --runs, gathers what launch/reasoning_study.sh left, into
-benchmarks/results/reasoning.json and reasoning.png. Without, prints the table
-and the claims from that file.
+The first gathers what launch/reasoning_study.sh left, into
+benchmarks/results/reasoning.json and reasoning.png; the second prints the table
+and the claims from that file alone.
 
 A difference of two arms is the mean over seeds of the difference within a seed,
 ± its standard error s / sqrt(n). Every seed has training and test prompts of
@@ -24,12 +24,17 @@ from absl import app, flags
 
 from rljax.evaluation import curves as curves_lib
 
-flags.DEFINE_string("runs", "", "Where the study is; empty: read the results.")
-flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the study.")
-FLAGS = flags.FLAGS
-
 RESULTS = pathlib.Path(__file__).parent / "results"
-FILE, PICTURE = RESULTS / "reasoning.json", RESULTS / "reasoning.png"
+
+flags.DEFINE_string("runs", "runs/reasoning", "Where the study is.")
+flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the study.")
+flags.DEFINE_string(
+  "out",
+  str(RESULTS / "reasoning.json"),
+  "Results; the picture lies beside them.",
+)
+flags.DEFINE_bool("from_results", False, "Read --out instead of --runs.")
+FLAGS = flags.FLAGS
 
 ARMS = {
   "base": "base",
@@ -78,14 +83,15 @@ CURVES = (
 
 
 def main(_):
-  if FLAGS.runs:
-    found = gather(pathlib.Path(FLAGS.runs), FLAGS.seeds)
-    RESULTS.mkdir(exist_ok=True)
-    FILE.write_text(json.dumps(found, indent=1) + "\n")
-    draw(found)
-    print(f"Written: {FILE}, {PICTURE}\n")
+  out = pathlib.Path(FLAGS.out)
+  if FLAGS.from_results:
+    found = json.loads(out.read_text())
   else:
-    found = json.loads(FILE.read_text())
+    found = gather(pathlib.Path(FLAGS.runs), FLAGS.seeds)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, out.with_suffix(".png"))
+    print(f"Written: {out}, {out.with_suffix('.png')}\n")
   print(table(found))
   print()
   for name, verdict, text in claims(found):
@@ -322,7 +328,7 @@ def signed(mean, error):
   return f"{sign}{number(abs(mean), 3)} ± {number(error, 3)}"
 
 
-def draw(found):
+def draw(found, path):
   """Greedy accuracy on validation prompts, by samples drawn in training."""
   import matplotlib
 
@@ -362,7 +368,7 @@ def draw(found):
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=8, loc="lower right")
   panels[0].set_ylabel("greedy accuracy, validation")
-  figure.savefig(PICTURE, dpi=150)
+  figure.savefig(path, dpi=150)
   pyplot.close(figure)
 
 

@@ -11,7 +11,6 @@ B (P + K T) tokens instead of B K (P + T); the ceiling is the ratio of the two.
 
 import functools
 import json
-import pathlib
 import statistics
 
 import jax
@@ -31,6 +30,10 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+  machine.report("samples", {"": "Samples of one prompt"}, measure_all)
+
+
+def measure_all():
   print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
   rows = []
   for name in FLAGS.models:
@@ -43,9 +46,7 @@ def main(_):
           {"model": name} | measure(model, params, length, num_samples)
         )
         print(json.dumps(rows[-1]), flush=True)
-  machine.print_table("Samples of one prompt", rows)
-  if FLAGS.json:
-    pathlib.Path(FLAGS.json).write_text(json.dumps(rows, indent=2) + "\n")
+  return rows
 
 
 def measure(model, params, length, num_samples):

@@ -10,7 +10,6 @@ turns, and the ratio is the median over pairs. The share of the peak counts
 
 import functools
 import json
-import pathlib
 import statistics
 
 import jax
@@ -31,6 +30,10 @@ LEARNING_RATE = 1e-5
 
 
 def main(_):
+  machine.report("update", {"": "One PPO update"}, measure_all)
+
+
+def measure_all():
   peak = machine.matmul_peak()
   print(
     f"jax {jax.__version__} on {jax.devices()[0].device_kind}: "
@@ -66,9 +69,7 @@ def main(_):
     row["first losses"] = " ".join(f"{x:.4f}" for x in losses.values())
     rows.append(row)
     print(json.dumps(row), flush=True)
-  machine.print_table("One PPO update", rows)
-  if FLAGS.json:
-    pathlib.Path(FLAGS.json).write_text(json.dumps(rows, indent=2) + "\n")
+  return rows
 
 
 def make_batch(model):

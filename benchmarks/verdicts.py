@@ -12,7 +12,6 @@ start of the workers, and of runs that have met them. Seconds of the clock, and
 of this process alone: on a busy machine the latter tell more.
 """
 
-import json
 import pathlib
 import tempfile
 import time
@@ -27,11 +26,14 @@ from rljax.text import files
 flags.DEFINE_integer("plain", 5_000, "Replies of the plain path.")
 flags.DEFINE_integer("expressions", 400, "Replies that math-verify judges.")
 flags.DEFINE_integer("repeats", 20, "Runs of the plain path.")
-flags.DEFINE_string("json", "", "Also write the rows to this file.")
 FLAGS = flags.FLAGS
 
 
 def main(_):
+  machine.report("verdicts", {"": "Verdicts a second"}, measure_all)
+
+
+def measure_all():
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "gsm8k_test.jsonl"
     files.write_jsonl(path, make_problems(FLAGS.plain))
@@ -55,9 +57,7 @@ def main(_):
   new = measure("math-verify, new", prompts[:num], replies, repeats=1)
   rows.append(new | {"per own second": None})  # The workers did it.
   rows.append(measure("math-verify, met before", prompts[:num], replies))
-  machine.print_table("Verdicts a second", rows)
-  if FLAGS.json:
-    pathlib.Path(FLAGS.json).write_text(json.dumps(rows, indent=2) + "\n")
+  return rows
 
 
 def make_problems(num):

@@ -46,7 +46,7 @@ from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import hf
 from rljax.scoring import cached
-from rljax.text import batches, comparisons, keywords, solutions, tokens
+from rljax.text import batches, keywords, rankings, solutions, tokens
 from rljax.training import frozen, microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -89,7 +89,7 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
   "order",
   "",
-  comparisons.ORDERS,
+  rankings.ORDERS,
   "What ranks the replies of a row, for --loss=pairwise: its order in the log "
   "or their rewards; empty: rewards where a row has them, else the order.",
 )
@@ -172,9 +172,9 @@ def main():
     batch_of = functools.partial(solutions.batch, lengths=lengths)
   else:
     batch_of = functools.partial(
-      comparisons.batch,
+      rankings.batch,
       lengths=lengths,
-      num_candidates=comparisons.most_candidates(train, held_out),
+      num_candidates=rankings.most_candidates(train, held_out),
     )
 
   # What is differentiated.
@@ -327,10 +327,10 @@ def read_data(tokenizer):
     "task": cli.load_task(FLAGS),
     "seed": FLAGS.seed,
     "options": keywords.parse(FLAGS.task_options),
-    **cli.encoding_options(FLAGS),
+    **cli.length_options(FLAGS),
   }
   if FLAGS.loss == "pairwise":
-    return comparisons.read(
+    return rankings.read(
       tokenizer, FLAGS.data, FLAGS.eval_data, order=FLAGS.order, **shared
     )
   return solutions.read(

@@ -32,7 +32,7 @@ from rljax.losses import entropy, ppo
 from rljax.models import critics, hf
 from rljax.ops import advantages, log_probs, masking, rewards
 from rljax.scoring import scorers
-from rljax.text import batches, prompts
+from rljax.text import prompts
 from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -121,7 +121,7 @@ def main():
   if FLAGS.kl == "initial":
     reference = cli.load_reference(FLAGS, loaded).params
 
-  # All rows of a step, in no more memory than an update takes.
+  # Reads all rows of a step in no more memory than an update takes.
   in_parts = functools.partial(
     microbatch.map_rows, num_parts=sizes.num_passes, sharding=run.rows_sharding
   )
@@ -149,6 +149,10 @@ def main():
     allowed=sampler.allowed if FLAGS.mask_in_loss else None,
     chunk_size=chunk_size,
   )
+
+  def read(params, rollout):
+    """Token statistics of all rows, without gradients."""
+    return in_parts(lambda part: statistics_of(params, part)[0], rollout)
 
   def forward(params, rollout):
     """Token statistics, hidden states and values, `[N, T, ...]` each."""
@@ -230,10 +234,9 @@ def main():
     if not sampler.has_constraint:  # Its masks differ from token to token.
       metrics |= batch_entropy(params, hidden, mask)[1]
     if FLAGS.kl == "initial":
-      ref = in_parts(lambda part: statistics_of(reference, part)[0], rollout)
       penalty, drift = rewards.kl_penalty_and_metrics(
         old.log_probs,
-        ref.log_probs,
+        read(reference, rollout).log_probs,
         mask,
         kl_coef=state["kl"].coef,
         kind=FLAGS.kl_estimator,
@@ -308,9 +311,7 @@ def main():
 
   def roll_out(step):
     """Samples and scores one batch: texts, and what `learn` takes."""
-    rows = batches.batch_indices(
-      len(train), FLAGS.batch_size, step, seed=FLAGS.seed
-    )
+    rows = train.rows(FLAGS.batch_size, step, seed=FLAGS.seed)
     sample_key, learn_key = run.keys(step)
     samples = sampler.draw(
       sample_key, state["params"]["policy"], train, rows, step=step
@@ -332,9 +333,7 @@ def main():
     rows = jax.tree.map(lambda x: x[: sizes.micro_batch], batch)
     preflight.run(
       FLAGS.preflight,
-      lambda params, rollout: in_parts(
-        lambda part: statistics_of(params, part)[0].log_probs, rollout
-      ),
+      lambda params, rollout: read(params, rollout).log_probs,
       state["params"]["policy"],
       inputs[0],
       sampler=sampler,
@@ -348,8 +347,8 @@ def main():
       memory=state | {"reference": reference},
     )
 
-  starts_from = {"policy": loaded.params, "reference": reference}
-  with run.training(policy, tokenizer, starts_from, COLUMNS):
+  models = {"policy": loaded.params, "reference": reference}
+  with run.training(policy, tokenizer, models, COLUMNS):
     for step in run.steps(freeze=[sampler, answer, terms, learn]):
       # Row `step` of the metrics is about the policy after `step` rollouts.
       metrics = {"rollouts": step * sizes.rows}
@@ -364,8 +363,8 @@ def main():
       run.show(step, samples, weights)
       run.save(step + 1, state)
     if run.is_complete:
-      metrics = {"rollouts": FLAGS.steps * sizes.rows, **evaluate(FLAGS.steps)}
-      run.log(FLAGS.steps, metrics)
+      rollouts_drawn = {"rollouts": FLAGS.steps * sizes.rows}
+      run.log(FLAGS.steps, rollouts_drawn | evaluate(FLAGS.steps))
       run.summarise(["reward/mean", "entropy/token", "entropy/batch"])
   return run.exit_status
 

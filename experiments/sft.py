@@ -215,7 +215,7 @@ def main():
 def examples(task, tokenizer):
   """Rows to learn from and held-out ones as ids, and what was left out."""
   prepare = functools.partial(
-    logged.prepare, tokenizer, **cli.encoding_options(FLAGS)
+    logged.prepare, tokenizer, **cli.length_options(FLAGS)
   )
   if not FLAGS.data:
     train, held_out = (

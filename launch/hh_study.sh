@@ -17,18 +17,18 @@ RUNS="${RUNS:-runs/hh}"
 ARMS="${ARMS:-nll a_lol}"
 train="${DATA}_train.jsonl.gz" dev="${DATA}_dev.jsonl.gz"
 test="${DATA}_heldout.jsonl.gz"
-flags=experiments/flags
+flags=experiments/flags/a_lol
 model="$RUNS/reward_model"
 
 once "$model" experiments/outcome_reward_model.py \
-  --flagfile=$flags/hh_reward_model.flags --data="$train" --eval_data="$dev"
+  --flagfile=$flags/hh_cpu_reward_model.flags --data="$train" --eval_data="$dev"
 once "$RUNS/values" experiments/offline_value.py \
-  --flagfile=$flags/hh_value.flags --data="$train" --value_data="$dev" \
+  --flagfile=$flags/hh_cpu_value.flags --data="$train" --value_data="$dev" \
   --reward_model="$model"
 policies="reference=smollm2-135m"
 for arm in $ARMS; do
   once "$RUNS/$arm" experiments/offline.py \
-    --flagfile=$flags/hh_offline.flags --data="$train" --dev_data="$dev" \
+    --flagfile=$flags/hh_cpu.flags --data="$train" --dev_data="$dev" \
     --reward_model="$model" --cache="$RUNS/values" --algorithm="$arm"
   policies+=",$arm=$RUNS/$arm/best"
 done

@@ -20,7 +20,7 @@ SEEDS="${SEEDS:-0 1 2 3 4}"
 ARMS="${ARMS:-nll wbc r_gold r_lol r_lol_kl a_lol a_lol_ref_free a_lol_seq \
 a_lol_kl nll_filtered a_lol_uniform a_lol_single dpo dpo_reward ipo pro kto \
 simpo orpo}"
-flags=experiments/flags
+flags=experiments/flags/a_lol
 
 for seed in $SEEDS; do
   base="$RUNS/$seed"

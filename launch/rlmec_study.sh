@@ -17,7 +17,7 @@ source launch/study.sh
 RUNS="${RUNS:-runs/rlmec}"       # Where the results go.
 SEEDS="${SEEDS:-0 1 2}"
 NUM_TEST="${NUM_TEST:-1000}"     # Test prompts.
-flags=experiments/flags
+flags=experiments/flags/rlmec
 export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 

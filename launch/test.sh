@@ -24,6 +24,10 @@ fi
   echo "reasoning-gym could not be installed: its tests will skip."
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
+# Compiled programs are kept from run to run: jax looks them up by all that they
+# depend on, its own version included. RLJAX_TEST_CACHE= makes a new cache.
+export RLJAX_TEST_CACHE="${RLJAX_TEST_CACHE-${XDG_CACHE_HOME:-$HOME/.cache}/rljax/tests}"
+[[ -n "$RLJAX_TEST_CACHE" ]] || unset RLJAX_TEST_CACHE
 slow=(-m "not slow")
 if [[ -n "${SLOW:-}" ]]; then slow=(); fi
 # Compiling is most of the work, and takes one core: two workers use two.

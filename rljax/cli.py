@@ -23,7 +23,7 @@ is the one module of the library that knows flags by their names.
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +34,10 @@ from rljax import tasks
 from rljax.distributed import meshes
 from rljax.generation import samplers
 from rljax.models import hf
-from rljax.scoring import reward_terms, scorers
-from rljax.text import keywords
+from rljax.ops import sampling
+from rljax.rlmec import prompts as rewriting
+from rljax.scoring import cached, reward_terms, scorers
+from rljax.text import keywords, logged, prompts, steps
 from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -73,8 +75,7 @@ def run(main: Callable[[], int | None]) -> None:
   def checked(argv):
     values = flags.FLAGS
     try:
-      _check_words(values, argv[1:])
-      _check_values(values)
+      check(values, argv[1:])
       return main()
     except (ValueError, preflight.Refused) as error:
       if values.verbosity >= 1:
@@ -102,8 +103,16 @@ def _print_error(script, text):
   print(f"{os.path.basename(script)}: {text}", file=sys.stderr, flush=True)
 
 
-def _check_words(values, words):
-  """Raises ValueError for words of the command line that are no flags."""
+def check(values: flags.FlagValues, words: Sequence[str] = ()) -> None:
+  """Expands paths, and refuses what cannot be meant.
+
+  Args:
+    values: parsed flags.
+    words: of the command line that are no flags.
+
+  Raises:
+    ValueError: if there are any, or a number is not finite.
+  """
   if words:
     name = words[0].partition("=")[0]
     hint = f"; write --{words[0]}" if name in values else ""
@@ -111,11 +120,8 @@ def _check_words(values, words):
       f"{words[0]!r} on the command line is not a flag: flags begin with "
       f"-- and look like --name=value{hint}."
     )
-
-
-def _check_values(values):
-  """Expands paths, and raises ValueError for numbers that are not finite."""
-  for flag in values.get_key_flags_for_module(sys.argv[0]):
+  for name in values:
+    flag = values[name]
     if isinstance(flag.value, str) and flag.value.startswith("~"):
       flag.value = os.path.expanduser(flag.value)
     if isinstance(flag.value, float) and not abs(flag.value) <= _LARGEST:
@@ -134,9 +140,60 @@ def may_change(*names: str) -> None:
 # Groups of flags, in the order of the data's journey.
 
 
+def define_presets(
+  algorithm: str,
+  presets: Mapping[str, str],
+  *,
+  paired: Mapping[str, str] | None = None,
+) -> None:
+  """Defines --algorithm, which sets other flags unless they are given.
+
+  It does so while the command line is parsed, before any condition over flags
+  that is defined after this: call it first.
+
+  Args:
+    algorithm: default of --algorithm.
+    presets: algorithm -> flags of the script, "name=value name=value". A value
+      such as max_length/5 is that share of another flag, rounded down.
+    paired: flag of a preset -> another one that speaks for it: if that is
+      given, the preset leaves both alone, for half of a pair would not fit the
+      other half.
+  """
+  paired = paired or {}
+
+  def apply(name):
+    values = flags.FLAGS
+    for flag, text in _preset(presets[name]):
+      is_given = any(values[x].present for x in (flag, paired.get(flag, flag)))
+      whole, _, divisor = text.partition("/")
+      if is_given:
+        continue
+      if divisor:
+        values[flag].value = values[whole].value // int(divisor)
+      else:
+        values[flag].value = values[flag].parser.parse(text)
+    return True
+
+  flags.DEFINE_enum(
+    "algorithm",
+    algorithm,
+    list(presets),
+    "Algorithm, which sets other flags unless they are given; "
+    + "; ".join(f"{name}: {text}" for name, text in presets.items())
+    + ".",
+  )
+  flags.register_validator("algorithm", apply)
+
+
+def _preset(text):
+  """Splits the flags of a preset into names and values."""
+  return [word.split("=") for word in text.split()]
+
+
 def define_run(
   *,
   steps: int | None = None,
+  epochs: float | None = None,
   save_every: int | None = 500,
   eval_every: int | None = None,
   samples_every: int | None = None,
@@ -148,6 +205,8 @@ def define_run(
 
   Args:
     steps: default of --steps; 0: as many as --epochs make; None: no flag.
+    epochs: default of --epochs, the passes over all data, for --steps=0; None:
+      no flag here.
     save_every: default of --save_every; None: no flag.
     eval_every: default of --eval_every; None: no flag, nor --keep_best.
     samples_every: default of --samples_every, for scripts that draw samples in
@@ -178,6 +237,13 @@ def define_run(
       "Steps of training, as the script's first lines define a step."
       + (" 0: as many as --epochs make." if not steps else ""),
       lower_bound=0 if not steps else 1,
+    )
+  if epochs is not None:
+    flags.DEFINE_float(
+      "epochs",
+      epochs,
+      "Passes over the training data, where --steps is 0; above 0.",
+      lower_bound=1e-6,
     )
   if save_every is not None:
     flags.DEFINE_integer(
@@ -219,6 +285,19 @@ def define_run(
       lower_bound=0,
     )
     may_change("num_page_samples")
+  _define_devices()
+  if logs:
+    flags.DEFINE_string(
+      "wandb_project",
+      "",
+      "Weights & Biases project to which metrics are sent as well; empty for "
+      "none.",
+    )
+    may_change("wandb_project")
+
+
+def _define_devices():
+  """Defines the mesh and the cache of compiled programs."""
   flags.DEFINE_string(
     "mesh",
     "data:-1",
@@ -233,14 +312,6 @@ def define_run(
     "none.",
   )
   may_change("workdir", "mesh", "compilation_cache")
-  if logs:
-    flags.DEFINE_string(
-      "wandb_project",
-      "",
-      "Weights & Biases project to which metrics are sent as well; empty for "
-      "none.",
-    )
-    may_change("wandb_project")
 
 
 def define_preflight() -> None:
@@ -347,7 +418,7 @@ def define_lengths(*, max_response_length: int, too_long: str) -> None:
 
 
 def define_log() -> None:
-  """Defines the flags of logged replies, and of dev prompts."""
+  """Defines the flags of logged replies."""
   flags.DEFINE_string(
     "data",
     "",
@@ -368,20 +439,61 @@ def define_log() -> None:
   )
 
 
-def define_dev() -> None:
-  """Defines the prompts by whose replies parameters are selected."""
+def define_cache() -> None:
+  """Defines where numbers of a log are read from."""
   flags.DEFINE_string(
-    "dev_data",
+    "cache",
     "",
-    "Prompts by whose replies the best parameters are selected, in the forms "
-    "of --data; empty: the task's validation split.",
+    "Workdir of offline_value.py, from which rewards, advantages and "
+    "reference log-probabilities of the log are read. Empty: rewards and "
+    "advantages are those of its rows, and the rest is computed.",
+  )
+
+
+def define_dev(
+  name: str = "dev",
+  text: str = "Prompts by whose replies the best parameters are selected",
+) -> None:
+  """Defines prompts that the policy answers, after the task and the log.
+
+  Args:
+    name: of the prompts: the flags are --<name>_data and --num_<name>_prompts.
+    text: what they are.
+  """
+  flags.DEFINE_string(
+    f"{name}_data",
+    "",
+    f"{text}, in the forms of --data; empty: the task's validation split. "
+    "Replies have --max_response_length tokens at most.",
   )
   flags.DEFINE_integer(
-    "num_dev_prompts",
+    f"num_{name}_prompts",
     280,
-    "Number of dev prompts that are used, the first ones.",
+    f"Number of {name} prompts that are used, the first ones.",
     lower_bound=1,
   )
+  _require(
+    ["task", "data", f"{name}_data"],
+    lambda v: v["task"] or (v["data"] and v[f"{name}_data"]),
+    f"Without a --task, give --data and --{name}_data.",
+  )
+
+
+def define_replies() -> None:
+  """Defines how replies to dev prompts are drawn; see `load_responder`."""
+  flags.DEFINE_bool(
+    "greedy",
+    True,
+    "Whether a reply takes the likeliest token everywhere; false samples it at "
+    "temperature 1.",
+  )
+  flags.DEFINE_integer(
+    "sample_batch_size",
+    64,
+    "Texts that are answered or scored at the same time.",
+    lower_bound=1,
+  )
+  define_stop_strings()
 
 
 def define_models(
@@ -533,28 +645,39 @@ def define_sampler(
       lower_bound=1,
     )
   if online:
-    _define_ends()
+    define_ends()
+    _define_limits()
 
 
-def _define_ends():
-  """Defines where responses end, and what those without an end are worth."""
+def define_ends() -> None:
+  """Defines whether the end token and a grammar end responses."""
   flags.DEFINE_bool(
     "stop_at_eos",
     False,
     "Whether the end token ends a response; if not, it is never drawn.",
-  )
-  flags.DEFINE_integer(
-    "min_length",
-    0,
-    "Least limit of a response: each has a limit of its own, drawn from here "
-    "to --max_length; 0 gives all of them --max_length.",
-    lower_bound=0,
   )
   flags.DEFINE_enum(
     "constraint",
     "none",
     ["none", "grammar"],
     "What responses must follow: grammar keeps them within that of the task.",
+  )
+  _require(
+    ["constraint", "stop_at_eos"],
+    lambda v: v["constraint"] == "none" or v["stop_at_eos"],
+    "--constraint=grammar lets a response end where its expression does: it "
+    "needs --stop_at_eos.",
+  )
+
+
+def _define_limits():
+  """Defines limits of their own, and what responses without an end earn."""
+  flags.DEFINE_integer(
+    "min_length",
+    0,
+    "Least limit of a response: each has a limit of its own, drawn from here "
+    "to --max_length; 0 gives all of them --max_length.",
+    lower_bound=0,
   )
   flags.DEFINE_float(
     "unfinished_score",
@@ -566,12 +689,6 @@ def _define_ends():
     ["min_length", "max_length"],
     lambda v: v["min_length"] <= v["max_length"],
     "--min_length must not be more than --max_length.",
-  )
-  _require(
-    ["constraint", "stop_at_eos"],
-    lambda v: v["constraint"] == "none" or v["stop_at_eos"],
-    "--constraint=grammar lets a response end where its expression does: it "
-    "needs --stop_at_eos.",
   )
   _require(
     ["unfinished_score", "stop_at_eos", "stop_strings"],
@@ -586,6 +703,56 @@ def _define_ends():
 def _require(names, holds, message):
   """Registers a condition over several flags."""
   flags.register_multi_flags_validator(names, holds, message)
+
+
+def define_dynamic_sampling() -> None:
+  """Defines what happens to groups of responses that are scored alike."""
+  flags.DEFINE_bool(
+    "dynamic_sampling",
+    False,
+    "Whether groups of equal scores, which teach nothing, are replaced by "
+    "those of further prompts.",
+  )
+  flags.DEFINE_integer(
+    "max_sampling_rounds",
+    10,
+    "Batches of prompts that a step draws at most, with --dynamic_sampling.",
+    lower_bound=1,
+  )
+  _require(
+    ["dynamic_sampling", "num_samples"],
+    lambda v: not v["dynamic_sampling"] or v["num_samples"] > 1,
+    "--dynamic_sampling compares responses to one prompt: --num_samples must "
+    "be at least 2.",
+  )
+  _require(
+    ["dynamic_sampling", "unfinished_score"],
+    lambda v: not v["dynamic_sampling"] or not v["unfinished_score"],
+    "--dynamic_sampling keeps the groups whose scores differ, and "
+    "--unfinished_score would tell wrong responses apart: it must be 0.",
+  )
+
+
+def define_overlong_penalty() -> None:
+  """Defines a price of long responses."""
+  flags.DEFINE_integer(
+    "overlong_buffer",
+    0,
+    "Last tokens before --max_length, over which a penalty grows from 0 to 1; "
+    "0: no penalty.",
+    lower_bound=0,
+  )
+  _require(
+    ["overlong_buffer", "max_length"],
+    lambda v: v["overlong_buffer"] <= v["max_length"],
+    "--overlong_buffer must lie between 0 and --max_length.",
+  )
+  _require(
+    ["overlong_buffer", "stop_at_eos", "stop_strings"],
+    lambda v: not v["overlong_buffer"] or v["stop_at_eos"] or v["stop_strings"],
+    "--overlong_buffer would price every response alike: without --stop_at_eos "
+    "or --stop_strings all have --max_length tokens.",
+  )
 
 
 def define_stop_strings() -> None:
@@ -632,6 +799,59 @@ def define_reward_model(text: str = "") -> None:
   )
 
 
+def define_reasoning() -> None:
+  """Defines how several samples of a question are judged."""
+  flags.DEFINE_list(
+    "k",
+    [],
+    "Numbers k of samples for pass@k, separated by commas; empty: "
+    "--num_samples alone.",
+  )
+  flags.DEFINE_enum(
+    "ties",
+    "expected",
+    ["expected", "first_seen"],
+    "Which answer wins a tied vote: expected is one at random, on average; "
+    "first_seen is the first.",
+  )
+  flags.DEFINE_enum(
+    "trace_key",
+    "text",
+    sorted(steps.KEYS),
+    "What makes two reasoning traces the same: their text, or their equations.",
+  )
+  flags.DEFINE_string(
+    "rerank_model",
+    "",
+    "Classifier that ranks the samples of a question, in the forms of "
+    "--reward_model and read as the flags --reward_* say; empty for none.",
+  )
+  flags.DEFINE_string(
+    "new_vs",
+    "",
+    "Label of the policy whose samples make a trace of others known; empty for "
+    "none.",
+  )
+  flags.DEFINE_string(
+    "new_vs_samples",
+    "",
+    "File whose samples make a trace known, at least 4 times --num_samples of "
+    "each prompt; empty for none.",
+  )
+  _require(
+    ["k", "num_samples"],
+    lambda v: all(
+      k.isdecimal() and 1 <= int(k) <= v["num_samples"] for k in v["k"]
+    ),
+    "--k must be whole numbers from 1 to --num_samples.",
+  )
+  _require(
+    ["new_vs", "new_vs_samples"],
+    lambda v: not (v["new_vs"] and v["new_vs_samples"]),
+    "Give --new_vs or --new_vs_samples, not both.",
+  )
+
+
 def define_reward_terms() -> None:
   """Defines the sum of rewards that a response earns."""
   flags.DEFINE_list(
@@ -657,6 +877,44 @@ def define_reward_terms() -> None:
   )
   define_reward_model(
     "Classifier for the reward terms reward_model and dense_reward_model."
+  )
+
+
+def define_rewriting(template: str, *, locate: bool | None) -> None:
+  """Defines how a generative reward model is asked for rewrites.
+
+  Args:
+    template: default of --template; "": as the model was trained.
+    locate: default of --locate; None: likewise.
+  """
+  flags.DEFINE_string(
+    "stages",
+    "",
+    "Folder of the stages before training, which several runs may share; empty "
+    "takes --workdir.",
+  )
+  may_change("stages")
+  flags.DEFINE_enum(
+    "template",
+    template,
+    [*([] if template else [""]), *sorted(rewriting.TEMPLATES)],
+    "How the reward model is asked: compact for a model of characters, lines "
+    "for a vocabulary without letters, instruction for a model of words"
+    + ("." if template else "; empty: as it was trained."),
+  )
+  flags.DEFINE_bool(
+    "locate",
+    locate,
+    "Whether the reward model names the first wrong step, so that its rewrite "
+    "keeps the steps before that one"
+    + ("." if locate is not None else "; unset: as it was trained."),
+  )
+  flags.DEFINE_integer(
+    "max_question_length",
+    2000,
+    "Most tokens of a question to a model that rewrites, the wrong solution "
+    "included; longer ones are left out.",
+    lower_bound=1,
   )
 
 
@@ -697,6 +955,18 @@ def define_kl(
     "Model that the KL penalty compares the policy with, in the forms of "
     "--policy; empty: the policy before its first update.",
   )
+  if not estimator:
+    _require(
+      ["kl", "kl_estimator"],
+      lambda v: (v["kl"], v["kl_estimator"]) != ("loss", "k1"),
+      "--kl_estimator=k1 has a gradient of mean 0 as a loss; take k2 or k3, or "
+      "--kl=reward.",
+    )
+    _require(
+      ["kl", "reference"],
+      lambda v: v["kl"] != "none" or not v["reference"],
+      "--reference has no meaning for --kl=none.",
+    )
 
 
 def define_adaptive_kl() -> None:
@@ -743,7 +1013,7 @@ def define_batches(
     )
   if epochs is not None:
     flags.DEFINE_integer(
-      "epochs", epochs, "Passes over the data of a step.", lower_bound=1
+      "epochs", epochs, "Passes over the data of a step or fit.", lower_bound=1
     )
 
 
@@ -767,12 +1037,12 @@ def define_optimizer(
     schedule,
     list(optimizers.SCHEDULES),
     "How the learning rate goes on after the warm-up: constant, or linear or "
-    "cosine down to --final_learning_rate at the last update.",
+    "cosine down to --final_learning_rate.",
   )
   flags.DEFINE_float(
     "final_learning_rate",
     0.0,
-    "Learning rate of the last update, unless --schedule=constant.",
+    "Learning rate to which --schedule=linear or cosine falls by the end.",
     lower_bound=0.0,
   )
   flags.DEFINE_float(
@@ -819,6 +1089,12 @@ def define_optimizer(
 # Readers. Each takes the parsed flags of a script that called the group.
 
 
+def preset(values: flags.FlagValues, presets: Mapping[str, str]) -> str:
+  """Returns --algorithm, and what is in force of the flags that it sets."""
+  names = [name for name, _ in _preset(presets[values.algorithm])]
+  return " ".join(f"--{n}={values[n].value}" for n in ("algorithm", *names))
+
+
 def load_task(values: flags.FlagValues) -> types.ModuleType | None:
   """Returns the module that --task names; None where it may be empty and is."""
   if not (values.task or values["task"].default):
@@ -840,13 +1116,20 @@ def prompt_options(values: flags.FlagValues) -> dict[str, Any]:
   }
 
 
-def encoding_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `text.logged.prepare`."""
+def solved_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `text.prompts.solved`."""
+  options = keywords.parse(values.task_options)
+  if "example_options" in values:
+    options |= keywords.parse(values.example_options)
+  return {"seed": values.seed, "task_options": options}
+
+
+def encode_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `text.prompts.encode` and its like."""
   return {
-    "max_prompt_length": values.max_prompt_length,
-    "max_response_length": values.max_response_length,
-    "too_long": values.too_long,
+    "max_length": values.max_prompt_length,
     "prompt_format": values.prompt_format,
+    "name": values.task,
   }
 
 
@@ -860,6 +1143,101 @@ def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
     "max_positions": values.max_positions,
     **model_options(values),
   }
+
+
+def length_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `logged.prepare`."""
+  return {
+    "max_prompt_length": values.max_prompt_length,
+    "max_response_length": values.max_response_length,
+    "too_long": values.too_long,
+    "prompt_format": values.prompt_format,
+  }
+
+
+def read_log(values: flags.FlagValues, tokenizer: Any) -> logged.Log:
+  """Reads --data, or the log of --task.
+
+  Raises:
+    ValueError: as `logged.read`.
+  """
+  return logged.read(
+    tokenizer,
+    name=values.data,
+    task=values.task and load_task(values),
+    seed=values.seed,
+    task_options=keywords.parse(values.task_options),
+    first_row=values.first_row,
+    num_rows=values.num_rows,
+    **length_options(values),
+  )
+
+
+def read_dev(
+  values: flags.FlagValues, tokenizer: Any, name: str = "dev"
+) -> prompts.Prompts:
+  """Reads the prompts that `define_dev` defines.
+
+  Raises:
+    ValueError: as `prompts.read`.
+  """
+  return prompts.read(
+    tokenizer,
+    name=values[f"{name}_data"].value,
+    task=values.task and load_task(values),
+    seed=values.seed,
+    num_prompts=values[f"num_{name}_prompts"].value,
+    **length_options(values),
+  )
+
+
+def load_known(
+  values: flags.FlagValues,
+  log: logged.Log,
+  loaded: hf.LanguageModel,
+  needed: Sequence[str],
+  mesh: Any,
+  **options: Any,
+) -> dict[str, np.ndarray]:
+  """Returns what is known of a log, from --cache; see `cached.known`."""
+  return cached.known(
+    log,
+    loaded,
+    needed,
+    cache=values.cache,
+    dtype=values.dtype,
+    batch_size=values.sample_batch_size,
+    mesh=mesh,
+    **options,
+  )
+
+
+def load_responder(
+  values: flags.FlagValues,
+  loaded: hf.LanguageModel,
+  asked: prompts.Prompts,
+  mesh: Any,
+) -> samplers.Responder:
+  """Makes what replies to dev prompts, up to --max_response_length.
+
+  Raises:
+    ValueError: if prompts and replies do not fit the model's context, or the
+      devices cannot share --sample_batch_size.
+  """
+  meshes.check_divisible(values.sample_batch_size, mesh, "--sample_batch_size")
+  return samplers.Responder(
+    loaded.model,
+    loaded.tokenizer,
+    asked.encoded,
+    max_length=values.max_response_length,
+    settings=sampling.Settings(greedy=values.greedy),
+    batch_size=values.sample_batch_size,
+    mesh=mesh,
+    seed=values.seed,
+    stop_strings=runs.unescaped(values.stop_strings),
+    texts=asked.texts,
+    unfinished_score=None,
+  )
 
 
 def model_options(values: flags.FlagValues) -> dict[str, Any]:
@@ -878,10 +1256,27 @@ def load_reference(
   Raises:
     ValueError: if it is another architecture, or has other tokens.
   """
-  if not values.reference:
+  return load_like(values, "reference", loaded)
+
+
+def load_like(
+  values: flags.FlagValues, name: str, loaded: hf.LanguageModel
+) -> hf.LanguageModel:
+  """Loads the model that a flag names; the policy itself if it names none.
+
+  Args:
+    values: parsed flags.
+    name: of the flag.
+    loaded: the policy.
+
+  Raises:
+    ValueError: if it is another architecture, or has other tokens.
+  """
+  path = values[name].value
+  if not path:
     return loaded
-  other = hf.load(values.reference, **model_options(values))
-  runs.check_same_kind(f"--reference={values.reference}", other, loaded)
+  other = hf.load(path, **model_options(values))
+  runs.check_same_kind(f"--{name}={path}", other, loaded)
   return other
 
 
@@ -912,6 +1307,33 @@ def reward_model_options(values: flags.FlagValues) -> dict[str, Any]:
     "template": values.reward_template,
     "max_length": values.reward_length,
   }
+
+
+def load_reward_model(
+  values: flags.FlagValues,
+  mesh: Any,
+  *,
+  batch_size: int,
+  name: str = "reward_model",
+) -> scorers.Scorer | None:
+  """Loads a reward model as a scorer beside the task's; None if none is named.
+
+  Args:
+    values: parsed flags.
+    mesh: from `meshes.make`.
+    batch_size: texts at the same time.
+    name: of the flag that names it; it is read as the flags --reward_* say.
+  """
+  if not values[name].value:
+    return None
+  return scorers.scorer(
+    "",
+    {},
+    values[name].value,
+    **reward_model_options(values),
+    batch_size=batch_size,
+    mesh=mesh,
+  )
 
 
 def load_scorer(
@@ -971,21 +1393,51 @@ def load_reward_terms(
   return terms
 
 
+def check_read(
+  values: flags.FlagValues, chooser: str, reads: Mapping[str, Sequence[str]]
+) -> None:
+  """Refuses flags that are set, and that the chosen method does not read.
+
+  Args:
+    values: parsed flags.
+    chooser: name of the flag that chooses the method.
+    reads: method -> names of flags that it reads. Flags that no method names
+      are read by all.
+
+  Raises:
+    ValueError: naming the flag and its methods.
+  """
+  chosen = values[chooser].value
+  for name in sorted({name for names in reads.values() for name in names}):
+    flag = values[name]
+    if flag.value != flag.default and name not in reads[chosen]:
+      methods = [method for method, names in reads.items() if name in names]
+      raise ValueError(
+        f"--{name}={flag.value} belongs to --{chooser}="
+        f"{' or '.join(methods)}; leave it out for {chosen}."
+      )
+
+
 def batch_sizes(
-  values: flags.FlagValues, mesh: Any, *, num_samples: int = 1
+  values: flags.FlagValues, mesh: Any, *, num_samples: int | None = None
 ) -> microbatch.Sizes:
   """Returns the rows of a step, of an update and of a pass.
 
   Args:
     values: parsed flags.
     mesh: from `meshes.make`.
-    num_samples: rows for each of --batch_size.
+    num_samples: rows for each of --batch_size prompts; None: those are rows.
 
   Raises:
-    ValueError: if one does not divide the other, or the devices cannot share
-      them.
+    ValueError: if one does not divide the other, the devices cannot share
+      them, or there are fewer prompts.
   """
-  rows = values.batch_size * num_samples
+  if num_samples is not None and values.batch_size > values.num_prompts:
+    raise ValueError(
+      f"--batch_size must lie between 1 and the {values.num_prompts} prompts "
+      f"of --num_prompts, got {values.batch_size}."
+    )
+  rows = values.batch_size * (num_samples or 1)
   minibatch = ("minibatch_size" in values and values.minibatch_size) or rows
   micro_batch = (
     "micro_batch_size" in values and values.micro_batch_size
@@ -1001,20 +1453,32 @@ def batch_sizes(
       "of an update."
     )
   meshes.check_divisible(values.batch_size, mesh, "--batch_size")
+  if "sample_batch_size" in values:
+    name = "--sample_batch_size"
+    meshes.check_divisible(values.sample_batch_size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
+  if "sample_batch_size" in values:
+    name = "--sample_batch_size"
+    meshes.check_divisible(values.sample_batch_size, mesh, name)
   return microbatch.Sizes(rows, minibatch, micro_batch)
 
 
 def optimizer_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `optimizers.adamw`."""
-  return {
-    "learning_rate": values.learning_rate,
-    "kind": values.schedule,
-    "warmup": values.warmup,
-    "final_learning_rate": values.final_learning_rate,
+  return schedule_options(values) | {
     "b1": values.adam_b1,
     "b2": values.adam_b2,
     "epsilon": values.adam_epsilon,
     "weight_decay": values.weight_decay,
     "max_grad_norm": values.max_grad_norm,
+  }
+
+
+def schedule_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `optimizers.schedule`."""
+  return {
+    "learning_rate": values.learning_rate,
+    "kind": values.schedule,
+    "warmup": values.warmup,
+    "final_learning_rate": values.final_learning_rate,
   }

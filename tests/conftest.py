@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import shutil
 import signal
+import tempfile
 
 # A shell that starts tests in the background has their interrupts ignored, and
 # those of the processes that they start and interrupt.
@@ -13,6 +15,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
+# Two thirds of the time goes to compiling, much of it the same programs again:
+# all tests, workers and scripts share one cache. launch/test.sh keeps it from
+# run to run; without it, it ends with the tests.
+_CACHE = "RLJAX_TEST_CACHE"
+_OWN_CACHE = None
+if _CACHE not in os.environ:  # Else a worker of a run that has made it.
+  _OWN_CACHE = os.environ[_CACHE] = tempfile.mkdtemp(prefix="rljax-cache-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -20,6 +31,7 @@ import hypothesis
 import jax
 import pytest
 
+jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -38,3 +50,9 @@ def shared(path: str) -> pathlib.Path:
   if not found.exists():
     pytest.skip(f"needs {path} in the folder that RLJAX_SHARED names")
   return found
+
+
+def pytest_unconfigure():
+  """Removes the cache of compiled programs, if this process has made it."""
+  if _OWN_CACHE:
+    shutil.rmtree(_OWN_CACHE, ignore_errors=True)

@@ -19,6 +19,8 @@ def main():
   script = runpy.run_path(path, run_name="script")
   from absl import flags
 
+  from rljax import cli
+
   results = []
   for arguments in runs:
     for name in list(flags.FLAGS):
@@ -26,8 +28,9 @@ def main():
       flags.FLAGS[name].value = flags.FLAGS[name].default
     error = None
     try:
-      flags.FLAGS([path, *arguments])
+      words = flags.FLAGS([path, *arguments])
       sys.argv = [path]
+      cli.check(flags.FLAGS, words[1:])
       script["main"]()
     except Exception as caught:
       error = f"{type(caught).__name__}: {caught}"

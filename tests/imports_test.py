@@ -17,7 +17,7 @@ MAY_IMPORT = {
   "distributed": [],
   "losses": ["ops"],
   "text": ["storage"],
-  "tasks": ["text"],
+  "tasks": ["text", "storage"],
   "models": ["storage"],
   "generation": ["ops", "models", "text", "distributed"],
   "scoring": [

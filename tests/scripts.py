@@ -25,7 +25,7 @@ ROUNDING = 2e-5
 
 @functools.cache
 def scratch():
-  """A folder for this process's runs, with the compilation cache in it."""
+  """A folder for this process's runs."""
   return pathlib.Path(tempfile.mkdtemp(prefix="rljax-experiments-"))
 
 
@@ -43,9 +43,9 @@ def without_pictures():
   folder = scratch() / "no_pictures"
   folder.mkdir()
   (folder / "matplotlib.py").write_text("raise ImportError('not in this test')")
-  others = filter(None, [os.environ.get("PYTHONPATH")])
-  paths = os.pathsep.join([str(folder), *others])
-  no_pictures = mock.patch.dict(os.environ, PYTHONPATH=paths)
+  kept = os.environ.get("PYTHONPATH", "")
+  found = os.pathsep.join(filter(None, [str(folder), kept]))
+  no_pictures = mock.patch.dict(os.environ, PYTHONPATH=found)
   no_pictures.start()
   unittest.addModuleCleanup(no_pictures.stop)
 
@@ -60,7 +60,6 @@ def environment(devices=1, optimize=False):
       " --xla_llvm_disable_expensive_passes=true"
     )
   variables["XLA_FLAGS"] = xla_flags
-  variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   variables["JAX_PLATFORMS"] = "cpu"
   return variables
 
@@ -68,7 +67,7 @@ def environment(devices=1, optimize=False):
 def arguments(workdir, *flags):
   return [
     f"--workdir={workdir}",
-    f"--compilation_cache={scratch() / 'cache'}",
+    f"--compilation_cache={os.environ['RLJAX_TEST_CACHE']}",
     *map(str, flags),
   ]
 

@@ -10,11 +10,16 @@ rljax with an `axis_name` keeps the first:
      deviation, an entropy, a clip) is taken of them;
   2. the gradients of a loss made so are averaged with `pmean`.
 
+A few minutes on two CPU cores that stand in for eight devices, after
+experiments/sft.py has made the policy:
+
   XLA_FLAGS=--xla_force_host_platform_device_count=8 \
     python experiments/examples/ppo_pmap.py --policy=runs/sft \
     --workdir=runs/pmap
 
-With the same flags it ends with the parameters of ppo.py, to rounding.
+With the same flags it ends with the parameters of ppo.py, to rounding. It runs
+in one process, evaluates nothing, saves once, at the end, and cannot go on with
+a run that was stopped.
 """
 
 import functools
@@ -24,44 +29,87 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 
-from rljax import tasks
+from rljax import cli, tasks
 from rljax.distributed import processes
+from rljax.evaluation import answers
 from rljax.generation import rollouts
 from rljax.losses import entropy, ppo
 from rljax.models import heads, hf
 from rljax.ops import advantages, masking, rewards, sampling
 from rljax.storage import checkpoint
-from rljax.text import batches, keywords, tokens
+from rljax.text import batches, keywords, prompts, tokens
 from rljax.training import logs
 
-flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
 flags.DEFINE_string(
-  "policy", None, "Workdir, directory or name.", required=True
+  "workdir",
+  None,
+  "Folder for the metrics and, at the end, the parameters; without a run.",
+  required=True,
 )
-flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.")
-flags.DEFINE_integer("steps", 100, "Rollouts, each followed by its updates.")
-flags.DEFINE_string("task", "arithmetic", "A module of rljax.tasks.")
-flags.DEFINE_list("task_options", ["style=last"], "name=value for the task.")
-flags.DEFINE_integer("num_prompts", 32_768, "Training prompts to draw from.")
-flags.DEFINE_integer("batch_size", 128, "Prompts per step, on all devices.")
-flags.DEFINE_integer("max_length", 1, "Response tokens.")
-flags.DEFINE_float("temperature", 1.0, "Of sampler and trainer.")
-flags.DEFINE_float("discount", 1.0, "Per response token.")
-flags.DEFINE_float("gae_lambda", 0.95, "1: Monte-Carlo returns.")
-flags.DEFINE_float("clip_epsilon", 0.2, "Of ratio and value.")
-flags.DEFINE_float("value_coef", 0.1, "Weight of the value loss.")
-flags.DEFINE_float("batch_entropy_coef", 0.3, "Weight of the batch entropy.")
-flags.DEFINE_float("ratio_guard", 10.0, "Skip minibatches above.")
-flags.DEFINE_integer("epochs", 4, "Updates on a rollout, each on all of it.")
-flags.DEFINE_float("learning_rate", 3e-4, "Of Adam.")
+flags.DEFINE_string(
+  "policy",
+  None,
+  "Language model that the policy starts as: the workdir of a run, a Hugging "
+  "Face directory or a hub name.",
+  required=True,
+)
+flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.", 0)
+flags.DEFINE_integer("steps", 100, "Rollouts, each followed by --epochs.", 1)
+flags.DEFINE_string(
+  "task",
+  "arithmetic",
+  "Task that writes prompts and scores responses: a module of rljax.tasks.",
+)
+flags.DEFINE_list(
+  "task_options",
+  ["style=last"],
+  "Options of the task's prompts, name=value, separated by commas.",
+)
+flags.DEFINE_integer(
+  "num_prompts", 32_768, "Training prompts that the task draws.", 1
+)
+flags.DEFINE_integer(
+  "batch_size", 128, "Prompts of a step, which all devices share evenly.", 1
+)
+flags.DEFINE_integer("max_length", 1, "Tokens of a response.", 1)
+flags.DEFINE_float(
+  "temperature",
+  1.0,
+  "Temperature τ of sampler and trainer, which divides the logits; above 0.",
+  1e-6,
+)
+flags.DEFINE_float("discount", 1.0, "Discount γ of a response token.", 0, 1)
+flags.DEFINE_float(
+  "gae_lambda",
+  0.95,
+  "λ of GAE in [0, 1]; 1 gives Monte Carlo returns, 0 one-step TD.",
+  0,
+  1,
+)
+flags.DEFINE_float(
+  "clip_epsilon",
+  0.2,
+  "How far a probability ratio may move from 1, and a value from the old one; "
+  "above 0.",
+  1e-9,
+)
+flags.DEFINE_float("value_coef", 0.1, "Weight of the value loss.", 0)
+flags.DEFINE_float(
+  "batch_entropy_coef", 0.3, "Weight of the batch entropy bonus."
+)
+flags.DEFINE_float(
+  "ratio_guard", 10.0, "Mean ratio above which an update is skipped; above 0."
+)
+flags.DEFINE_integer("epochs", 4, "Updates on a rollout, each on all of it.", 1)
+flags.DEFINE_float("learning_rate", 3e-4, "Learning rate of Adam.", 0)
 FLAGS = flags.FLAGS
 
 AXIS = "devices"
 
 
-def main(_):
+def main():
   logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
   processes.check_joined()
   devices = jax.local_devices()
@@ -82,28 +130,23 @@ def main(_):
   allowed = jnp.asarray(
     tokens.allowed_tokens(tokenizer, policy.config.vocab_size)
   )
-  prompts = task.prompts(
-    "train",
-    FLAGS.seed,
-    num=FLAGS.num_prompts,
-    **keywords.parse(FLAGS.task_options),
+  task_options = keywords.parse(FLAGS.task_options)
+  keywords.check(task.prompts, task_options)
+  texts = task.prompts(
+    "train", FLAGS.seed, num=FLAGS.num_prompts, **task_options
   )
-  encoded = tokens.encode_prompts(tokenizer, prompts, max_length=512)
-  prompt_ids, prompt_mask = batches.pad_left(
-    encoded, length=max(map(len, encoded))
-  )
+  (train,) = prompts.encode(tokenizer, texts, max_length=512)
   tokens.check_positions(
-    prompt_ids.shape[1] + FLAGS.max_length, policy.config.max_positions
+    train.ids.shape[1] + FLAGS.max_length, policy.config.max_positions
   )
 
   # The state is the same on every device; `replicate` adds a leading axis.
-  value_head = heads.ValueHead()
-  params = {
-    "policy": loaded.params,
-    "value_head": value_head.init(
-      jax.random.key(FLAGS.seed), jnp.zeros((1, policy.config.hidden_size))
-    )["params"],
-  }
+  # The names are those of ppo.py with --critic=shared.
+  head = heads.ValueHead()
+  head_params = head.init(
+    jax.random.key(FLAGS.seed), jnp.zeros((1, policy.config.hidden_size))
+  )["params"]
+  params = {"policy": loaded.params, "critic": {"head": head_params}}
   optimizer = optax.adam(FLAGS.learning_rate)
   replicate = lambda tree: jax.tree.map(
     lambda x: jnp.broadcast_to(x, (len(devices), *jnp.shape(x))), tree
@@ -118,7 +161,7 @@ def main(_):
       temperature=FLAGS.temperature,
       allowed=allowed,
     )
-    values = value_head.apply({"params": params["value_head"]}, hidden)
+    values = head.apply({"params": params["critic"]["head"]}, hidden)
     return statistics, hidden, values
 
   # Devices share the key of the step: a sample's own key is made of that and
@@ -217,22 +260,22 @@ def main(_):
   ) as log:
     for step in range(FLAGS.steps):
       rows = batches.batch_indices(
-        len(prompts), FLAGS.batch_size, step, seed=FLAGS.seed
+        len(train), FLAGS.batch_size, step, seed=FLAGS.seed
       )
       # The same keys as in ppo.py; its second one shuffles minibatches.
       key = jax.random.fold_in(jax.random.key(FLAGS.seed), step)
       rollout = sample(
         jax.random.split(key)[0],
         params,
-        split(prompt_ids[rows]),
-        split(prompt_mask[rows]),
+        split(train.ids[rows]),
+        split(train.mask[rows]),
         split(np.arange(FLAGS.batch_size)),
       )
       responses = tokens.decode(
         tokenizer, join(rollout.response_ids), join(rollout.response_mask)
       )
       scores, parts = tasks.score_all(
-        task, [prompts[i] for i in rows], responses
+        task, [train.texts[i] for i in rows], responses
       )
       batch = prepare(params, rollout, split(scores))
       for _ in range(FLAGS.epochs):
@@ -241,8 +284,7 @@ def main(_):
         )
       # The metrics are those of the whole batch on every device.
       metrics = {name: value[0] for name, value in metrics.items()}
-      means = tasks.mean_parts(parts)
-      metrics |= {f"task/{name}": value for name, value in means.items()}
+      metrics |= answers.mean_parts(parts, prefix="task/")
       log.write(step, metrics | {"reward/mean": scores.mean()})
   state = {"params": jax.tree.map(lambda x: x[0], params)}
   with checkpoint.Checkpoints(FLAGS.workdir) as checkpoints:
@@ -250,4 +292,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -1,4 +1,4 @@
-"""Programs that compile once, and say so when they would compile again."""
+"""Compiles programs once, and raises an error if they would compile again."""
 
 import time
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import numpy as np
 
 
 class Compiled:
-  """A jitted function that compiles once per set of shapes and keeps count.
+  """Compiles a function once per set of shapes, and counts compilations.
 
-  Compiling ahead of time makes three things visible that `jax.jit` hides: how
-  long each compilation took, how much memory the program needs, and that an
-  argument changed its shape, type or sharding in the middle of a run. After
-  `freeze()` the last is an error that names the argument.
+  Compiling ahead of time shows three things that `jax.jit` hides: how long each
+  compilation took, how much memory the program needs, and that an argument
+  changed its shape, type or sharding in the middle of a run. After `freeze()`
+  the last is an error that names the argument.
 
   Attributes:
     name: shown in tables and errors.
@@ -29,14 +29,14 @@ class Compiled:
     self._frozen = False
 
   def freeze(self) -> None:
-    """From here on a new set of shapes raises instead of compiling."""
+    """Makes a new set of shapes raise an error instead of compiling."""
     self._frozen = True
 
   def __call__(self, *args):
     return self.compile(*args)(*args)
 
   def compile(self, *args):
-    """The executable for these arguments, compiled unless it is there."""
+    """Returns the executable for these arguments; compiles it if new."""
     leaves, structure = jax.tree.flatten(args)
     signature = (structure, tuple(map(_signature, leaves)))
     executable = self._executables.get(signature)
@@ -81,7 +81,7 @@ class Compiled:
 
 
 def _signature(leaf) -> tuple:
-  """Shape, type and placement; Python numbers count by their type."""
+  """Returns shape, type and placement; Python numbers count by type."""
   if isinstance(leaf, jax.Array):
     return leaf.shape, leaf.dtype, leaf.sharding
   if isinstance(leaf, (np.ndarray, np.generic)):

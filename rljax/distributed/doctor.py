@@ -1,17 +1,17 @@
-"""Says whether the processes of a run fit together, and what to do if not.
+"""Checks that the processes of a run fit together, and says how to fix it.
 
-One process; two, side by side; and all hosts of a TPU slice:
+For one process, for two on one host, and for all hosts of a TPU slice:
 
   python -m rljax.distributed.doctor
   bash launch/local_processes.sh 2 -- python -m rljax.distributed.doctor
   bash launch/tpu_vm.sh doctor
 
 Checks Python and package versions, settings and commit, which must be equal on
-all hosts; that everybody reaches the port of process 0; the devices; one sum
-over all of them; and, with `--workdir`, that all see the same folder. Which
-process this is stands in `RLJAX_COORDINATOR` (host:port of process 0),
-`RLJAX_NUM_PROCESSES` and `RLJAX_PROCESS_ID`. The exit status is 0 if all is
-well.
+all hosts; that all processes reach the port of process 0; the devices; one sum
+over all of them; and, with `--workdir`, that all see the same folder.
+`RLJAX_COORDINATOR` (host:port of process 0), `RLJAX_NUM_PROCESSES` and
+`RLJAX_PROCESS_ID` say which process this is. The exit status is 0 if all checks
+pass.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from typing import Any
 from rljax.distributed import launchers
 
 OLDEST_PYTHON = (3, 11)
-# What jax needs of an accelerator; compared where they are installed.
+# Packages of accelerators; compared where they are installed.
 _PLUGINS = (
   "jaxlib",
   "libtpu",
@@ -48,16 +48,16 @@ _PLUGINS = (
   "jax-cuda13-plugin",
   "jax-cuda13-pjrt",
 )
-# Variables that change what is compiled or over what it is sent.
+# Variables that change what is compiled or how it is sent.
 _SETTINGS = re.compile(r"(XLA_|JAX_|LIBTPU_|TPU_|NCCL_)")
-# Theirs is to differ.
+# These differ between processes.
 _OWN_SETTINGS = ("TPU_WORKER_ID", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS")
 _MAX_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What one check found.
+  """Holds what one check found.
 
   Attributes:
     name: of the check.
@@ -76,7 +76,7 @@ class Finding:
 
 
 def describe() -> dict[str, Any]:
-  """What must be equal on all hosts, as far as this one goes.
+  """Describes what must be equal on all hosts, for this one.
 
   Returns:
     JSON: `host`, `python`, `packages` (name to version, None if missing),
@@ -118,10 +118,10 @@ def describe() -> dict[str, Any]:
 
 
 def compare(hosts: Sequence[Mapping[str, Any]]) -> list[Finding]:
-  """Holds what the processes say of themselves against each other.
+  """Compares the descriptions of all processes.
 
   Args:
-    hosts: what `describe` returns, in the order of the processes.
+    hosts: results of `describe`, in the order of the processes.
 
   Returns:
     A finding each on Python, packages, settings and commit.
@@ -189,7 +189,7 @@ def compare(hosts: Sequence[Mapping[str, Any]]) -> list[Finding]:
 def gather(
   coordinator: str, num_processes: int, host: Mapping[str, Any], seconds: float
 ) -> tuple[dict[int, Any], Finding, Callable[[Any], None]]:
-  """In process 0: waits at the port for what the other processes say.
+  """Collects, in process 0, what the other processes send to its port.
 
   Args:
     coordinator: host:port.
@@ -198,15 +198,15 @@ def gather(
     seconds: how long to wait for the others.
 
   Returns:
-    What every process says, by its index, as far as they came; the finding on
-    the port; and a function that sends one JSON value to all and hangs up.
+    The descriptions that came, by process; the finding on the port; and a
+    function that sends one JSON value to all and closes the connections.
   """
   port = launchers.split_address(coordinator)[1]
   hosts, sockets, doubles = {0: host}, [], []
 
   def reply(message):
     for connection in sockets:
-      # One that is gone will have said why.
+      # A process that is gone has said why.
       with connection, contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")
 
@@ -234,7 +234,7 @@ def gather(
         hosts[index] = said["host"]
         sockets.append(connection)
       except (OSError, ValueError, KeyError, TypeError):
-        continue  # Nobody of ours.
+        continue  # Not a process of this run.
   missing = sorted(set(range(num_processes)) - set(hosts))
   if not missing:
     text = f"{port} of {coordinator.rsplit(':', 1)[0]} reached by all"
@@ -256,7 +256,7 @@ def gather(
 def report(
   coordinator: str, process_id: int, host: Mapping[str, Any], seconds: float
 ) -> tuple[Any, Finding]:
-  """In the other processes: tells process 0, and waits for its reply.
+  """Sends, in the other processes, a description to process 0.
 
   Args:
     coordinator: host:port of process 0.
@@ -284,7 +284,7 @@ def report(
       time.sleep(0.2)
     except ValueError as problem:
       text = f"{coordinator} hung up on process {process_id}: {problem}"
-      fix = "see what process 0 says; another program may be at that port"
+      fix = "see what process 0 says; another program may use that port"
       return None, Finding("port", text, fix)
   text = f"process {process_id} does not reach {coordinator}: {error}"
   fix = "start process 0, and let its TCP port pass between hosts (firewall)"
@@ -294,11 +294,11 @@ def report(
 def check_devices(
   expected_platform: str | None, expected_devices: int | None
 ) -> Finding:
-  """Looks at the devices of all processes.
+  """Checks the devices of all processes.
 
   Args:
     expected_platform: "cpu", "gpu" or "tpu"; None takes any.
-    expected_devices: how many there are to be in all; None takes any number.
+    expected_devices: how many there should be in all; None takes any number.
 
   Returns:
     The finding.
@@ -335,7 +335,7 @@ def check_devices(
     return Finding("devices", text, fix)
   if expected_devices not in (None, len(devices)):
     fix = (
-      f"{expected_devices} were expected: end other runs that hold devices, "
+      f"{expected_devices} were expected: end other runs that use devices, "
       "and look for failed ones"
     )
     return Finding("devices", text, fix)
@@ -343,7 +343,7 @@ def check_devices(
 
 
 def check_sum() -> Finding:
-  """Adds a different number from every device, on every device.
+  """Sums a different number from every device, on every device.
 
   Returns:
     The finding.
@@ -366,7 +366,7 @@ def check_sum() -> Finding:
 
 
 def check_workdir(workdir: str, nonce: str) -> Finding:
-  """Has process 0 write a file, and every process look for it.
+  """Checks that a file of process 0 is seen by every process.
 
   Args:
     workdir: the folder, which is made if it is not there.
@@ -382,10 +382,10 @@ def check_workdir(workdir: str, nonce: str) -> Finding:
   if jax.process_index() == 0:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text("Written by rljax.doctor; may be deleted.\n")
+      path.write_text("Written by rljax.distributed.doctor; may be deleted.\n")
     except OSError as error:
       problem = f" ({error})"
-  _sum(lambda index: 0)  # Nobody looks before it is written.
+  _sum(lambda index: 0)  # No process looks before it is written.
   deadline = time.monotonic() + 10
   while not path.exists() and time.monotonic() < deadline and not problem:
     time.sleep(0.2)
@@ -408,9 +408,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--platform", choices=["cpu", "gpu", "tpu"])
   parser.add_argument("--devices", type=int, help="How many in all.")
-  parser.add_argument("--workdir", help="A folder that all are to see.")
+  parser.add_argument("--workdir", help="Folder that all processes must see.")
   parser.add_argument(
-    "--seconds", type=float, default=60, help="To wait for other processes."
+    "--seconds",
+    type=float,
+    default=60,
+    help="How long to wait for other processes, in seconds.",
   )
   options = parser.parse_args(arguments)
   try:
@@ -435,15 +438,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if answer is None:
       return _print([finding])
     if not answer["is_well"]:
-      print(f"Process {process_id} stops: process 0 says what is wrong.")
+      print(f"Process {process_id} stops; process 0 says what is wrong.")
       return 1
     nonce, findings = answer["nonce"], compare([host])
   if any(finding.fix for finding in findings):
     if num_processes > 1:
-      print("No devices are looked at before that is put right:")
+      print("No devices are checked before that is fixed:")
     return _print(findings)
 
-  # A collective that not everybody joins never comes back.
+  # A collective that some process does not join never returns.
   watch = threading.Timer(options.seconds + 60, _give_up, [findings])
   watch.daemon = True
   watch.start()
@@ -481,17 +484,17 @@ def _print(findings):
 
 
 def _give_up(findings):
-  text = "the processes were not through in time"
+  text = "the processes did not finish in time"
   fix = (
-    "run the doctor with one host less to find the one that hangs, and look "
-    "for other runs that hold its devices"
+    "run the doctor without one host to find the one that hangs, and look "
+    "for other runs that use its devices"
   )
   _print([*findings, Finding("sum", text, fix)])
   os._exit(1)
 
 
 def _sum(value_at):
-  """The sum of `value_at(index)` over the indices of all devices."""
+  """Sums `value_at(index)` over the indices of all devices."""
   import jax
   import numpy as np
   from jax.sharding import NamedSharding, PartitionSpec
@@ -516,7 +519,7 @@ def _sum(value_at):
 
 
 def _listen(port):
-  """A socket at the port, for both kinds of addresses where there are two."""
+  """Opens a socket at the port, for both kinds of addresses if possible."""
   both = socket.has_dualstack_ipv6()
   return socket.create_server(
     ("", port),
@@ -526,7 +529,7 @@ def _listen(port):
 
 
 def _read_line(connection):
-  """One line of JSON from a socket."""
+  """Reads one line of JSON from a socket."""
   text = b""
   while not text.endswith(b"\n"):
     if len(text) > _MAX_BYTES:
@@ -546,7 +549,7 @@ def _version(package):
 
 
 def _numbers(version):
-  """`(0, 10, 2)` of "0.10.2" or "0.10.2.dev1"."""
+  """Returns `(0, 10, 2)` of "0.10.2" or "0.10.2.dev1"."""
   return tuple(int(x) for x in re.match(r"[\d.]*\d", version)[0].split("."))
 
 
@@ -555,7 +558,7 @@ def _older(version, least):
 
 
 def _git(*arguments):
-  """What git says of this checkout, or None."""
+  """Returns what git says of this checkout, or None."""
   folder = pathlib.Path(__file__).resolve().parent.parent
   try:
     return subprocess.run(
@@ -576,7 +579,7 @@ def _has_accelerator():
 
 
 def _where(values):
-  """`a on process 0, 2 and b on process 1`, the most common first."""
+  """Writes `a on process 0, 2 and b on process 1`, the most common first."""
   groups = {}
   for index, value in enumerate(values):
     groups.setdefault(value, []).append(str(index))

@@ -1,11 +1,11 @@
-"""What a launcher tells the processes that it starts."""
+"""Reads the variables that a launcher sets for its processes."""
 
 import re
 from collections.abc import Mapping
 
 
 def place(environment: Mapping[str, str]) -> tuple[str | None, int, int]:
-  """Which process this is, by its environment.
+  """Reads from the environment which process this is.
 
   Args:
     environment: such as `os.environ`.
@@ -42,7 +42,7 @@ def place(environment: Mapping[str, str]) -> tuple[str | None, int, int]:
 
 
 def split_address(address):
-  """Host and port of `host:port`."""
+  """Splits `host:port` into host and port."""
   host, _, port = address.rpartition(":")
   if not host or not re.fullmatch(r"[0-9]{1,5}", port):
     raise ValueError(

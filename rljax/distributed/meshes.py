@@ -1,4 +1,4 @@
-"""Devices as a mesh, and where the arrays of a run lie on it.
+"""Makes the mesh of devices, and shards the arrays of a run over it.
 
 The axes are `data` (copies of the parameters, each with its part of the
 batch), `fsdp` (the batch and the parameters are both split) and `tensor` (the
@@ -25,7 +25,7 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 
 
 def make(spec: str = "data:-1") -> Mesh:
-  """The mesh that a flag such as `--mesh=data:-1,tensor:2` describes.
+  """Makes the mesh that a flag such as `--mesh=data:-1,tensor:2` describes.
 
   The axes are automatic ones: the compiler, not the code, carries shardings
   through a contraction.
@@ -35,12 +35,11 @@ def make(spec: str = "data:-1") -> Mesh:
       has size 1; one size may be -1, "the devices that are left".
 
   Returns:
-    A mesh with all of `AXES`, in that order. Fewer devices than there are may
-    be asked for if one process holds them all; the rest idle, with a warning.
+    A mesh with all of `AXES`, in that order. One process may ask for fewer
+    devices than it has; the rest idle, with a warning.
 
   Raises:
-    ValueError: if the text does not parse, or asks for more or other devices
-      than there are.
+    ValueError: if the text does not parse, or does not fit the devices.
   """
   sizes = _parse(spec)
   num_devices = jax.device_count()
@@ -84,21 +83,21 @@ def make(spec: str = "data:-1") -> Mesh:
 
 
 def shardings(tree: Tree, rules: Rules, mesh: Mesh) -> Tree:
-  """A sharding for every array, by the first rule that its path matches.
+  """Returns a sharding per array, by the first rule that its path matches.
 
   A path joins the keys with "/": `decoder/layers_0/attention/query/kernel`. The
-  state of an optimizer holds the parameters' paths behind a few keys of its
-  own (`0/mu/decoder/...`), so the same rules place it like the parameters.
+  state of an optimizer has the parameters' paths after a few keys of its own
+  (`0/mu/decoder/...`), so the same rules place it like the parameters.
 
   Args:
     tree: arrays, or anything with a shape: parameters or an optimizer state.
     rules: `(pattern, PartitionSpec)` pairs; the pattern is searched for
-      anywhere in the path, so it is not to be anchored at the start.
+      anywhere in the path, and must not be anchored at the start.
     mesh: from `make`.
 
   Returns:
-    `tree` with a `NamedSharding` in the place of every array. What has no
-    dimension, and what no rule matches, is replicated.
+    `tree` with a `NamedSharding` instead of every array. Scalars, and arrays
+    that no rule matches, are replicated.
 
   Raises:
     ValueError: if a rule cannot hold for an array, naming the array, the
@@ -135,7 +134,7 @@ def shardings(tree: Tree, rules: Rules, mesh: Mesh) -> Tree:
 
 
 def place(tree: Tree, shardings: Tree) -> Tree:
-  """Puts every array where its sharding says.
+  """Places every array by its sharding.
 
   With several processes, each must hold the whole of every array (as after
   reading one file, or drawing from one seed) or an array that already spans
@@ -157,20 +156,20 @@ def place(tree: Tree, shardings: Tree) -> Tree:
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-  """A copy of every array on every device of the mesh."""
+  """Copies every array to every device of the mesh."""
   return place(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch: its rows over `data` and `fsdp`."""
+  """Returns the sharding of a batch: its rows over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def cache_splitter(mesh: Mesh) -> Callable[[Tree], Tree]:
-  """A function that keeps a cache of keys and values split over a mesh.
+  """Returns a function that keeps a cache sharded over a mesh.
 
-  For use under `jax.jit`, where it says what the compiler may not decide
-  otherwise: rows lie over `data` and `fsdp`, heads over `tensor`.
+  Under `jax.jit` it constrains the compiler: rows lie over `data` and `fsdp`,
+  heads over `tensor`.
 
   Args:
     mesh: from `make`.
@@ -197,7 +196,7 @@ def cache_splitter(mesh: Mesh) -> Callable[[Tree], Tree]:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-  """How many devices share the rows of a batch: those of `data` x `fsdp`."""
+  """Returns how many devices of `data` x `fsdp` share a batch's rows."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -215,6 +214,15 @@ def check_divisible(size: int, mesh: Mesh, name: str) -> None:
       f"{name} must be divisible by the {num_shards} devices of data x fsdp, "
       f"got {size}; change it or --mesh."
     )
+
+
+def shared_size(size: int, mesh: Mesh) -> int:
+  """Returns the most rows up to `size` that `data` x `fsdp` share evenly.
+
+  It is a row for each of them where `size` is less.
+  """
+  num_shards = num_batch_shards(mesh)
+  return max(size // num_shards, 1) * num_shards
 
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
@@ -259,8 +267,8 @@ def map_batches(
   Args:
     function: takes the rows `[batch_size, ...]` of `arrays`, on the mesh, and
       returns a tree of arrays `[batch_size, ...]`.
-    arrays: numpy arrays `[N, ...]`, with N > 0. The last batch is filled up
-      with rows from the front, whose results are cut off again.
+    arrays: numpy arrays `[N, ...]`, with N > 0. The last batch is padded with
+      rows from the front, whose results are cut off.
     batch_size: rows of a call, which the devices must share evenly.
     mesh: from `make`.
 
@@ -286,7 +294,7 @@ def map_batches(
 
 
 def _parse(spec):
-  """`{axis: size}` for all of AXES, in their order."""
+  """Returns `{axis: size}` for all of AXES, in their order."""
   sizes = {}
   for pair in spec.split(","):
     axis, colon, size = pair.strip().partition(":")
@@ -300,7 +308,7 @@ def _parse(spec):
       )
     if axis not in AXES:
       raise ValueError(
-        f'--mesh={spec}: "{axis}" is no axis; there are {", ".join(AXES)}.'
+        f'--mesh={spec}: "{axis}" is not an axis; there are {", ".join(AXES)}.'
       )
     if axis in sizes:
       raise ValueError(f"--mesh={spec} gives {axis} twice.")
@@ -316,7 +324,7 @@ def _parse(spec):
 
 
 def _axes(entry):
-  """The mesh axes in one entry of a PartitionSpec, as a tuple."""
+  """Returns the mesh axes in one entry of a PartitionSpec, as a tuple."""
   if entry is None:
     return ()
   return entry if isinstance(entry, tuple) else (entry,)
@@ -341,7 +349,7 @@ def _check_spec(path, shape, spec, mesh):
 
 
 def _place_global(leaf, sharding):
-  """One array onto devices of several processes."""
+  """Places one array on devices of several processes."""
   if isinstance(leaf, jax.Array):
     if not leaf.is_fully_addressable:
       return jax.jit(lambda x: x, out_shardings=sharding)(leaf)

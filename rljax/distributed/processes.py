@@ -1,10 +1,10 @@
-"""Several processes of one run: how they meet, and what they tell each other.
+"""Connects the processes of one run, and exchanges values between them.
 
 A script is started once for every host, and each process runs the whole of it.
 All of them draw the same prompts and call the same programs in the same order;
-the devices share the rows of a batch, and the processes share what is done
-outside of the devices, such as scoring. With one process, the usual case,
-nothing here costs more than a call.
+the devices share the rows of a batch, and the processes share work outside of
+the devices, such as scoring. With one process, nothing here costs more than a
+call.
 """
 
 import json
@@ -24,31 +24,31 @@ from rljax.distributed import launchers
 
 Tree = Any
 
-# After so long without a sign of life a process counts as dead. It gives one
-# from a thread of its own, however long it compiles or scores.
+# A process without a heartbeat for so long counts as dead. A thread sends them,
+# however long the process compiles or scores.
 HEARTBEAT_SECONDS = 60
-# Sizes of what is exchanged are few: each is a program to compile.
+# Exchanged values are padded to few sizes, as each size compiles a program.
 _LEAST_BYTES = 4096
 
 
 def join(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
-  """Meets the processes that a launcher has started; the first line of a main.
+  """Joins the processes of a launcher; belongs in the first line of a main.
 
   Reads RLJAX_COORDINATOR, RLJAX_NUM_PROCESSES and RLJAX_PROCESS_ID; without
-  them, or when called again, it does nothing. From here on a process that ends
-  by an error ends at once, and the others notice and end as well, where they
-  would wait for it. What it had saved stays.
+  them, or when called again, it does nothing. From then on a process that fails
+  ends at once, and the others notice and end too, instead of waiting for it.
+  Checkpoints stay.
 
   Args:
-    heartbeat_seconds: after which a silent process counts as dead.
+    heartbeat_seconds: after which a process without heartbeat counts as dead.
 
   Raises:
-    ValueError: if the variables are not whole.
+    ValueError: if only some of the variables are set.
   """
   coordinator, num_processes, process_id = launchers.place(os.environ)
   if num_processes == 1 or jax.distributed.is_initialized():
     return
-  logging.set_verbosity(logging.WARNING)  # jax tells where it connects to.
+  logging.set_verbosity(logging.WARNING)  # jax logs where it connects to.
   connect(
     coordinator,
     num_processes,
@@ -69,39 +69,39 @@ def connect(
     process_id: which one this is, from 0.
     **timeouts: of `jax.distributed.initialize`, in seconds.
   """
-  # It would catch SIGTERM, which `checkpoint.Preemption` is for, and by which
-  # whoever waits for others can be stopped.
+  # It would catch SIGTERM, which `checkpoint.Preemption` handles, and which
+  # must end a process that waits for others.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     coordinator,
     num_processes,
     process_id,
-    # Or Slurm's own would give each process a single device.
+    # Otherwise Slurm's settings would give each process a single device.
     cluster_detection_method="deactivate",
     **timeouts,
   )
 
 
 def check_joined() -> None:
-  """Raises ValueError where a launcher started several, and all are alone.
+  """Raises ValueError if a launcher started several processes in vain.
 
-  Each would train for itself, into the same files.
+  Each would train alone, into the same files.
   """
   _, num_processes, _ = launchers.place(os.environ)
   if num_processes > 1 and not jax.distributed.is_initialized():
     raise ValueError(
-      f"RLJAX_NUM_PROCESSES={num_processes}: this script runs in one process "
-      "so far. Start it on one host, whose devices --mesh shares."
+      f"RLJAX_NUM_PROCESSES={num_processes}, but this script runs in one "
+      "process. Start it on one host, whose devices --mesh shares."
     )
 
 
 def is_first() -> bool:
-  """Whether this process is the one that writes."""
+  """Tells whether this is process 0, which writes."""
   return jax.process_index() == 0
 
 
 def gather(tree: Tree) -> Tree:
-  """Arrays as numpy arrays, whole in every process.
+  """All-gathers arrays as numpy arrays, whole in every process.
 
   All processes must call it.
 
@@ -117,7 +117,7 @@ def gather(tree: Tree) -> Tree:
 
 
 def exchange(value: Any) -> list[Any]:
-  """What every process has to say, in every process.
+  """All-gathers one JSON value per process.
 
   All processes must call it.
 
@@ -125,7 +125,7 @@ def exchange(value: Any) -> list[Any]:
     value: anything that `json` can write, and numpy's numbers.
 
   Returns:
-    One value per process, in their order, as JSON gives them back. With one
+    One value per process, in their order, as read back from JSON. With one
     process it is the value itself.
   """
   if jax.process_count() == 1:
@@ -145,16 +145,16 @@ def exchange(value: Any) -> list[Any]:
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-  """What a function returns in the first process, the only one to call it.
+  """Runs a function on process 0 and broadcasts its result.
 
   Args:
-    function: reads or writes a file, say; returns what `exchange` takes.
+    function: such as one that reads a file; returns what `exchange` takes.
 
   Returns:
     The same in every process.
 
   Raises:
-    RuntimeError: in the others, if it failed in the first.
+    RuntimeError: in the others, if it failed in process 0.
   """
   if jax.process_count() == 1:
     return function()
@@ -162,9 +162,9 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 def share(num_rows: int, function: Callable[[slice], Any]) -> list[Any]:
-  """Has every process do its part of the rows.
+  """Divides rows among the processes, and all-gathers their results.
 
-  The parts are as even as they can be, and in the order of the processes.
+  The parts are as even as possible, and in the order of the processes.
 
   Args:
     num_rows: how many rows there are.
@@ -195,8 +195,8 @@ def check_same(name: str, value: Any) -> None:
   """Raises ValueError unless all processes have the same value.
 
   Args:
-    name: what it is.
-    value: JSON, a mapping of names to what may differ.
+    name: of the value, in the plural, for the message.
+    value: JSON, a mapping of names to values.
   """
   found = exchange(value)
   for number, other in enumerate(found):
@@ -211,11 +211,11 @@ def check_same(name: str, value: Any) -> None:
 def check_shared(folder: str, seconds: float = 15.0) -> None:
   """Raises ValueError unless all processes see one folder.
 
-  Orbax would wait for ever for what the others write.
+  Otherwise Orbax would wait for ever for files of the others.
 
   Args:
     folder: of process 0; the others may have another one at this path.
-    seconds: to wait for a file of process 0, on a disk over the network.
+    seconds: to wait for a file of process 0, as network disks lag.
   """
   if jax.process_count() == 1:
     return
@@ -228,7 +228,7 @@ def check_shared(folder: str, seconds: float = 15.0) -> None:
   path = os.path.join(folder, from_first(write))
   deadline = time.monotonic() + seconds
   while not os.path.exists(path) and time.monotonic() < deadline:
-    os.listdir(folder)  # Some disks look again only if they are asked.
+    os.listdir(folder)  # Some network disks refresh only if they are listed.
     time.sleep(0.1)
   blind = [
     i for i, sees in enumerate(exchange(os.path.exists(path))) if not sees
@@ -244,7 +244,7 @@ def check_shared(folder: str, seconds: float = 15.0) -> None:
 
 
 def _together(function):
-  """What a function returned in each process; its failure is known to all."""
+  """All-gathers each process's result; a failure raises in all."""
   failure = None
   try:
     found = {"value": function()}
@@ -260,7 +260,7 @@ def _together(function):
 
 
 def _replicated(leaf):
-  """An array that can be read here."""
+  """Returns an array that this process can read."""
   if (
     not isinstance(leaf, jax.Array)
     or leaf.is_fully_addressable
@@ -276,7 +276,7 @@ def _identity(x):
 
 
 def _end(kind, error, trace):
-  """Ends a process by an error, without waiting for the others to end, too."""
+  """Ends this process on an error, without waiting for the others."""
   sys.__excepthook__(kind, error, trace)
   logging.error(
     "Process %d of %d ends, and so will the others; the same command goes on "

@@ -1,1 +1,1 @@
-"""What a policy's answers are worth, as numbers, pictures and pages."""
+"""Measures a policy's answers, and shows them as pictures and pages."""

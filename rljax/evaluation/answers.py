@@ -1,4 +1,4 @@
-"""What a policy answers to held-out prompts, and what its samples are like."""
+"""Scores answers to held-out prompts, and describes samples of training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 from rljax.distributed import processes
 from rljax.evaluation import metrics
 from rljax.generation import samplers
+from rljax.text import steps
 
 Scorer = Callable[..., tuple[np.ndarray, list[dict[str, Any]]]]
 
@@ -56,6 +57,22 @@ def means(
   return {f"{prefix}{name}": value for name, value in found.items()}
 
 
+def wording(
+  rows: Sequence[Mapping[str, Any]], *, prefix: str = "eval/"
+) -> dict[str, float]:
+  """Describes the texts of the rows of `evaluate`.
+
+  Returns:
+    "<prefix>words", their mean number of words, and "<prefix>distinct_2", the
+    share of pairs of neighbouring words that are different.
+  """
+  texts = [row["response"] for row in rows]
+  return {
+    f"{prefix}words": metrics.mean_words(texts),
+    f"{prefix}distinct_2": metrics.distinct_n(texts, 2),
+  }
+
+
 def mean_parts(
   parts: Sequence[Mapping[str, Any]], *, prefix: str = ""
 ) -> dict[str, float]:
@@ -70,23 +87,59 @@ def mean_parts(
   }
 
 
+def of_several(
+  rows: Sequence[Mapping[str, Any]],
+  *,
+  num_prompts: int,
+  prefix: str = "samples/",
+) -> dict[str, float]:
+  """Describes several samples of each prompt.
+
+  Args:
+    rows: of `samplers.collect`.
+    num_prompts: that they answer.
+    prefix: of the names.
+
+  Returns:
+    Means of the parts; "is_correct" and "finished", means over the samples, a
+    sample without an end being wrong; "solved", the share of prompts with a
+    right sample; "distinct_traces", how many different right samples a prompt
+    has, as a mean over the prompts.
+  """
+  right = [row for row in rows if steps.is_kept(row)]
+  different = {
+    (row["prompt"], steps.whitespace_key(row["response"])) for row in right
+  }
+  found = mean_parts([row["parts"] for row in rows]) | {
+    "is_correct": len(right) / len(rows),
+    "finished": float(np.mean([row["finished"] for row in rows])),
+    "solved": len({row["prompt"] for row in right}) / num_prompts,
+    "distinct_traces": len(different) / num_prompts,
+  }
+  return {f"{prefix}{name}": value for name, value in found.items()}
+
+
 def of_samples(
-  samples: samplers.Samples, seconds: float, *, num_tokens: int | None = None
+  samples: samplers.Samples,
+  seconds: float,
+  *,
+  drawn: samplers.Samples | None = None,
 ) -> dict[str, float]:
   """Describes a step's samples and its speed.
 
   Args:
     samples: N scored responses.
     seconds: that the step took.
-    num_tokens: tokens that were drawn, if not those of `samples`.
+    drawn: all that the step drew, where the samples are a choice among it.
 
   Returns:
-    "task/<part>", means over the samples; "answers/distinct", the share of
-    different answers; "step_seconds", and "tokens_per_second" of responses.
+    "task/<part>", means over all that was drawn; "answers/distinct", the
+    number of different answers among the samples; "step_seconds", and
+    "tokens_per_second" of all responses that were drawn.
   """
-  if num_tokens is None:
-    num_tokens = processes.gather(samples.rollout.response_mask).sum()
-  return mean_parts(samples.parts, prefix="task/") | {
+  drawn = drawn or samples
+  num_tokens = processes.gather(drawn.rollout.response_mask).sum()
+  return mean_parts(drawn.parts, prefix="task/") | {
     "answers/distinct": metrics.distinct_answers(
       part.get("answer", text)
       for part, text in zip(samples.parts, samples.texts, strict=True)

@@ -1,4 +1,4 @@
-"""Pictures and tables of what a run has written."""
+"""Draws curves and makes tables of what a run has written."""
 
 import json
 import os
@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rljax.storage import paths
+
 Path = str | os.PathLike[str]
 Panels = Mapping[str, Sequence[str]]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without
-# the yellow that a white page swallows.
+# the yellow, which is hard to see on white.
 COLOURS = (
   "#0072B2",
   "#D55E00",
@@ -71,6 +73,18 @@ PANELS = {
   "Different pairs of words (dev)": ["dev/distinct_2"],
   "Words of a reply (dev)": ["dev/words"],
 }
+# What a picture of several policies shows, where all lines share a panel.
+ARM_PANELS = {
+  "Reward of samples": ["reward/mean"],
+  "Reward of replies to dev prompts": ["dev/reward"],
+  "Different pairs of words (dev)": ["dev/distinct_2"],
+  "Words of a reply (dev)": ["dev/words"],
+  "Correct, greedy, on test prompts": ["eval/is_correct"],
+  "Entropy of an answer (nats)": ["entropy/token"],
+  "Entropy of the batch's answers (nats)": ["entropy/batch"],
+  "Different answers in a batch": ["answers/distinct"],
+  "Largest share of one answer": ["entropy/batch_max_prob"],
+}
 _STYLES = ("-", "--", ":", "-.")
 _MAX_POINTS = 400
 _PANEL_INCHES = (4.0, 2.6)
@@ -79,14 +93,14 @@ _GREY = "#555555"
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Reads a `metrics.jsonl`, which may be being written.
+  """Reads a `metrics.jsonl`, which may still be written to.
 
   Args:
-    path: the file; one that is not there holds nothing.
+    path: the file; a missing one counts as empty.
 
   Returns:
     For each metric its steps `[N]` int64 and values `[N]` float64, in order of
-    step. Nulls are left out, and so is a last line that is not yet whole.
+    step. Nulls are left out, and so is an incomplete last line.
   """
   found = {}
   try:
@@ -112,7 +126,7 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Mean of each value and its neighbours.
+  """Averages each value with its neighbours.
 
     y_n = mean of x_k over |k - n| <= window // 2
 
@@ -136,8 +150,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def curves(metrics_path: Path, png_path: Path, panels: Panels) -> None:
   """Draws the metrics of one run: faint points, and a smoothed line.
 
-  Metrics and panels of which nothing was recorded are left out; if that is
-  all of them, nothing is drawn. The picture replaces the old one whole.
+  Metrics and panels without records are left out; if none is left, nothing is
+  drawn. The picture replaces the old one whole.
 
   Args:
     metrics_path: a `metrics.jsonl`.
@@ -233,7 +247,7 @@ def compare(
 
 
 def samples_table(samples_path: Path, limit: int = 10):
-  """The last samples of a run, as a table for rich to print.
+  """Makes a table of the last samples of a run, for rich to print.
 
   Args:
     samples_path: a `samples.jsonl`.
@@ -250,7 +264,7 @@ def samples_table(samples_path: Path, limit: int = 10):
 
   path = pathlib.Path(samples_path)
   if not path.exists():
-    raise ValueError(f"{path} does not exist: the run has written no samples.")
+    raise ValueError(f"{path} does not exist; the run has written no samples.")
   rows = []
   for line in path.read_text(encoding="utf-8").split("\n"):
     try:
@@ -286,7 +300,7 @@ def _cycle(items):
 
 
 def _present(panels, names):
-  """The panels without what is not among `names`."""
+  """Returns the panels with nothing but what is among `names`."""
   kept = {
     title: [name for name in wanted if name in names]
     for title, wanted in panels.items()
@@ -295,7 +309,7 @@ def _present(panels, names):
 
 
 def _label(name, names):
-  """A metric without the part of its name that the whole panel shares."""
+  """Returns a metric without the part of its name that the panel shares."""
   shared = {other.rpartition("/")[0] for other in names}
   return name.rpartition("/")[2] if len(shared) == 1 else name
 
@@ -305,7 +319,7 @@ def _seeds(count):
 
 
 def _thin(steps, values):
-  """At most `_MAX_POINTS` points, each the mean of its neighbours."""
+  """Returns at most `_MAX_POINTS` points, each the mean of its neighbours."""
   if len(steps) <= _MAX_POINTS:
     return steps, values
   edges = np.linspace(0, len(steps), _MAX_POINTS + 1).astype(int)[:-1]
@@ -317,7 +331,7 @@ def _thin(steps, values):
 
 
 def _band(found):
-  """Steps, lowest, mean and highest of several seeds of one metric."""
+  """Returns steps, lowest, mean and highest of several seeds of one metric."""
   smoothed = [
     (steps, smooth(values, len(values) // 20)) for steps, values in found
   ]
@@ -330,7 +344,7 @@ def _band(found):
 
 
 def _figure(num_panels, legend_rows=0):
-  """A figure with so many panels, side by side and then below each other."""
+  """Makes a figure with so many panels, side by side and in rows."""
   # Through matplotlib's objects: pyplot keeps state that threads would share.
   from matplotlib.backends import backend_agg
   from matplotlib.figure import Figure
@@ -365,15 +379,12 @@ def _finish(panel, title, *, legend):
 
 
 def _save(figure, path):
-  """Writes the picture so that a reader never sees half of one."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f".{path.name}.partial")
-  figure.savefig(partial, format="png")
-  os.replace(partial, path)
+  with paths.whole(path) as partial:
+    figure.savefig(partial, format="png")
 
 
 def _flat(row):
-  """The row with the entries of nested mappings beside the others."""
+  """Returns the row with the entries of nested mappings beside the others."""
   flat = {}
   for name, value in row.items():
     if isinstance(value, dict):

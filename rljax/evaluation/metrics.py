@@ -1,4 +1,4 @@
-"""What scores, answers and texts say: intervals, votes, diversity, overlap."""
+"""Metrics of scores, answers and texts: intervals, votes, diversity, copies."""
 
 import collections
 import math
@@ -18,14 +18,14 @@ def mean_interval(
   seed: int = 0,
   level: float = 0.95,
 ) -> tuple[float, float, float]:
-  """The mean and its bootstrap percentile interval.
+  """Computes a mean and its bootstrap percentile interval.
 
-  The interval covers what another draw of as many values would give. It is
-  too narrow below some 20 values, and has no width for one.
+  The interval covers what another draw of as many values would give. It is too
+  narrow for fewer than about 20 values, and has no width for one.
 
   Args:
     values: `[N]` float, N >= 1, drawn independently.
-    num_resamples: how often N values are drawn anew, with replacement.
+    num_resamples: how often N values are drawn, with replacement.
     seed: of these draws.
     level: share of the resampled means inside the interval, in (0, 1).
 
@@ -46,7 +46,7 @@ def mean_interval(
     raise ValueError(f"Value {index} is {values[index]}, not a finite number.")
   _check_level(level)
   rng = np.random.default_rng(seed)
-  # One resample at a time: N may be large, N * num_resamples must not matter.
+  # One resample at a time: N * num_resamples numbers may not fit into memory.
   means = [
     values[rng.integers(values.size, size=values.size)].mean()
     for _ in range(num_resamples)
@@ -63,10 +63,10 @@ def paired_interval(
   seed: int = 0,
   level: float = 0.95,
 ) -> tuple[float, float, float]:
-  """The mean of `values - baseline` over pairs, with its interval.
+  """Computes the mean of `values - baseline` over pairs, and its interval.
 
-  Two policies that answered the same prompts differ by less chance than two
-  that answered different ones; the pairs are resampled together.
+  On the same prompts, the difference of two policies varies less by chance than
+  on different ones; the pairs are resampled together.
 
   Args:
     values: `[N]` float.
@@ -94,7 +94,7 @@ def paired_interval(
 def proportion_interval(
   num_successes: int, num_trials: int, *, level: float = 0.95
 ) -> tuple[float, float, float]:
-  """A share and its score interval, which has width at 0 and at 1 too.
+  """Computes a share and its Wilson score interval.
 
     (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
 
@@ -112,7 +112,7 @@ def proportion_interval(
   """
   if not 0 <= num_successes <= num_trials or num_trials < 1:
     raise ValueError(
-      f"A share needs 0 <= successes <= trials and a trial, got "
+      f"A share needs 0 <= successes <= trials and trials >= 1, got "
       f"{num_successes} of {num_trials}."
     )
   _check_level(level)
@@ -121,8 +121,8 @@ def proportion_interval(
   center = share + z**2 / (2 * n)
   half_width = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
   scale = 1 + z**2 / n
-  # At no successes the low end is 0, at nothing else the high end is 1; say
-  # so, or rounding steps over them.
+  # Without successes the low end is exactly 0, without failures the high end
+  # exactly 1; rounding would miss them.
   low = (center - half_width) / scale if num_successes else 0.0
   high = (center + half_width) / scale if num_successes < n else 1.0
   return share, low, high
@@ -137,13 +137,13 @@ def ratio_interval(
   seed: int = 0,
   level: float = 0.95,
 ) -> tuple[float, float, float]:
-  """A ratio of two sums over questions, with its interval.
+  """Computes a ratio of two sums over questions, and its interval.
 
     r = Σ_i parts_i / Σ_i wholes_i,   or r minus that of the baseline
 
-  Where questions count for as much as they have, such as the valid ones among
-  all right samples, `mean_interval` of the ratios would be of something else,
-  and undefined where a whole is 0. Questions are resampled with both numbers.
+  Each question weighs as much as its whole. `mean_interval` of the ratios would
+  weigh all alike, and is undefined where a whole is 0. Questions are resampled
+  with both numbers.
 
   Args:
     parts: `[N]` float.
@@ -172,7 +172,7 @@ def ratio_interval(
   if not np.all(np.isfinite(rows)):
     raise ValueError("Parts and wholes must be finite.")
   if rows[1::2].min() < 0 or not rows[1::2].sum(axis=1).all():
-    raise ValueError("Wholes must not be negative, nor all of them 0.")
+    raise ValueError("Wholes must not be negative, nor all 0.")
   _check_level(level)
 
   def ratios(sums):
@@ -182,7 +182,7 @@ def ratio_interval(
 
   rng = np.random.default_rng(seed)
   num_rows = rows.shape[1]
-  # Some resamples at a time: memory must not grow with N * num_resamples.
+  # In blocks: memory must not grow with N * num_resamples.
   num_together = max(65_536 // num_rows, 1)
   drawn = []
   for start in range(0, num_resamples, num_together):
@@ -203,12 +203,12 @@ def ratio_interval(
 def mcnemar(
   is_correct: Sequence[bool], other: Sequence[bool]
 ) -> tuple[dict[str, int], float]:
-  """Counts who was right on the same questions, and how likely by chance.
+  """Compares two policies on the same questions by McNemar's exact test.
 
     p = min(1, 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c))
 
   b and c are the numbers of questions that only one of the two got right. If
-  neither is better, they are as the heads and tails of a fair coin.
+  neither is better, they are distributed like heads and tails of a fair coin.
 
   Args:
     is_correct: `[N]` bool, of one policy.
@@ -250,7 +250,7 @@ def mcnemar(
 def pass_at_k(
   num_samples: int | Sequence[int], num_correct: int | Sequence[int], k: int
 ) -> np.ndarray:
-  """How likely one of k samples is right, where c of n were.
+  """Computes the probability that one of k samples is right (c of n were).
 
     pass@k = 1 - C(n - c, k) / C(n, k)
 
@@ -266,7 +266,7 @@ def pass_at_k(
     Float in [0, 1], of the shape of the arguments.
 
   Raises:
-    ValueError: if k or a c is beyond these bounds.
+    ValueError: if k or c is outside these bounds.
 
   Source:
     Chen et al. (2021), "Evaluating Large Language Models Trained on Code",
@@ -296,23 +296,23 @@ def majority_vote(
   ties: Literal["expected", "first_seen"] = "expected",
   weights: Sequence[float] | None = None,
 ) -> float:
-  """How right the answer is that most samples of a question give.
+  """Scores the answer that most samples of a question give.
 
-  An answer is right if a sample that voted for it is. The two can differ only
-  where more than the answer is judged; a sample that is wrong whatever it
-  says, as one that ran out of length, should get the answer None.
+  An answer is right if a sample that voted for it is. A sample that is wrong
+  whatever its answer, such as one that ran out of length, should get the answer
+  None.
 
   Args:
     answers: K answers, normalised; None does not vote.
     is_correct: K bool, of the samples.
     ties: "expected" is the share of right answers among those with the most
-      votes: what choosing one at random earns on average. "first_seen" takes
+      votes: the expected score of choosing one at random. "first_seen" takes
       the one that was given first.
     weights: K votes, finite and >= 0, such as the scores of a reward model;
       None: one each.
 
   Returns:
-    A number in [0, 1]; 0 if nobody votes.
+    A number in [0, 1]; 0 if there are no votes.
 
   Raises:
     ValueError: if lengths differ or a weight is negative or not finite.
@@ -335,7 +335,7 @@ def majority_vote(
       right[answer] = right.get(answer, False) or bool(correct)
   if not votes:
     return 0.0
-  # Rounded once: equal votes stay equal in whatever order they came.
+  # Rounded once: equal votes stay equal, whatever their order.
   totals = {answer: math.fsum(votes[answer]) for answer in votes}
   most = max(totals.values())
   winners = [answer for answer, total in totals.items() if total == most]
@@ -349,7 +349,7 @@ def rerank(
   is_correct: Sequence[bool],
   scores: Sequence[float],
 ) -> float:
-  """Whether the sample with the highest score is right.
+  """Tells whether the sample with the highest score is right.
 
   Args:
     answers: K answers; a sample with None is never chosen.
@@ -372,7 +372,7 @@ def rerank(
 
 
 def solved_fraction(is_correct: np.ndarray) -> float:
-  """The share of questions with a right sample; `[N, K]` bool."""
+  """Computes the share of questions with a right sample; `[N, K]` bool."""
   is_correct = np.asarray(is_correct)
   if is_correct.ndim != 2 or not is_correct.size:
     raise ValueError(
@@ -387,12 +387,12 @@ def correct_traces(
   *,
   key: Callable[[str], Hashable] = steps.whitespace_key,
 ) -> list[str]:
-  """The different right samples of a question, in the order they came.
+  """Returns the different right samples of a question, in order.
 
   Args:
     texts: K texts.
     is_correct: K bool.
-    key: texts with the same key are the same trace; see `traces`.
+    key: texts with the same key are the same trace; see `text.steps`.
 
   Returns:
     The first text of each.
@@ -410,7 +410,7 @@ def unique_correct(
   *,
   key: Callable[[str], Hashable] = steps.whitespace_key,
 ) -> int:
-  """How many different right samples a question has; see `correct_traces`."""
+  """Counts the different right samples of a question; see `correct_traces`."""
   return len(correct_traces(texts, is_correct, key=key))
 
 
@@ -421,12 +421,12 @@ def new_traces(
   *,
   key: Callable[[str], Hashable] = steps.whitespace_key,
 ) -> tuple[int, int]:
-  """How many right samples of a question another policy did not draw.
+  """Counts the right samples of a question that another policy did not draw.
 
-  Summed over questions, first over second is the share of right traces that
-  are new; see `ratio_interval`. A trace that the other policy draws with
-  probability p is missing from its K' samples with (1 - p)^K', and counts as
-  new all the same: K' should be 4 K or more.
+  Summed over questions, first over second is the share of right traces that are
+  new; see `ratio_interval`. A trace that the other policy draws with
+  probability p is missing from its K' samples with (1 - p)^K', and then counts
+  as new: K' should be 4 K or more.
 
   Args:
     texts: K texts of one policy.
@@ -443,7 +443,7 @@ def new_traces(
 
 
 def answer_histogram(answers: Iterable[Hashable | None]) -> dict:
-  """How often each answer was given, in order, and None (no answer) last."""
+  """Counts how often each answer was given; None (no answer) comes last."""
   counts = collections.Counter(answers)
   known = sorted(answer for answer in counts if answer is not None)
   histogram = {answer: counts[answer] for answer in known}
@@ -453,12 +453,12 @@ def answer_histogram(answers: Iterable[Hashable | None]) -> dict:
 
 
 def distinct_answers(answers: Iterable[Hashable | None]) -> int:
-  """How many different answers were given; None is no answer."""
+  """Counts the different answers; None is no answer."""
   return len(set(answers) - {None})
 
 
 def top_share(histogram: Mapping[Hashable | None, int]) -> float:
-  """The share of the commonest entry of a histogram; 0 if it is empty."""
+  """Returns the share of a histogram's most common entry; 0 if it is empty."""
   total = sum(histogram.values())
   return max(histogram.values()) / total if total else 0.0
 
@@ -469,7 +469,7 @@ def distinct_n(
   *,
   definition: Literal["corpus", "words"] = "corpus",
 ) -> float:
-  """Different n-grams of a corpus over all its n-grams.
+  """Computes the share of different n-grams among those of a corpus.
 
   The count is over the corpus: n-grams, which never reach across two texts,
   are pooled before they are counted.
@@ -477,12 +477,11 @@ def distinct_n(
   Args:
     texts: texts, or sequences of words or ids, which are taken as they are.
     n: length of the n-grams; >= 1.
-    definition: how texts become words, and what is divided by.
-      "corpus" splits texts at white space, in lower case, and divides by the
-      number of n-grams: the diversity of the A-LoL paper's smaller tasks.
-      "words" splits texts at every single blank, in their own case, and
-      divides by the number of words whatever n is: the other one in that
-      paper's code.
+    definition: how texts become words, and what is divided by. "corpus" splits
+      texts at white space, in lower case, and divides by the number of n-grams:
+      the diversity of the A-LoL paper's smaller tasks. "words" splits texts at
+      every single blank, in their own case, and divides by the number of words
+      whatever n is: the other definition in that paper's code.
 
   Returns:
     A share in (0, 1], or 0 if no text has n words.
@@ -512,7 +511,7 @@ def distinct_n(
 
 
 def mean_words(texts: Iterable[str]) -> float:
-  """Words per text, split at white space; 0 if there are no texts."""
+  """Counts words per text, split at white space; 0 if there are no texts."""
   counts = [len(text.split()) for text in texts]
   return sum(counts) / len(counts) if counts else 0.0
 
@@ -520,20 +519,20 @@ def mean_words(texts: Iterable[str]) -> float:
 def coverage_and_density(
   source: str, response: str, *, published: bool = False
 ) -> tuple[float, float]:
-  """How much of a response is copied from a source, and in how long pieces.
+  """Measures how much of a response is copied from a source.
 
     coverage = Σ_f |f| / n,   density = Σ_f |f|² / n
 
   n is the number of words of the response, and f runs over its fragments: from
-  the left, the longest run of words that also stands in the source, wherever
-  that is. Words are split at white space and compared as they are written.
+  the left, the longest run of words that also occurs in the source. Words are
+  split at white space and compared as written.
 
   Args:
     source: text that the response should be grounded in.
     response: text.
-    published: whether to count as the code of the A-LoL paper does, for
-      numbers that are to stand beside it. It overlooks fragments of one word,
-      and a match that is just one word longer than the longest so far.
+    published: whether to count as the code of the A-LoL paper does, for numbers
+      to compare with it. It misses fragments of one word, and a match that is
+      only one word longer than the longest so far.
 
   Returns:
     Coverage in [0, 1] and density in [0, n]; 0 for an empty response.
@@ -564,7 +563,7 @@ def coverage_and_density(
 
 
 def perplexity(log_probs: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-  """Perplexity of replies, by the two means that papers take.
+  """Computes the perplexity of replies, by the two means that papers take.
 
     per token = exp(-Σ_bt log p_bt / Σ_b n_b),
     per reply = exp(-mean_b Σ_t log p_bt / n_b)
@@ -604,10 +603,20 @@ def perplexity(log_probs: np.ndarray, mask: np.ndarray) -> dict[str, float]:
   }
 
 
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+  """Returns Pearson's correlation of `[N]` and `[N]` numbers.
+
+  NaN where one of them does not vary.
+  """
+  if np.std(x) == 0 or np.std(y) == 0:
+    return math.nan
+  return float(np.corrcoef(x, y)[0, 1])
+
+
 def area_under_curve(
   scores: Sequence[float], is_positive: Sequence[bool]
 ) -> float:
-  """How likely a positive item scores above a negative one; a tie is half.
+  """Computes the area under the ROC curve; a tie counts half.
 
     AUC = (Σ_{i positive} rank_i - P (P + 1) / 2) / (P M)
 
@@ -734,12 +743,12 @@ def doubts(
 def localization(
   flagged: Sequence[np.ndarray], changed: Sequence[np.ndarray]
 ) -> dict[str, float]:
-  """How well flagged tokens are those that an edit changes.
+  """Computes how well flagged tokens match those that an edit changes.
 
     precision = |F ∩ C| / |F|,   recall = |F ∩ C| / |C|,   chance = |C| / n
 
-  Counts are over the tokens of all texts. Flags thrown at random have the
-  precision `chance`, and as recall the share of tokens that they hit.
+  Counts are over the tokens of all texts. Random flags have the precision
+  `chance`, and as recall their share of the tokens.
 
   Args:
     flagged: N arrays `[n]` bool, F.
@@ -776,13 +785,13 @@ def localization(
 
 
 def _common_start(a: Sequence[str], b: Sequence[str]) -> int:
-  """How many words two sequences begin with alike."""
+  """Counts the words that two sequences begin with alike."""
   pairs = enumerate(zip(a, b, strict=False))
   return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _numbers(name: str, values: Sequence[float], length: int) -> list[float]:
-  """K finite numbers as Python has them."""
+  """Returns K finite numbers as Python's own."""
   values = np.asarray(values, np.float64)
   if values.shape != (length,):
     raise ValueError(

@@ -1,47 +1,49 @@
 """Pages of samples in which every token is coloured by a number.
 
-A page is one HTML file that opens anywhere: no script, no network. It serves
-the token rewards of a generative reward model with the edited tokens
-underlined and the rewrite beside the sample, the advantages of PPO, the
-weights of offline losses, and whatever else is a number a token.
+A page is one HTML file without scripts or links. It shows the token rewards of
+a generative reward model with the edited tokens underlined and the rewrite
+beside the sample, the advantages of PPO, the weights of offline losses, or any
+other number per token.
 
-Tokens are texts that a model wrote. All of them are escaped, characters that
-cannot be seen or that turn the line around are spelled out, and the page
-forbids the browser to run or to load anything.
+Tokens are text of a model. All of it is escaped, invisible and right-to-left
+control characters are spelled out, and the page forbids the browser to run or
+load anything.
 """
 
 import dataclasses
 import html
 import math
 import os
-import pathlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-# Stands where a token holds a part of a character that a later one completes.
+from rljax.storage import paths
+from rljax.text import logged
+
+# The text of a token that is a part of a character which a later one completes.
 PART = "\N{DOTTED CIRCLE}"
-# What decoding makes of bytes that are no character, or not yet one.
+# What bytes decode to that are not a character, or not yet one.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-# What the style sheet draws a mark for. The marks are no part of the text, so
-# that a copy from the page holds the sample alone.
+# Marks are drawn by the style sheet. They are not part of the text, so that
+# text copied from the page is the sample alone.
 _LINE_FEED = '<i class="lf"></i>'
 _WITHOUT_INK = {"": '<i class="end"></i>', PART: '<i class="part"></i>'}
-# Control characters, the ones that turn the line around, halves of surrogate
-# pairs, private ones and ends of lines that are no line feeds.
+# Control characters, also of the writing direction, halves of surrogate pairs,
+# private characters and line ends other than line feeds.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 # A fact that is longer is cut.
 _MAX_FACT = 200
-# The colour of the largest value covers so much of the paper that the text on
-# it can be read on a white page and on a black one.
+# Opacity of the largest value's colour, on which text can be read on a white
+# page and on a black one.
 _MOST = 0.62
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-  """The tokens of a text, what they are worth and which ones are marked.
+  """Holds the tokens of a text, their values, and which ones are marked.
 
   Attributes:
     texts: T texts; "" for a token without text, such as the end token.
@@ -65,13 +67,13 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-  """One sample of a page.
+  """Holds one sample of a page.
 
   Attributes:
     prompt: text above the tokens.
     response: tokens of the sample.
-    rewrite: tokens of the text that stands beside it, or None.
-    facts: name to number, truth value or text: what to know about the sample.
+    rewrite: tokens of the text beside it, or None.
+    facts: name to number, truth value or text, shown above the sample.
   """
 
   prompt: str
@@ -81,19 +83,19 @@ class Sample:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-  """The text that each token of a sequence adds.
+  """Returns the text that each token of a sequence adds.
 
-  A character of several tokens, as byte-level tokenizers make them, stands at
-  the token that completes it. A token before that one, if it adds nothing
-  else, holds `PART`. Bytes that are no UTF-8 become U+FFFD.
+  A character of several tokens, as byte-level tokenizers make them, belongs to
+  the token that completes it. An earlier token that adds nothing else holds
+  `PART`. Bytes that are not valid UTF-8 become U+FFFD.
 
   Args:
     tokenizer: Hugging Face tokenizer of any kind.
     ids: T token ids.
 
   Returns:
-    T texts, "" for special and unknown tokens. Without the `PART`s they join
-    to the text of the sequence; where that is no UTF-8, up to the U+FFFD.
+    T texts, "" for special and unknown tokens. Without the `PART`s they join to
+    the text of the sequence, up to the U+FFFD of invalid UTF-8.
   """
   special = set(tokenizer.all_special_ids)
   ids = [int(token) for token in ids]
@@ -105,13 +107,13 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
       clean_up_tokenization_spaces=False,
     )
 
-  # The last tokens with text are decoded once more before what follows them: a
-  # blank may stand between two tokens and belong to neither.
+  # The last tokens with text are decoded again before what follows: a blank may
+  # be between two tokens and belong to neither.
   texts, start, following, num_told = [], 0, 0, 0
   for end in range(1, len(ids) + 1):
     text = decode(start, end)
     is_broken = text.endswith(_BROKEN)
-    # What may be the beginning of a character waits for the rest of it.
+    # A possible beginning of a character waits for the rest of it.
     waits = is_broken and end < len(ids) and ids[end] not in special
     if waits:
       text = text.rstrip(_BROKEN)
@@ -119,7 +121,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     num_told += len(added)
     texts.append(added or (PART if waits else ""))
     if added and not waits:
-      # Behind half a character, bytes would be read as its other half.
+      # After half a character, bytes would be read as its other half.
       start, following = (end if is_broken else following), end
       num_told = len(decode(start, end))
   return texts
@@ -133,7 +135,7 @@ def from_ids(
   values: np.ndarray | None = None,
   marked: np.ndarray | None = None,
 ) -> Tokens:
-  """Tokens of one row of ids.
+  """Makes the tokens of one row of ids.
 
   Args:
     tokenizer: Hugging Face tokenizer of any kind.
@@ -166,6 +168,42 @@ def from_ids(
   )
 
 
+def with_rewrites(
+  tokenizer: Any, rows: Sequence[Mapping[str, Any]]
+) -> list[Sample]:
+  """Samples with another text beside each.
+
+  Args:
+    tokenizer: Hugging Face tokenizer of any kind.
+    rows: mappings with `prompt`, and `ids`, `values` and `marked` of the
+      sample's tokens; where there is another text, `rewrite_ids` and
+      `rewrite_marked` of its tokens; and `facts`, see `Sample`.
+
+  Raises:
+    ValueError: as `from_ids`.
+  """
+  return [
+    Sample(
+      row["prompt"],
+      from_ids(
+        tokenizer,
+        row["ids"],
+        values=row["values"],
+        marked=np.asarray(row["marked"], bool),
+      ),
+      from_ids(
+        tokenizer,
+        row["rewrite_ids"],
+        marked=np.asarray(row["rewrite_marked"], bool),
+      )
+      if "rewrite_ids" in row
+      else None,
+      row["facts"],
+    )
+    for row in rows
+  ]
+
+
 def from_arrays(
   tokenizer: Any,
   prompts: Sequence[str],
@@ -176,7 +214,7 @@ def from_arrays(
   facts: Sequence[Mapping[str, Any]] | None = None,
   limit: int | None = None,
 ) -> list[Sample]:
-  """Samples of a batch of responses.
+  """Makes the samples of a batch of responses.
 
   Args:
     tokenizer: Hugging Face tokenizer of any kind.
@@ -211,6 +249,60 @@ def from_arrays(
   ]
 
 
+def from_log(
+  tokenizer: Any,
+  log: logged.Log,
+  rows: Sequence[int],
+  candidates: Sequence[int],
+  values: np.ndarray,
+  facts: Mapping[str, np.ndarray],
+) -> list[Sample]:
+  """Samples of logged replies.
+
+  Args:
+    tokenizer: Hugging Face tokenizer, of the log.
+    log: where they stand.
+    rows: N row numbers.
+    candidates: N candidate numbers.
+    values: `[N, T]` float, of the tokens.
+    facts: name -> `[N]` numbers, shown beside the place of the row and the
+      reward that stands in it.
+
+  Returns:
+    N samples.
+  """
+  batch = log.batch(np.asarray(rows), np.asarray(candidates))
+  asked = [log.rows[i] for i in rows]
+  return from_arrays(
+    tokenizer,
+    [row.prompt for row in asked],
+    batch["response_ids"],
+    batch["response_mask"],
+    values,
+    facts=[
+      {"row": row.place, "reward": row.rewards and row.rewards[k]}
+      | {name: column[i] for name, column in facts.items()}
+      for i, (row, k) in enumerate(zip(asked, candidates, strict=True))
+    ],
+  )
+
+
+def spread(rows: Sequence[int] | np.ndarray, num: int) -> np.ndarray:
+  """Picks rows to look at from all over a data set.
+
+  Args:
+    rows: N row numbers, at least one.
+    num: how many are picked; all, if there are fewer.
+
+  Returns:
+    `[min(N, num)]` of them in their order, the first and the last included if
+    there are two or more.
+  """
+  rows = np.asarray(rows)
+  num = min(num, len(rows))
+  return rows[np.linspace(0, len(rows) - 1, num).astype(int)]
+
+
 def write(
   path: str | os.PathLike[str],
   title: str,
@@ -225,9 +317,9 @@ def write(
 ) -> None:
   """Writes a page of samples, whole or not at all.
 
-  Blue tokens have positive values and orange ones negative values, the more
-  colour the further from 0; what lies beyond the scale has the full colour.
-  The value itself shows where the pointer rests on a token.
+  Blue tokens have positive values and orange ones negative values, with more
+  colour the further from 0; beyond the scale they have the full colour.
+  Hovering over a token shows its value.
 
   Args:
     path: the file, such as "tokens.html"; it replaces the one before.
@@ -237,9 +329,9 @@ def write(
     scale: the magnitude with the full colour; or two of them, for values below
       0 and above; None for the largest on the page.
     marked_name: what underlined tokens are.
-    notes: sentences to stand above the samples.
-    limit: how many samples to show, from the front: a browser takes its time
-      over a page of a hundred thousand tokens.
+    notes: sentences above the samples.
+    limit: how many samples to show, from the front: a browser is slow with a
+      page of a hundred thousand tokens.
     num_in_all: how many there are, where `samples` are some of them. The page
       says how many it shows, and of how many.
 
@@ -274,14 +366,11 @@ def write(
     legend=legend,
     body=body or "<p>No sample is there yet.</p>",
   )
-  path = pathlib.Path(path)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(page, encoding="utf-8")
-  os.replace(partial, path)
+  paths.write_whole(path, page)
 
 
 def _scale(scale, values):
-  """The values with the full colour: below 0 and above it, both positive."""
+  """Returns the values of full colour: below 0 and above it, both positive."""
   if scale is None:
     magnitudes = np.abs(values[np.isfinite(values)])
     scale = float(magnitudes.max(initial=0.0)) or 1.0
@@ -292,7 +381,7 @@ def _scale(scale, values):
 
 
 def _legend(name, low, high, values, columns, marked_name):
-  """What the colours and the line below a token mean."""
+  """Writes what the colours and the line below a token mean."""
   parts = []
   if values.size:
     finite = values[np.isfinite(values)]
@@ -326,7 +415,7 @@ def _legend(name, low, high, values, columns, marked_name):
 
 
 def _sample(number, sample, name, low, high):
-  """One card: facts, prompt, the sample and what stands beside it."""
+  """Writes one card: facts, prompt, the sample and what is beside it."""
   facts = "".join(
     f"<div><dt>{_text(str(key))}</dt><dd>{_text(_fact(value))}</dd></div>"
     for key, value in sample.facts.items()
@@ -347,7 +436,7 @@ def _sample(number, sample, name, low, high):
 
 
 def _summary(name, tokens):
-  """How many tokens, and their range: a phone has no pointer to rest."""
+  """Counts tokens and gives their range, for readers without a pointer."""
   count = len(tokens.texts)
   parts = [f"{count} token{'' if count == 1 else 's'}"]
   if tokens.values is not None:
@@ -362,7 +451,7 @@ def _summary(name, tokens):
 
 
 def _tokens(name, tokens, low, high):
-  """The tokens, each in a span of its own."""
+  """Writes the tokens, each in a span of its own."""
   if not len(tokens.texts):
     return '<i class="none">no token</i>'
   values = (
@@ -378,7 +467,7 @@ def _tokens(name, tokens, low, high):
     classes, style, title = [], "", f"token {i}"
     if value is not None:
       number = float(value)
-      # In its own precision a float32 of 0.1 is 0.1.
+      # A float32 of 0.1 is 0.1 in its own precision.
       title = f"{_text(name)} {_text(str(value))}, {title}"
       if not math.isfinite(number):
         classes.append("x")
@@ -388,7 +477,7 @@ def _tokens(name, tokens, low, high):
         style = f' style="--a:{share * _MOST:.3f}"'
     if is_marked:
       classes.append("m")
-    # The breaks that end a token stand behind it: inside they would leave an
+    # Line breaks that end a token come after it: inside they would leave an
     # empty piece of its colour on the next line.
     line = text.rstrip("\n")
     breaks = text[len(line) :]
@@ -402,7 +491,7 @@ def _tokens(name, tokens, low, high):
 
 
 def _character(character):
-  """One character of a token: what takes room without ink gets a mark."""
+  """Writes one character of a token, with a mark if it has no ink."""
   if character == "\n":
     return f"{_LINE_FEED}\n"
   if character == "\t":
@@ -414,7 +503,7 @@ def _character(character):
 
 
 def _text(text):
-  """Escaped for content and attributes; hidden characters by their number."""
+  """Escapes content and attributes, and spells out hidden characters."""
   return html.escape(
     "".join(f"⟨U+{ord(c):04X}⟩" if _is_hidden(c) else c for c in text)
   )
@@ -425,12 +514,12 @@ def _is_hidden(character):
 
 
 def _number(value):
-  """A short number with a sign that is as wide as a digit."""
+  """Writes a short number with a sign that is as wide as a digit."""
   return f"{value:.3g}".replace("-", "−")
 
 
 def _fact(value):
-  """The value of a fact as text."""
+  """Writes the value of a fact."""
   if isinstance(value, (np.ndarray, np.generic)):
     value = value.tolist()
   if isinstance(value, bool):

@@ -1,11 +1,12 @@
-"""Sampling from a language model: one compiled prefill and decode loop.
+"""Samples from a language model: one compiled prefill and decode loop.
 
 The model is anything that follows the protocol of `rljax.models`: a linen
 module with `prefill`, `decode` and `logits` methods. A stand-in with known
-logits does as well, so nothing in here knows a model family.
+logits works as well: nothing here depends on a model family.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import sampling
+from rljax.ops import log_probs, sampling
 
 Array = chex.Array
+State = dict[str, Any]
 
 
 @chex.dataclass(frozen=True)
 class Samples:
-  """What the decode loop returns; `N = B * num_samples` rows.
+  """Holds the result of the decode loop; `N = B * num_samples` rows.
 
   Attributes:
     response_ids: `[N, T]` int32, `pad_id` after the end.
@@ -35,7 +36,7 @@ class Samples:
     finished: `[N]` bool, True where a stop id or a stop string ended the
       response, False where it ran out of length.
     allowed: `[N, T, V]` bool under a constraint, the tokens that each was drawn
-      from, all behind the end; else None.
+      from, all after the end; else None.
   """
 
   response_ids: Array
@@ -47,7 +48,7 @@ class Samples:
 
 
 def row_keys(key: Array, prompt_indices: Array, num_samples: int) -> Array:
-  """One key for each sample of each prompt.
+  """Derives one key for each sample of each prompt.
 
   The key depends on the prompt's index in the step's batch and on the index
   of the sample, and on nothing else: not on the number of devices, on the
@@ -73,9 +74,9 @@ def stop_table(
 ) -> np.ndarray:
   """Compiles stop strings to a table over token ids.
 
-  The table is the Aho-Corasick automaton of the strings' bytes, run ahead
-  over the bytes of each token. So a string is found wherever its ends fall
-  inside the tokens, and the sampler follows it with one look-up per token.
+  The table is the Aho-Corasick automaton of the strings' bytes, run ahead over
+  the bytes of each token. So a string is found wherever it begins and ends
+  inside tokens, with one look-up per token.
 
   Args:
     strings: the stop strings, at least one, none empty.
@@ -181,8 +182,8 @@ def sample(
     num_samples: samples per prompt.
     prompt_indices: `[B]` int, index of each prompt in the step's batch;
       0..B-1 by default.
-    allowed: `[V]` bool, tokens that may be drawn; all by default. The same
-      mask belongs into the trainer's log-probabilities.
+    allowed: `[V]` bool, tokens that may be drawn; all by default. The trainer's
+      log-probabilities must use the same mask.
     stop_ids: token ids that end a response and belong to it.
     stop_strings: `[S, V]` table of `stop_table`, or None. The token that
       completes a stop string belongs to the response.
@@ -191,11 +192,11 @@ def sample(
       -1 where it is drawn; the last entry is for the first token. A forced
       token belongs to the response, is an input rather than a choice, and has
       log-probability 0.
-    constraint: what may follow what, for each prompt, such as
+    constraint: which tokens may follow, for each prompt, such as
       `grammars.Constraint`, or None: it has `repeat(num_samples)`, `start`,
       `allowed(place)` and `advance(place, tokens)`. The log-probabilities are
-      those of the policy within it.
-    split_cache: keeps the keys and values where they belong on a mesh, see
+      those of the constrained policy.
+    split_cache: keeps the keys and values sharded over a mesh, see
       `meshes.cache_splitter`; None leaves that to the compiler.
     pad_id: what stands after the end.
 
@@ -205,14 +206,7 @@ def sample(
   Raises:
     ValueError: if `max_length` or `num_samples` is not positive.
   """
-  chex.assert_rank([prompt_ids, prompt_mask], 2)
-  chex.assert_equal_shape([prompt_ids, prompt_mask])
-  chex.assert_type([prompt_ids, prompt_mask], [int, bool])
-  if max_length < 1 or num_samples < 1:
-    raise ValueError(
-      "max_length and num_samples must be positive, got "
-      f"{max_length} and {num_samples}."
-    )
+  _check_request(prompt_ids, prompt_mask, max_length, num_samples)
   num_prompts = prompt_ids.shape[0]
   num_rows = num_prompts * num_samples
   if prompt_indices is None:
@@ -228,104 +222,31 @@ def sample(
     chex.assert_rank(forced, 1)
   if constraint is not None:
     constraint = constraint.repeat(num_samples)
-  keys = row_keys(key, prompt_indices, num_samples)
-  variables = {"params": params}
-
-  def draw(step, logits, last_tokens, allowed):
-    """The tokens of one step and their log-probabilities, `[N]` each."""
-    logits = log_probs_lib.masked_logits(
-      logits, temperature=settings.temperature, allowed=allowed
-    )
-    truncated = sampling.truncate(logits, settings)
-    if settings.greedy:
-      tokens = sampling.greedy(truncated)
-    else:
-      step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-      uniforms = jax.vmap(jax.random.uniform)(step_keys)
-      tokens = sampling.inverse_cdf(truncated, uniforms)
-    log_prob = truncated_log_prob = _log_prob(logits, tokens)
-    if settings.truncates:
-      truncated_log_prob = _log_prob(truncated, tokens)
-    if forced is not None:
-      following = forced[last_tokens]
-      is_free = following < 0
-      tokens = jnp.where(is_free, tokens, following)
-      log_prob = jnp.where(is_free, log_prob, 0.0)
-      truncated_log_prob = jnp.where(is_free, truncated_log_prob, 0.0)
-    return tokens, log_prob, truncated_log_prob
-
-  def allowed_at(state):
-    """`[V]`, or `[N, V]` under a constraint."""
-    if constraint is None:
-      return allowed
-    found = constraint.allowed(state["place"])
-    return found if allowed is None else found & allowed[None]
-
-  def record(step, state, drawn, allowed):
-    """Writes one column and finds out which rows have ended with it."""
-    tokens, log_prob, truncated_log_prob = drawn
-    alive = ~state["finished"] & (step < lengths)
-    tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
-    stop = jnp.zeros_like(alive)
-    for stop_id in stop_ids:
-      stop |= tokens == stop_id
-    automaton = state["automaton"]
-    if stop_strings is not None:
-      automaton = jnp.where(alive, stop_strings[automaton, tokens], automaton)
-      stop |= automaton == stop_strings.shape[0] - 1
-    write = lambda name, column: jax.lax.dynamic_update_slice_in_dim(
-      state[name], column[:, None], step, axis=1
-    )
-    more = {}
-    if constraint is not None:
-      more = {
-        "allowed": write("allowed", allowed | ~alive[:, None]),
-        "place": constraint.advance(state["place"], tokens),
-      }
-    return {
-      "tokens": tokens,
-      "response_ids": write("response_ids", tokens),
-      "response_mask": write("response_mask", alive),
-      "log_probs": write("log_probs", jnp.where(alive, log_prob, 0.0)),
-      "truncated_log_probs": write(
-        "truncated_log_probs", jnp.where(alive, truncated_log_prob, 0.0)
-      ),
-      "finished": state["finished"] | (alive & stop),
-      "automaton": automaton,
-      **more,
-    }
+  if split_cache is None:
+    split_cache = lambda cache: cache
+  advance = functools.partial(
+    _advance,
+    keys=row_keys(key, prompt_indices, num_samples),
+    settings=settings,
+    allowed=allowed,
+    forced=forced,
+    constraint=constraint,
+    stop_ids=stop_ids,
+    stop_strings=stop_strings,
+    lengths=lengths,
+    pad_id=pad_id,
+  )
+  apply = functools.partial(model.apply, {"params": params})
 
   # The first token comes from the prompts' last column, once per prompt.
-  hidden, cache = model.apply(
-    variables,
-    prompt_ids,
-    prompt_mask,
-    num_samples,
-    max_length,
-    method="prefill",
+  hidden, cache = apply(
+    prompt_ids, prompt_mask, num_samples, max_length, method="prefill"
   )
-  if split_cache is not None:
-    cache = split_cache(cache)
-  logits = model.apply(variables, hidden[:, -1], method="logits")  # [B, V]
-  shape = (num_rows, max_length)
-  state = {
-    "tokens": jnp.zeros(num_rows, jnp.int32),
-    "response_ids": jnp.full(shape, pad_id, jnp.int32),
-    "response_mask": jnp.zeros(shape, bool),
-    "log_probs": jnp.zeros(shape, jnp.float32),
-    "truncated_log_probs": jnp.zeros(shape, jnp.float32),
-    "finished": jnp.zeros(num_rows, bool),
-    "automaton": jnp.zeros(num_rows, jnp.int32),
-  }
-  # Before the first token comes the entry of `forced` behind all tokens.
-  before = jnp.full(num_rows, -1, jnp.int32)
+  cache = split_cache(cache)
+  logits = apply(hidden[:, -1], method="logits")  # [B, V]
   logits = jnp.repeat(logits, num_samples, axis=0)
-  if constraint is not None:
-    state["place"] = constraint.start
-    state["allowed"] = jnp.ones((*shape, logits.shape[-1]), bool)
-  allowed_first = allowed_at(state)
-  drawn = draw(0, logits, before, allowed_first)
-  state = record(0, state, drawn, allowed_first)
+  state = _start((num_rows, max_length), logits.shape[-1], constraint, pad_id)
+  state = advance(0, state, logits)
 
   def goes_on(carry):
     step, state, _ = carry
@@ -334,15 +255,10 @@ def sample(
 
   def decode(carry):
     step, state, cache = carry
-    hidden, cache = model.apply(
-      variables, state["tokens"], cache, method="decode"
-    )
-    if split_cache is not None:
-      cache = split_cache(cache)
-    logits = model.apply(variables, hidden, method="logits")  # [N, V]
-    allowed_now = allowed_at(state)
-    drawn = draw(step, logits, state["tokens"], allowed_now)
-    return step + 1, record(step, state, drawn, allowed_now), cache
+    hidden, cache = apply(state["tokens"], cache, method="decode")
+    cache = split_cache(cache)
+    logits = apply(hidden, method="logits")  # [N, V]
+    return step + 1, advance(step, state, logits), cache
 
   if max_length > 1:
     _, state, _ = jax.lax.while_loop(goes_on, decode, (1, state, cache))
@@ -356,7 +272,148 @@ def sample(
   )
 
 
+def _check_request(
+  prompt_ids: Array, prompt_mask: Array, max_length: int, num_samples: int
+) -> None:
+  chex.assert_rank([prompt_ids, prompt_mask], 2)
+  chex.assert_equal_shape([prompt_ids, prompt_mask])
+  chex.assert_type([prompt_ids, prompt_mask], [int, bool])
+  if max_length < 1 or num_samples < 1:
+    raise ValueError(
+      "max_length and num_samples must be positive, got "
+      f"{max_length} and {num_samples}."
+    )
+
+
+def _start(
+  shape: tuple[int, int], vocab_size: int, constraint: Any, pad_id: int
+) -> State:
+  """Returns the loop's state before the first token of `[N, T]` responses."""
+  num_rows, _ = shape
+  state = {
+    # Index -1 is the entry of `forced` that comes before the first token.
+    "tokens": jnp.full(num_rows, -1, jnp.int32),
+    "response_ids": jnp.full(shape, pad_id, jnp.int32),
+    "response_mask": jnp.zeros(shape, bool),
+    "log_probs": jnp.zeros(shape, jnp.float32),
+    "truncated_log_probs": jnp.zeros(shape, jnp.float32),
+    "finished": jnp.zeros(num_rows, bool),
+    "automaton": jnp.zeros(num_rows, jnp.int32),
+  }
+  if constraint is not None:
+    state["place"] = constraint.start
+    state["allowed"] = jnp.ones((*shape, vocab_size), bool)
+  return state
+
+
+def _advance(
+  step: int | Array,
+  state: State,
+  logits: Array,
+  *,
+  keys: Array,
+  settings: sampling.Settings,
+  allowed: Array | None,
+  forced: Array | None,
+  constraint: Any,
+  stop_ids: tuple[int, ...],
+  stop_strings: Array | None,
+  lengths: Array,
+  pad_id: int,
+) -> State:
+  """Draws the tokens of one step and writes their column.
+
+  Args:
+    step: t, the column.
+    state: of the loop, see `_start`.
+    logits: `[N, V]` float, of the model.
+    keys: `[N]` typed keys, of the rows.
+    settings: as in `sample`, like those that follow.
+    allowed: `[V]` bool, or None.
+    forced: `[V + 1]` int, or None.
+    constraint: of N rows, or None.
+    stop_ids: ids that end a response.
+    stop_strings: `[S, V]` table, or None.
+    lengths: `[N]` int.
+    pad_id: what stands after the end.
+
+  Returns:
+    The state after the step.
+  """
+  if constraint is not None:
+    follows = constraint.allowed(state["place"])  # [N, V]
+    allowed = follows if allowed is None else follows & allowed[None]
+  tokens, log_prob, truncated_log_prob = _draw(
+    keys, step, logits, allowed, settings
+  )
+  if forced is not None:
+    following = forced[state["tokens"]]
+    is_free = following < 0
+    tokens = jnp.where(is_free, tokens, following)
+    log_prob = jnp.where(is_free, log_prob, 0.0)
+    truncated_log_prob = jnp.where(is_free, truncated_log_prob, 0.0)
+
+  alive = ~state["finished"] & (step < lengths)
+  tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
+  stop = jnp.zeros_like(alive)
+  for stop_id in stop_ids:
+    stop |= tokens == stop_id
+  automaton = state["automaton"]
+  if stop_strings is not None:
+    automaton = jnp.where(alive, stop_strings[automaton, tokens], automaton)
+    stop |= automaton == stop_strings.shape[0] - 1
+  write = lambda name, column: jax.lax.dynamic_update_slice_in_dim(
+    state[name], column[:, None], step, axis=1
+  )
+  constrained = {}
+  if constraint is not None:
+    constrained = {
+      "allowed": write("allowed", allowed | ~alive[:, None]),
+      "place": constraint.advance(state["place"], tokens),
+    }
+  return {
+    "tokens": tokens,
+    "response_ids": write("response_ids", tokens),
+    "response_mask": write("response_mask", alive),
+    "log_probs": write("log_probs", jnp.where(alive, log_prob, 0.0)),
+    "truncated_log_probs": write(
+      "truncated_log_probs", jnp.where(alive, truncated_log_prob, 0.0)
+    ),
+    "finished": state["finished"] | (alive & stop),
+    "automaton": automaton,
+    **constrained,
+  }
+
+
+def _draw(
+  keys: Array,
+  step: int | Array,
+  logits: Array,
+  allowed: Array | None,
+  settings: sampling.Settings,
+) -> tuple[Array, Array, Array]:
+  """Draws one token per row; returns it with two log-probabilities, `[N]`.
+
+  The key of a token is the row's, folded with `step`. The log-probabilities are
+  those before and after truncation.
+  """
+  logits = log_probs.masked_logits(
+    logits, temperature=settings.temperature, allowed=allowed
+  )
+  truncated = sampling.truncate(logits, settings)
+  if settings.greedy:
+    tokens = sampling.greedy(truncated)
+  else:
+    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    uniforms = jax.vmap(jax.random.uniform)(step_keys)
+    tokens = sampling.inverse_cdf(truncated, uniforms)
+  log_prob = truncated_log_prob = _log_prob(logits, tokens)
+  if settings.truncates:
+    truncated_log_prob = _log_prob(truncated, tokens)
+  return tokens, log_prob, truncated_log_prob
+
+
 def _log_prob(logits: Array, tokens: Array) -> Array:
-  """`[N]` log-probabilities of `tokens` `[N]` under `logits` `[N, V]`."""
+  """Returns the log-probabilities of `tokens` `[N]` under `[N, V]` logits."""
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -1,9 +1,9 @@
-"""A grammar that the sampler cannot leave: an LR parser as arrays.
+"""Constrains the sampler to a grammar: an LR parser as arrays.
 
-A policy that writes a formal language spends most of its errors on brackets and
-on words in the wrong place. Here the parser of a grammar is a handful of
-tables, its stacks are rows of integers, and the tokens that may come next are
-found on the device, inside of the decode loop, for all rows at once:
+Most errors of a policy that writes a formal language are brackets and words in
+the wrong place. Here the parser of a grammar is a few tables, its stacks are
+rows of integers, and the tokens that may come next are found on the device,
+inside the decode loop, for all rows at once:
 
   grammar = grammars.of_task(task, tokenizer, vocab_size)
   places = task.places(prompts, tokenizer, vocab_size)
@@ -11,11 +11,11 @@ found on the device, inside of the decode loop, for all rows at once:
   rollouts.sample(..., constraint=constraint)
 
 An LR parser reads a token by some reductions and one shift. A reduction by a
-rule of k symbols takes k states off the stack and puts one on. As long as no
-rule is empty, what a chain of reductions leaves is a lower part of the stack
-with one new state on top: two integers. So a chain is followed without copying
-a stack, and for all tokens at once where a state reduces by one rule alone;
-the tokens that end in a shift may come next.
+rule of k symbols pops k states and pushes one. If no rule is empty, a chain of
+reductions leaves a lower part of the stack with one new state on top: two
+integers. So a chain is followed without copying a stack, and for all tokens at
+once where a state reduces by only one rule; the tokens that end in a shift may
+come next.
 
 Source:
   Knuth (1965), "On the translation of languages from left to right"; the
@@ -33,18 +33,18 @@ Array = chex.Array
 
 
 class Tables(NamedTuple):
-  """A parser of S states, T terminals, R rules, K nonterminals; V tokens.
+  """Holds a parser of S states, T terminals, R rules, K nonterminals, V tokens.
 
   Attributes:
-    terminals: `[S, V]` int, what a token is where the parser is in a state; T
-      for nothing that it could read there.
-    next_states: `[S, T]` int, the state that reading a terminal leads to; -1
-      where the parser does not read, but reduces or fails.
+    terminals: `[S, V]` int, the terminal that a token is in a state of the
+      parser; T if it cannot be read there.
+    next_states: `[S, T]` int, the state after reading a terminal; -1 where the
+      parser does not read, but reduces or fails.
     reduces: `[S, T]` bool, whether it reduces before it reads the terminal.
     rules: `[S]` int, by which rule it does; 0 where it never does.
     lengths: `[R]` int, symbols of a rule; >= 1.
     heads: `[R]` int, the nonterminal of a rule.
-    gotos: `[S, K]` int, the state behind a nonterminal; -1 if it never is.
+    gotos: `[S, K]` int, the state after a nonterminal; -1 if there is none.
     depths: `[V]` int, 1 for a token that opens a bracket, -1 for one that
       closes one, else 0.
     ends: `[V]` bool, the tokens that end a response.
@@ -62,7 +62,7 @@ class Tables(NamedTuple):
 
 
 def of_task(task: Any, tokenizer: Any, vocab_size: int) -> Tables:
-  """The grammar of a task, over the tokens of a tokenizer.
+  """Makes the tables of a task's grammar for a tokenizer.
 
   Args:
     task: a module with the functions `grammar` and `places`, such as
@@ -71,23 +71,23 @@ def of_task(task: Any, tokenizer: Any, vocab_size: int) -> Tables:
     vocab_size: V of the policy.
 
   Raises:
-    ValueError: if the task has no grammar, or the tokenizer does not fit to it.
+    ValueError: if the task has no grammar, or the tokenizer does not fit it.
   """
   if not hasattr(task, "grammar"):
     raise ValueError(
-      f"The task {task.__name__.rpartition('.')[2]} has no grammar to keep "
-      "responses in; games has one."
+      f"The task {task.__name__.rpartition('.')[2]} has no grammar for its "
+      "responses; the task games has one."
     )
   return Tables(**task.grammar(tokenizer, vocab_size))
 
 
 class Place(NamedTuple):
-  """Where N responses are in the grammar.
+  """Holds where N responses are in the grammar.
 
   Attributes:
     stack: `[N, D]` int32, the states of a parser, the lowest first.
     size: `[N]` int32, how many of them count.
-    depth: `[N]` int32, brackets that the response has opened and not closed.
+    depth: `[N]` int32, brackets that the response has opened but not closed.
     position: `[N]` int32, tokens that it has.
   """
 
@@ -98,14 +98,14 @@ class Place(NamedTuple):
 
 
 class Constraint(NamedTuple):
-  """What `generation.sample` needs to stay within a grammar.
+  """Keeps `decode.sample` within a grammar.
 
   Attributes:
     tables: of the parser.
-    start: where the responses begin.
-    seconds: `[N, V]` bool, which tokens may be second: the word behind the
-      bracket tells what an expression is, and not all that may begin here fit
-      to what stands behind the gap.
+    start: the place where each response begins.
+    seconds: `[N, V]` bool, which tokens may be second: the word after the
+      bracket says what an expression is, and not all that may begin here fit
+      what follows the gap.
   """
 
   tables: Tables
@@ -113,7 +113,7 @@ class Constraint(NamedTuple):
   seconds: Array
 
   def repeat(self, num: int) -> "Constraint":
-    """The same with each of its rows `num` times."""
+    """Repeats each row `num` times."""
     start, seconds = jax.tree.map(
       lambda x: jnp.repeat(jnp.asarray(x), num, axis=0),
       (self.start, self.seconds),
@@ -121,28 +121,28 @@ class Constraint(NamedTuple):
     return self._replace(start=start, seconds=seconds)
 
   def allowed(self, place: Place) -> Array:
-    """`[N, V]` bool: see `allowed`, and `seconds` for the second token."""
+    """Returns `[N, V]` bool: see `allowed`, and `seconds` for token two."""
     among = self.seconds | (place.position != 1)[:, None]
     return allowed(self.tables, place, among)
 
   def advance(self, place: Place, tokens: Array) -> Place:
-    """See `advance`."""
+    """Reads one token of each row, see `advance`."""
     return advance(self.tables, place, tokens)
 
 
 def constraint(
   tables: Tables, *, stack: Array, size: Array, seconds: Array
 ) -> Constraint:
-  """A constraint on responses that are one bracketed expression each.
+  """Makes a constraint on responses that are one bracketed expression each.
 
   Args:
     tables: of the parser, numpy or jax arrays.
-    stack: `[N, D]` int32, of the parser behind what precedes the response.
+    stack: `[N, D]` int32, of the parser after the text before the response.
     size: `[N]` int32.
     seconds: `[N, V]` bool, tokens that may be second.
 
   Returns:
-    A pytree, to be handed to `generation.sample`.
+    A pytree, for `decode.sample`.
 
   Raises:
     ValueError: if a rule of the grammar is empty, or shapes do not fit.
@@ -160,8 +160,8 @@ def constraint(
     )
   if int(np.max(stack)) >= num_states or int(np.min(size)) < 1:
     raise ValueError(
-      f"A stack must hold at least one of the {num_states} states, and no "
-      "other."
+      f"A stack must hold one or more of the {num_states} states and nothing "
+      "else."
     )
   zeros = np.zeros(len(size), np.int32)
   return Constraint(
@@ -172,18 +172,17 @@ def constraint(
 
 
 def allowed(tables: Tables, place: Place, among: Array | None = None) -> Array:
-  """Which tokens may come next.
+  """Returns which tokens may come next.
 
   A response is one expression: it begins with a bracket, ends when its brackets
-  are closed, and does not end before. Where nothing else is left (a stack that
-  is full, or a word behind which the grammar knows none of the tokens), it may
-  end, too.
+  are closed, and does not end before. Where no other token is allowed (the
+  stack is full, or no token of the vocabulary may follow), it may also end.
 
   Args:
     tables: of the parser.
     place: N rows.
-    among: `[N, V]` bool, tokens to choose from; None for all. End tokens are
-      among them.
+    among: `[N, V]` bool, tokens to choose from; None for all. End tokens must
+      be among them.
 
   Returns:
     `[N, V]` bool, at least one True in a row if there is an end token.
@@ -209,12 +208,12 @@ def allowed(tables: Tables, place: Place, among: Array | None = None) -> Array:
     reduce,
     (everything, ~everything, top, place.size - 1),
   )
-  # What is no terminal here is nowhere found.
+  # What is not a terminal here is never found.
   found = jnp.pad(found, ((0, 0), (0, 1)))
   found = jnp.take_along_axis(
     found, tables.terminals[top].astype(jnp.int32), axis=1
   )
-  # Reading a token adds one state at most.
+  # Reading a token adds at most one state.
   closes = (tables.depths < 0)[None]
   found &= closes | (place.size < stack_size)[:, None]
   is_first = place.position == 0
@@ -233,11 +232,11 @@ def advance(tables: Tables, place: Place, tokens: Array) -> Place:
   Args:
     tables: of the parser.
     place: N rows.
-    tokens: `[N]` int. Behind one that `allowed` forbids, and behind an end
-      token, the stack of a row is the same as before.
+    tokens: `[N]` int. A token that `allowed` forbids, and an end token, leave
+      the stack of a row as it was.
 
   Returns:
-    The N places behind the tokens.
+    The N places after the tokens.
   """
   tables = Tables(*map(jnp.asarray, tables))
   num_rows, stack_size = place.stack.shape
@@ -278,7 +277,7 @@ def _top(stack: Array, size: Array) -> Array:
 def _reduce(
   tables: Tables, stack: Array, top: Array, below: Array, where: Array
 ) -> tuple[Array, Array]:
-  """One reduction of the rows `where`; `below` states lie under the top."""
+  """Reduces once in the rows `where`; `below` states are under the top."""
   rule = tables.rules[top]
   left = below - (tables.lengths[rule] - 1)
   uncovered = jnp.take_along_axis(

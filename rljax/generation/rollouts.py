@@ -1,4 +1,4 @@
-"""Rollouts: prompts, responses, and what a policy says of their tokens."""
+"""Rollouts: prompts, responses and the statistics of their tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,7 @@ import chex
 import jax.numpy as jnp
 
 from rljax.generation import decode
-from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import masking, sampling
+from rljax.ops import log_probs, masking, sampling
 
 Array = chex.Array
 Batch = Mapping[str, Array]
@@ -16,7 +15,7 @@ Batch = Mapping[str, Array]
 
 @chex.dataclass(frozen=True)
 class Rollout:
-  """Prompts with one response each; N rows.
+  """Holds prompts with one response each; N rows.
 
   Attributes:
     prompt_ids: `[N, P]` int32, left-padded.
@@ -54,7 +53,7 @@ def sample(
   num_samples: int = 1,
   **options: Any,
 ) -> Rollout:
-  """Draws `num_samples` responses to each prompt, beside their prompts.
+  """Draws `num_samples` responses to each prompt, with their prompts.
 
   Args:
     key: typed key of the step.
@@ -65,7 +64,7 @@ def sample(
     max_length: T.
     settings: temperature and truncation.
     num_samples: responses per prompt.
-    **options: see `generation.sample`.
+    **options: see `decode.sample`.
 
   Returns:
     A `Rollout` of `N = B * num_samples` rows; row `b * num_samples + j` is
@@ -90,12 +89,12 @@ def sample(
 
 
 def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
-  """Hidden states that the response tokens were drawn from.
+  """Computes the hidden states that response tokens were drawn from.
 
   `hidden[:, t]` is the model's state after the prompt and the response tokens
-  before t. Its logits are the distribution of `response_ids[:, t]`, and a
-  value head on it gives V of the text before token t. This is the one place
-  where that shift by one is made.
+  before t. Its logits are the distribution of `response_ids[:, t]`, and a value
+  head on it gives V of the text before token t. Only this function makes that
+  shift by one.
 
   Args:
     model: module, called on ids and mask.
@@ -111,20 +110,20 @@ def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
 
 
 def at_responses(states: Array, batch: Batch) -> Array:
-  """Of `text_hidden`, what the response tokens were drawn from.
+  """Selects from `text_hidden` what the response tokens were drawn from.
 
   Args:
     states: `[N, P + T - 1, ...]`, one for each token that was read.
     batch: as for `response_hidden`.
 
   Returns:
-    `[N, T, ...]`, whose entry t stands behind all that comes before token t.
+    `[N, T, ...]`, whose entry t is the state before token t.
   """
   return states[:, batch["prompt_ids"].shape[1] - 1 :]
 
 
 def text_hidden(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
-  """Hidden states of prompts and responses, all but the last token's.
+  """Computes hidden states of prompts and responses but for the last token.
 
   Args:
     model: module, called on ids and mask.
@@ -154,17 +153,17 @@ def text(batch: Batch) -> tuple[Array, Array]:
   chex.assert_type(arrays, [int, bool, int, bool])
   chex.assert_equal_shape(arrays[:2])
   chex.assert_equal_shape(arrays[2:])
-  # Nothing is drawn after the last response token: it need not be read.
+  # Nothing is drawn after the last response token: it is not read.
   ids = jnp.concatenate([prompt_ids, response_ids[:, :-1]], axis=1)
   mask = jnp.concatenate([prompt_mask, response_mask[:, :-1]], axis=1)
   return ids, mask
 
 
 def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
-  """What a causal classifier says of the responses, token by token.
+  """Computes a causal classifier's logits of each prefix of the responses.
 
-  `logits[:, t]` is about the prompt and the response tokens up to and with t:
-  here nothing is shifted.
+  `logits[:, t]` is of the prompt and the response tokens up to and including t:
+  nothing is shifted here.
 
   Args:
     model: a `classifier.CausalClassifier` with the policy's tokens.
@@ -214,11 +213,10 @@ def token_statistics(
   allowed: Array | None = None,
   chunk_size: int | None = None,
   hidden: Array | None = None,
-) -> tuple[log_probs_lib.TokenStatistics, Array]:
-  """Log-probabilities and entropies of the response tokens under `params`.
+) -> tuple[log_probs.TokenStatistics, Array]:
+  """Computes log-probabilities and entropies of the response tokens.
 
-  Computed exactly as the sampler computes them: same temperature, same
-  allowed tokens.
+  Computed as in the sampler: same temperature, same allowed tokens.
 
   Args:
     model: module, called on ids and mask.
@@ -238,7 +236,7 @@ def token_statistics(
   by_position = batch.get("allowed")
   if by_position is not None:
     allowed = by_position if allowed is None else by_position & allowed
-  statistics = log_probs_lib.from_hidden(
+  statistics = log_probs.from_hidden(
     lambda h: model.apply({"params": params}, h, method="logits"),
     hidden,
     batch["response_ids"],
@@ -250,7 +248,7 @@ def token_statistics(
 
 
 def metrics(
-  rollout: Rollout, statistics: log_probs_lib.TokenStatistics
+  rollout: Rollout, statistics: log_probs.TokenStatistics
 ) -> dict[str, Array]:
   """Describes a rollout, as the policy that drew it reads it.
 

@@ -140,13 +140,14 @@ class Settings(NamedTuple):
 
   @property
   def distribution(self) -> sampling.Settings:
-    """What `ops.sampling` takes."""
+    """What `ops.sampling` takes; if it is greedy, the rest has no say."""
+    if self.greedy:
+      return sampling.Settings(greedy=True)
     return sampling.Settings(
       temperature=self.temperature,
       top_k=self.top_k,
       top_p=self.top_p,
       min_p=self.min_p,
-      greedy=self.greedy,
     )
 
   def lengths(self, num_responses: int, *place: int) -> np.ndarray:
@@ -355,6 +356,7 @@ class Sampler:
     rows: np.ndarray,
     *,
     step: int,
+    number: int = 0,
   ) -> Samples:
     """Draws responses to some of the prompts.
 
@@ -365,12 +367,14 @@ class Sampler:
       rows: `[B]` int, which of them.
       step: rollouts that the policy has learnt from; decides the limits of
         length, where they differ.
+      number: of the draw, if a step has several, for the same.
 
     Returns:
       B * num_samples responses; row b * num_samples + j is sample j of b.
     """
     num_samples = self.settings.num_samples
-    lengths = self.settings.lengths(len(rows) * num_samples, step, 1)
+    place = (step, 1, number) if number else (step, 1)
+    lengths = self.settings.lengths(len(rows) * num_samples, *place)
     ids, mask, lengths = meshes.shard_batch(
       (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
     )
@@ -391,30 +395,54 @@ class Sampler:
       tokenizer=self._tokenizer,
     )
 
-  def greedy(
-    self, prompts: prompts_lib.Prompts, *, batch_size: int
+  def responder(
+    self, prompts: prompts_lib.Prompts, *, batch_size: int, **options: Any
   ) -> "Responder":
-    """Makes a responder that answers prompts greedily, within the same limits.
+    """Makes a responder that draws as the sampler does, for these prompts.
 
     Args:
       prompts: which it answers.
       batch_size: prompts at the same time.
+      **options: of `Responder`, in place of what the settings say.
     """
     settings = self.settings
     return Responder(
       self._model,
       self._tokenizer,
       prompts.encoded,
-      max_length=settings.max_length,
-      settings=sampling.Settings(greedy=True),
       batch_size=batch_size,
       mesh=self._mesh,
-      stop_at_eos=settings.stop_at_eos,
-      stop_strings=settings.stop_strings,
-      max_lengths=settings.lengths(len(prompts.texts), 0, 2),
-      constraint=self._constraint(prompts.texts),
       texts=prompts.texts,
-      unfinished_score=settings.unfinished_score,
+      **{
+        "max_length": settings.max_length,
+        "max_lengths": settings.lengths(len(prompts.texts), 0, 2),
+        "settings": settings.distribution,
+        "num_samples": settings.num_samples,
+        "seed": settings.seed,
+        "stop_at_eos": settings.stop_at_eos,
+        "stop_strings": settings.stop_strings,
+        "constraint": self._constraint(prompts.texts),
+        "unfinished_score": settings.unfinished_score,
+        **options,
+      },
+    )
+
+  def greedy(
+    self, prompts: prompts_lib.Prompts, *, batch_size: int, **options: Any
+  ) -> "Responder":
+    """Makes a responder that answers prompts greedily, within the same limits.
+
+    Args:
+      prompts: which it answers.
+      batch_size: prompts at the same time.
+      **options: of `Responder`, in place of what the settings say.
+    """
+    return self.responder(
+      prompts,
+      batch_size=batch_size,
+      settings=sampling.Settings(greedy=True),
+      num_samples=1,
+      **options,
     )
 
   def _constraint(self, texts):
@@ -466,6 +494,7 @@ class Responder:
     num_samples: K.
     texts: the prompts as they are scored, or None.
     unfinished_score: of an answer without an end; None: as any other.
+    has_forced: whether tokens are forced.
     program: the compiled sampler, a `compiled.Compiled`.
   """
 
@@ -566,6 +595,7 @@ class Responder:
 
     self.num_prompts, self.num_samples = len(ids), num_samples
     self.texts, self.unfinished_score = texts, unfinished_score
+    self.has_forced = forced is not None
     self.program = compiled.Compiled("respond", sample)
     self._arrays = {
       "ids": ids,

@@ -16,7 +16,7 @@ MODES = ("per_step", "last", "pooled", "mi")
 
 @chex.dataclass(frozen=True)
 class _Sums:
-  """Sums over time steps of which every mode is made; chunks of T add up."""
+  """Holds sums over time steps that every mode is made of; chunks add up."""
 
   count: Array  # [] float32, unmasked tokens.
   token_entropy: Array  # [] float32, summed over tokens.
@@ -33,11 +33,11 @@ def token_entropy(
   allowed: Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Mean entropy of the policy over unmasked tokens.
+  """Computes the mean entropy of the policy over unmasked tokens.
 
     H_tok = Σ_bt m_bt H(p_bt) / Σ_bt m_bt,   H(p) = -Σ_k p_k log p_k
 
-  Positive: a bonus. Callers subtract `entropy_coef` times it from the loss.
+  A bonus: callers subtract `entropy_coef` times it from the loss.
 
   Args:
     logits: `[B, T, V]` float.
@@ -70,7 +70,7 @@ def batch_entropy(
   epsilon: float | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Entropy of the batch's mean distribution.
+  """Computes the entropy of the batch's mean distribution.
 
     pbar_t = Σ_b m_bt p_bt / n_t,   n_t = Σ_b m_bt
     H_bat = Σ_t n_t H(pbar_t) / Σ_t n_t,   H(p) = -Σ_k p_k log p_k
@@ -115,8 +115,8 @@ def batch_entropy(
       sampled; None for all.
     mask_in_loss: False ignores `allowed`, as the paper's code does. Then
       probability that moves to a token which is never sampled raises the
-      entropy while no reward answers: the policy learns to put its mass there,
-      and the regulariser is defeated. For reproduction only.
+      entropy at no cost in reward: the policy learns to put its mass there,
+      which defeats the regulariser. For reproduction only.
     epsilon: None guards log 0; a number ε > 0 takes log(pbar + ε) instead, as
       the paper's code does with 1e-9.
     axis_name: mapped axis that shards B, if any; probabilities and counts are
@@ -171,7 +171,7 @@ def batch_entropy_from_hidden(
   epsilon: float | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """`batch_entropy` without logits of the whole sequence.
+  """Computes `batch_entropy` without logits of the whole sequence.
 
   The same value, gradient and metrics, with the logits of `chunk_size` columns
   in memory at a time, forward and backward: a time step is never divided, so
@@ -268,7 +268,7 @@ def _value_and_metrics(
 ) -> tuple[Array, Metrics]:
   count = jnp.maximum(sums.count, 1.0)
   if mode == "pooled":
-    # Not a sum over chunks: the chunks' masses are put together first.
+    # Not a sum over chunks: the chunks' masses are added up first.
     mean_probs = sums.mass / count
     batch = _entropy_of(mean_probs, epsilon)
     max_prob = jnp.max(mean_probs)

@@ -1,9 +1,8 @@
 """Losses of offline reinforcement learning on logged responses with rewards.
 
 A whole response is one action. Every method is the negative log-likelihood of
-the logged tokens under its own weights, and the methods differ in nothing but
-these: `token_weights` makes them, without gradient, and `weighted_loss` uses
-them.
+the logged tokens under its own weights, and the methods differ only in these:
+`token_weights` makes them, without gradient, and `weighted_loss` uses them.
 """
 
 import chex
@@ -38,7 +37,7 @@ _MAX_LOG_RATIO = 20.0
 
 
 def needed_arrays(algorithm: str) -> tuple[str, ...]:
-  """The arguments of `offline_loss` that a method cannot do without.
+  """Returns which arguments of `offline_loss` a method needs.
 
   Args:
     algorithm: one of `ALGORITHMS`.
@@ -70,7 +69,7 @@ def token_weights(
   clip_epsilon: float | None = 0.9,
   gold_floor: float = 0.1,
 ) -> Array:
-  """What an offline method multiplies each token's log-likelihood with.
+  """Computes the weight of each token's log-likelihood in a method.
 
     nll             w_t = 1
     wbc             w_t = R
@@ -90,8 +89,8 @@ def token_weights(
   of its log-likelihood, unlike under the surrogate of PPO.
 
   "wbc" is weighted behaviour cloning. "r_gold" is the learning from
-  demonstrations of Pang and He, with the reward in the place of their return;
-  a method of distillation bears the same name and is not meant.
+  demonstrations of Pang and He, with the reward in place of their return, not
+  the distillation method of the same name.
 
   Args:
     algorithm: one of `ALGORITHMS`.
@@ -104,7 +103,7 @@ def token_weights(
       for "nll" and the methods that weigh by reward.
     mask: `[B, T]` bool, True on response tokens.
     clip_epsilon: ε > 0, or None to leave the ratios as they are.
-    gold_floor: u >= 0, the smallest probability that "r_gold" reckons with.
+    gold_floor: u >= 0, the smallest probability that "r_gold" uses.
 
   Returns:
     `[B, T]` float32 w, 0 where masked.
@@ -118,7 +117,7 @@ def token_weights(
     Reinforcement Learning for Language Models", and its code. Pang and He
     (2021), "Text Generation by Learning from Demonstrations", for "r_gold".
     The bounds of the log-ratios are ours: without clipping, a response that
-    is 100 nats likelier than before has a ratio that is no float32.
+    is 100 nats likelier than before has a ratio beyond float32.
   """
   _check_arrays(log_probs, ref_log_probs, rewards, advantages, mask)
   _check_settings(algorithm, clip_epsilon, gold_floor)
@@ -140,7 +139,7 @@ def token_weights(
     if clip_epsilon is not None:
       ratio = jnp.clip(ratio, 1.0 - clip_epsilon, 1.0 + clip_epsilon)
     weights = weights * ratio
-  # The one place where no method can forget it.
+  # Here, so that no method can forget it.
   return jax.lax.stop_gradient(jnp.where(mask, weights, 0.0))
 
 
@@ -153,16 +152,16 @@ def weighted_loss(
   kl_coef: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Weighted negative log-likelihood of whole responses, and a penalty.
+  """Computes a weighted NLL of whole responses, with a KL-like penalty.
 
     L = mean_i(-Σ_t w_it log π(y_it)) + β mean_i(S_i - S_ref,i)
     S = Σ_t log π(y_t),   S_ref = Σ_t log π_ref(y_t)
 
-  Both means are over the sequences that have an unmasked token; the tokens of
-  a sequence are summed. The penalty is taken on the logged responses. It is
-  no divergence of the policy, may be negative, and leaves a token the weight
-  w - β in all: where that is negative the loss has no lower bound, and the
-  mean of S, which is among the metrics, falls.
+  Both means are over the sequences that have an unmasked token; the tokens of a
+  sequence are summed. The penalty is taken on the logged responses. It is not a
+  divergence of the policy, may be negative, and leaves a token the total weight
+  w - β: where that is negative the loss has no lower bound, and the mean of S,
+  which is among the metrics, falls.
 
   No gradient flows to `weights` and `ref_log_probs`.
 
@@ -236,7 +235,7 @@ def offline_loss(
   kl_coef: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Loss of an offline method, by its name.
+  """Computes the loss of an offline method, given by its name.
 
     L = mean_i(-Σ_t w_it log π(y_it))   [+ β mean_i(S_i - S_ref,i)]
 
@@ -249,7 +248,7 @@ def offline_loss(
     algorithm: one of `ALGORITHMS`.
     log_probs: `[B, T]` float, of the trained policy.
     ref_log_probs: `[B, T]` float, of the frozen reference policy, or None for
-      a method that does without.
+      a method that needs none.
     rewards: `[B]` float R >= 0, or None likewise.
     advantages: `[B]` float A, or None likewise; negative ones count as 0.
     mask: `[B, T]` bool, True on response tokens.
@@ -261,13 +260,8 @@ def offline_loss(
       the whole batch, on every shard.
 
   Returns:
-    The scalar loss (0 if no token counts) and scalar metrics. Besides those
-    of `weighted_loss`, where advantages are given: "offline/advantage_mean",
-    of max(A, 0), and "offline/zero_advantage_fraction". For the methods with
-    a ratio, before it is clipped: "offline/ratio_mean", and the shares at the
-    bounds or beyond, "offline/clip_low_fraction" and
-    "offline/clip_high_fraction"; over tokens for "a_lol_seq", else over
-    sequences.
+    The scalar loss (0 if no token counts) and scalar metrics, those of
+    `weighted_loss` and of `weight_metrics`.
 
   Raises:
     ValueError: as `token_weights` and `weighted_loss` do, and for a penalty on
@@ -301,6 +295,52 @@ def offline_loss(
     axis_name=axis_name,
   )
 
+  return loss, metrics | weight_metrics(
+    algorithm,
+    log_probs,
+    ref_log_probs,
+    advantages,
+    mask,
+    clip_epsilon=clip_epsilon,
+    axis_name=axis_name,
+  )
+
+
+def weight_metrics(
+  algorithm: str,
+  log_probs: Array,
+  ref_log_probs: Array | None,
+  advantages: Array | None,
+  mask: Array,
+  *,
+  clip_epsilon: float | None = 0.9,
+  axis_name: str | None = None,
+) -> Metrics:
+  """Describes what the weights of an offline method are made of.
+
+  No gradient flows through the result.
+
+  Args:
+    algorithm: one of `ALGORITHMS`.
+    log_probs: `[B, T]` float, of the trained policy.
+    ref_log_probs: `[B, T]` float, of the frozen reference policy, or None for
+      a method without a ratio.
+    advantages: `[B]` float A, or None for a method that does without.
+    mask: `[B, T]` bool, True on response tokens.
+    clip_epsilon: ε of the ratios, or None where they are left as they are.
+    axis_name: mapped axis that shards B, if any; the means are then over the
+      whole batch, on every shard.
+
+  Returns:
+    Scalars. Where advantages are given: "offline/advantage_mean", of max(A, 0),
+    and "offline/zero_advantage_fraction", over sequences. For the methods with
+    a ratio, before it is clipped: "offline/ratio_mean", and the shares at the
+    bounds or beyond, "offline/clip_low_fraction" and
+    "offline/clip_high_fraction"; over tokens for "a_lol_seq", else over
+    sequences.
+  """
+  _check_arrays(log_probs, ref_log_probs, None, advantages, mask)
+  metrics = {}
   counts = jnp.any(mask, axis=1)  # [B]
   if advantages is not None:
     positive = jnp.maximum(jax.lax.stop_gradient(_float32(advantages)), 0.0)
@@ -326,7 +366,7 @@ def offline_loss(
     metrics["offline/ratio_mean"] = mean(ratio)
     metrics["offline/clip_low_fraction"] = mean(ratio <= 1.0 - epsilon)
     metrics["offline/clip_high_fraction"] = mean(ratio >= 1.0 + epsilon)
-  return loss, metrics
+  return metrics
 
 
 def _ratio(

@@ -29,7 +29,7 @@ def clipped_policy_loss(
   ratio_guard: float | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Clipped surrogate loss of the policy.
+  """Computes the clipped surrogate loss of the policy.
 
     ρ_t = π(y_t) / π_old(y_t)
     l_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - ε, 1 + ε_high))
@@ -54,7 +54,7 @@ def clipped_policy_loss(
     normalizer: one of the three names above. N is the number of rows, T the
       padded length.
     ratio_guard: threshold of `ratio_guard`, above which the loss is 0, or
-      None for no guard. The metrics tell what was measured either way.
+      None for no guard. The metrics are the same either way.
     axis_name: mapped axis that shards B, if any; the loss is then that of
       the whole batch, on every shard.
 
@@ -125,7 +125,7 @@ def gspo_loss(
   clip_epsilon_high: float | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Clipped surrogate loss with one ratio for a whole response.
+  """Computes the clipped surrogate loss with one ratio per response.
 
     s_i = exp(Σ_t m_it log(π(y_it) / π_old(y_it)) / Σ_t m_it)
     l_i = max(-A_i s_i, -A_i clip(s_i, 1 - ε, 1 + ε_high))
@@ -196,13 +196,13 @@ def cispo_loss(
   normalizer: str = "token_mean",
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Policy gradient weighted by a ratio that is bounded, not dropped.
+  """Computes a policy gradient loss whose ratio is bounded, not dropped.
 
     l_t = -sg[min(ρ_t, ρ_max)] A_t log π(y_t),   ρ_t = π(y_t) / π_old(y_t)
 
-  Every token keeps a gradient, where the clipped surrogate silences those
-  whose ratio has moved. The value of the loss means nothing; its gradient
-  does. No gradient flows to `old_log_probs` and `advantages`.
+  Every token keeps a gradient, where the clipped surrogate drops those whose
+  ratio has moved. The value of the loss means nothing; its gradient does. No
+  gradient flows to `old_log_probs` and `advantages`.
 
   Args:
     log_probs: `[B, T]` float, of the trained policy.
@@ -253,12 +253,12 @@ def kl_to_reference(
   normalizer: str = "token_mean",
   axis_name: str | None = None,
 ) -> Array:
-  """Differentiable estimate of the KL to a reference policy.
+  """Estimates the KL to a reference policy, with a gradient.
 
     d_t = log π_ref(y_t) - log π(y_t)
     k2: d² / 2,   k3: exp(d) - 1 - d
 
-  averaged as the loss is that it is added to. On samples of π the gradient of
+  averaged like the loss that it is added to. On samples of π the gradient of
   k3, which GRPO takes, is in expectation that of KL(π_ref‖π), and the gradient
   of k2 that of KL(π‖π_ref). That of k1 is 0, so there is none here. No
   gradient flows to `ref_log_probs`. Where d exceeds 60 it is taken as 60,
@@ -309,7 +309,7 @@ def clipped_value_loss(
   clip_epsilon: float,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Half the mean clipped squared error of the values.
+  """Computes half the mean clipped squared error of the values.
 
     V_clip = clip(V, V_old - ε, V_old + ε)
     L = mean(max((V - G)², (V_clip - G)²)) / 2
@@ -386,7 +386,7 @@ def kl_from_old(
   *,
   axis_name: str | None = None,
 ) -> Array:
-  """Differentiable estimate of KL(π_old‖π), the other penalty of PPO.
+  """Estimates KL(π_old‖π), the other penalty of PPO, with a gradient.
 
     mean(ρ - 1 - log ρ),   ρ_t = π(y_t) / π_old(y_t)
 
@@ -424,7 +424,7 @@ def ratio_guard(
   threshold: float,
   axis_name: str | None = None,
 ) -> Array:
-  """Tells whether a batch is still close enough to its sampling policy.
+  """Checks whether a batch is still close enough to its sampling policy.
 
     g = 0 if mean(ρ) > threshold else 1,   ρ_t = π(y_t) / π_old(y_t)
 
@@ -449,8 +449,8 @@ def ratio_guard(
   Source:
     Padula and Soemers (2024), "Exploring RL-based LLM Training for Formal
     Language Tasks with Programmed Rewards", whose code zeroes the policy and
-    value losses alone; we zero the entropies too, or they would go on
-    pushing a policy that nothing else holds.
+    value losses alone; we zero the entropies too, or they would move the
+    policy with nothing to oppose them.
   """
   chex.assert_rank([log_probs, old_log_probs, mask], 2)
   chex.assert_equal_shape([log_probs, old_log_probs, mask])
@@ -482,7 +482,7 @@ def _log_ratio(log_probs: Array, old_log_probs: Array, mask: Array) -> Array:
 def _normalized(
   token_losses: Array, mask: Array, normalizer: str, axis_name: str | None
 ) -> Array:
-  """Averages `[B, T]` losses in one of the three ways of the first loss."""
+  """Averages `[B, T]` losses; see `clipped_policy_loss`."""
   if normalizer == "token_mean":
     return masking.masked_mean(token_losses, mask, axis_name=axis_name)
   if normalizer == "sequence_mean":
@@ -500,7 +500,7 @@ def _normalized(
 def _ratio_metrics(
   log_ratio: Array, is_clipped: Array, mask: Array, axis_name: str | None
 ) -> Metrics:
-  """What the ratios tell, over the unmasked tokens or sequences."""
+  """Metrics of the ratios, over the unmasked tokens or sequences."""
   log_ratio = jax.lax.stop_gradient(log_ratio)
   ratio = jnp.exp(log_ratio)
 

@@ -34,7 +34,7 @@ def dpo_loss(
   weights: Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Direct preference optimization, and its kin.
+  """Computes the loss of direct preference optimization or of a variant.
 
     h = (S_w - S_ref,w) - (S_l - S_ref,l),   S = Σ_t log π(y_t)
 
@@ -56,12 +56,12 @@ def dpo_loss(
     mask: `[B, 2, T]` bool, True on response tokens.
     beta: β > 0, the strength of the pull to the reference; τ of IPO.
     loss_type: one of the four names above.
-    label_smoothing: e in [0, 0.5), the share of pairs that are supposed to be
+    label_smoothing: e in [0, 0.5), the share of pairs that are assumed to be
       labelled the wrong way round; for "sigmoid" and "robust" alone.
     reference_free: whether to leave out S_ref.
-    per_token: whether to take means over tokens for the sums S.
-    weights: `[B]` float, of the pairs, or None for 1; from the difference of
-      rewards, say, they make the loss reward-difference optimization.
+    per_token: whether S is a mean over tokens instead of a sum.
+    weights: `[B]` float, of the pairs, or None for 1; differences of
+      rewards, for example, make the loss reward-difference optimization.
     axis_name: mapped axis that shards B, if any; the loss is then that of
       the whole batch, on every shard.
 
@@ -156,7 +156,7 @@ def pro_loss(
   published_mask: bool = False,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Preference ranking optimization over K candidates, best first.
+  """Computes the loss of preference ranking over K candidates, best first.
 
     L_k = log(exp(s_k T_kk) + Σ_{j>k} exp(s_j T_kj)) - s_k T_kk
     T_kj = R_k - R_j,   T_kk = max_{j>k} T_kj
@@ -167,7 +167,7 @@ def pro_loss(
   own number of them.
 
   Candidates out of the order of their rewards make T negative, and the first
-  is then pushed down: sort them before. "pro/misordered_fraction" tells.
+  is then pushed down: sort them first. "pro/misordered_fraction" reports it.
 
   No gradient flows to `rewards`.
 
@@ -265,12 +265,12 @@ def kto_reference_point(
   *,
   axis_name: str | None = None,
 ) -> Array:
-  """What `kto_loss` compares with: an estimate of KL(π‖π_ref).
+  """Estimates KL(π‖π_ref), which `kto_loss` compares with.
 
     z = max(0, mean_i(Σ_t log π(y_t) - log π_ref(y_t)))
 
-  over responses that belong to other prompts than those they stand behind:
-  each prompt of a batch of two or more with the next one's response, say.
+  over mismatched responses: each follows another prompt than its own, such as
+  the one before it in a batch of two or more.
 
   No gradient flows through z.
 
@@ -309,7 +309,7 @@ def kto_loss(
   undesirable_weight: float = 1.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Kahneman-Tversky optimization, of responses that are good or bad alone.
+  """Computes the Kahneman-Tversky loss of responses judged one by one.
 
     h = Σ_t log π(y_t) - log π_ref(y_t)
     l = λ_D (1 - σ(β(h - z))) if desirable, else λ_U (1 - σ(β(z - h)))
@@ -388,7 +388,7 @@ def simpo_loss(
   margin: float,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Simple preference optimization, without a reference.
+  """Computes the SimPO loss, which needs no reference.
 
     l = -log σ(β(s_w - s_l) - γ)
 
@@ -443,7 +443,7 @@ def orpo_loss(
   odds_weight: float,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Odds ratio preference optimization, without a reference.
+  """Computes the ORPO loss, which needs no reference.
 
     l = -s_w - λ log σ(o_w - o_l),   o = s - log(1 - exp(s))
 
@@ -497,7 +497,7 @@ def cpo_loss(
   nll_weight: float = 1.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Contrastive preference optimization, without a reference.
+  """Computes the CPO loss, which needs no reference.
 
     L = mean_i(-log σ(β(S_w - S_l))) + α mean_t(-log π(y_w,t))
 

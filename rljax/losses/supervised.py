@@ -20,7 +20,7 @@ def nll_loss(
   weights: Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Weighted negative log-likelihood of the responses.
+  """Computes the weighted negative log-likelihood of the responses.
 
     l_t = -w_t log π(y_t)
 
@@ -101,7 +101,7 @@ def pairwise_loss(
   margin: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Bradley-Terry loss of scores of ranked candidates, the best one first.
+  """Computes the Bradley-Terry loss of ranked candidates, best first.
 
     L = mean_i(mean_{k<j} -log σ(s_k - s_j - m))
 
@@ -112,8 +112,8 @@ def pairwise_loss(
     scores: `[B, K]` float s, best candidate first.
     mask: `[B, K]` bool, True where there is a candidate.
     rewards: `[B, K]` float, by which the candidates were ranked, or None. A
-      pair of equal rewards is no pair.
-    margin: m >= 0, by which the better one is to lead.
+      pair of equal rewards does not count.
+    margin: m >= 0, by which the better one should lead.
     axis_name: mapped axis that shards B, if any; the loss is then that of
       the whole batch, on every shard.
 
@@ -137,7 +137,7 @@ def pairwise_loss(
   num_candidates = scores.shape[1]
   if num_candidates < 2:
     raise ValueError(
-      f"A comparison takes two candidates or more, got {num_candidates}."
+      f"pairwise_loss needs two candidates or more, got {num_candidates}."
     )
   if not margin >= 0:
     raise ValueError(f"margin must not be negative, got {margin}.")
@@ -173,7 +173,7 @@ def outcome_loss(
   normalizer: str = "token_mean",
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Binary cross-entropy of how responses end, at tokens on the way.
+  """Computes the cross-entropy of a response's outcome at its tokens.
 
     l_t = -y_t log σ(x_t) - (1 - y_t) log σ(-x_t)
 

@@ -1,10 +1,10 @@
-"""Losses with a reward or a weight for each token, as RLMEC has them.
+"""Losses with a reward or a weight for each token, as in RLMEC.
 
-A generative reward model says of every token of a sample whether it would
-have kept it (`rewards.generative_rewards`), and writes a corrected text. The
-policy learns from the samples by `token_level_loss`, and from the corrected
-texts by `imitation_loss`. The method's loss is the sum of both, the second
-times a coefficient.
+A generative reward model gives every token of a sample a probability
+(`rewards.generative_rewards`), and writes a corrected text. The policy learns
+from the samples by `token_level_loss`, and from the corrected texts by
+`imitation_loss`. The method's loss is the sum of both, the second times a
+coefficient.
 """
 
 import chex
@@ -34,7 +34,7 @@ def token_level_loss(
   count: int | float | Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Policy gradient in which a token answers for its own reward alone.
+  """Computes a policy gradient loss with a reward for each token.
 
     ρ_t = π(y_t) / π_ref(y_t)
     c_t = min(ρ_t r_t, clip(ρ_t, 1 - ε, 1 + ε) r_t)
@@ -53,10 +53,10 @@ def token_level_loss(
     any other               ρ r            ρ r
 
   So under "rlmec" a token is pushed down however unlikely it has become, and
-  nothing bounds its log-probability from below: an imitation loss beside this
-  one and a small learning rate do, and a metric tells. Nor does either mode
-  bound the push on a penalized token that has become likelier. Under "rlmec"
-  the value of the loss means nothing; its gradient does.
+  the loss does not bound its log-probability from below: an imitation loss
+  beside it and a small learning rate do, and a metric shows it. Nor does either
+  mode bound the push on a penalized token that has become likelier. Under
+  "rlmec" the value of the loss means nothing; its gradient does.
 
   No gradient flows to `ref_log_probs` and `rewards`. Where log ρ exceeds 60
   it is taken as 60 to keep everything finite; under "ppo" such a token has no
@@ -153,7 +153,7 @@ def imitation_loss(
   count: int | float | Array | None = None,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
-  """Negative log-likelihood with a weight for each token, such as for edits.
+  """Computes the negative log-likelihood with a weight for each token.
 
     L = -Σ_it w_it log π(y_it) / N
 

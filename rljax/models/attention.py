@@ -25,7 +25,7 @@ Cache = dict[str, Any]
 
 
 def positions(mask: Array) -> Array:
-  """Place of each token among the real tokens of its row.
+  """Returns the place of each token among the real tokens of its row.
 
     p_t = max(Σ_{u ≤ t} mask_u - 1, 0)
 
@@ -41,13 +41,14 @@ def positions(mask: Array) -> Array:
 
 
 def causal_mask(mask: Array) -> Array:
-  """Which keys each query may look at: real ones, up to and with itself.
+  """Returns which keys each query may attend to: real, up to its own.
 
   Args:
     mask: `[B, S]` bool, True at real tokens.
 
   Returns:
-    `[B, S, S]` bool, queries before keys. A query in left padding sees nothing.
+    `[B, S, S]` bool, queries before keys. A query in left padding attends to
+    nothing.
   """
   chex.assert_rank(mask, 2)
   chex.assert_type(mask, bool)
@@ -57,18 +58,18 @@ def causal_mask(mask: Array) -> Array:
 
 
 def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-  """Softmax attention with grouped key and value heads.
+  """Computes softmax attention with grouped key and value heads.
 
     o_s = Σ_t softmax_t(q_s · k_t / √d) v_t
 
-  The softmax is in float32. A query that may look at nothing returns the mean
-  of all values, a number nobody should read, rather than NaN.
+  The softmax is in float32. A query that may attend to nothing returns the mean
+  of all values, to be ignored, rather than NaN.
 
   Args:
     queries: `[B, S, H, d]` float.
     keys: `[B, S, K, d]` float; query head h reads key head h // (H / K).
     values: `[B, S, K, d]` float.
-    mask: `[B, S, S]` bool, True where query s may look at key t.
+    mask: `[B, S, S]` bool, True where query s may attend to key t.
 
   Returns:
     `[B, S, H, d]` in the dtype of `values`.
@@ -95,7 +96,7 @@ def start_cache(
   num_samples: int,
   response_length: int,
 ) -> Cache:
-  """Cache that holds the prompts and room for the responses.
+  """Makes a cache that holds the prompts and room for the responses.
 
   Args:
     mask: `[B, P]` bool, True at the prompts' tokens.
@@ -139,7 +140,7 @@ def start_cache(
 
 
 def decode_positions(cache: Cache, num_rows: int) -> Array:
-  """Place of the token that each row decodes now, `[N]` int32."""
+  """Returns the place of the token that each row decodes now, `[N]` int32."""
   lengths = cache["prompt_lengths"]
   return jnp.repeat(lengths, num_rows // lengths.shape[0]) + cache["step"]
 
@@ -156,7 +157,7 @@ def attend_cached(
 
   The scores against the prompt and against the response are one softmax. The
   samples of a prompt read the same copy of its keys in one product. A `step`
-  past the last slot overwrites that slot: the caller stops before.
+  past the last slot overwrites that slot: the caller must stop before.
 
   Args:
     query: `[N, H, d]` float.
@@ -211,12 +212,12 @@ def attend_cached(
 
 
 def _by_prompt(x: Array, batch: int) -> Array:
-  """`[N, K, G, ...]` to `[B, K, n, G, ...]`."""
+  """Reshapes `[N, K, G, ...]` to `[B, K, n, G, ...]`."""
   return x.reshape(batch, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
 def _by_row(x: Array) -> Array:
-  """`[B, K, n, G, ...]` to `[N, K, G, ...]`."""
+  """Reshapes `[B, K, n, G, ...]` to `[N, K, G, ...]`."""
   x = x.swapaxes(1, 2)
   return x.reshape(-1, *x.shape[2:])
 
@@ -240,7 +241,7 @@ def _mix(equation: str, weights: Array, values: Array) -> Array:
 
 
 def _masked(scores: Array, mask: Array) -> Array:
-  """Scores where the mask is True, and elsewhere what no softmax picks."""
+  """Replaces scores where the mask is False by what no softmax picks."""
   # The finite minimum, not -inf: exp(-inf - -inf) would be NaN in a row of
   # padding, in the value and in the gradient.
   return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)

@@ -30,7 +30,7 @@ _ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class CausalClassifierConfig:
-  """Architecture and precision of a model.
+  """Holds the architecture and precision of a classifier.
 
   Attributes:
     backbone: settings of the decoder. A classifier has no output layer, so
@@ -95,7 +95,7 @@ class CausalClassifierConfig:
     )
 
   def to_hf(self) -> dict[str, Any]:
-    """Content of a config.json that describes this model.
+    """Returns the content of a config.json that describes this model.
 
     Returns:
       JSON-serialisable fields.
@@ -106,7 +106,7 @@ class CausalClassifierConfig:
 
 
 def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
-  """The names of the labels in the content of a config.json, in order.
+  """Returns the names of the labels in a config.json, in order.
 
   Raises:
     ValueError: if the ids in `id2label` are not 0, 1, 2, ...
@@ -127,7 +127,7 @@ def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
 def labels_to_hf(
   labels: tuple[str, ...], problem_type: str | None
 ) -> dict[str, Any]:
-  """The fields of a config.json that name the labels."""
+  """Returns the fields of a config.json that name the labels."""
   return {
     "id2label": {str(id_): name for id_, name in enumerate(labels)},
     "label2id": {name: id_ for id_, name in enumerate(labels)},
@@ -136,14 +136,14 @@ def labels_to_hf(
 
 
 def default_labels(num_labels: int) -> tuple[str, ...]:
-  """The names that transformers gives to labels without a name."""
+  """Returns the names that transformers gives to unnamed labels."""
   return tuple(f"LABEL_{id_}" for id_ in range(num_labels))
 
 
 def parameter_names(
   config: CausalClassifierConfig,
 ) -> dict[str, tuple[tuple[str, ...], bool]]:
-  """Where each Hugging Face tensor goes.
+  """Maps each Hugging Face tensor to a parameter.
 
   Args:
     config: the model's settings.
@@ -165,7 +165,7 @@ def parameter_names(
 
 
 class CausalClassifier(nn.Module):
-  """W h of the last real token; `params` has `backbone` and `score`."""
+  """Computes W h of the last real token, from `backbone` and `score`."""
 
   config: CausalClassifierConfig
 
@@ -177,7 +177,7 @@ class CausalClassifier(nn.Module):
     self.score = heads.LabelHead(len(c.labels), c.param_dtype)
 
   def __call__(self, ids: Array, mask: Array) -> Array:
-    """Logits of whole texts.
+    """Computes the logits of whole texts.
 
     The last token is found by the mask. transformers looks for the last id
     that is not `pad_token_id`, which is another token if a text ends in the
@@ -193,10 +193,9 @@ class CausalClassifier(nn.Module):
     return self.score(self.backbone(ids, mask), mask)
 
   def token_logits(self, ids: Array, mask: Array) -> Array:
-    """Logits of every beginning of whole texts.
+    """Computes the logits of every prefix of whole texts.
 
-    That of token s is what `__call__` says of the text that ends there; a
-    text never sees what comes after.
+    The logits at token s are those of `__call__` for the text that ends there.
 
     Args:
       ids: `[B, S]` int32.

@@ -13,13 +13,13 @@ Params = Any
 
 
 class Critic(NamedTuple):
-  """What `make` returns.
+  """Holds a critic: its parameters, value function and sharding rules.
 
   Attributes:
     params: of the critic alone; a head on the policy's states has few.
-    values: `(params, hidden, ids, mask) -> [N, S]` float32, V behind every
-      token of N texts. `hidden` `[N, S, D]` are the policy's states of them,
-      `ids` and `mask` `[N, S]` the texts.
+    values: `(params, hidden, ids, mask) -> [N, S]` float32, V after every token
+      of N texts. `hidden` `[N, S, D]` are the policy's states of them, `ids`
+      and `mask` `[N, S]` the texts.
     rules: of `meshes.shardings`, for a tree with the policy and the critic.
     max_positions: the longest text that the critic reads.
   """

@@ -1,10 +1,10 @@
 """BERT, RoBERTa and DistilBERT as classifiers of texts.
 
 They are the `...ForSequenceClassification` models of transformers: encoder
-blocks with the norm behind each sum, learned positions, and a head that reads
+blocks with the norm after each sum, learned positions, and a head that reads
 the first token. `model_type` says what differs: RoBERTa numbers its positions
-from behind the padding id, DistilBERT has no token types, and the first layer
-of its head has a ReLU in the place of tanh.
+from the padding id on, DistilBERT has no token types, and the first layer of
+its head has a ReLU instead of tanh.
 
 Dropout, with which the originals were trained, is not applied.
 """
@@ -45,7 +45,7 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-  """Architecture and precision of a model.
+  """Holds the architecture and precision of an encoder.
 
   Attributes:
     vocab_size: V, rows of the embedding.
@@ -54,7 +54,7 @@ class EncoderConfig:
     num_heads: H, a divisor of D.
     intermediate_size: width of the feed-forward.
     max_positions: longest text, in tokens. A row with more real tokens than
-      that comes out as NaN, the other rows as they should.
+      that gives NaN; other rows are not affected.
     model_type: "bert", "roberta" or "distilbert".
     type_vocab_size: number of token types; 0 for DistilBERT.
     activation: "gelu" or "relu".
@@ -110,7 +110,7 @@ class EncoderConfig:
     if not self.labels:
       raise ValueError("labels must name at least one label.")
     if self.model_type == "roberta" and self.pad_token_id is None:
-      raise ValueError("roberta counts its positions from pad_token_id: none.")
+      raise ValueError("pad_token_id must be set for roberta, got None.")
     if self.max_positions < 1:
       raise ValueError(
         f"max_positions must be positive, got {self.max_positions}."
@@ -203,7 +203,7 @@ class EncoderConfig:
     )
 
   def to_hf(self) -> dict[str, Any]:
-    """Content of a config.json that describes this model.
+    """Returns the content of a config.json that describes this model.
 
     Returns:
       JSON-serialisable fields.
@@ -295,7 +295,7 @@ _HEAD_NAMES = {
 def parameter_names(
   config: EncoderConfig,
 ) -> dict[str, tuple[tuple[str, ...], bool]]:
-  """Where each Hugging Face tensor goes.
+  """Maps each Hugging Face tensor to a parameter.
 
   Args:
     config: the model's settings.
@@ -332,7 +332,7 @@ def parameter_names(
 
 
 class Attention(nn.Module):
-  """Attention over whole rows."""
+  """Computes attention over whole rows."""
 
   config: EncoderConfig
 
@@ -352,7 +352,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """down(activation(up(x)))."""
+  """Computes down(activation(up(x)))."""
 
   config: EncoderConfig
 
@@ -366,7 +366,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-  """norm(x + attention(x)), then norm(x + feed_forward(x))."""
+  """Computes norm(x + attention(x)), then norm(x + feed_forward(x))."""
 
   config: EncoderConfig
 
@@ -383,7 +383,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """A classifier; `params` is a plain nested dict, one entry per layer."""
+  """Classifies texts; `params` is a plain nested dict, one entry per layer."""
 
   config: EncoderConfig
 
@@ -404,7 +404,7 @@ class Encoder(nn.Module):
   def __call__(
     self, ids: Array, mask: Array, token_type_ids: Array | None = None
   ) -> Array:
-    """Logits of whole texts.
+    """Computes the logits of whole texts.
 
     Args:
       ids: `[B, S]` int32.
@@ -415,11 +415,11 @@ class Encoder(nn.Module):
         None is 0 everywhere.
 
     Returns:
-      `[B, L]` float32, one per label. They have no meaning for a row without a
-      real token, but are finite.
+      `[B, L]` float32, one per label. For a row without a real token they are
+      finite but meaningless.
 
     Raises:
-      ValueError: if `token_type_ids` come to a model without token types.
+      ValueError: if `token_type_ids` are given to a model without token types.
     """
     chex.assert_rank([ids, mask], 2)
     chex.assert_equal_shape([ids, mask])
@@ -429,7 +429,9 @@ class Encoder(nn.Module):
     x = self.word_embeddings(ids) + self.position_embeddings(positions)
     if token_type_ids is not None:
       if not c.type_vocab_size:
-        raise ValueError(f"{c.model_type} has no token types.")
+        raise ValueError(
+          f"token_type_ids must be None: {c.model_type} has no token types."
+        )
       chex.assert_equal_shape([ids, token_type_ids])
     elif c.type_vocab_size:
       token_type_ids = jnp.zeros_like(ids)

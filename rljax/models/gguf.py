@@ -30,12 +30,12 @@ _LAYER_TENSOR_NAMES = {
 }
 _PRE_TOKENIZERS = ("gpt-2", "smollm")
 
-# What `tokenizer.ggml.token_type` says of a token.
+# Values of `tokenizer.ggml.token_type`.
 _CONTROL, _USER_DEFINED = 3, 4
 
 
 def open_reader(path: str | os.PathLike) -> Any:
-  """Opens a GGUF file, whose tensors stay on disk until they are asked for.
+  """Opens a GGUF file, whose tensors are read only when asked for.
 
   Raises:
     ValueError: if the `gguf` package or the file is missing, or the file is
@@ -45,7 +45,8 @@ def open_reader(path: str | os.PathLike) -> Any:
     import gguf
   except ImportError as error:
     raise ValueError(
-      f"{path} is read with the gguf package: pip install rljax[smollm2]"
+      f"{path} is read with the gguf package, which is not installed: pip "
+      "install gguf"
     ) from error
 
   if not pathlib.Path(path).is_file():
@@ -63,7 +64,7 @@ def open_reader(path: str | os.PathLike) -> Any:
 
 
 def config(reader: Any) -> dict[str, Any]:
-  """The Hugging Face `config.json` that the file's metadata amount to.
+  """Makes the Hugging Face `config.json` of the file's metadata.
 
   Raises:
     ValueError: if a size is missing, or positions are scaled.
@@ -105,7 +106,7 @@ def config(reader: Any) -> dict[str, Any]:
 
 
 def tensors(reader: Any) -> dict[str, np.ndarray]:
-  """Every tensor, dequantised, under its Hugging Face name.
+  """Returns every tensor, dequantised, under its Hugging Face name.
 
   Returns:
     float32 arrays in Hugging Face's layout: a matrix is `[out, in]`, and rows
@@ -137,7 +138,7 @@ def tensors(reader: Any) -> dict[str, np.ndarray]:
 
 
 def tokenizer(reader: Any) -> Any:
-  """The file's byte-level BPE as a `PreTrainedTokenizerFast`.
+  """Makes the `PreTrainedTokenizerFast` of the file's byte-level BPE.
 
   Raises:
     ValueError: if the file holds another kind of tokenizer.
@@ -201,7 +202,7 @@ def tokenizer(reader: Any) -> Any:
 
 
 def _pre_tokenizer(name: str) -> Any:
-  """How text is cut before merges; the file only names the rule."""
+  """Makes the rule that cuts text before merges; the file only names it."""
   from tokenizers import pre_tokenizers
 
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -243,7 +244,7 @@ def _tensor_names(reader: Any) -> set[str]:
 
 
 def _decimal(x: float) -> float:
-  """The shortest decimal with the same float32: 1e-05, not 9.9999997e-06."""
+  """Returns the shortest decimal of a float32: 1e-05, not 9.9999997e-06."""
   return float(str(np.float32(x)))
 
 

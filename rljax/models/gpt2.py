@@ -38,15 +38,15 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-  """Architecture and precision of a model.
+  """Holds the architecture and precision of a model.
 
   Attributes:
     vocab_size: V, rows of the embedding.
     hidden_size: D.
     num_layers: number of blocks.
     num_heads: H, a divisor of D.
-    max_positions: rows of the position table. A row with more real tokens
-      than that comes out as NaN, the other rows as they should.
+    max_positions: rows of the position table. A row with more real tokens than
+      that gives NaN; other rows are not affected.
     intermediate_size: width of the feed-forward; None: 4 D.
     activation: "gelu_new", "gelu_pytorch_tanh", "gelu" or "relu".
     layer_norm_eps: added to the variance.
@@ -152,7 +152,7 @@ class GPT2Config:
     )
 
   def to_hf(self) -> dict[str, Any]:
-    """Content of a config.json that describes this model.
+    """Returns the content of a config.json that describes this model.
 
     Returns:
       JSON-serialisable fields.
@@ -188,7 +188,7 @@ class GPT2Config:
 def parameter_names(
   config: GPT2Config,
 ) -> dict[str, tuple[tuple[str, ...], bool]]:
-  """Where each Hugging Face tensor goes.
+  """Maps each Hugging Face tensor to a parameter.
 
   Args:
     config: the model's settings.
@@ -222,7 +222,7 @@ def parameter_names(
 
 
 class LayerNorm(nn.Module):
-  """(x - mean(x)) / √(var(x) + ε) * scale + bias, in float32."""
+  """Computes (x - mean(x)) / √(var(x) + ε) * scale + bias, in float32."""
 
   epsilon: float
   param_dtype: Any
@@ -245,7 +245,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Attention, over whole rows or one cached token at a time."""
+  """Attends over whole rows, or from one token at a time over a cache."""
 
   config: GPT2Config
 
@@ -273,7 +273,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """c_proj(activation(c_fc(x)))."""
+  """Computes c_proj(activation(c_fc(x)))."""
 
   config: GPT2Config
 
@@ -287,7 +287,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """Computes x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
   config: GPT2Config
 
@@ -310,7 +310,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-  """A decoder; `params` is a plain nested dict, one entry per layer."""
+  """Decodes text; `params` is a plain nested dict, one entry per layer."""
 
   config: GPT2Config
 
@@ -337,12 +337,12 @@ class GPT2(nn.Module):
     return self.ln_f(x), keys_values
 
   def __call__(self, ids: Array, mask: Array) -> Array:
-    """Final hidden states of whole rows.
+    """Computes the final hidden states of whole rows.
 
     Args:
       ids: `[B, S]` int32.
       mask: `[B, S]` bool, True at real tokens. Padding may stand on either
-        side; what comes out there has no meaning, but is finite.
+        side; its states are finite but meaningless.
 
     Returns:
       `[B, S, D]` in the compute dtype, after the last norm.
@@ -350,7 +350,7 @@ class GPT2(nn.Module):
     return self._forward(ids, mask)[0]
 
   def apply_layers(self, hidden: Array, mask: Array) -> Array:
-    """The blocks and the last norm, on states in the place of embeddings.
+    """Applies the blocks and the last norm to states instead of embeddings.
 
     Initialised by this method, the model has no embeddings.
 
@@ -366,7 +366,7 @@ class GPT2(nn.Module):
   def prefill(
     self, ids: Array, mask: Array, num_samples: int, response_length: int
   ) -> tuple[Array, Cache]:
-    """Reads the prompts and makes the cache their responses grow in.
+    """Reads the prompts and makes the cache of their responses.
 
     Args:
       ids: `[B, P]` int32, left-padded.
@@ -405,7 +405,7 @@ class GPT2(nn.Module):
     return self.ln_f(x), cache
 
   def logits(self, hidden: Array) -> Array:
-    """`[..., D]` hidden states to `[..., V]` float32 logits."""
+    """Maps `[..., D]` hidden states to `[..., V]` float32 logits."""
     c = self.config
     return jnp.einsum(
       "...d,vd->...v",

@@ -15,7 +15,7 @@ _MASKED_SCORE = -1e9
 
 
 class ValueHead(nn.Module):
-  """One number per hidden state: w · h + b, in float32.
+  """Computes one number per hidden state: w · h + b, in float32.
 
   Attributes:
     zero_init: start at w = 0, so that all values start at 0; otherwise w is
@@ -26,17 +26,17 @@ class ValueHead(nn.Module):
 
   @nn.compact
   def __call__(self, hidden: Array) -> Array:
-    """`[..., D]` float to `[...]` float32."""
+    """Maps `[..., D]` float to `[...]` float32."""
     return _scalar(self.zero_init, hidden)
 
 
 class LabelHead(nn.Module):
-  """One number per text and label, from its last real token: W h, in float32.
+  """Computes W h of each text's last real token, in float32.
 
   W starts normal with standard deviation 1 / √(D + 1).
 
   Attributes:
-    num_labels: L; 1 for the reward of a text.
+    num_labels: L, rows of W; 1 for the reward of a text.
     param_dtype: of new parameters.
   """
 
@@ -71,7 +71,7 @@ class LabelHead(nn.Module):
 
 
 class AttentionPoolingHead(nn.Module):
-  """The value of a prompt, from attention over its hidden states.
+  """Computes the value of a prompt by attention over its hidden states.
 
     h = attention(query q, keys H, values H)
     V = max_value σ(w · h + b)
@@ -102,7 +102,7 @@ class AttentionPoolingHead(nn.Module):
   def __call__(
     self, hidden: Array, mask: Array, *, deterministic: bool = True
   ) -> Array:
-    """Values of prompts.
+    """Computes the values of prompts.
 
     Args:
       hidden: `[B, P, D]` float, the last hidden states at prompt tokens.
@@ -111,8 +111,8 @@ class AttentionPoolingHead(nn.Module):
         `rngs={"dropout": key}`.
 
     Returns:
-      `[B]` float32 in [0, max_value]. For a row without a real token, that of
-      the biases alone.
+      `[B]` float32 in [0, max_value]. A row without a real token gets the value
+      of the biases alone.
 
     Raises:
       ValueError: if the width does not divide by the heads, or `max_value` is

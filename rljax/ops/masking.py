@@ -16,7 +16,7 @@ Axis = int | tuple[int, ...] | None
 def masked_sum(
   x: Array, mask: Array, *, axis: Axis = None, axis_name: str | None = None
 ) -> Array:
-  """Sum of the unmasked elements.
+  """Sums the unmasked elements.
 
   Args:
     x: float, any shape.
@@ -36,7 +36,7 @@ def masked_sum(
 def masked_mean(
   x: Array, mask: Array, *, axis: Axis = None, axis_name: str | None = None
 ) -> Array:
-  """Mean over the unmasked elements.
+  """Averages the unmasked elements.
 
     mean(x) = Σ_i m_i x_i / max(Σ_i m_i, 1)
 
@@ -59,7 +59,7 @@ def masked_mean(
 def masked_variance(
   x: Array, mask: Array, *, ddof: int = 0, axis_name: str | None = None
 ) -> Array:
-  """Variance over all unmasked elements, in two passes.
+  """Computes the variance of all unmasked elements, in two passes.
 
     var(x) = Σ_i m_i (x_i - mean(x))² / max(Σ_i m_i - ddof, 1)
 

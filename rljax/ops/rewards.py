@@ -1,4 +1,4 @@
-"""Per-token rewards: a task's score, a KL penalty, and its controller."""
+"""Per-token rewards: scores, steps, potentials, and an adaptive KL penalty."""
 
 import chex
 import jax
@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 def place_score(scores: Array, mask: Array) -> Array:
-  """Rewards that are zero but for the score on the last unmasked token.
+  """Places each score on the last unmasked token of its response.
 
     r_t = R if t = max{s : m_s} else 0
 
@@ -33,13 +33,13 @@ def place_score(scores: Array, mask: Array) -> Array:
 def place_step_rewards(
   step_rewards: Array, step_ends: Array, mask: Array
 ) -> Array:
-  """Rewards of steps, each on the token that ends its step.
+  """Places the reward of each step on the token that ends the step.
 
     r_t = R_k if t is the k-th step end, else 0
 
-  What the steps without an end token have earned, such as a last line without
-  a line feed, is added to the last unmasked token. So nothing is lost: the
-  sum over t is the sum over k.
+  The rewards of steps without an end token, such as a last line without a line
+  feed, are added to the last unmasked token. So nothing is lost: the sum over t
+  is the sum over k.
 
   Args:
     step_rewards: `[B, S]` float, R of the steps in their order; 0 for steps
@@ -79,7 +79,7 @@ def potential_rewards(
   initial: float = 0.5,
   scale: float = 1.0,
 ) -> Array:
-  """Rewards for the change of a potential from one step to the next.
+  """Rewards the change of a potential from one step to the next.
 
     r_t = c (Φ_i - Φ_{i-1}) if t is the i-th point, else 0;   Φ_0 = `initial`
 
@@ -132,7 +132,7 @@ def generative_rewards(
   max_reward: float = 0.5,
   max_penalty: float = 0.1,
 ) -> Array:
-  """Rewards of tokens by how sure a generative reward model is of them.
+  """Rewards tokens by their probability under a generative reward model.
 
     r_t = clip(p_t - τ, 0, r_max)     in a right response
     r_t = clip(p_t - τ, -r_min, 0)    in a wrong one
@@ -144,8 +144,8 @@ def generative_rewards(
   Args:
     probs: `[B, T]` float p in [0, 1], of the response tokens under the reward
       model, each given those before it.
-    is_right: `[B]` bool, whether the response itself was found right. That
-      its correction was, or that no wrong step was named, does not do.
+    is_right: `[B]` bool, whether the response itself was scored as right. A
+      right correction, or a reply that names no wrong step, is not enough.
     mask: `[B, T]` bool, True on response tokens.
     threshold: τ in [0, 1], the probability that earns nothing.
     max_reward: r_max >= 0. With 0, right responses earn nothing.
@@ -185,7 +185,7 @@ def generative_rewards(
 
 
 def overlong_penalty(lengths: Array, *, max_length: int, buffer: int) -> Array:
-  """Penalties that grow over the last tokens before a length limit.
+  """Computes penalties that grow over the last tokens before a limit.
 
     0                               if n <= L - b
     ((L - b) - n) / b               if L - b < n <= L
@@ -194,7 +194,7 @@ def overlong_penalty(lengths: Array, *, max_length: int, buffer: int) -> Array:
   Args:
     lengths: `[...]` int n, tokens of the responses.
     max_length: L, in tokens.
-    buffer: b in [1, L], tokens before the limit that are priced.
+    buffer: b in [1, L], tokens before the limit that are penalised.
 
   Returns:
     float32, the shape of `lengths`, to be added to scores.
@@ -222,7 +222,7 @@ def kl_penalty(
   kl_coef: float | Array,
   kind: str = "k1",
 ) -> Array:
-  """Rewards that price each token's drift from the reference policy.
+  """Penalises each token's divergence from the reference policy.
 
     r_t = -β KL_t,   KL_t an estimate of KL(π‖π_ref) from the sampled token
 
@@ -292,7 +292,7 @@ def kl_penalty_and_metrics(
 
 @chex.dataclass(frozen=True)
 class AdaptiveKL:
-  """A KL coefficient that steers the measured KL towards a target.
+  """Adapts a KL coefficient to steer the measured KL towards a target.
 
     e = clip(KL / target - 1, -0.2, 0.2)
     β ← β (1 + e n / horizon)
@@ -307,7 +307,7 @@ class AdaptiveKL:
 
   @classmethod
   def create(cls, coef: float) -> "AdaptiveKL":
-    """A controller that starts at `coef`.
+    """Returns a controller that starts at `coef`.
 
     Args:
       coef: β >= 0 of the first batch.
@@ -330,7 +330,7 @@ class AdaptiveKL:
     target: float,
     horizon: float,
   ) -> "AdaptiveKL":
-    """The controller after one batch. No gradient flows through it.
+    """Returns the controller after one batch, which has no gradient.
 
     Args:
       kl: scalar, mean over the batch of the KL summed over each response's

@@ -25,7 +25,7 @@ _SINGLE_LEVEL = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How tokens are drawn. Hashable: a static argument of a jitted sampler.
+  """Holds how tokens are drawn; hashable, for a static argument under jit.
 
   Attributes:
     temperature: divides the logits; positive.
@@ -118,8 +118,8 @@ def top_k(logits: Array, k: int) -> Array:
   if k == 0 or k >= logits.shape[-1]:
     return logits
 
-  # The barrier keeps the indices that nobody uses: without them XLA replaces
-  # its top-k by a full sort, some seventy times slower on a CPU.
+  # The barrier keeps the unused indices: without them XLA replaces its top-k by
+  # a full sort, some seventy times slower on a CPU.
   kept, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, k))  # [..., k]
   return _keep(logits, logits >= kept[..., -1:])
 
@@ -221,7 +221,7 @@ def truncate(logits: Array, settings: Settings) -> Array:
 
 
 def greedy(logits: Array) -> Array:
-  """The most likely token: `[..., V]` -> `[...]` int32, the first of ties."""
+  """Returns the most likely token, the first of ties, `[..., V]` -> `[...]`."""
   return _most_likely(logits)
 
 

@@ -1,14 +1,14 @@
-"""Rewrites of wrong solutions by a language model, in two calls.
+"""The stages of RLMEC, from samples to what is learnt from them.
 
-The model is asked which step is the first wrong one; the steps before it are
-written into its answer, and it goes on from there. So a rewrite begins as the
-solution did. The same two calls serve a teacher and a generative reward model.
+  samples      what a policy answers to questions           (sample)
+  rewrites     what becomes of the wrong ones               (rewrite)
+  records      what a generative reward model learns from   (record)
+  supervision  what RLMEC's policy learns from              (supervise)
+  test         how well a reward model rewrites             (test)
 
-Source:
-  Chen et al. (2024), "Improving Large Language Models via Fine-grained
-  Reinforcement Learning with Minimum Editing Constraint". Departures: the
-  whole number of a step is read; a step that does not exist keeps nothing;
-  blanks between the kept steps and the rest are as in the solution.
+Each has a folder of its own beside its inputs, see `storage.stages`: it is not
+repeated while these are as before, and goes on after a stop. Of several
+processes, the first one writes.
 """
 
 import hashlib
@@ -17,40 +17,44 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rljax.distributed import processes
 from rljax.generation import samplers
-from rljax.ops import sampling
 from rljax.rlmec import prompts as prompts_lib
+from rljax.rlmec import rewriters, targets
 from rljax.storage import stages
-from rljax.text import batches, files, keywords, tokens
-from rljax.text import steps as steps_lib
+from rljax.text import files, keywords, logged, tokens
+from rljax.text import prompts as text_prompts
 
 Rows = list[dict[str, Any]]
 Score = Callable[..., tuple[np.ndarray, list[dict[str, Any]]]]
+Pairs = Sequence[tuple[str, str]]
 
 _SETTINGS = "rewriting.json"
 
 
-class Stopped(Exception):
-  """A signal came between two batches; all is written down."""
+class Questions(NamedTuple):
+  """Questions of a task.
+
+  Attributes:
+    prompts: N of them, as the policy reads them.
+    solutions: N pairs of a question and its solution.
+  """
+
+  prompts: text_prompts.Prompts
+  solutions: list[tuple[str, str]]
 
 
 def digest(values: Any) -> str:
-  """SHA-256 of values that `json` can write, such as a list of texts."""
+  """Returns the SHA-256 of values that `json` can write, such as texts."""
   return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def values(flags: Any, *names: str) -> dict[str, Any]:
-  """Flags by name, as the inputs of a stage."""
-  return {name: flags[name].value for name in names}
-
-
 def shown(facts: Mapping[str, Any]) -> str:
-  """The numbers that a stage was finished with, as a line."""
+  """Writes the numbers that a stage was finished with as a line."""
   return ", ".join(
     f"{value:.3g} {name}" if isinstance(value, float) else f"{value} {name}"
     for name, value in facts.items()
@@ -61,7 +65,7 @@ def shown(facts: Mapping[str, Any]) -> str:
 def stage(
   workdir: str | os.PathLike[str], name: str, inputs: Mapping[str, Any]
 ) -> stages.Stage:
-  """A stage of all processes, whose files the first one writes.
+  """Opens a stage of all processes, whose files the first one writes.
 
   All must call it and its `finish`, which waits for what the first has written
   before; see `stages.Stage`.
@@ -70,56 +74,57 @@ def stage(
   return stages.Stage(workdir, name, inputs, once=processes.from_first)
 
 
+# Stages.
+
+
 def sample(
   workdir: str | os.PathLike[str],
-  make_responder: Callable[..., samplers.Responder],
+  sampler: samplers.Sampler,
   params: Any,
-  prompts: Sequence[str],
+  prompts: text_prompts.Prompts,
   score: Score,
   *,
-  seed: int,
-  should_stop: Callable[[], bool] = lambda: False,
-  **settings: Any,
+  batch_size: int,
+  progress: rewriters.Progress = samplers.Progress,
+  **inputs: Any,
 ) -> stages.Stage:
-  """The stage of samples: what a policy answers, with its verdicts.
+  """Draws samples of a policy, with their verdicts.
 
   Two scripts that call it with the same arguments share what it wrote.
 
   Args:
     workdir: folder of the stages.
-    make_responder: makes the responder of the prompts, if it is needed.
+    sampler: of the policy; its settings have the seed.
     params: of the policy, on the mesh.
-    prompts: N texts, which are scored.
+    prompts: N of them.
     score: `(prompts, responses) -> (scores, parts)`, with `description`.
-    seed: of the samples.
-    should_stop: asked after every batch.
-    **settings: all else that the samples depend on, the policy's fingerprint
-      among them, as values that `json` can write.
+    batch_size: prompts at the same time.
+    progress: makes what is called after every batch, such as `Run.progress`.
+    **inputs: what else the samples depend on, the policy's fingerprint among
+      it, as values that `json` can write.
 
   Returns:
-    The finished stage; its file is `samples.jsonl`, of `responses.collect`.
-
-  Raises:
-    Stopped: if `should_stop` said so.
+    The finished stage; its file is `samples.jsonl`, of `samplers.collect`.
   """
   sampled = stage(
     workdir,
     "samples",
     {
-      "prompts": digest(list(prompts)),
+      "prompts": digest(prompts.texts),
+      "asked": digest(prompts.encoded),
       "scored by": score.description,
-      "seed": seed,
-      **settings,
+      **sampler.settings._asdict(),
+      **inputs,
     },
   )
   if sampled.facts is None:
     rows = samplers.collect(
       sampled.path("samples.jsonl"),
-      make_responder(),
+      sampler.responder(prompts, batch_size=batch_size),
       params,
-      prompts,
+      prompts.texts,
       score,
-      progress=_progress("samples", len(prompts), should_stop),
+      progress=progress("samples", len(prompts)),
     )
     sampled.finish(
       samples=len(rows),
@@ -129,11 +134,253 @@ def sample(
   return sampled
 
 
-def records(rows: Rows, gold: Mapping[str, str]) -> Rows:
-  """What is rewritten: samples with their own verdicts, and gold solutions.
+def rewrite(
+  workdir: str | os.PathLike[str],
+  name: str,
+  sampled: stages.Stage,
+  solutions: Pairs,
+  rewriter: rewriters.Rewriter,
+  score: Score,
+  *,
+  own: Callable[[str, str], str] | None = None,
+  progress: rewriters.Progress = samplers.Progress,
+) -> stages.Stage:
+  """Rewrites the wrong ones of the different samples that have an end.
 
   Args:
-    rows: of `responses.collect`.
+    workdir: folder of the stages.
+    name: of the stage.
+    sampled: from `sample`.
+    solutions: questions and their solutions, as many as are rewritten: the
+      first ones of those that were sampled.
+    rewriter: who does it.
+    score: decides whether a rewrite is right.
+    own: the task's own rewrite, to compare with; see `metrics`.
+    progress: see `sample`.
+
+  Returns:
+    The finished stage; its file is `rewrites.jsonl`, of records with rewrites.
+  """
+  rewritten = stage(
+    workdir,
+    name,
+    {
+      "samples": sampled.digest("samples.jsonl"),
+      "gold": digest(list(solutions)),
+      "scored by": score.description,
+      **rewriter.made_of,
+    },
+  )
+  if rewritten.facts is None:
+    samples = files.read_jsonl(sampled.path("samples.jsonl"))
+    rows, counts = prompts_lib.distinct(
+      [row for row in samples if row["index"] < len(solutions)]
+    )
+    rows = records(rows, dict(solutions))
+    rows = rewriter.rewrite(rewritten.folder, rows, score, progress)
+    _write(rewritten, "rewrites.jsonl", rows)
+    rewritten.finish(**counts, **metrics(rows, own))
+  return rewritten
+
+
+def record(
+  workdir: str | os.PathLike[str],
+  taught: stages.Stage,
+  held_out: Sequence[str],
+  template: str,
+  *,
+  seed: int,
+  locate: bool,
+  step_ends: str,
+) -> stages.Stage:
+  """Writes what a generative reward model learns from, and what tests it.
+
+  Args:
+    workdir: folder of the stages.
+    taught: from `rewrite`.
+    held_out: questions whose records are for a test.
+    template: name of the one that questions are asked by.
+    seed: see `prompts.reward_model_records`; likewise the others.
+    locate: whether it learns to name the first wrong step.
+    step_ends: characters that end a step.
+
+  Returns:
+    The finished stage; its files are `records.jsonl` and `held_out.jsonl`, and
+    its facts the counts of either.
+  """
+  settings = {"seed": seed, "locate": locate, "step_ends": step_ends}
+  recorded = stage(
+    workdir,
+    "records",
+    {
+      "rewrites": taught.digest("rewrites.jsonl"),
+      "held_out": digest(sorted(held_out)),
+      "template": template,
+      **settings,
+    },
+  )
+  if recorded.facts is None:
+    rows, facts = files.read_jsonl(taught.path("rewrites.jsonl")), {}
+    held_out = frozenset(held_out)
+    for name in ("records", "held_out"):
+      found, facts[name] = prompts_lib.reward_model_records(
+        [
+          row
+          for row in rows
+          if (row["prompt"] in held_out) == (name == "held_out")
+        ],
+        prompts_lib.TEMPLATES[template],
+        **settings,
+      )
+      _write(recorded, f"{name}.jsonl", found)
+    recorded.finish(**facts)
+  return recorded
+
+
+def supervise(
+  workdir: str | os.PathLike[str],
+  rewritten: stages.Stage,
+  policy: Any,
+  reward_model: Any,
+  *,
+  template: str,
+  prompt_format: str,
+  alignment: str,
+  max_right: int,
+  seed: int,
+  limits: targets.Limits,
+  batch_size: int,
+  mesh: Any,
+) -> stages.Stage:
+  """Writes what RLMEC's policy learns from, and what other methods would.
+
+  Samples whose rewrite is not right are left out.
+
+  Args:
+    workdir: folder of the stages.
+    rewritten: from `rewrite`.
+    policy: language model that training starts from, its parameters on the
+      mesh, as `Run.place_model` gives it.
+    reward_model: the generative one, likewise.
+    template: name of the one that it is asked by.
+    prompt_format: "plain" or "chat", how the policy is asked.
+    alignment: see `alignment.align_pairs`.
+    max_right: see `prompts.at_most_right`; likewise `seed`.
+    seed: of that draw.
+    limits: of length; what is longer is skipped, and named in the facts.
+    batch_size: samples at the same time.
+    mesh: from `meshes.make`.
+
+  Returns:
+    The finished stage; its file is `supervision.jsonl`, with rows as
+    `targets.arrays` takes them. Beside it lie `right.jsonl` and `gold.jsonl`
+    for supervised learning, and `pairs.jsonl` for preferences.
+
+  Raises:
+    ValueError: if no wrong sample is left.
+  """
+  rows = files.read_jsonl(rewritten.path("rewrites.jsonl"))
+  verified = [row for row in rows if row["is_verified"]]
+  kept = prompts_lib.at_most_right(verified, max_right, seed)
+  rendered = logged.render_prompts(
+    [row["prompt"] for row in kept],
+    "samples",
+    policy.tokenizer,
+    prompt_format,
+  )
+  supervised = stage(
+    workdir,
+    "supervision",
+    {
+      "rewrites": rewritten.digest("rewrites.jsonl"),
+      "asked": digest(rendered),
+      "policy": rewriters.identity(policy),
+      "reward model": rewriters.identity(reward_model),
+      "template": template,
+      "alignment": alignment,
+      "max_right": max_right,
+      "seed": seed,
+      **limits._asdict(),
+    },
+  )
+  if supervised.facts is not None:
+    return supervised
+  found, questions, skipped = targets.encode(
+    kept,
+    rendered,
+    policy.tokenizer,
+    prompts_lib.TEMPLATES[template],
+    limits=limits,
+    max_positions=reward_model.model.config.max_positions,
+  )
+  if all(row["is_right"] for row in found):
+    raise ValueError(
+      f"None of {len(rows)} samples in {supervised.folder} is wrong and has a "
+      "verified rewrite: there is nothing to learn."
+    )
+  found = targets.blamed(
+    found, questions, policy, reward_model, batch_size=batch_size, mesh=mesh
+  )
+  found = targets.edited(found, mode=alignment)
+  _write(supervised, "supervision.jsonl", found)
+  for name, others in targets.for_other_methods(rows, found).items():
+    _write(supervised, f"{name}.jsonl", others)
+  supervised.finish(
+    **{"samples kept": len(verified) / len(rows)},
+    **targets.facts(found),
+    skipped=skipped,
+  )
+  return supervised
+
+
+def test(
+  workdir: str | os.PathLike[str],
+  taught: stages.Stage,
+  held_out: Sequence[str],
+  rewriter: rewriters.Rewriter,
+  score: Score,
+  *,
+  progress: rewriters.Progress = samplers.Progress,
+) -> dict[str, float]:
+  """Compares how a model rewrites samples of unseen questions with a teacher.
+
+  The stage "test" is asked again after every start, and goes on with what it
+  has been answered.
+
+  Args:
+    workdir: where the folder of the stage lies.
+    taught: from `rewrite`, by the teacher.
+    held_out: the questions.
+    rewriter: the model.
+    score: decides whether a rewrite is right.
+    progress: see `sample`.
+
+  Returns:
+    See `compare`.
+  """
+  tested = stage(
+    workdir,
+    "test",
+    {"rewrites": taught.digest("rewrites.jsonl"), **rewriter.made_of},
+  )
+  held_out = frozenset(held_out)
+  rows = files.read_jsonl(taught.path("rewrites.jsonl"))
+  rows = [row for row in rows if row["prompt"] in held_out]
+  answers = rewriter.rewrite(tested.folder, rows, score, progress)
+  _write(tested, "rewrites.jsonl", answers)
+  found = compare(answers, rows)
+  tested.finish(**found)
+  return found
+
+
+# Records, and what became of them.
+
+
+def records(rows: Rows, gold: Mapping[str, str]) -> Rows:
+  """Makes what is rewritten: samples with their own verdicts and solutions.
+
+  Args:
+    rows: of `samplers.collect`.
     gold: prompt -> its solution.
 
   Returns:
@@ -151,18 +398,18 @@ def records(rows: Rows, gold: Mapping[str, str]) -> Rows:
 
 
 def metrics(
-  rows: Rows, rewrite: Callable[[str, str], str] | None = None
+  rows: Rows, own: Callable[[str, str], str] | None = None
 ) -> dict[str, float]:
-  """What became of the wrong solutions.
+  """Counts what became of the wrong solutions.
 
   Args:
     rows: records with rewrites.
-    rewrite: the task's own `(prompt, response) -> text`, to compare with.
+    own: the task's own rewrite, `(prompt, response) -> text`, to compare with.
 
   Returns:
     Numbers of right and wrong solutions, and of those that were too long to be
     asked about; of the wrong ones the share whose rewrite is right, and with
-    `rewrite` the share that is the task's own.
+    `own` the share that is the task's own.
   """
   wrong = [row for row in rows if not row["is_right"]]
   found = {
@@ -172,231 +419,47 @@ def metrics(
   }
   if wrong:
     found["verified"] = float(np.mean([row["is_verified"] for row in wrong]))
-    if rewrite:
-      own = [rewrite(row["prompt"], row["response"]) for row in wrong]
-      same = [a["rewrite"] == b for a, b in zip(wrong, own, strict=True)]
+    if own:
+      texts = [own(row["prompt"], row["response"]) for row in wrong]
+      same = [a["rewrite"] == b for a, b in zip(wrong, texts, strict=True)]
       found["like the task's"] = float(np.mean(same))
   return found
 
 
-def unchanged(row: dict[str, Any]) -> dict[str, Any]:
-  """The record of a right solution: it is its own rewrite."""
-  kept = {"error_step": -1, "rewrite": row["response"], "is_verified": True}
-  return row | kept
-
-
-def verified(
-  rows: Rows, rewrites: Sequence[str], steps: Sequence[int], score: Score
-) -> Rows:
-  """The records of wrong solutions: is the rewrite right?
+def compare(answers: Rows, rows: Rows) -> dict[str, float]:
+  """Compares the rewrites of wrong solutions with a teacher's.
 
   Args:
-    rows: N records with `prompt`.
-    rewrites: N texts; an empty one is never right.
-    steps: N numbers of the first wrong step; -1 where none is named.
-    score: `(prompts, responses) -> (scores, parts)`.
+    answers: N records with rewrites.
+    rows: the same records with those of the teacher.
 
   Returns:
-    The records with `error_step`, `rewrite` and `is_verified`.
+    The number of wrong solutions, and shares of them: of right rewrites, by
+    the model and by the teacher, and of rewrites and first wrong steps that
+    are the teacher's.
   """
-  rewrites = [
-    _as_in(row["response"], text)
-    for row, text in zip(rows, rewrites, strict=True)
+  pairs = [
+    (answer, row)
+    for answer, row in zip(answers, rows, strict=True)
+    if not row["is_right"]
   ]
-  _, parts = score([row["prompt"] for row in rows], rewrites)
-  return [
-    row
-    | {
-      "error_step": int(step),
-      "rewrite": text,
-      "is_verified": bool(part["is_correct"]) and bool(text.strip()),
-    }
-    for row, text, step, part in zip(rows, rewrites, steps, parts, strict=True)
-  ]
+  if not pairs:
+    return {"wrong solutions": 0}
+  share = lambda same: float(np.mean([same(a, row) for a, row in pairs]))
+  return {
+    "wrong solutions": len(pairs),
+    "right rewrites": share(lambda a, row: a["is_verified"]),
+    "right rewrites of the teacher": share(lambda a, row: row["is_verified"]),
+    "the teacher's rewrite": share(
+      lambda a, row: a["rewrite"] == row["rewrite"]
+    ),
+    "the teacher's first wrong step": share(
+      lambda a, row: a["error_step"] == row["error_step"]
+    ),
+  }
 
 
-def by_function(
-  rows: Rows,
-  teacher: prompts_lib.Teacher,
-  score: Score,
-  *,
-  locate: Callable[[str, str], int] | None = None,
-  step_ends: str = "\n",
-) -> Rows:
-  """Rewrites by a plain function; every process asks it about its share.
-
-  Args:
-    rows: records with `prompt`, `gold`, `response` and `is_right`.
-    teacher: `(question, gold, wrong) -> text`.
-    score: decides whether a rewrite is right.
-    locate: `(prompt, response) -> step`, the first wrong one; None: the first
-      one that the rewrite changes.
-    step_ends: characters that end a step.
-
-  Returns:
-    The records in their order, with `error_step`, `rewrite`, `is_verified`.
-
-  Raises:
-    ValueError: if the teacher returns something else than a text.
-  """
-  wrong = [row for row in rows if not row["is_right"]]
-
-  def rewrite(row):
-    text = teacher(row["prompt"], row["gold"], row["response"])
-    if not isinstance(text, str):
-      raise ValueError(
-        f"The teacher must return a text, got {text!r} for {row['prompt']!r}."
-      )
-    if locate:
-      return text, int(locate(row["prompt"], row["response"]))
-    step = prompts_lib.first_changed_step(
-      steps_lib.steps(row["response"], step_ends),
-      steps_lib.steps(text, step_ends),
-    )
-    return text, step
-
-  parts = processes.share(
-    len(wrong), lambda own: [rewrite(row) for row in wrong[own]]
-  )
-  found = [pair for part in parts for pair in part]
-  texts, steps = [text for text, _ in found], [step for _, step in found]
-  return _in_order(rows, verified(wrong, texts, steps, score))
-
-
-def by_model(
-  folder: str | os.PathLike[str],
-  rows: Rows,
-  model: Any,
-  tokenizer: Any,
-  params: Any,
-  template: prompts_lib.Template,
-  score: Score,
-  *,
-  mesh: Any,
-  batch_size: int,
-  max_length: int,
-  max_prompt_length: int,
-  locate: bool = True,
-  step_ends: str = "\n",
-  render: Callable[[list[str]], list[str]] = list,
-  should_stop: Callable[[], bool] = lambda: False,
-) -> Rows:
-  """Rewrites by a language model, greedily, in one call or in two.
-
-  Every batch is written down before the next is asked for: a call that was
-  stopped goes on where it was.
-
-  Args:
-    folder: where `locations.jsonl` and `rewritings.jsonl` go.
-    rows: records with `prompt`, `gold`, `response` and `is_right`. Right ones
-      are not asked about.
-    model: module.
-    tokenizer: its tokenizer.
-    params: its parameters, on the mesh.
-    template: of the questions.
-    score: decides whether a rewrite is right.
-    mesh: from `meshes.make`.
-    batch_size: questions at the same time.
-    max_length: tokens of a rewrite.
-    max_prompt_length: tokens of a question; a solution whose question is
-      longer, or does not fit the model's context beside a rewrite, gets no
-      rewrite, and its record has `too_long`.
-    locate: whether to ask for the first wrong step; False: rewrite all.
-    step_ends: characters that end a step.
-    render: turns questions into texts as the model is asked, such as by a chat
-      template.
-    should_stop: asked after every batch.
-
-  Returns:
-    The records in their order, with `error_step`, `rewrite`, `is_verified`.
-
-  Raises:
-    Stopped: if `should_stop` said so.
-    ValueError: if the folder holds answers to other questions.
-  """
-
-  def ask(name, asked, prompts, length):
-    """Replies to those of the questions that are not too long."""
-    ids = tokens.encode_prompts(tokenizer, prompts, max_length=sys.maxsize)
-    limit = min(
-      max_prompt_length,
-      batches.longest_in_bucket(model.config.max_positions - length),
-    )
-    fits = [i for i, x in enumerate(ids) if len(x) <= limit]
-    if not fits:
-      return {}
-    responder = samplers.Responder(
-      model,
-      tokenizer,
-      [ids[i] for i in fits],
-      max_length=length,
-      settings=sampling.Settings(greedy=True),
-      batch_size=batch_size,
-      mesh=mesh,
-    )
-    found = samplers.collect(
-      pathlib.Path(folder, f"{name}.jsonl"),
-      responder,
-      params,
-      [prompts[i] for i in fits],
-      # Judged below, all together: a reply is part of a rewrite.
-      lambda prompts, replies: (np.zeros(len(replies)), [{} for _ in replies]),
-      progress=_progress(name, len(fits), should_stop),
-    )
-    return {asked[i]: row for i, row in zip(fits, found, strict=True)}
-
-  wrong = [i for i, row in enumerate(rows) if not row["is_right"]]
-  if not wrong:
-    return _in_order(rows, [])
-  steps_of = {i: steps_lib.steps(rows[i]["response"], step_ends) for i in wrong}
-  error_steps = dict.fromkeys(wrong, -1)
-  if locate:
-    prompts = [
-      template.locate_prompt(rows[i]["prompt"], rows[i]["gold"], steps_of[i])
-      for i in wrong
-    ]
-    most_steps = max(map(len, steps_of.values()))
-    longest = max(
-      len(
-        tokens.encode_response(tokenizer, "", [], template.locate_target(k))[0]
-      )
-      for k in (0, most_steps)
-    )
-    for i, row in ask("locations", wrong, render(prompts), longest).items():
-      step = template.parse_location(row["response"])
-      if row["finished"] and 0 <= step < len(steps_of[i]):
-        error_steps[i] = step
-
-  kept = {i: prompts_lib.retained(steps_of[i], error_steps[i]) for i in wrong}
-  questions = render(
-    [
-      template.rewrite_prompt(
-        rows[i]["prompt"], rows[i]["gold"], rows[i]["response"]
-      )
-      for i in wrong
-    ]
-  )
-  questions = [
-    question + kept[i] for i, question in zip(wrong, questions, strict=True)
-  ]
-  found = ask("rewritings", wrong, questions, max_length)
-  rewrites, too_long = [], []
-  for i in wrong:
-    # One that ran out of length is no rewrite.
-    is_whole = i in found and found[i]["finished"]
-    text = prompts_lib.join(kept[i], found[i]["response"]) if is_whole else ""
-    rewrites.append(text)
-    too_long.append(i not in found)
-  answered = verified(
-    [rows[i] for i in wrong],
-    rewrites,
-    [error_steps[i] for i in wrong],
-    score,
-  )
-  for row, is_too_long in zip(answered, too_long, strict=True):
-    if is_too_long:
-      row["too_long"] = True
-  return _in_order(rows, answered)
+# How a reward model is asked.
 
 
 def save_settings(
@@ -410,7 +473,7 @@ def save_settings(
 
 
 def load_settings(name: str | os.PathLike[str]) -> Mapping[str, Any]:
-  """How a reward model is to be asked; nothing if nobody filed it.
+  """Reads how a reward model is to be asked; nothing if nobody filed it.
 
   Args:
     name: of the model, in any form that a flag --reward_model takes.
@@ -418,32 +481,79 @@ def load_settings(name: str | os.PathLike[str]) -> Mapping[str, Any]:
   Returns:
     `template` and `locate`, or an empty mapping.
   """
-  path = os.path.join(name, _SETTINGS)
-  return files.read_jsonl(path)[0] if os.path.isfile(path) else {}
+  folder = pathlib.Path(name)
+  # The best parameters of a run were asked as the run was.
+  for place in (folder, *([folder.parent] if folder.name == "best" else [])):
+    if (place / _SETTINGS).is_file():
+      return files.read_jsonl(place / _SETTINGS)[0]
+  return {}
 
 
-def solved(
-  task: Any, split: str, seed: int, num: int, options: Mapping[str, Any]
-) -> list[tuple[str, str]]:
-  """Questions of a task with their solutions.
+def how_asked(
+  name: str | os.PathLike[str], template: str, locate: bool | None
+) -> tuple[str, bool]:
+  """Returns how a reward model is asked: as it is told, else as was filed.
+
+  Args:
+    name: see `load_settings`.
+    template: name of one; empty: as the model was trained.
+    locate: whether it is asked for the first wrong step; None: likewise.
+
+  Returns:
+    The name of a template, and whether to locate.
+
+  Raises:
+    ValueError: if nobody says by which template.
+  """
+  filed = load_settings(name)
+  template = template or filed.get("template")
+  if template is None:
+    raise ValueError(
+      f"--reward_model={name} does not say how it is asked: give --template."
+    )
+  return template, filed.get("locate", True) if locate is None else locate
+
+
+# Checks, before anything is drawn.
+
+
+def questions(
+  task: Any,
+  tokenizer: Any,
+  score: Score,
+  splits: Mapping[str, int],
+  *,
+  seed: int,
+  task_options: Sequence[str] = (),
+  **encode_options: Any,
+) -> list[Questions]:
+  """Draws questions of a task with solutions, which its score must find right.
 
   Args:
     task: a module of `rljax.tasks`.
-    split: of the task.
+    tokenizer: of the policy.
+    score: `(prompts, responses) -> (scores, parts)`.
+    splits: name of a split -> how many.
     seed: of the draw.
-    num: how many.
-    options: keyword arguments of the task's `supervised`.
+    task_options: keyword arguments of the task's `supervised`, as texts.
+    **encode_options: of `text.prompts.encode`.
+
+  Returns:
+    One `Questions` for each split.
 
   Raises:
-    ValueError: if the task has no solutions, or not such an option.
+    ValueError: as `text.prompts.solved` and `encode`, and `check_solution`.
   """
-  if not hasattr(task, "supervised"):
-    raise ValueError(
-      f"{task.__name__} has no solutions, which the reward model reads; choose "
-      "another --task."
-    )
-  keywords.check(task.supervised, options)
-  return task.supervised(split, seed, num=num, **options)
+  options = keywords.parse(task_options)
+  pairs = [
+    text_prompts.solved(task, split, num=num, seed=seed, task_options=options)
+    for split, num in splits.items()
+  ]
+  check_solution(score, *pairs[0][0])
+  encoded = text_prompts.encode(
+    tokenizer, *([q for q, _ in some] for some in pairs), **encode_options
+  )
+  return [Questions(*both) for both in zip(encoded, pairs, strict=True)]
 
 
 def check_solution(score: Score, prompt: str, solution: str) -> None:
@@ -461,18 +571,15 @@ def check_solution(score: Score, prompt: str, solution: str) -> None:
     )
 
 
-def check_template(
-  template: prompts_lib.Template, name: str, tokenizer: Any, pair: Sequence[str]
-) -> None:
+def check_template(name: str, tokenizer: Any, pair: Sequence[str]) -> None:
   """Raises ValueError unless a tokenizer can write what a template asks.
 
   Args:
-    template: of the questions.
-    name: of the template, for the message.
+    name: of the template.
     tokenizer: of the model that is asked.
     pair: a prompt and its solution, to try with.
   """
-  prompt, solution = pair
+  template, (prompt, solution) = prompts_lib.TEMPLATES[name], pair
   for text in (
     template.locate_prompt(prompt, solution, [solution]),
     template.locate_target(0),
@@ -487,30 +594,7 @@ def check_template(
       ) from error
 
 
-def _progress(name: str, num_prompts: int, should_stop: Callable[[], bool]):
-  """Shows how far `responses.collect` has come; stops it between batches."""
-  shown = samplers.Progress(name, num_prompts)
-
-  def progress(done, batch):
-    shown(done, batch)
-    if should_stop():
-      raise Stopped
-
-  return progress
-
-
-def _as_in(sample: str, text: str) -> str:
-  """A rewrite with the white space that its sample begins and ends with.
-
-  It would count as an edit otherwise.
-  """
-  start = sample[: len(sample) - len(sample.lstrip())]
-  end = sample[len(sample.rstrip()) :]
-  return f"{start}{text.strip()}{end}" if text.strip() else ""
-
-
-def _in_order(rows: Rows, wrong: Rows) -> Rows:
-  following = iter(wrong)
-  return [
-    unchanged(row) if row["is_right"] else next(following) for row in rows
-  ]
+def _write(written: stages.Stage, file: str, rows: Sequence[Any]) -> None:
+  """Writes a file of a stage, in the first process."""
+  if processes.is_first():
+    files.write_jsonl(written.path(file), rows)

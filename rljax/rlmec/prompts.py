@@ -1,25 +1,25 @@
 r"""Rewrites of wrong solutions with few edits, and what is learnt from them.
 
 A wrong solution (the sample) is turned into a right one that changes as little
-of it as possible, so that the edited tokens are those that were to blame. This
-module is the text side of that: the steps of a sample and their labels, the
-questions that a model is asked, and the records that a generative reward model
-learns from.
+of it as possible, so that the edited tokens are the wrong ones. This module is
+the text side of that: the steps of a sample and their labels, the questions
+that a model is asked, and the records that a generative reward model learns
+from.
 
-Whoever rewrites is a `Teacher`. Without a large model there is
-`gold_rewrites`, which makes the rewrite of the gold solution and the sample;
-with one, a plain function:
+A function that rewrites is a `Teacher`. Without a large model, `teachers` makes
+the rewrite of the gold solution and the sample; with one, a plain function
+does:
 
   def teacher(question, gold, wrong):
-    template = rewriting.TEMPLATES["instruction"]
-    steps = traces.steps(wrong)
-    reply = ask(template.locate_prompt(question, gold, steps))
+    template = prompts.TEMPLATES["instruction"]
+    wrong_steps = steps.steps(wrong)
+    reply = ask(template.locate_prompt(question, gold, wrong_steps))
     step = template.parse_location(reply)
-    if not 0 <= step < len(steps):
+    if not 0 <= step < len(wrong_steps):
       step = -1
-    kept = rewriting.retained(steps, step)
+    kept = prompts.retained(wrong_steps, step)
     reply = ask(template.rewrite_prompt(question, gold, wrong, kept))
-    return rewriting.join(kept, reply)
+    return prompts.join(kept, reply)
 
 What a teacher returns is verified by the task's score before it is used. Text
 of a model is parsed with bounds, and never executed.
@@ -27,7 +27,7 @@ of a model is parsed with bounds, and never executed.
 Source:
   Chen et al. (2024), "Improving Large Language Models via Fine-grained
   Reinforcement Learning with Minimum Editing Constraint". Where the authors'
-  code slips, this module departs from it; each function says how.
+  code has errors, this module departs from it; each function says how.
 """
 
 import collections
@@ -52,8 +52,13 @@ _MAX_REPLY = 2**12  # Of a reply that names a step.
 # Steps and their labels.
 
 
+def step_ends(task: Any) -> str:
+  """Returns the characters that end a step of a task's solutions."""
+  return getattr(task, "STEP_ENDS", "\n")
+
+
 def labelled(steps: Iterable[str]) -> str:
-  """The steps as lines "[0] ...", "[1] ...", for a model to name one."""
+  """Writes steps as lines "[0] ...", "[1] ...", for a model to name one."""
   return "\n".join(
     f"[{i}] {' '.join(step.split())}" for i, step in enumerate(steps)
   )
@@ -80,14 +85,14 @@ _CLAUSE = re.compile(r"[;\n]|[.,!?](?![0-9])")
 
 
 def parse_step_label(text: str) -> int:
-  """The step that a reply names as the first wrong one.
+  """Reads which step a reply names as the first wrong one.
 
   The number is read whole: "step 12" is 12, and not 1. A label in brackets
   counts before "step 12", and that before a bare number. "Correct" means that
-  there is none, whatever numbers stand beside it ("All 5 steps are correct");
+  there is none, whatever numbers stand next to it ("All 5 steps are correct");
   "incorrect" and "not correct" mean that there is one, although the word is in
-  them. Clauses that speak of a fault are read first: "[0] is correct, [1] is
-  wrong" is 1.
+  them. Clauses about a fault are read first: "[0] is correct, [1] is wrong" is
+  1.
 
   Args:
     text: of a model; its first 4096 characters count.
@@ -109,13 +114,13 @@ def parse_step_label(text: str) -> int:
 
 
 def retained(steps: Sequence[str], error_step: int) -> str:
-  """The steps of a sample before its first wrong one.
+  """Returns the steps of a sample before its first wrong one.
 
   -1, no step named, keeps nothing: a slice up to -1 would keep all but the
   last step.
 
   Args:
-    steps: of the sample, see `traces.steps`; they end in what ends them.
+    steps: of the sample, see `steps.steps`.
     error_step: index of the first wrong step, or -1.
 
   Returns:
@@ -133,14 +138,13 @@ def retained(steps: Sequence[str], error_step: int) -> str:
 
 
 def join(prefix: str, continuation: str) -> str:
-  """A retained prefix and what a model wrote behind it.
+  """Joins a retained prefix and a model's continuation.
 
   The white space between them is the sample's own, if the prefix ends in any;
   else that of the continuation, several line feeds made one. None comes before
-  a continuation that begins the text. So no leading or doubled line feed
-  counts as an edit, and rewrites look alike whatever was retained. Behind a
-  line feed the blanks that a line begins with stay: some texts keep a slot
-  there for a tag.
+  a continuation that begins the text. So no leading or doubled line feed counts
+  as an edit, and rewrites look alike whatever was retained. Blanks after a line
+  feed stay: some texts have a slot for a tag there.
   """
   text = continuation.lstrip()
   if prefix.endswith("\n"):
@@ -154,9 +158,9 @@ def join(prefix: str, continuation: str) -> str:
 def first_changed_step(
   steps: Sequence[str], rewrite_steps: Sequence[str]
 ) -> int:
-  """The first step of a sample that its rewrite does not begin with.
+  """Finds the first step of a sample that its rewrite changes.
 
-  It is the error step of a rewrite whose teacher names none. White space at
+  This is the error step of a rewrite whose teacher names none. White space at
   the end of a step does not count.
 
   Returns:
@@ -174,11 +178,11 @@ def first_changed_step(
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """How a model is asked for the first wrong step, and for a rewrite.
+  """Asks a model for the first wrong step, and for a rewrite.
 
-  What a generative reward model is trained on and what it is asked later come
-  from the same two methods. A rewrite begins at the end of the prompt, whether
-  or not steps are retained: nothing is put between the two.
+  A generative reward model is trained and asked by the same two methods. A
+  rewrite begins right at the end of the prompt, whether or not steps are
+  retained.
 
   Attributes:
     locate: format with {question}, {gold} and {steps}.
@@ -200,7 +204,7 @@ class Template:
     return self.locate.format(question=question, gold=gold, steps=text)
 
   def locate_target(self, error_step: int) -> str:
-    """The answer to that; `parse_location` reads it.
+    """Returns the answer to `locate_prompt`, as `parse_location` reads it.
 
     Raises:
       ValueError: if the step is negative. A sample without a wrong step has no
@@ -211,7 +215,7 @@ class Template:
     return self.target.format(k=error_step)
 
   def parse_location(self, reply: str) -> int:
-    """The step that a reply names, or -1; see `parse_step_label`."""
+    """Reads the step that a reply names, or -1; see `parse_step_label`."""
     return parse_step_label(reply)
 
   def rewrite_prompt(
@@ -284,7 +288,7 @@ def reward_model_records(
   locate: bool = True,
   step_ends: str = "\n",
 ) -> tuple[list[dict[str, str]], dict[str, Any]]:
-  """What a generative reward model learns from.
+  """Makes the records that a generative reward model learns from.
 
     θ = N_rewrite / N
 
@@ -293,9 +297,8 @@ def reward_model_records(
   an "identity" record, its own text as the rewrite, with probability θ, so
   that they do not outnumber the others. N counts all rows.
 
-  Whether a sample is right is its own verdict. That no wrong step was named
-  does not make a sample right: otherwise a wrong text would be learnt as an
-  identity.
+  A sample is right by its own verdict. That no wrong step was named does not
+  make it right: otherwise a wrong text would be learnt as an identity.
 
   Args:
     rows: with `prompt`, `gold`, `response`, `is_right`, `error_step` (-1 if
@@ -309,14 +312,13 @@ def reward_model_records(
     Records with `kind`, `prompt` and `response`, in the order of the rows; and
     how many there are of each kind, how many wrong samples were dropped as
     "unverified", how many right ones were "not_drawn", how many locate records
-    were left out for their step "without_step" (there is none, or not so
-    many), and "theta".
+    lack a valid step ("without_step"), and "theta".
   """
   rows = list(rows)
   is_fixed = [bool(row["is_verified"]) and not row["is_right"] for row in rows]
   theta = sum(is_fixed) / max(len(rows), 1)
-  # A number for each row: what becomes of one does not depend on the others'
-  # verdicts, apart from θ.
+  # One number per row: a row does not depend on the others' verdicts, but for
+  # θ.
   draws = np.random.default_rng(seed).random(len(rows))
   counts = dict.fromkeys(
     (
@@ -360,11 +362,11 @@ def reward_model_records(
 
 
 def distinct(samples: Iterable[Row]) -> tuple[list[Row], dict[str, int]]:
-  """The samples that the policy has ended, each text of a question once.
+  """Drops samples without an end token, and repeated texts of a question.
 
-  A text counts once for every question: the short answer to one question does
-  not suppress the same answer to another. A sample that ran out of length has
-  no end token of its own and would be scored with one, so it is dropped.
+  A text counts once per question: a short answer to one question does not
+  suppress the same answer to another. A sample that ran out of length has no
+  end token of its own and would be scored with one, so it is dropped.
 
   Args:
     samples: rows with `prompt`, `response` and `finished`.
@@ -374,15 +376,15 @@ def distinct(samples: Iterable[Row]) -> tuple[list[Row], dict[str, int]]:
     "duplicate", or "kept".
 
   Raises:
-    ValueError: if there are samples, and none of them has an end.
+    ValueError: if there are samples, but none has an end token.
   """
   kept, counts = steps_lib.add_distinct(
     [], samples, keep=lambda row: bool(row["finished"]), key=lambda text: text
   )
   if not kept and counts["wrong"]:
     raise ValueError(
-      f"None of the {counts['wrong']} samples has an end: a larger "
-      "--max_length, or a policy that ends its solutions, would give some."
+      f"None of the {counts['wrong']} samples has an end token; give a larger "
+      "--max_length, or a policy that ends its solutions."
     )
   return kept, {
     "unfinished": counts["wrong"],
@@ -392,7 +394,7 @@ def distinct(samples: Iterable[Row]) -> tuple[list[Row], dict[str, int]]:
 
 
 def at_most_right(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
-  """At most so many right samples of a question, at random, and all wrong ones.
+  """Caps the number of right samples per question, at random.
 
   Args:
     rows: with `prompt` and `is_right`, the sample's own verdict.

@@ -1,14 +1,14 @@
 """Rewrites of wrong solutions without a large model: from the gold solution.
 
-Calculations in plain text, such as GSM8K's, are read as exact fractions, worked
-out anew and carried into what follows. So a rewrite can keep what is right in a
-sample, and a right solution can be made wrong in a known place. Text of a model
-is parsed with bounds, and never executed.
+Calculations in plain text, such as GSM8K's, are read as exact fractions,
+recomputed and carried into what follows. So a rewrite can keep what is right in
+a sample, and a right solution can be made wrong in a known place. Text of a
+model is parsed with bounds, and never executed.
 
 Source:
   Chen et al. (2024), "Improving Large Language Models via Fine-grained
   Reinforcement Learning with Minimum Editing Constraint", whose teacher is a
-  large language model. What stands in for it here is ours.
+  large language model. This substitute is ours.
 """
 
 import collections
@@ -25,20 +25,20 @@ from rljax.rlmec import prompts
 from rljax.text import alignment
 from rljax.text import steps as steps_lib
 
-_MAX_READ = 2**14  # Characters of a sample that is compared with the gold.
-_MAX_KEPT = 16  # How many fewer steps than stand are tried to be kept.
+_MAX_READ = 2**14  # Characters of a sample that are compared with the gold.
+_MAX_KEPT = 16  # Most steps that are given up in search of fewer edits.
 _MAX_TRIES = 64  # Numbers that `corrupted` tries to change, and the last.
 _MAX_DECIMALS = 4  # Of a number that is written down.
 
 
 def last_result(step: str) -> fractions.Fraction | None:
-  """The number behind the last equality sign of a step, or None."""
+  """Returns the number after the last equality sign of a step, or None."""
   step = step[:_MAX_READ]
   found = collections.deque(_RESULT.finditer(step), maxlen=1)
   if not found:
     return None
-  before, behind, number = found[0].groups()  # Of the currency sign.
-  return -_value(number) if before or behind else _value(number)
+  before, after, number = found[0].groups()  # Signs around the currency.
+  return -_value(number) if before or after else _value(number)
 
 
 def from_gold(
@@ -47,22 +47,22 @@ def from_gold(
   *,
   result_of: Callable[[str], Any] = last_result,
 ) -> tuple[int, str]:
-  """A right solution with few edits, made of the sample and the gold solution.
+  """Makes a right solution with few edits of a sample and the gold one.
 
   A step of the sample stands if its own calculations are right and its result
   is one of the gold's intermediate results, each of which counts once, in any
   order; steps without a result stand if one with a result follows, right or
-  wrong. The first step that does not stand, or that states the answer, ends
-  this. Arithmetic is plain, and may be rounded: a task with another one, such
-  as sums modulo 100, rewrites on its own. Then the one of these texts is taken
-  that has the fewest edits (of words, numbers and signs):
+  wrong. The first step that does not stand, or that states the answer, ends the
+  kept part. Arithmetic is plain, and may be rounded: a task with another
+  arithmetic, such as sums modulo 100, has its own rewrites. The result is that
+  of these texts with the fewest edits (of words, numbers and signs):
 
-    Splice: the steps that stand, or fewer of them, then the gold's steps
-      behind the last one that they match, and those before it that are needed
-      for them. Without any step kept this is the gold solution.
+    Splice: the steps that stand, or fewer of them, then the gold's steps after
+      the last one that they match, and those before it that are needed for
+      them. Without any step kept this is the gold solution.
     Repair: the sample's own solution, with every wrong calculation worked out
-      and its result carried into all that follows. It takes part only if it
-      ends in the gold's answer: another method than the gold's is as good.
+      and its result carried into all that follows. It counts only if it ends in
+      the gold's answer; the method may differ from the gold's.
     Graft: the steps that stand, then the sample's sentences with the gold's
       calculations in them, if there are as many. A word such as "more" may
       then be left over from the sample, so that two of its edits count for
@@ -71,23 +71,23 @@ def from_gold(
   All of them end with the gold's last step, which states the answer.
 
   Args:
-    gold_steps: see `traces.steps`; the last one states the answer.
-    response_steps: of a wrong sample, likewise. From 16384 characters on, none
-      of them stands.
+    gold_steps: see `steps.steps`; the last one states the answer.
+    response_steps: of a wrong sample, likewise. If they have 16384 characters
+      or more, none stands.
     result_of: maps the text of a step to its result, in whatever form, or to
       None if it has none; a step that states the answer has none.
 
   Returns:
     Index of the first step that the rewrite changes, and the rewrite, which
     begins with the steps before it. The index is -1 if all steps stay and
-    others are missing behind them.
+    others are missing after them.
 
   Raises:
     ValueError: if there is no gold step.
   """
   gold, sample = list(gold_steps), list(response_steps)
   if not gold:
-    raise ValueError("gold_steps must have one step at least, for the answer.")
+    raise ValueError("gold_steps must have at least one step, the answer.")
   if sum(map(len, sample)) > _MAX_READ:
     return 0, "".join(gold)
   work = list(
@@ -102,8 +102,8 @@ def from_gold(
     reached = [result for result in reached if result is not None]
     if reached and reached[-1] == _answer(gold[-1]):
       candidates.append([*_ended(repaired, sample, gold), gold[-1]])
-  # A step may have a result of the gold's by chance, and be wrong: if fewer
-  # steps kept make fewer edits, there was nothing in them to keep.
+  # A step may have one of the gold's results by chance, and be wrong: if
+  # keeping fewer steps makes fewer edits, they were not worth keeping.
   for kept in range(num_standing, -1, -1):
     if kept == 0 or kept > num_standing - _MAX_KEPT:
       rest = _rest_of_gold(gold, matched[kept], result_of)
@@ -114,7 +114,7 @@ def from_gold(
   if grafted:
     head = [*work[:num_standing], *grafted]
     candidates.append([*_ended(head, sample, gold), rest[-1]])
-    # Words that fit are worth some edits.
+    # Fitting words are worth some edits.
     costs += [3 * cost for cost in _num_edits(sample, candidates[-1:])]
   best = candidates[int(np.argmin(costs))]
   return prompts.first_changed_step(sample, best), "".join(best)
@@ -123,7 +123,7 @@ def from_gold(
 def splice_with(
   result_of: Callable[[str], Any] = last_result, step_ends: str = "\n"
 ) -> prompts.Teacher:
-  """A teacher that rewrites by `from_gold`.
+  """Returns a teacher that rewrites by `from_gold`.
 
   Args:
     result_of: see `from_gold`.
@@ -143,18 +143,18 @@ def splice_with(
 
 
 def corrupted(gold: str, rng: np.random.Generator) -> str | None:
-  """A wrong solution whose minimum-edit rewrite is the gold one.
+  """Makes a wrong solution whose minimum-edit rewrite is the gold one.
 
   One number of the gold solution, an operand or a result of a calculation, gets
-  another digit, and the change is carried into its later uses: these are worked
-  out anew. Where no such change can be told apart from other numbers, or ends
-  in a wrong answer, it is the answer that gets another digit. So there are
-  samples whose rewrite and whose wrong tokens are known without any teacher.
+  another digit, and the change is carried into its later uses: these are
+  recomputed. Where every such change may be confused with other numbers, or
+  leaves the answer right, the answer gets another digit. So rewrites and wrong
+  tokens are known without any teacher.
 
   Args:
     gold: a right solution that ends with its answer, such as one of GSM8K.
       Calculations are those of plain arithmetic; where none can be read, any
-      number is changed, and carried to where it stands again.
+      number is changed wherever it stands.
     rng: of the draw.
 
   Returns:
@@ -165,8 +165,8 @@ def corrupted(gold: str, rng: np.random.Generator) -> str | None:
   answer = _answer(gold)
   if not places:
     return None
-  # Many a change cannot be carried. That of the answer always can, so it comes
-  # last: else it would be what is found too often.
+  # Many changes cannot be carried. That of the answer always can, so it is
+  # tried last, or it would be chosen too often.
   order = [*rng.permutation(len(places) - 1)[:_MAX_TRIES], len(places) - 1]
   for place in order:
     text = _with_other_number(gold, places[place], rng)
@@ -186,7 +186,7 @@ _ALONE = re.compile(rf"(?<![0-9])(?<![0-9][.,]){_NUMBER}")
 _UNIT = r"(?: [A-Za-z]{2,15}){0,3}"
 _OPERAND = rf"\({{0,3}}+ ?-?\$?{_NUMBER}%?{_UNIT}\){{0,3}}+"
 _OPERATOR = r" ?[-+*/×÷−x] ?"
-# "48/2 = 24*3" has a calculation behind the sign, and no result.
+# "48/2 = 24*3" has a calculation after the sign, not a result.
 _NO_RESULT = r"(?! ?[-+*/×÷−=x] ?[$(.0-9])"
 _EQUATION = re.compile(
   rf"(?<![0-9])(?<![0-9][.,])(?P<left>{_OPERAND}"
@@ -212,19 +212,19 @@ _PIECE = re.compile(r"[0-9]+|[^\W\d_]+|\s+|[\s\S]")
 
 @dataclasses.dataclass(frozen=True)
 class _Equation:
-  """A calculation in a text, and where it stands."""
+  """Holds a calculation in a text, and its place."""
 
   start: int
   left_end: int
   result_start: int
   end: int
-  left: fractions.Fraction | None  # None: it was not understood.
+  left: fractions.Fraction | None  # None: it could not be read.
   result: fractions.Fraction
   decimals: int  # Of the result.
 
   @property
   def is_true(self) -> bool:
-    """Whether the result is right, be it rounded to its last digit."""
+    """Whether the result is right, up to rounding of its last digit."""
     if self.left is None:
       return False
     return abs(self.left - self.result) < fractions.Fraction(
@@ -237,13 +237,13 @@ def _value(number: str) -> fractions.Fraction:
 
 
 def _answer(step: str) -> fractions.Fraction | None:
-  """The last number of a text."""
+  """Returns the last number of a text."""
   found = collections.deque(_ALONE.finditer(step), maxlen=1)
   return _value(found[0][0]) if found else None
 
 
 def _evaluated(text: str) -> fractions.Fraction | None:
-  """The value of a sum of products, or None; no text is executed."""
+  """Returns the value of a sum of products, or None; executes no text."""
   values: list[fractions.Fraction] = []
   operators: list[str] = []
 
@@ -285,7 +285,7 @@ def _evaluated(text: str) -> fractions.Fraction | None:
 
 
 def _equations(text: str) -> list[_Equation]:
-  """The calculations of a text that can be read, from left to right."""
+  """Finds the calculations of a text that can be read, left to right."""
   found = []
   for match in _EQUATION.finditer(text):
     left = match["left"]
@@ -316,11 +316,11 @@ def _equations(text: str) -> list[_Equation]:
 def _written(
   value: fractions.Fraction, like: str, decimals: int | None = None
 ) -> str | None:
-  """A number as text, with commas if the old one has them.
+  """Writes a number, with commas if the old one has them.
 
   Args:
-    value: it.
-    like: the number that it stands for.
+    value: the number.
+    like: the text that it replaces.
     decimals: to round to; None: it must be written exactly.
 
   Returns:
@@ -352,7 +352,7 @@ def _written(
 def _substituted(
   text: str, changes: Mapping[fractions.Fraction, fractions.Fraction]
 ) -> str:
-  """The text with some numbers changed wherever they stand."""
+  """Replaces some numbers of a text wherever they stand."""
 
   def other(match):
     new = changes.get(_value(match[0]))
@@ -369,16 +369,16 @@ def _carried(
   repair: bool,
   before: str = "",
 ) -> list[str] | None:
-  """Steps in which numbers are changed, and what follows from them.
+  """Changes numbers in steps, and what follows from them.
 
   Args:
     steps: texts.
     changes: old number to new one.
-    repair: whether wrong calculations are put right; else they stay, unless
-      the changes reach them, which they cannot be carried through.
-    before: what stands in front of the steps, unchanged. A number of it, or of
-      an earlier step, is not changed when it comes up as a result: nobody could
-      tell the uses of the two apart. (In a repair the outcome is checked.)
+    repair: whether wrong calculations are corrected; else they stay, unless the
+      changes reach them, which then fails.
+    before: the text before the steps, unchanged. A number of it, or of an
+      earlier step, is not changed when it is a result again, as their uses
+      cannot be told apart. (In a repair the answer is checked.)
 
   Returns:
     As many texts; None if it cannot be done.
@@ -417,7 +417,7 @@ def _carried(
         seen.add(equation.result)
       if new != equation.result:
         changes[equation.result] = new
-      else:  # From here on this number is what the calculation has found.
+      else:  # From here on this number is the calculation's result.
         changes.pop(equation.result, None)
       pieces.append((new_left, False))
       pieces.append((step[equation.left_end : equation.result_start], False))
@@ -426,7 +426,7 @@ def _carried(
     pieces.append((step[end:], True))
     if not repair:
       seen |= _numbers(step[end:])
-    # A sentence may say its result before it comes to the calculation.
+    # A sentence may give its result before the calculation.
     carried.append(
       "".join(
         _substituted(piece, changes) if is_prose else piece
@@ -440,7 +440,7 @@ def _carried(
 
 
 def _is_answer(step: str, gold: str) -> bool:
-  """Whether a step of a sample states the answer, as the gold's last does."""
+  """Tells whether a step states the answer, as the gold's last one does."""
   if "=" in gold:  # The answer comes with a calculation.
     return False
   found = _ALONE.search(gold)
@@ -454,15 +454,15 @@ def _is_answer(step: str, gold: str) -> bool:
 def _standing(
   gold: Sequence[str], work: Sequence[str], result_of: Callable[[str], Any]
 ) -> list[set[int]]:
-  """Which gold steps the sample has, while its steps stand.
+  """Finds the gold steps that the sample has, while its steps are right.
 
   Returns:
     For 0, 1, ... steps of the sample, as many as stand: the indices of the
     gold steps whose results they have.
   """
   results = [result_of(step) for step in gold[:-1]]
-  # A gold step may have several calculations. Who has the first of them has
-  # begun well, and has not got the step.
+  # A gold step may have several calculations. With only the first of them, a
+  # step is begun but not complete.
   partial = {equation.result for step in gold for equation in _equations(step)}
   matched: list[set[int]] = [set()]
   for step in work:
@@ -475,7 +475,7 @@ def _standing(
       for j, known in enumerate(results)
       if result is not None and known == result and j not in matched[-1]
     ]
-    # Where several have this result, one behind the last.
+    # Where several have this result, one after the last match.
     place = next((j for j in places if j > last), min(places, default=None))
     if place is not None:
       matched.append(matched[-1] | {place})
@@ -486,7 +486,7 @@ def _standing(
     else:
       break
   else:
-    # Nothing is wrong that could be read. What is must then lie in the steps
+    # No readable calculation is wrong, so the error must lie in the steps
     # without a result.
     while len(matched) > 1 and matched[-1] == matched[-2]:
       matched.pop()
@@ -496,7 +496,7 @@ def _standing(
 def _rest_of_gold(
   gold: Sequence[str], matched: set[int], result_of: Callable[[str], Any]
 ) -> list[str]:
-  """The gold's steps behind the last one matched, and those they need."""
+  """Returns the gold's steps after the last match, and those they need."""
   last = max(matched, default=-1)
   needed = list(range(last + 1, len(gold)))
   wanted = {n for i in needed for n in _numbers(gold[i])}
@@ -518,7 +518,7 @@ def _numbers(text: str) -> set[fractions.Fraction]:
 def _ended(
   head: Sequence[str], sample: Sequence[str], gold: Sequence[str]
 ) -> list[str]:
-  """Steps in place of the sample's first ones, for others to follow them.
+  """Returns steps that others can follow, in place of the first ones.
 
   The sample's last step may lack what ends a step.
   """
@@ -526,7 +526,7 @@ def _ended(
   if head and len(head) == len(sample):
     end = gold[0][-1:] if len(gold) > 1 else "\n"
     ends = end + "".join(step[-1:] for step in sample[:-1])
-    # What ends it may have white space behind it.
+    # White space may follow what ends it.
     text = head[-1].rstrip(ends + " \t\r\n")
     if not any(character in ends for character in head[-1][len(text) :]):
       head[-1] += end
@@ -534,7 +534,7 @@ def _ended(
 
 
 def _grafted(work: Sequence[str], rest: Sequence[str]) -> list[str] | None:
-  """The sample's sentences with the gold's calculations, if that can be."""
+  """Puts the gold's calculations into the sample's sentences, if possible."""
   new = [
     (step[e.start : e.end], e.result)
     for step in rest[:-1]
@@ -571,7 +571,7 @@ def _grafted(work: Sequence[str], rest: Sequence[str]) -> list[str] | None:
 def _num_edits(
   sample: Sequence[str], candidates: Sequence[Sequence[str]]
 ) -> list[int]:
-  """How many words, numbers and signs each candidate changes."""
+  """Counts the words, numbers and signs that each candidate changes."""
   ids: dict[str, int] = {}
   old, *others = (
     [
@@ -585,7 +585,7 @@ def _num_edits(
 
 
 def _trimmed(old: list[int], new: list[int]) -> tuple[list[int], list[int]]:
-  """Both without what they begin and end with alike, which is no edit."""
+  """Strips what both begin and end with alike, which is no edit."""
   shorter = min(len(old), len(new))
   start = 0
   while start < shorter and old[start] == new[start]:
@@ -600,13 +600,13 @@ def _trimmed(old: list[int], new: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _places(gold: str) -> list[tuple[_Equation | None, int, int]]:
-  """Numbers that may be changed: calculation, start and end."""
+  """Finds numbers that may be changed: calculation, start and end."""
   places = []
   for equation in _equations(gold):
     if not equation.is_true:
       continue
     places.append((equation, equation.result_start, equation.end))
-    # Within a calculator note, its operands stand in front of it as well.
+    # The operands of a calculator note also stand before it.
     if not gold[: equation.start].endswith("<<"):
       places += [
         (equation, equation.start + n.start(), equation.start + n.end())
@@ -623,14 +623,15 @@ def _places(gold: str) -> list[tuple[_Equation | None, int, int]]:
 def _with_other_number(
   gold: str, place: tuple[_Equation | None, int, int], rng: np.random.Generator
 ) -> str | None:
-  """The gold solution with the number at a place changed, and all behind it."""
+  """Changes the gold solution's number at a place, and its later uses."""
   equation, start, end = place
   old = gold[start:end]
   new = _other_number(old, rng)
   text = gold[:start] + new
   changes = {_value(old): _value(new)}
   if equation is not None and start < equation.result_start:
-    changes = {}  # The result carries it on: the number may be another's, too.
+    # Only the result is carried on: the number may have other uses.
+    changes = {}
     result = gold[equation.result_start : equation.end]
     left = gold[equation.start : start] + new + gold[end : equation.left_end]
     value = _evaluated(left)
@@ -659,7 +660,7 @@ def _with_other_number(
 
 
 def _other_number(number: str, rng: np.random.Generator) -> str:
-  """The number with another digit, and still without a leading zero."""
+  """Returns the number with another digit, without a leading zero."""
   places = [i for i, character in enumerate(number) if character.isdigit()]
   place = places[rng.integers(len(places))]
   is_first = place == 0

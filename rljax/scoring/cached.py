@@ -18,7 +18,9 @@ import numpy as np
 
 from rljax.distributed import compiled, meshes, processes
 from rljax.generation import rollouts
+from rljax.models import hf
 from rljax.ops import log_probs
+from rljax.scoring import scorers
 from rljax.storage import checkpoint
 from rljax.text import batches, logged, tokens
 
@@ -41,14 +43,141 @@ _PARTS = {
 _DECIDE_IDS = set(_PARTS) - {"ids", "reference", "dtype"}
 
 
-def lengths(encoded: logged.Encoded) -> tuple[int, int]:
-  """Columns that hold every prompt, and every response."""
-  return (
-    batches.bucket_length(max(map(len, encoded.prompt_ids))),
-    batches.bucket_length(
-      max(len(ids) for row in encoded.response_ids for ids in row)
-    ),
-  )
+lengths = logged.lengths
+
+
+def known(
+  log: logged.Log,
+  loaded: hf.LanguageModel,
+  needed: Sequence[str],
+  *,
+  cache: str | os.PathLike,
+  dtype: str,
+  batch_size: int,
+  mesh: Any,
+  reader: str = "The training",
+  firsts_alone: bool = False,
+  own_rewards: bool = False,
+) -> dict[str, np.ndarray]:
+  """Returns what a learner needs to know of a log, beside its tokens.
+
+  Args:
+    log: N rows of up to K replies.
+    loaded: the reference.
+    needed: some of "rewards", "advantages" and "ref_log_probs".
+    cache: workdir of `experiments/offline_value.py`, from which all of them
+      are read; empty: rewards and advantages are those of the rows, and the
+      reference's log-probabilities are computed.
+    dtype: of the reference's computation, as its flag has it.
+    batch_size: replies at the same time.
+    mesh: from `meshes.make`.
+    reader: the flag that needs rewards or advantages, for messages.
+    firsts_alone: see `of_rows`.
+    own_rewards: whether rewards are always those of the rows, whatever a cache
+      holds.
+
+  Returns:
+    By name: `[N, K]` float32, or `[N, K, T]` of log-probabilities; 0 where
+    there is no reply.
+
+  Raises:
+    ValueError: if the cache does not fit, or as `of_rows`.
+  """
+  found = {}
+  if cache:
+    made_of = describe_log(log, loaded, dtype=dtype)
+    read = [x for x in needed if not (own_rewards and x == "rewards")]
+    arrays = load(cache, made_of, read)
+    found = {name: arrays[name] for name in read}
+  hint = ": run experiments/offline_value.py and give its workdir as --cache"
+  for name in needed:
+    if name not in ("ref_log_probs", *found):
+      found[name] = of_rows(
+        log,
+        name,
+        reader=reader,
+        firsts_alone=firsts_alone,
+        hint="" if own_rewards else hint,
+      )
+  if "ref_log_probs" in needed and not cache:
+    rules = hf.partition_rules(loaded.model, mesh)
+    found["ref_log_probs"] = response_log_probs(
+      loaded.model,
+      meshes.place(loaded.params, meshes.shardings(loaded.params, rules, mesh)),
+      log.encoded,
+      batch_size=batch_size,
+      mesh=mesh,
+    )
+  return found
+
+
+def of_rows(
+  log: logged.Log,
+  name: str,
+  *,
+  reader: str,
+  firsts_alone: bool = False,
+  hint: str = "",
+) -> np.ndarray:
+  """Returns the rewards or advantages that the rows of a log have themselves.
+
+  Args:
+    log: N rows of up to K replies.
+    name: "rewards" or "advantages".
+    reader: the flag that needs them, for messages.
+    firsts_alone: whether the first reply of each row is used alone; the others
+      get 0, known or not.
+    hint: end of the message.
+
+  Returns:
+    `[N, K]` float32, 0 where there is no reply.
+
+  Raises:
+    ValueError: if a reply that is used has none.
+  """
+  make = {
+    "rewards": logged.reward_array,
+    "advantages": logged.advantage_array,
+  }[name]
+  array = make(log.rows)
+  used = log.present.copy()
+  if firsts_alone:
+    used[:, 1:] = False
+  num_unknown = np.isnan(array[used]).sum()
+  if num_unknown:
+    raise ValueError(
+      f"{reader} needs {name}, which {num_unknown} of {used.sum()} logged "
+      f"replies lack{hint}."
+    )
+  return np.where(used, array, 0.0)
+
+
+def score(
+  log: logged.Log,
+  scorer: scorers.Scorer,
+  *,
+  again: bool = False,
+) -> tuple[np.ndarray, int]:
+  """Scores the replies of a log that nobody has scored yet.
+
+  Args:
+    log: N rows of up to K replies.
+    scorer: `(prompts, responses) -> (scores, parts)`.
+    again: whether the others are scored as well.
+
+  Returns:
+    Rewards of all replies, `[N, K]` float32, 0 where there is none, and how
+    many the scorer has scored.
+  """
+  rewards = logged.reward_array(log.rows)
+  unscored = np.argwhere(log.present & (np.isnan(rewards) | again))
+  if len(unscored):
+    scores, _ = scorer(
+      [log.rows[i].prompt for i, _ in unscored],
+      [log.rows[i].candidates[k] for i, k in unscored],
+    )
+    rewards[tuple(unscored.T)] = scores
+  return np.where(log.present, rewards, 0.0), len(unscored)
 
 
 def response_log_probs(
@@ -74,7 +203,7 @@ def response_log_probs(
   Returns:
     `[N, K, T]` float32, with T of `lengths`; 0 where there is no token.
   """
-  prompt_length, response_length = lengths(encoded)
+  prompt_length, response_length = logged.lengths(encoded)
   num_candidates = max(map(len, encoded.response_ids))
   pairs = [
     (row, candidate)
@@ -160,6 +289,15 @@ def describe(
     "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
     **settings,
   }
+
+
+def describe_log(
+  log: logged.Log, loaded: hf.LanguageModel, *, dtype: str
+) -> dict[str, Any]:
+  """As `describe`, of a log, which holds the settings, and a reference."""
+  return describe(
+    log.encoded, loaded.params, loaded.tokenizer, **log.settings, dtype=dtype
+  )
 
 
 def save(
@@ -262,6 +400,27 @@ def load(
 def notes(directory: str | os.PathLike) -> dict[str, Any]:
   """What `save` noted beside the arrays, of a cache that `load` has read."""
   return json.loads((pathlib.Path(directory) / MANIFEST).read_text())["notes"]
+
+
+def other_scorer(
+  directory: str | os.PathLike, scorer: scorers.Scorer
+) -> list[str]:
+  """Notes that a cache's rewards are by another scorer than this one.
+
+  Args:
+    directory: of a cache that `load` has read; empty if there is none.
+    scorer: with the attribute `description`.
+
+  Returns:
+    A sentence, or nothing if they are by the same.
+  """
+  scored_by = notes(directory)["reward"] if directory else None
+  if not directory or scored_by == scorer.description:
+    return []
+  return [
+    f"Rewards of the cache {directory} are by {scored_by}, and those of the "
+    f"dev prompts by {scorer.description}."
+  ]
 
 
 def _log_probs(model, params, arrays, batch_size, mesh, chunk_size):

@@ -1,4 +1,4 @@
-"""Saves the state of a run so that a killed run goes on as if nothing happened.
+"""Saves the state of a run, so that a killed run resumes exactly.
 
 A workdir holds
 
@@ -9,11 +9,11 @@ A workdir holds
 
 Orbax writes arrays from a thread while training goes on. A checkpoint is
 written under another name, gets the checksum of each of its files, and is then
-renamed in one operation: `checkpoints/<step>` is there whole or not at all,
-and what a disk did to it later is found out before it is loaded.
+renamed in one operation: `checkpoints/<step>` is there whole or not at all, and
+later damage on disk is found before it is loaded.
 
-With several processes, all call the same methods in the same order and see one
-file system; `workdir` is a path on it.
+With several processes, all call the same methods in the same order and share
+the file system that `workdir` is on.
 """
 
 import contextlib
@@ -33,6 +33,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from rljax.storage import paths
+
 Tree = Any
 Workdir = str | os.PathLike[str]
 
@@ -44,14 +46,15 @@ _SECONDS_AFTER_AN_ERROR = 30
 
 
 class Checkpoints:
-  """The checkpoints of one run, which it alone writes.
+  """Saves and restores the checkpoints of one run, their only writer.
 
-  Making one clears what a killed run left half-written. Use it in a `with`
-  block, or call `close`: the last save is only then certain to be on disk.
+  The constructor deletes what a killed run left half-written. Use it in a
+  `with` block, or call `close`: only then is the last save certain to be on
+  disk.
 
   Attributes:
-    messages: what was cleared or skipped, in words, in the order it was met;
-      the same lines are logged as warnings.
+    messages: sentences on what was deleted or skipped, in order; they are also
+      logged as warnings.
   """
 
   def __init__(self, workdir: Workdir, *, keep: int = 2):
@@ -83,12 +86,12 @@ class Checkpoints:
     already saved is not saved again.
 
     Args:
-      step: number of finished updates, under which the checkpoint is filed.
+      step: number of finished updates, which names the checkpoint.
       state: pytree of jax arrays (typed keys too), numpy arrays and numbers.
       meta: what is not an array: anything that `json` can write.
 
     Raises:
-      ValueError: if an array is empty or is no array, or `meta` is not JSON.
+      ValueError: if a leaf is empty or not an array, or `meta` is not JSON.
       OSError: if the save before this one failed.
     """
     from orbax.checkpoint import v1 as ocp
@@ -102,7 +105,7 @@ class Checkpoints:
       shape, dtype = _shape_and_dtype(_path(keys), leaf)
       leaves[_path(keys)] = {"shape": shape, "dtype": dtype}
     self.wait()
-    # Named by what it will become, so that the leftovers of a kill say so.
+    # Named by its step, so that the leftovers of a kill can be told.
     unfinished = self._folder / f"{step}{_UNFINISHED}"
     if _is_first():
       self._folder.mkdir(parents=True, exist_ok=True)
@@ -121,18 +124,17 @@ class Checkpoints:
   ) -> tuple[int, Tree, dict[str, Any]] | None:
     """Loads the latest checkpoint that is whole.
 
-    One that is damaged is set aside under the name `<step>.unreadable`, with a
-    message, and the one before it is taken. The mesh may be another than the
-    one that saved.
+    A damaged one is renamed to `<step>.unreadable`, with a message, and the one
+    before it is loaded. The mesh may differ from the one that saved.
 
     Args:
       state_like: the state of a fresh run. Each array comes back with the
-        sharding and dtype that it has here. A jax array that was not bound to
-        a device, or a weakly typed one, comes back so: otherwise the functions
-        that take it would be compiled twice.
+        sharding and dtype that it has here. An array that is not bound to a
+        device, or is weakly typed, comes back so: otherwise functions of it
+        would be compiled twice.
 
     Returns:
-      `(step, state, meta)`, or None if no checkpoint is left to go on from.
+      `(step, state, meta)`, or None if there is no whole checkpoint.
 
     Raises:
       ValueError: if the checkpoint is whole but holds other arrays than
@@ -156,14 +158,14 @@ class Checkpoints:
     return step, state, loaded["meta"]
 
   def all_steps(self) -> list[int]:
-    """Steps of the checkpoints on disk, the earliest first."""
+    """Returns the steps of the checkpoints on disk, the earliest first."""
     return _steps(self._folder)
 
   def forget_after(self, step: int) -> None:
     """Deletes the checkpoints of later steps.
 
-    A run that was killed may have kept something of steps which it is about to
-    repeat, and which need not come out the same on every device.
+    A killed run may have saved steps that it is about to repeat, which need not
+    give the same result on every device.
 
     Args:
       step: the last one that stays.
@@ -176,7 +178,7 @@ class Checkpoints:
           _remove(self._folder / str(later))
 
   def wait(self) -> None:
-    """Returns when no save is under way, in any process.
+    """Waits until no save is under way, in any process.
 
     Raises:
       OSError: if the save failed.
@@ -185,7 +187,7 @@ class Checkpoints:
       return
     self._thread.join()
     self._thread = None
-    # Before anything is raised, or the other processes would wait for ever.
+    # Before any exception, or the other processes would wait for ever.
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
 
@@ -205,12 +207,12 @@ class Checkpoints:
     if kind is None or jax.process_count() == 1:
       self.close()
     elif self._thread is not None:
-      # The other processes are elsewhere, or gone: this one is not to wait for
-      # ever. What all have handed over is on disk soon.
+      # The other processes may be gone: do not wait for ever. A save that all
+      # have started is on disk soon.
       self._thread.join(_SECONDS_AFTER_AN_ERROR)
 
   def _commit(self, step, unfinished, response, leaves):
-    """The end of a save, in its thread."""
+    """Ends a save, in its thread."""
     try:
       response.result()
       if not _is_first():
@@ -224,7 +226,7 @@ class Checkpoints:
       if final.exists():
         _remove(final)
       os.rename(unfinished, final)
-      # Later steps, of a run that was begun anew here, are not ours to count.
+      # Later steps, of an earlier run in this folder, do not count.
       done = [old for old in self.all_steps() if old <= step]
       for old in done[: -self._keep]:
         _remove(self._folder / str(old))
@@ -248,7 +250,7 @@ class Checkpoints:
         )
 
   def _latest_whole(self):
-    """Step of the latest undamaged checkpoint; sets damaged ones aside."""
+    """Finds the latest undamaged step; sets damaged checkpoints aside."""
     for step in reversed(self.all_steps()):
       path = self._folder / str(step)
       problem = _problem(path)
@@ -299,7 +301,7 @@ class Checkpoints:
 def restore_params(workdir: Workdir, step: int | None = None) -> dict[str, Any]:
   """Reads the parameters of a run, whatever their shapes.
 
-  Only reads: the run may still be going on.
+  The run may still be going on.
 
   Args:
     workdir: folder of the run that saved them.
@@ -333,7 +335,7 @@ def restore_params(workdir: Workdir, step: int | None = None) -> dict[str, Any]:
     saved = ocp.metadata(path, checkpointable_name="state").metadata
     if not isinstance(saved, dict) or "params" not in saved:
       raise ValueError(f'the state in {path} has no entry "params".')
-    # A placeholder with the shape and dtype of each array, but of no size.
+    # A placeholder with the shape and dtype of each array, without memory.
     wanted = jax.tree.map(
       lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
       saved["params"],
@@ -348,7 +350,7 @@ def restore_params(workdir: Workdir, step: int | None = None) -> dict[str, Any]:
 
 
 def prepare_workdir(workdir: Workdir) -> None:
-  """Makes the folder of a run and proves that it can be written to.
+  """Makes the folder of a run and checks that it can be written to.
 
   Args:
     workdir: the folder, which may exist.
@@ -370,7 +372,7 @@ def prepare_workdir(workdir: Workdir) -> None:
 def write_flags(
   workdir: Workdir, flags: Mapping[str, Any], ignore: Collection[str] = ()
 ) -> None:
-  """Files the flags of a run, unless a run with other flags lives there.
+  """Writes the flags of a run, unless the folder has a run with others.
 
   Args:
     workdir: folder of the run.
@@ -385,16 +387,13 @@ def write_flags(
     text = json.dumps(
       _plain_json(dict(flags), "flags"), indent=2, sort_keys=True
     )
-    path = pathlib.Path(workdir) / "flags.json"
-    partial = path.with_name(".flags.json.partial")
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
+    paths.write_whole(pathlib.Path(workdir, "flags.json"), text + "\n")
 
 
 def check_flags(
   workdir: Workdir, flags: Mapping[str, Any], ignore: Collection[str] = ()
 ) -> None:
-  """Holds the flags against those that the run in `workdir` began with.
+  """Compares flags with those that the run in `workdir` began with.
 
   Args:
     workdir: folder of a run; one without flags passes.
@@ -434,7 +433,7 @@ def check_flags(
 
 
 def fingerprint(tree: Tree) -> str:
-  """A name for the exact bits of a tree.
+  """Hashes the exact bits of a tree.
 
   Args:
     tree: arrays, typed keys among them, however they are sharded.
@@ -460,16 +459,16 @@ def fingerprint(tree: Tree) -> str:
 
 
 class Stopped(Exception):
-  """Ends work that a signal asked to stop, once all of it is saved."""
+  """Ends work that a signal has stopped; what it wrote so far is on disk."""
 
 
 class Preemption:
   """Turns the signal that ends a machine into a clean stop.
 
   Inside the `with` block the first SIGTERM or SIGINT sets `requested`, for the
-  loop to save and leave at the end of the step; a second one raises
-  KeyboardInterrupt at once. The handlers from before return at the end. Only
-  the main thread may enter.
+  loop to save and stop at the end of the step; a second one raises
+  KeyboardInterrupt at once. The previous handlers return at the end. Only the
+  main thread may enter.
 
   Attributes:
     requested: True once this process was asked to stop.
@@ -483,7 +482,7 @@ class Preemption:
     self._previous = {}
 
   def should_stop(self) -> bool:
-    """True, in every process at the same step, once any was asked to stop."""
+    """Returns True, in all processes at once, if any was asked to stop."""
     if jax.process_count() == 1:
       return self.requested
     from jax.experimental import multihost_utils
@@ -520,7 +519,7 @@ def _is_first():
 
 
 def _agree(step):
-  """The step that the first process found, in every process."""
+  """Broadcasts the step that process 0 found."""
   if jax.process_count() == 1:
     return step
   from jax.experimental import multihost_utils
@@ -531,8 +530,8 @@ def _agree(step):
 
 
 def _folder(workdir):
-  # Orbax takes absolute paths alone, and the same in all processes: not by way
-  # of links from the home of each.
+  # Orbax needs absolute paths that are the same in all processes, without links
+  # from the home of each.
   return pathlib.Path(os.path.realpath(workdir)) / "checkpoints"
 
 
@@ -552,7 +551,7 @@ def _remove(path):
 
 
 def _checksums(folder):
-  """`{file: [bytes, SHA-256]}` of every file below a folder."""
+  """Returns `{file: [bytes, SHA-256]}` of every file below a folder."""
   found = {}
   for path in sorted(folder.rglob("*")):
     if path.is_file():
@@ -564,7 +563,7 @@ def _checksums(folder):
 
 
 def _problem(path):
-  """What is wrong with a checkpoint, in words; None if it is whole."""
+  """Says what is wrong with a checkpoint; None if it is whole."""
   try:
     expected = json.loads((path / _CHECKSUMS).read_text())["files"]
   except FileNotFoundError:
@@ -586,7 +585,7 @@ def _problem(path):
 
 @contextlib.contextmanager
 def _context(partial=False):
-  """Orbax with `meta` as a JSON file, and on request loading part of a tree."""
+  """Sets Orbax to store `meta` as JSON, and to load part of a tree if asked."""
   from orbax.checkpoint import v1 as ocp
 
   registry = ocp.handlers.local_registry(include_global_registry=True)
@@ -608,7 +607,7 @@ def _is_key(leaf):
 
 
 def _shape_and_dtype(path, leaf):
-  """Of a leaf as it lies on disk: `([int, ...], name)`."""
+  """Returns `([int, ...], name)` of a leaf as it is stored."""
   if _is_key(leaf):
     leaf = jax.eval_shape(jax.random.key_data, leaf)
   elif not hasattr(leaf, "shape"):
@@ -627,31 +626,31 @@ def _shape_and_dtype(path, leaf):
 
 
 def _to_disk(leaf):
-  """A leaf as Orbax takes it."""
+  """Returns a leaf as Orbax takes it."""
   if _is_key(leaf):
     return jax.random.key_data(leaf)
   return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _is_bound(like):
-  """Whether a leaf is a jax array that says where it lies."""
+  """Tells whether a leaf is a jax array that is bound to devices."""
   if isinstance(like, jax.ShapeDtypeStruct):
     return like.sharding is not None
   return isinstance(like, jax.Array) and like.committed
 
 
 def _wanted(like):
-  """What Orbax is asked for, for a leaf of the state to fill."""
+  """Returns what to ask of Orbax for a leaf of the state."""
   data = jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
   if _is_bound(like):
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=like.sharding)
   data = data if hasattr(data, "shape") else np.asarray(data)
-  # A numpy array: of its shape and dtype, but taking no memory.
+  # A numpy array of this shape and dtype, without memory.
   return np.broadcast_to(np.zeros((), data.dtype), data.shape)
 
 
 def _from_disk(data, like):
-  """Makes of a loaded leaf what `like` is."""
+  """Converts a loaded leaf to what `like` is."""
   if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
     return data if hasattr(like, "shape") else type(like)(data.item())
   if not _is_bound(like):
@@ -665,7 +664,7 @@ def _from_disk(data, like):
 
 
 def _plain_json(value, what):
-  """The value as it would come back from a JSON file."""
+  """Returns the value as it would come back from a JSON file."""
   try:
     return json.loads(json.dumps(value))
   except (TypeError, ValueError) as error:

@@ -1,9 +1,11 @@
 """Stages of a pipeline, each with a folder of its own beside its inputs.
 
 A stage whose inputs have not changed is not repeated; one that was stopped
-goes on, if its writer can; one whose inputs have changed begins anew, and what
-it had written before is set aside, not deleted. An output that somebody edited
-by hand counts as changed, for the stages that read it.
+continues, if its writer can; one whose inputs have changed starts over, and its
+old folder is renamed, not deleted. An output that was edited by hand counts as
+changed, for the stages that read it.
+
+Rounds are simpler: each has a folder, and ends once.
 """
 
 import hashlib
@@ -14,15 +16,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rljax.storage import paths
+
 _INPUTS, _DONE = "inputs.json", "done.json"
+_ROUND = "round.json"
 
 
 class Stage:
-  """One stage: a folder, what it is made of, and whether it is whole.
+  """Keeps one stage: its folder, its inputs, and whether it is finished.
 
   Attributes:
-    folder: where the stage writes, made by now.
-    facts: what `finish` was told, or None while the stage is not finished.
+    folder: where the stage writes; it exists.
+    facts: the arguments of `finish`, or None while the stage is not finished.
   """
 
   def __init__(
@@ -39,12 +44,12 @@ class Stage:
       workdir: folder of the pipeline.
       name: of the stage.
       inputs: all that the outputs depend on, as values that `json` can write:
-        settings, `digest` of the stages before, fingerprints of models. None
-        of them may depend on where or when the stage runs.
-      note: called with a line if older results are set aside.
-      once: calls what reads or writes the folder, and returns what that does.
-        Of several processes that share the stage one alone may do so: see
-        `processes.from_first`.
+        settings, `digest` of earlier stages, fingerprints of models. None of
+        them may depend on where or when the stage runs.
+      note: called with a line if an old folder is renamed.
+      once: calls the functions that read or write the folder, and returns their
+        results. Of several processes that share the stage only one may do so:
+        see `processes.from_first`.
 
     Raises:
       ValueError: if the folder holds files that no stage has written.
@@ -56,11 +61,11 @@ class Stage:
     self.facts: dict[str, Any] | None = once(lambda: self._open(inputs, note))
 
   def path(self, file: str) -> str:
-    """Where a file of the stage lies."""
+    """Returns the path of a file of the stage."""
     return os.fspath(self.folder / file)
 
   def finish(self, **facts: Any) -> None:
-    """Files the stage as finished, with numbers for its reader."""
+    """Marks the stage as finished, with numbers for its reader."""
 
     def write():
       _write(self.folder / _DONE, facts | {"finished_at": time.time()})
@@ -69,7 +74,7 @@ class Stage:
     self.facts = self._once(write)
 
   def digest(self, *files: str) -> str:
-    """SHA-256 of outputs as they are now, an input of the stages behind.
+    """Hashes outputs as they are now, as an input of later stages.
 
     Args:
       *files: names in the stage's folder.
@@ -92,14 +97,14 @@ class Stage:
     return total.hexdigest()
 
   def _open(self, inputs, note):
-    """Finds the folder, or makes it; what the stage was finished with."""
+    """Finds or makes the folder; returns the facts of a finished stage."""
     if self.folder.exists() and set(os.listdir(self.folder)) - {
-      f".{_INPUTS}.partial"  # A kill may leave it, and nothing else.
+      f".{_INPUTS}.partial"  # A kill may leave this file.
     }:
       found = _read(self.folder / _INPUTS)
       if found is None:
         raise ValueError(
-          f"{self.folder} is no folder of the stage {self.name}: it has no "
+          f"{self.folder} is not a folder of the stage {self.name}: it has no "
           f"whole {_INPUTS}. Choose another folder."
         )
       if found == inputs:
@@ -111,8 +116,8 @@ class Stage:
       ]
       aside = self._set_aside()
       note(
-        f"{self.name}: {', '.join(changed)} changed; begun anew, and what was "
-        f"there is in {aside}."
+        f"{self.name}: {', '.join(changed)} changed; it starts over, and the "
+        f"old folder is now {aside}."
       )
     self.folder.mkdir(parents=True, exist_ok=True)
     _write(self.folder / _INPUTS, inputs)
@@ -126,8 +131,91 @@ class Stage:
     return aside
 
 
+class Rounds:
+  """Rounds of a run: `<workdir>/rounds/<number>`, whole once they have ended.
+
+  A round that was stopped goes on with what its folder holds, if its writers
+  can; one that has ended is not repeated.
+
+  Attributes:
+    finished: what `finish` was told of each round, from 0 on.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    once: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+  ):
+    """Reads which rounds have ended.
+
+    Args:
+      workdir: folder of the run.
+      once: see `Stage`.
+    """
+    self._folder = pathlib.Path(workdir, "rounds")
+    self._once = once
+    self.finished: list[dict[str, Any]] = once(self._read_all)
+
+  def path(self, number: int, file: str = "") -> str:
+    """Where a round, or a file of it, lies."""
+    return os.fspath(self._folder / str(number) / file)
+
+  def finish(self, **facts: Any) -> None:
+    """Files the next round as finished, at once or not at all.
+
+    Args:
+      **facts: what `json` can write; read again by a later start.
+    """
+
+    def write():
+      folder = self._folder / str(len(self.finished))
+      folder.mkdir(parents=True, exist_ok=True)
+      _write(folder / _ROUND, facts)
+      return _read(folder / _ROUND)
+
+    self.finished.append(self._once(write))
+
+  def best(self, name: str) -> int:
+    """Returns the round in which a number was largest; the first of several."""
+    values = [facts[name] for facts in self.finished]
+    return values.index(max(values))
+
+  def _read_all(self):
+    found = []
+    while facts := _read(self._folder / str(len(found)) / _ROUND):
+      found.append(facts)
+    return found
+
+
+def discard_unless(
+  path: str | os.PathLike[str],
+  made_of: Mapping[str, Any],
+  note: Callable[[str], None] = print,
+) -> None:
+  """Deletes a file that was made of something else than what is named.
+
+  What a file is made of stands beside it, in `<path>` with the suffix .json,
+  before the first line of the file: no line is ever beside another's manifest.
+
+  Args:
+    path: the file, which may be absent. Its folder is made.
+    made_of: all that its content depends on, as values that `json` can write.
+    note: called with a line if the file is deleted.
+  """
+  path = pathlib.Path(path)
+  manifest = path.with_suffix(".json")
+  made_of = json.loads(json.dumps(made_of))
+  if path.exists():
+    if _read(manifest) == made_of:
+      return
+    note(f"{path} is of another policy or other flags: drawn again.")
+    path.unlink()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _write(manifest, made_of)
+
+
 def _read(path: pathlib.Path) -> dict[str, Any] | None:
-  """A JSON object, or None where there is no whole one."""
+  """Reads a JSON object; None where there is no whole one."""
   try:
     found = json.loads(path.read_text())
   except (OSError, ValueError):
@@ -136,9 +224,5 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-  partial = path.with_name(f".{path.name}.partial")
-  with partial.open("w") as file:
-    file.write(json.dumps(dict(values), indent=2) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  content = json.dumps(dict(values), indent=2) + "\n"
+  paths.write_whole(path, content, fsync=True)

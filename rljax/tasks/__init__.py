@@ -62,7 +62,7 @@ def tokenizer(task: types.ModuleType, kind: str) -> Any:
 def check_parts(
   name: str, parts: Sequence[Mapping[str, Any]], *needed: str
 ) -> None:
-  """Raises ValueError unless what a task says of responses has these parts.
+  """Raises ValueError unless a task's scores have these parts.
 
   Args:
     name: of the task.
@@ -72,28 +72,28 @@ def check_parts(
   missing = [part for part in needed if part not in parts[0]]
   if missing:
     raise ValueError(
-      f"This needs a task whose score says {', '.join(missing)}; that of "
-      f"{name} says {', '.join(parts[0]) or 'nothing more'}."
+      f"This needs a task whose score has the parts {', '.join(missing)}; that "
+      f"of {name} has {', '.join(parts[0]) or 'none'}."
     )
 
 
 def score_all(
   task: Any, prompts: Sequence[str], responses: Sequence[str], **options: Any
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-  """Scores a batch of responses, and holds the task to its contract.
+  """Scores a batch of responses, and checks what the task returns.
 
-  A task that is faster on batches (a classifier, say) may define
-  `score_batch(prompts, responses, **options) -> (scores, parts)`; others are
-  asked one response at a time.
+  A task that is faster on batches, such as a classifier, may define
+  `score_batch(prompts, responses, **options) -> (scores, parts)`; others score
+  one response at a time.
 
   Args:
     task: module or object with `score` or `score_batch`.
     prompts: N texts.
     responses: N texts.
-    **options: handed on to the task.
+    **options: passed on to the task.
 
   Returns:
-    `[N]` float32 scores, and N dicts of what they are made of.
+    `[N]` float32 scores, and N dicts of their parts.
 
   Raises:
     ValueError: if a score is not a finite number, naming its prompt; or if
@@ -129,7 +129,7 @@ def score_all(
 
 
 def mean_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """The mean of every part that is a number or a truth value everywhere."""
+  """Averages every part that is a number or a truth value everywhere."""
   if not parts:
     return {}
   kinds = (bool, int, float, np.bool_, np.integer, np.floating)

@@ -1,11 +1,11 @@
-"""Sums, worked out one reduction at a time, and a reward that checks them.
+"""Sums, solved one reduction at a time, and a reward that checks them.
 
   4+6+10+2+8=4+16+2+8=4+16+10=20+10=30
 
-is a chain: k operators, k equality signs. A prompt is a chain cut behind an
+is a chain: k operators, k equality signs. A prompt is a chain cut after an
 equality sign, the answer is what follows it. Prompts and answers are plain
 text, so any model can be trained with its own tokenizer; the two tokenizers
-made here are for models that start from nothing.
+made here are for models trained from scratch.
 
 Source:
   Padula and Soemers, "Exploring RL-based LLM Training for Formal Language
@@ -30,24 +30,24 @@ STYLES = ("chain", "last", "expression")
 
 LENGTH = 10  # Characters of a problem.
 MAX_OPERAND = 10
-MAX_NUMBER = 99  # The largest number that has a word.
+MAX_NUMBER = 99  # The largest number with a token.
 ERROR_LIMIT = 500.0
 
-# What policies that know little earn: the mean reward, the share of right
-# answers, and the entropy in nats of the mean answer distribution, over all
-# problems that `problem` draws. The best constant earns three quarters of the
-# maximum: that is the local optimum to look for in a learning curve.
+# Baselines: the mean reward, the share of right answers, and the entropy in
+# nats of the mean answer distribution, over all problems that `problem` draws.
+# The best constant earns three quarters of the maximum: the local optimum to
+# look for in a learning curve.
 LANDMARKS = {
   # Numbers 0 to 99, the three symbols and three ids without a word.
   "uniform over 106 ids": (0.2436, 0.0094, 4.663),
   "uniform over 0..99": (0.2582, 0.0100, 4.605),
   "true answers of other prompts": (0.6641, 0.0416, 3.314),
   "always 25": (0.7477, 0.0577, 0.0),
-  # In batches of 128 the entropy is 3.16, give or take 0.06.
+  # In batches of 128 the entropy is 3.16 ± 0.06.
   "exact": (1.0, 1.0, 3.314),
 }
 # m -> mean reward of the best policy with exactly m different answers. A
-# plateau at one of these heights is a policy that gives so many answers.
+# plateau at one of these rewards means a policy with so many answers.
 STAIRCASE = {
   1: 0.7477,
   2: 0.8481,
@@ -80,9 +80,8 @@ def problem(rng: np.random.Generator) -> str:
   """Draws a problem, such as "4+6+10+2+8".
 
   Uniform integers from 0 to 10 with plus signs between them, cut to ten
-  characters, without a trailing plus sign. The cut may turn a last 10 into a
-  1. The largest value is 46 (10+9+9+9+9), so that none must be rejected for
-  having no word.
+  characters, without a trailing plus sign. The cut may turn a last 10 into a 1.
+  The largest value is 46 (10+9+9+9+9), so that every answer has a token.
   """
   # Each operand and its sign take two characters or more.
   operands = rng.integers(0, MAX_OPERAND + 1, size=LENGTH // 2)
@@ -137,18 +136,18 @@ def prompts(
   split prompts are drawn independently and may repeat. A smaller `num` gives
   the first of the same prompts.
 
-  With style "last" there are fewer than a thousand prompts, "a+b=", and the
-  splits do share those: held out then means drawn anew. `holdout` keeps pairs
-  apart.
+  With style "last" there are fewer than a thousand prompts, "a+b=", which the
+  splits share: held-out prompts are then only drawn independently. `holdout`
+  separates pairs.
 
   Args:
     split: "train", "validation" or "test".
     seed: >= 0.
     num: number of prompts.
-    style: "chain" cuts a chain behind its last equality sign, "last" keeps
-      only its last reduction, "expression" cuts it behind the first one.
-    holdout: share of the unordered pairs {a, b} in last reductions that the
-      training split never asks for, and that the others ask for alone.
+    style: "chain" cuts a chain after its last equality sign, "last" keeps only
+      its last reduction, "expression" cuts it after the first one.
+    holdout: share of the unordered pairs {a, b} in last reductions that only
+      validation and test ask for, and nothing else.
 
   Returns:
     `num` texts.
@@ -181,8 +180,8 @@ def supervised(
     num: see `prompts`.
     style: see `prompts`.
     holdout: see `prompts`.
-    whole: True for an empty prompt and the whole text as the response, so
-      that the loss covers all of it, as the paper's supervised phase does.
+    whole: True for an empty prompt and the whole text as the response, so that
+      the loss covers all of it, as in the paper's supervised phase.
 
   Returns:
     `num` pairs (prompt, response).
@@ -205,9 +204,9 @@ def supervised(
 
 
 def solution(prompt: str, rng: np.random.Generator) -> str:
-  """A right response to a prompt: the rest of a chain, at random.
+  """Draws a right response to a prompt: the rest of a chain.
 
-  Behind the last reduction that is one number, and nothing is random.
+  After the last reduction that is one number, and nothing is random.
   """
   expression = _without_blanks(prompt).removesuffix("=").split("=")[-1]
   chain = work_out(expression, rng)
@@ -223,33 +222,33 @@ def score(
   *,
   parse: Literal["faithful", "leading_integer"] = "faithful",
 ) -> tuple[float, dict]:
-  """Scores a response by how far its chain strays from the true value.
+  """Scores a response by how far its chain is from the true value.
 
     R = 2 / (1 + exp(e / 10)),   e = min(Σ_i |s - v_i|, 500)
 
-  s is the value of the prompt's first part, v_i those of the parts behind the
-  equality signs. e is 500 if a part cannot be evaluated, or if part i (from
-  0) does not have exactly k - i - 1 operators, k being those of the first
-  part. Blanks do not count.
+  s is the value of the prompt's first part, v_i those of the parts after the
+  equality signs. e is 500 if a part cannot be evaluated, or if part i (from 0)
+  does not have exactly k - i - 1 operators, where the first part has k. Blanks
+  do not count.
 
-  Numbers with `+ - * / **`, unary minus and brackets can be evaluated; they
-  are parsed, never handed to Python. A minus in front of a number belongs to
-  the number; other signs are operators, so that "--5" is no answer. Texts,
-  values, exponents and nesting beyond any sensible answer are not evaluable.
+  Numbers with `+ - * / **`, unary minus and brackets can be evaluated; they are
+  parsed, never evaluated by Python. A minus before a number belongs to the
+  number; other signs are operators, so that "--5" is not an answer. Texts,
+  values, exponents and nesting far beyond any right answer are not evaluable.
 
   We depart from the source in one point: a chain that stops before its k-th
-  equality sign is not evaluable either. Where the model writes the whole
-  chain it could otherwise earn 1 without an answer; prompts of the styles
-  "chain" and "last" hold all their signs, and score the same.
+  equality sign is not evaluable either. A model that writes the whole chain
+  could otherwise earn 1 without an answer; prompts of the styles "chain" and
+  "last" have all their signs, and score the same.
 
   Args:
     prompt: text that ends in "=".
     response: what the model wrote.
     parse: "faithful" for the rule above, under which "25." or "25 apples" are
-      not evaluable. "leading_integer", meant for pretrained models that keep
-      talking, drops what follows the integer that the response begins with
-      (and only an integer: "2.5" and "25th" have none); use it with prompts
-      whose answer is one number.
+      not evaluable. "leading_integer", meant for pretrained models that do not
+      stop, drops what follows the integer that the response begins with (and
+      only an integer: "2.5" and "25th" have none); use it with prompts whose
+      answer is one number.
 
   Returns:
     R in (0, 1], and its parts:
@@ -289,25 +288,25 @@ def format_score(
   *,
   parse: Literal["faithful", "leading_integer"] = "faithful",
 ) -> tuple[float, dict]:
-  """Scores 1 for an integer behind the last "=", right or wrong, else 0.
+  """Scores 1 for an integer after the last "=", right or wrong, else 0.
 
-  A task that any learner must solve within tens of updates. The parts are
-  those of `score`.
+  Any learner must solve this task within tens of updates. The parts are those
+  of `score`.
   """
   _, parts = score(prompt, response, parse=parse)
   return parts["format"], parts
 
 
 def evaluate(expression: str) -> tuple[int | float, int]:
-  """The value of an expression and its number of operators.
+  """Evaluates an expression, and counts its operators.
 
   Args:
     expression: numbers with `+ - * / **`, unary minus and brackets, without
       blanks.
 
   Raises:
-    ValueError: if the text is no such expression, divides by zero, or goes
-      beyond the bounds on length, nesting, exponents and values.
+    ValueError: if the text is not such an expression, divides by zero, or
+      exceeds the bounds on length, nesting, exponents and values.
   """
   if len(expression) > _MAX_CHARACTERS:
     raise ValueError("The expression is too long.")
@@ -329,10 +328,10 @@ def evaluate(expression: str) -> tuple[int | float, int]:
 
 
 def word_tokenizer():
-  """One token per number: ids 0..99, 100 "+", 101 "*", 102 "=", then specials.
+  """Makes a tokenizer of numbers: ids 0..99, 100 "+", 101 "*", 102 "=".
 
   103 starts a prompt (the tokenizer adds it), 104 ends a response, 105 pads.
-  Other text, numbers above 99 included, raises an error.
+  Other text, such as numbers above 99, raises an error.
 
   Returns:
     A Hugging Face fast tokenizer, which `save_pretrained` saves and
@@ -342,7 +341,7 @@ def word_tokenizer():
 
 
 def character_tokenizer():
-  """One token per digit: ids 0..9, 10 "+", 11 "*", 12 "=", then specials.
+  """Makes a tokenizer of digits: ids 0..9, 10 "+", 11 "*", 12 "=".
 
   13 starts a prompt, 14 ends a response, 15 pads. Answers above 9 take
   several tokens.
@@ -365,7 +364,7 @@ def _chains(split: str, seed: int, num: int, holdout: float) -> list[str]:
   while len(chains) < num:
     if num_rejected > 100_000:
       raise ValueError(
-        f"holdout={holdout} leaves nothing for split {split!r} to ask."
+        f"holdout={holdout} leaves the split {split!r} without prompts."
       )
     num_rejected += 1
     expression = problem(rng)
@@ -388,19 +387,19 @@ def _split_of(expression: str) -> str:
 
 
 def _uniform_hash(text: str) -> float:
-  """A number in [0, 1) that depends on the text alone."""
+  """Hashes a text to a number in [0, 1)."""
   digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
   return int.from_bytes(digest, "big") / 2**48
 
 
 def _without_blanks(text: str) -> str:
   # Line feeds count inside a text, where removing them could join numbers of
-  # different lines, and are forgiven at its ends.
+  # different lines, but not at its ends.
   return text.strip().replace(" ", "").replace("\t", "")
 
 
 def _error(links: Sequence[str]) -> tuple[float, int | float | None]:
-  """The error e of a chain, and the value s of its first part or None."""
+  """Returns the error e of a chain, and s, the value of its first part."""
   try:
     truth, num_operators = evaluate(links[0])
   except ValueError:
@@ -419,8 +418,8 @@ def _error(links: Sequence[str]) -> tuple[float, int | float | None]:
   return min(error, ERROR_LIMIT), truth
 
 
-# A recursive descent over a queue of lexemes. Each function takes the part it
-# is named for off the queue and gives its value and its number of operators.
+# A recursive descent over a queue of lexemes. Each function removes the part
+# it is named for, and returns its value and its number of operators.
 #   sum     = product (("+" | "-") product)*
 #   product = signed (("*" | "/") signed)*
 #   signed  = "-" signed | power
@@ -449,7 +448,7 @@ def _left_to_right(
 
 def _signed(lexemes: collections.deque, depth: int) -> tuple[int | float, int]:
   if depth > _MAX_DEPTH:
-    raise ValueError("The expression is nested too deep.")
+    raise ValueError("The expression is nested too deeply.")
   if not lexemes or lexemes[0] != "-":
     return _power(lexemes, depth)
   lexemes.popleft()
@@ -502,7 +501,7 @@ def _apply(sign: str, left: int | float, right: int | float) -> int | float:
 def _check_value(value: int | float | complex) -> None:
   # A root of a negative number is complex.
   if isinstance(value, complex) or not abs(value) <= _MAX_VALUE:
-    raise ValueError("The value is too large, or no real number.")
+    raise ValueError("The value is too large, or not a real number.")
 
 
 def _tokenizer(numbers: Sequence[str], pattern: str):

@@ -1,6 +1,6 @@
 """The arithmetic task, rewarded for the form of an answer alone.
 
-A sanity check of a learner: any must solve it within tens of updates.
+A sanity check: any learner must solve it within tens of updates.
 """
 
 from rljax.tasks import arithmetic

@@ -1,16 +1,15 @@
-"""Chains of sums modulo 100: the smallest correction of a wrong text is known.
+"""Chains of sums modulo 100, where the smallest correction is known.
 
   Q12+5*3
   12+5=17;3*17=51|A51
 
-The prompt has a start and K operations, worked out from the left. A response
-has one step for each, `left op right=result`, and behind "A" the last result.
-Two things of a step are free: whether ";" or "|" ends it, and which operand of
-"+" or "*" stands first. So a prompt has up to 4^K right responses, and the
-one nearest to a wrong sample is in general another than the gold text.
+The prompt has a start and K operations, applied from the left. A response has
+one step for each, `left op right=result`, and after "A" the last result. Two
+things of a step are free: whether ";" or "|" ends it, and the order of the
+operands of "+" and "*". So a prompt has up to 4^K right responses, and the one
+nearest to a wrong sample is usually not the gold text.
 
-It is the pilot task of this project for the method of the paper below; the
-paper has no such task.
+A small task for the method of the paper below, which has no such task.
 
 Source:
   Chen et al. (2024), "Improving Large Language Models via Fine-grained
@@ -41,8 +40,8 @@ MOVES = tuple(f"{op}{operand}" for op in "+-*" for operand in range(2, 10))
 # Right responses have at most 51 characters. Longer texts are wrong.
 MAX_CHARACTERS = 256
 
-# A hash puts every problem into one of sixteen cells, each of which belongs
-# to one use of one split.
+# A hash assigns every problem to one of sixteen cells, each of which belongs to
+# one use of one split.
 _CELLS = (
   *["pretraining train"] * 8,
   "pretraining validation",
@@ -54,7 +53,7 @@ _CELLS = (
 # Up to here all problems are shuffled; more are drawn one by one.
 _MAX_SHUFFLED = 2**21
 _SMALLEST_SHARE = 16
-# Of up to so many steps all right texts are tried, of more each for itself.
+# All right texts of up to so many steps are tried; of more, step by step.
 _MAX_TRIED = 3
 
 _PROMPT = re.compile(rf"Q(0|[1-9][0-9]?)((?:[+*-][2-9]){{1,{MAX_STEPS}}})")
@@ -93,7 +92,7 @@ def prompts(
   rng = np.random.default_rng([seed, SPLITS.index(split)])
   space = _space(num_steps)
   if space > _MAX_SHUFFLED:
-    # At most half of the smallest split is drawn: few draws come twice.
+    # At most half of the smallest split is drawn: few draws repeat.
     most = space // _SMALLEST_SHARE // 2
     if num > most:
       raise ValueError(
@@ -108,7 +107,7 @@ def prompts(
     if place is None:
       raise ValueError(
         f"There are {len(found)} different {split} prompts of {num_steps} "
-        f"steps, {num} were asked for; more steps give more."
+        f"steps, but {num} were asked for; more steps give more."
       )
     prompt = _prompt_at(place, num_steps)
     if _cell(prompt) == f"clean {split}":
@@ -124,7 +123,7 @@ def supervised(
   corpus: Literal["clean", "pretraining"] = "clean",
   num_steps: int = 2,
 ) -> list[tuple[str, str]]:
-  """Prompts with right responses, in a style drawn at random.
+  """Draws prompts with right responses, in a style drawn at random.
 
   The pretraining corpus is for the policy that a method starts from. Its
   problems may repeat, with another style. None of them is a problem of
@@ -168,7 +167,7 @@ def supervised(
 
 
 def reference(prompt: str, *, seed: int = 0) -> str:
-  """A right response, whose style is a hash of the prompt and the seed.
+  """Returns a right response, whose style hashes the prompt and the seed.
 
   Args:
     prompt: one of `prompts`.
@@ -178,22 +177,22 @@ def reference(prompt: str, *, seed: int = 0) -> str:
     A text such as "12+5=17;3*17=51|A51".
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   return _styled(prompt, _hash(f"style {seed} {prompt}"))
 
 
 def variants(prompt: str) -> list[str]:
-  """All right responses whose steps are valid, in sorted order.
+  """Returns all right responses whose steps are valid, sorted.
 
-  There are 4^K of them, less where operands cannot be swapped: in differences,
-  and where both are the same.
+  There are 4^K of them, fewer where operands cannot be swapped: in differences,
+  and where both are equal.
 
   Args:
     prompt: one of `prompts`.
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   steps, _, answer = _solved(prompt)
   return ["".join(texts) for texts in itertools.product(*steps, [answer])]
@@ -205,10 +204,10 @@ def variants(prompt: str) -> list[str]:
 def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
   """Scores 1 for the right answer, else 0.
 
-  The answer is all that stands behind the last "A", if that is a number without
+  The answer is all that follows the last "A", if that is a number without
   leading zeros. The steps before it do not count for the score, only for the
-  parts. A step goes up to its ";" or "|", and what stands behind the last of
-  them, the answer, is the last step: see `traces.steps`.
+  parts. A step goes up to its ";" or "|", and what follows the last of them,
+  the answer, is the last step: see `steps.steps`.
 
   Args:
     prompt: one of `prompts`.
@@ -218,7 +217,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
   Returns:
     1.0 or 0.0, and its parts:
       is_correct: bool, whether the answer is right.
-      answer: it, or None.
+      answer: the answer, or None.
       truth: the right one.
       is_valid: bool, whether every step is right: see `first_wrong_step`.
       num_steps: number of steps, the answer included.
@@ -228,7 +227,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
         none.
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   _, results, right_answer = _solved(prompt)
   pieces = steps_lib.steps(response, STEP_ENDS)
@@ -257,11 +256,11 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
 
 
 def first_wrong_step(prompt: str, response: str) -> int:
-  """Index of the first step that disagrees with the execution.
+  """Returns the index of the first step that is wrong.
 
   A step is right if it is one of the right texts of the step of that number,
-  its end included; the answer is the last step. Where a step is missing, or
-  there is one too many, that one is wrong.
+  its end included; the answer is the last step. A missing or an extra step is
+  wrong.
 
   Args:
     prompt: one of `prompts`.
@@ -272,7 +271,7 @@ def first_wrong_step(prompt: str, response: str) -> int:
     The index, 0 to K; or -1 if the response is one of `variants`.
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   steps, _, answer = _solved(prompt)
   if len(response) > MAX_CHARACTERS:
@@ -281,23 +280,23 @@ def first_wrong_step(prompt: str, response: str) -> int:
   for i, texts in enumerate([*steps, (answer,)]):
     if i == len(pieces) or pieces[i] not in texts:
       return i
-  # Nothing ends the answer: no step can stand behind it.
+  # Nothing ends the answer: no step can follow it.
   return -1
 
 
 def rewrite(prompt: str, response: str) -> str:
-  """The right response nearest to a sample: the minimum-editing constraint.
+  """Returns the right response nearest to a sample: minimum editing.
 
     argmin over variants v of d(v, response)
 
   with the Levenshtein distance d of characters. The steps before the first
-  wrong one are kept as they are; that costs nothing: the right texts of a step
-  have one length, so that the nearest variant with other texts there is no
-  nearer. Of equally near ones the first in sorted order is taken.
+  wrong one are kept. That costs nothing, as all right texts of a step have one
+  length: a variant with other texts there is not nearer. Of equally near ones
+  the first in sorted order is taken.
 
-  Where more than three steps are left to write, each of them becomes the right
-  text nearest to the sample's step of the same number. So it goes on in the
-  sample's own style, but other variants may be nearer.
+  If more than three steps are left, each becomes the right text nearest to the
+  sample's step of the same number. That keeps the sample's style, but other
+  variants may be nearer.
 
   Args:
     prompt: one of `prompts`.
@@ -308,7 +307,7 @@ def rewrite(prompt: str, response: str) -> str:
     One of `variants`; the response itself if it is one.
 
   Raises:
-    ValueError: if the prompt is no chain.
+    ValueError: if the prompt is not a chain.
   """
   num_kept = first_wrong_step(prompt, response)
   if num_kept < 0:
@@ -328,12 +327,12 @@ def rewrite(prompt: str, response: str) -> str:
 
 
 def character_tokenizer():
-  """One token per character: ids 0..9 for the digits, then "+-*=;|QAGPRL".
+  """Makes a tokenizer of characters: ids 0..9, then "+-*=;|QAGPRL".
 
-  "G", "P", "R" and "L" are in no prompt and no response. They stand in front
-  of the gold text, a sample, its rewrite and the number of a step in what a
-  reward model reads. Id 22 starts a prompt (the tokenizer adds it), 23 ends a
-  response, 24 pads. Other text raises an error.
+  "G", "P", "R" and "L" are in no prompt and no response. They precede the gold
+  text, a sample, its rewrite and the number of a step in what a reward model
+  reads. Id 22 starts a prompt (the tokenizer adds it), 23 ends a response, 24
+  pads. Other text raises an error.
   """
   return tokenizers.of_words([*"0123456789+-*=;|QAGPRL"], r"[\s\S]")
 
@@ -384,7 +383,7 @@ def _styled(prompt: str, style: int) -> str:
   steps, _, answer = _solved(prompt)
   text = ""
   for texts in steps:
-    # There are 1, 2 or 4 texts: styles below 4^K give them alike.
+    # There are 1, 2 or 4 texts: styles below 4^K give them equally often.
     style, i = divmod(style, len(texts))
     text += texts[i]
   return text + answer
@@ -394,7 +393,7 @@ def _styled(prompt: str, style: int) -> str:
 def _solved(
   prompt: str,
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...], str]:
-  """The right texts of each step, sorted; its results; and the answer."""
+  """Returns the right texts of each step, sorted; its results; the answer."""
   found = _PROMPT.fullmatch(prompt)
   if not found:
     raise ValueError(
@@ -425,9 +424,9 @@ def _solved(
 def _nearest(
   samples: Sequence[str], choices: Sequence[Sequence[str]]
 ) -> list[str]:
-  """For each list of texts the first of those nearest to its sample.
+  """Returns for each list of texts the first of those nearest to its sample.
 
-  Lists behind the last sample are compared with an empty one.
+  Lists after the last sample are compared with an empty one.
   """
   samples = [*samples, *[""] * len(choices)]
   lefts, rights = [], []

@@ -1,11 +1,11 @@
-"""A reward for replies of rare words, by the replies of a log.
+"""A reward for replies with words that are rare in the replies of a log.
 
   R = (mean of the nonzero entries of the reply's tf-idf vector) · c,
   c = k/10 if k < 5, else 1
 
-k is the number of different words of the reply that the log's replies hold.
-The vector has unit length, so that the mean falls with k and is larger the
-more evenly the words share it.
+k is the number of different words of the reply that are in the log. The vector
+has unit length, so that the mean falls with k and is larger the more equal the
+entries are.
 
 Source:
   Baheti et al. (2024), "Leftover Lunch: Advantage-based Offline Reinforcement
@@ -24,11 +24,11 @@ import numpy as np
 from rljax.text import logged
 
 _WORD = re.compile(r"\w\w+")
-_NUM_ENOUGH = 5  # Different words from which on a reply is long enough.
+_NUM_ENOUGH = 5  # Different words of a reply that is long enough.
 
 
 class TfIdf:
-  """What the words of some replies weigh.
+  """Holds what the words of some replies weigh.
 
     idf(w) = ln((1 + n) / (1 + n_w)) + 1
 
@@ -50,21 +50,21 @@ class TfIdf:
       counts.update(set(_words(reply)))
       num_replies += 1
     if not counts:
-      raise ValueError(f"There is no word in the {num_replies} replies.")
+      raise ValueError(f"The {num_replies} replies have no words.")
     self.idf = {
       word: math.log((1 + num_replies) / (1 + count)) + 1
       for word, count in counts.items()
     }
 
   def entries(self, reply: str) -> dict[str, float]:
-    """The nonzero entries of a reply's tf-idf vector, which has length 1."""
+    """Returns the nonzero entries of a reply's tf-idf vector of length 1."""
     counts = collections.Counter(w for w in _words(reply) if w in self.idf)
     entries = {word: n * self.idf[word] for word, n in counts.items()}
     length = math.sqrt(sum(x**2 for x in entries.values()))
     return {word: x / length for word, x in entries.items()}
 
   def score(self, reply: str) -> float:
-    """R of the module's docstring, in [0, 1]; 0 without a known word."""
+    """Returns R of the module's docstring, in [0, 1]; 0 for unknown words."""
     return _score(self.entries(reply))
 
 
@@ -77,8 +77,8 @@ def prompts(
     split: such as "train". A file without "{split}" in its name serves every
       split with the same prompts.
     seed: of the order.
-    num: number of prompts; every one comes once before any comes twice. A
-      smaller number gives the first of the same prompts.
+    num: number of prompts; each comes once before any comes twice. A smaller
+      number gives the first of the same prompts.
     data: a file, a folder or "tfds:<name>", as for `logged.load_prompts`.
 
   Returns:
@@ -108,10 +108,10 @@ def score(
   """Scores a response by the words of a log.
 
   Args:
-    prompt: text; it does not matter.
+    prompt: not used.
     response: what the model wrote.
-    fit_on: logged responses, as for `logged.load`, whose first candidates of
-      the training split say what words weigh. They are read once.
+    fit_on: logged responses, as for `logged.load`; the first candidates of its
+      training split give the weights of words. They are read once.
 
   Returns:
     R in [0, 1], and its parts:
@@ -150,7 +150,7 @@ def _mean(entries: dict[str, float]) -> float:
 
 def _score(entries: dict[str, float]) -> float:
   num_words = len(entries)
-  # The paper speaks of ten words, its code compares with five: R jumps there.
+  # The paper says ten words, its code compares with five: R jumps there.
   share = num_words / 10 if num_words < _NUM_ENOUGH else 1.0
   return share * _mean(entries)
 

@@ -8,7 +8,7 @@ r"""Word problems with a known answer: GSM8K, SVAMP, and problems of MATH.
 
 A response is right if its final answer equals the known one. Numbers are
 compared exactly, by integer arithmetic; anything else (6\times 7, \sqrt{4}) by
-math-verify, in worker processes with limits, because what a model writes may
+math-verify, in worker processes with limits, because a model's expression may
 take forever: 9^{9^{9^9}}. No text of a model is ever executed.
 
 Sources:
@@ -40,7 +40,7 @@ SPLITS = ("train", "validation", "test")
 DATASETS = ("gsm8k", "svamp", "math")
 TEMPLATE = "Question: {question}\nAnswer:\n"
 
-# Names that the files of a folder may have, the first one wins.
+# Names that the files of a folder may have; the first one is taken.
 _FILES = {
   "gsm8k": ("gsm8k_{split}.jsonl", "{split}.jsonl"),
   "svamp": ("svamp.json", "SVAMP.json"),
@@ -54,19 +54,19 @@ _MAX_ANSWER = 200
 _MAX_DIGITS = 100
 _MAX_EXPONENT = 100
 
-# Of one verdict by math-verify, which takes a millisecond or ten as a rule.
+# Of one verdict by math-verify, which usually takes 1 to 10 ms.
 _SECONDS = 3.0
 _MEMORY = 2**30
 _NUM_WORKERS = 2
 _CACHE_SIZE = 2**16
 
-# Verdicts that are no statement about the answer, only about its cost.
+# Verdicts on the cost of an answer, not on the answer.
 _UNVERIFIED = ("too_long", "timeout", "memory", "died", "error")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-  """A problem of a data set: what is asked, the answer, how it is found."""
+  """Holds a problem of a data set: question, answer and solution."""
 
   question: str
   truth: str
@@ -75,15 +75,15 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-  """What is remembered of a prompt."""
+  """Holds what is remembered of a prompt."""
 
   truth: str
   question: str
-  turn: str  # What stands in front of the next question, if a model asks one.
+  turn: str  # What precedes the next question, if a model asks one.
   results: tuple[str, ...] | None  # Of the reference's calculator notes.
 
 
-# Prompt -> problem, for everything that `prompts` and `supervised` gave out.
+# Prompt -> problem, for all prompts of `prompts` and `supervised`.
 _PROBLEMS: dict[str, _Problem] = {}
 
 
@@ -101,15 +101,15 @@ def prompts(
   shots: int = 0,
   notes: Literal["drop", "keep"] = "drop",
 ) -> list[str]:
-  r"""Different prompts of a data set, shuffled by the seed.
+  """Draws different prompts of a data set, shuffled by the seed.
 
-  A smaller `num` gives the first of the same prompts. `score` knows the
-  answers of the prompts that were drawn in this process, and of no others.
+  A smaller `num` gives the first of the same prompts. `score` only knows the
+  answers of prompts that were drawn in this process.
 
-  GSM8K and SVAMP keep a tenth of their training rows for validation, those
-  whose questions hash lowest. SVAMP is one file: the 30 % whose questions hash
-  lowest are its test split (300 of 1000), 70 rows are for validation and 630
-  for training. MATH has test rows alone.
+  GSM8K and SVAMP keep a tenth of their training rows for validation: those
+  whose questions have the lowest hashes. SVAMP is one file: the 30 % with the
+  lowest hashes are its test split (300 of 1000), 70 rows are for validation and
+  630 for training. MATH has only test rows.
 
   Args:
     split: "train", "validation" or "test".
@@ -119,10 +119,10 @@ def prompts(
     data: a folder with gsm8k_train.jsonl, gsm8k_test.jsonl, svamp.json and
       math_test_short500.jsonl (those that are used); one such file, "{split}"
       in its name replaced; or "tfds:gsm8k".
-    template: of a prompt, with "{question}" in it. A backslash and an n are a
-      line feed, so that it can be given in a flag.
-    shots: worked examples of GSM8K's training split in front of the question,
-      the same for all prompts, save that none asks what the prompt asks.
+    template: of a prompt, with "{question}" in it. A backslash and an n mean a
+      line feed, for use in a flag.
+    shots: worked examples of GSM8K's training split before the question, the
+      same for all prompts, except that none is the prompt's own question.
     notes: see `supervised`; of the shots.
 
   Returns:
@@ -130,7 +130,7 @@ def prompts(
 
   Raises:
     ValueError: if an option is unknown, a file is missing or not as expected,
-      there are fewer than `num` rows, the split is not for the asked use, or
+      there are fewer than `num` rows, the split may not be used so, or
       math-verify is not installed.
   """
   _require_math_verify()
@@ -153,7 +153,7 @@ def supervised(
   shots: int = 0,
   notes: Literal["drop", "keep"] = "drop",
 ) -> list[tuple[str, str]]:
-  """The prompts of `prompts` with GSM8K's own solutions.
+  """Draws the prompts of `prompts` with GSM8K's own solutions.
 
   Args:
     split: see `prompts`; likewise `seed`, `num`, `data`, `template`, `shots`.
@@ -163,7 +163,7 @@ def supervised(
     data: see `prompts`.
     template: see `prompts`.
     shots: see `prompts`.
-    notes: "drop" takes calculator notes such as <<48/2=24>> out of the
+    notes: "drop" removes calculator notes such as <<48/2=24>> from the
       solutions, "keep" leaves them in.
 
   Returns:
@@ -196,48 +196,47 @@ def score(
 ) -> tuple[float, dict[str, Any]]:
   r"""Scores 1 for the right final answer, else 0.
 
-  Where the answer is read, the first rule that finds its mark decides, even
-  if nothing usable follows the mark (a truncated "#### " has no answer):
-    "hashes": the line behind the last "####"; the only rule of "strict". A
-      heading ("#### Step 3: done") is no answer; nor is a line other than a
-      number if one of the next two marks follows it.
-    "boxed": the braces of the last \boxed{...}.
-    "answer_is": the sentence behind the last "answer is" or "answer:", if
-      there is a digit or a backslash in it.
-    "number": the last word with a digit, if it is a plain number.
-  Several marks of a kind: the last one counts, as the latest the model said.
-  A reply that begins with the question is read from behind it. One that comes
-  to ask the question again, or the next one (in the words in front of the
-  template's question), is read up to there. Only the last 16384 characters are
-  searched.
+  How the answer is found: the first rule that finds its mark decides, even if
+  nothing usable follows it (a truncated "#### " has no answer):
+    "hashes": the line after the last "####"; the only rule of "strict". A
+    heading ("#### Step 3: done") is not an answer; nor is a line other than a
+    number if one of the next two marks follows it. "boxed": the braces of the
+    last \boxed{...}. "answer_is": the sentence after the last "answer is" or
+    "answer:", if it has a digit or a backslash. "number": the last word with a
+    digit, if it is a plain number.
+  Of several marks of a kind the last one counts. A reply that begins with the
+  question is read from there on. One that asks the question again, or a next
+  one (in the words before the template's question), is read up to there. Only
+  the last 16384 characters are searched.
 
-  What equals what. Plain numbers are integers, decimals, a/b, mixed numbers,
-  \frac{a}{b}, 0.\overline{6} and 1e3, of ASCII digits, compared as exact
+  How answers are compared: plain numbers are integers, decimals, a/b, mixed
+  numbers, \frac{a}{b}, 0.\overline{6} and 1e3, of ASCII digits, compared as
+  exact
   rationals: 1,560 is 1560, 156.0 is 156, 007 is 7, 1/2 is 0.5, but 0.333333 is
   not 1/3. Commas must stand between groups of three digits. A minus may be
   U+2212. Currency signs, units ("72 clips", "5 cm^2") and percent signs do not
-  count: 50% is 50, and not 0.5. "3 million" is 3000000. Where several answers
-  are offered ("42 or 43", "42, 43", "x=42, y=43"), none is taken; nor is a
-  number that words change ("minus 42", "not 42", "42 dozen"), or, where the
-  truth is a number, a sum that is not worked out ("48+24"). 1/0, nan and inf
-  are no numbers, and 5! is an exclamation.
+  count: 50% is 50, and not 0.5. "3 million" is 3000000. Of several answers ("42
+    or 43", "42, 43", "x=42, y=43") none is taken; nor is a number that words
+    change ("minus 42", "not 42", "42 dozen"), or, where the truth is a number,
+    a sum without its result ("48+24"). 1/0, nan and inf are not numbers, and 5!
+    is an exclamation.
 
   Other expressions of at most 200 characters are compared by math-verify, with
   3 seconds and a gigabyte each, and are wrong if that is not enough. So are
-  numbers where the truth is none (2^{10}); but a truth in words is compared as
-  text, since math-verify takes a word for a product of letters.
+  numbers where the truth is not a number (2^{10}); but a truth in words is
+  compared as text, since math-verify takes a word for a product of letters.
 
   Args:
     prompt: one of `prompts`, drawn in this process.
     response: what the model wrote.
-    extract: "flexible" for all rules, "strict" for "####" alone.
+    extract: "flexible" for all rules, "strict" for only "####".
 
   Returns:
     1.0 or 0.0, and its parts:
       is_correct: bool.
-      answer: str or None. Equal plain numbers have equal texts (a whole
-        number, or a fraction in lowest terms such as "1/2"), and so has what
-        math-verify found equal to the truth; other expressions are texts.
+      answer: str or None. Equal plain numbers have equal texts (a whole number,
+        or a fraction in lowest terms such as "1/2"); what math-verify found
+        equal to the truth has its text; other expressions are as written.
       truth: str, likewise.
       format: the rule that decided, or None.
       verdict: "exact" (by arithmetic), "verified" (by math-verify: equal or
@@ -246,8 +245,8 @@ def score(
       has_answer: bool, whether there is an `answer`.
       is_unverified: bool, True for the last five verdicts.
       step_matches: for GSM8K, one bool per line of the response: whether a
-        number behind an equality sign in it is the result of a calculator
-        note of the reference solution, each of which matches once.
+        number after an equality sign in it is the result of a calculator note
+        of the reference solution, each of which matches once.
 
   Raises:
     ValueError: if the prompt was never drawn, or the rule is unknown.
@@ -284,8 +283,8 @@ def score_batch(
     problem = _PROBLEMS.get(prompt)
     if problem is None:
       raise ValueError(
-        "score knows the prompts alone that this process has drawn by "
-        f"`prompts` or `supervised`, got {prompt[-60:]!r}."
+        "score only knows prompts that this process has drawn by `prompts` or "
+        f"`supervised`, got {prompt[-60:]!r}."
       )
     found, rule, verdict = _read(response, problem, extract == "flexible")
     if verdict == "unsettled":
@@ -329,12 +328,12 @@ def score_batch(
 
 
 def step_matches(results: Iterable[str], response: str) -> list[bool]:
-  """Which lines of a response find an intermediate result of the reference.
+  """Finds the lines of a response with a reference's intermediate results.
 
   Args:
     results: of the reference, as `number` writes them. Each matches once.
-    response: text; a line's results are the numbers behind equality signs.
-      Those in the first 16384 characters count.
+    response: text; a line's results are the numbers after equality signs. Those
+      in the first 16384 characters count.
 
   Returns:
     One bool per line.
@@ -348,8 +347,7 @@ def step_matches(results: Iterable[str], response: str) -> list[bool]:
   for match in _RESULT.finditer(response, 0, _MAX_READ):
     result = number(match[1])
     if result in left:
-      # Every result that a line gives is used up, also those that a later
-      # line would repeat.
+      # Every result of a line is used up, also those that a later line repeats.
       left.remove(result)
       matches[response.count("\n", 0, match.start())] = True
   return matches
@@ -383,7 +381,7 @@ _REPEATING = re.compile(
   r"(-?)([0-9]{1,30})\.([0-9]{0,30})\\overline\s*\{([0-9]{1,30})\}"
 )
 _PLAINEST = re.compile(r" ?\$?(-?[0-9]{1,15})[.,!]? ?")  # Nearly all there are.
-# Bounded blanks: where two unbounded runs meet, time is quadratic.
+# Bounded blanks: two unbounded runs next to each other take quadratic time.
 _RESULT = re.compile(
   rf"=[ ]{{0,4}}([-−]?[ ]?(?:\\?{_CURRENCY})?[0-9.][0-9.,/]{{0,99}})"
 )
@@ -408,12 +406,12 @@ _MAGNITUDES = {
   "billion": 10**9,
   "trillion": 10**12,
 }
-# Words that make something else of the number in front of them,
+# Words that change the meaning of the number before them,
 _NO_UNITS = frozenset(
   ["or", "and", "to", "plus", "minus", "half", "pi", "factorial"]
   + ["dozen", "dozens"]
 )
-# if they come right behind it,
+# if they directly follow it,
 _CHANGES_BEHIND = (
   "half",
   "pi",
@@ -431,12 +429,12 @@ _CHANGES_BEHIND = (
   "(?:twen|thir|for|fif|six|seven|eigh|nine)ty",
 )
 _CHANGED_BEHIND = re.compile(rf"(?:{'|'.join(_CHANGES_BEHIND)})", re.IGNORECASE)
-# or of the number behind them.
+# or of the number after them.
 _CHANGES_BEFORE = frozenset(
   ["minus", "negative", "not", "never", "or", "point", *_MAGNITUDES]
   + ["half", "third", "quarter", "double", "triple", "twice"]
 )
-# What may stand right behind a digit: 3x is no 3.
+# What may directly follow a digit: 3x is not 3.
 _ATTACHED = re.compile(
   "am|cm|ft|g|gb|h|hrs?|in|k[bgm]|km?ph|kmh|lbs?|[lms]|mb|mg|mi|mins?|ml|mm|mph|"
   "nd|oz|pm|rd|sec|sq|st|th|usd|yd"
@@ -446,15 +444,15 @@ _LETTERS = frozenset("aghlms")  # One-letter words: "5 a day", "5 m".
 
 @functools.lru_cache(_CACHE_SIZE)
 def number(text: str) -> str | None:
-  """A plain number in one form of its own: "72", "-3", "1/2".
+  """Writes a plain number in its one normal form: "72", "-3", "1/2".
 
   Args:
     text: a number, possibly with a currency sign, a unit or markup around it;
       see `score`.
 
   Returns:
-    A whole number or a fraction in lowest terms; None if the text is none, or
-    has more than 200 characters or a number of more than 100 digits.
+    A whole number or a fraction in lowest terms; None if the text is not a
+    number, or has more than 200 characters or 100 digits.
   """
   match = _PLAINEST.fullmatch(text)
   if match:
@@ -482,7 +480,7 @@ def number(text: str) -> str | None:
 
 
 def _value(groups: dict[str, str]) -> fractions.Fraction | None:
-  """The number that `_PLAIN` has matched."""
+  """Returns the number that `_PLAIN` has matched."""
   whole = groups["whole"] or groups["latex_whole"]
   top = groups["top"] or groups["latex_top"] or groups["short_top"]
   bottom = groups["bottom"] or groups["latex_bottom"] or groups["short_bottom"]
@@ -515,7 +513,7 @@ def _int(text: str) -> int:
 
 
 def _factor(unit: str) -> int | None:
-  """What the text behind a number multiplies it by: 1 for units."""
+  """Returns the factor that the text after a number means: 1 for units."""
   if not unit.strip(" .,;:!?"):
     return 1
   is_attached = unit[0].isalpha()
@@ -539,7 +537,7 @@ def _factor(unit: str) -> int | None:
 
 
 def _bare(text: str) -> str:
-  """A text of at most 200 characters without the markup around it."""
+  """Strips a text of at most 200 characters of its markup."""
   text = text.replace("−", "-").replace("{,}", ",")
   if "\\" in text or "~" in text:
     text = _GROUPED.sub("", text)
@@ -605,7 +603,7 @@ _ALTERNATIVES = frozenset(["or", "and", "&", "either", "maybe", "perhaps", ""])
 _MATHEMATICS = re.compile(r"[-+*/^!|()\\×÷√π]")
 _SPLIT_NUMBER = re.compile(r"[0-9][\s~]+[0-9]")
 _PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=\()")
-# What changes a number that stands in front of it.
+# What changes the meaning of a number after it.
 _CONTINUED = re.compile(
   r"\s*(?:[-+*/^×÷]|\\(?!text|mathrm|mbox|[\])%])"
   rf"|(?:{'|'.join(_CHANGES_BEHIND)})\b"
@@ -618,10 +616,10 @@ _MAGNITUDE = re.compile(rf"\s+({'|'.join(_MAGNITUDES)})\b", re.IGNORECASE)
 def _read(
   response: str, problem: _Problem, is_flexible: bool
 ) -> tuple[str | None, str | None, str]:
-  """The answer, the rule that found it, and the verdict so far.
+  """Returns the answer, the rule that found it, and the verdict so far.
 
   The verdict is "exact", "none" or "too_long"; or "unsettled" if math-verify
-  has to say.
+  must decide.
   """
   response = _without_echoes(response, problem)
   if problem.turn and problem.turn in response:
@@ -639,7 +637,7 @@ def _read(
 
 
 def _without_echoes(response: str, problem: _Problem) -> str:
-  """The reply behind the questions it begins with, up to the next one."""
+  """Returns the reply between the question it repeats and the next one."""
   start = 0
   while True:
     place = response.find(problem.question, start)
@@ -659,7 +657,7 @@ def _found(
   place = tail.rfind("####")
   if place >= 0:
     text = tail[place + 4 :].partition("\n")[0]
-    if _PLAINEST.fullmatch(text):  # Most of what this is called for.
+    if _PLAINEST.fullmatch(text):  # The most common case.
       return number(text), "hashes", "exact"
   box = answer_is = -1
   if is_flexible:
@@ -690,7 +688,7 @@ def _found(
 
 
 def _settled(text: str, truth: str, rule: str) -> tuple[str | None, str, str]:
-  """Reads what stands behind a mark."""
+  """Reads what follows a mark."""
   text = text.strip()
   if len(text) > _MAX_ANSWER:
     return None, rule, "too_long"
@@ -709,8 +707,8 @@ def _settled(text: str, truth: str, rule: str) -> tuple[str | None, str, str]:
   if is_expression and _WORD_TRUTH.fullmatch(truth):
     return text, rule, "exact"
   if number(truth) is not None:
-    # math-verify takes "42 43" for a mixed number, of 85, and prose for a
-    # product of letters.
+    # math-verify reads "42 43" as a mixed number, 85, and prose as a product of
+    # letters.
     is_expression = (
       is_expression
       and (_DIGIT.search(text) is not None or "\\" in text)
@@ -727,7 +725,7 @@ def _settled(text: str, truth: str, rule: str) -> tuple[str | None, str, str]:
 
 
 def _result(text: str) -> str | None:
-  """The number behind the last equality sign, if it stands alone there."""
+  """Returns the number after the last equality sign, if it stands alone."""
   before, sign, after = text.rpartition("=")
   if not sign or before.rstrip()[-1:] in tuple("<>!"):
     return None
@@ -737,7 +735,7 @@ def _result(text: str) -> str | None:
 
 
 def _only_number(text: str) -> str | None:
-  """The number in a few words of prose, if there is but one."""
+  """Returns the number in a few words of prose, if there is only one."""
   words = text.split()
   places = [i for i, word in enumerate(words) if _DIGIT.search(word)]
   if len(places) != 1:
@@ -751,7 +749,7 @@ def _only_number(text: str) -> str | None:
 
 
 def _is_changed(words: Iterable[str]) -> bool:
-  """Whether words say that a number behind them is not meant as it is."""
+  """Tells whether words change the meaning of a number after them."""
   for word in words:
     word = word.strip(".,;:()*").lower()
     if word in _CHANGES_BEFORE or word.endswith(("n't", "n’t")):
@@ -760,13 +758,13 @@ def _is_changed(words: Iterable[str]) -> bool:
 
 
 def _is_sum(text: str) -> bool:
-  """Whether a sum of plain numbers waits to be worked out."""
+  """Tells whether a text is a sum of plain numbers without its result."""
   text = _STYLED.sub("", text.rpartition("=")[2])
   return bool(_SUM.search(text)) and _ARITHMETIC.fullmatch(text) is not None
 
 
 def _braced(text: str) -> str:
-  """What stands in the braces that a text begins with; "" if they stay open."""
+  """Returns what is in the braces that begin a text; "" if they stay open."""
   text = text[: 2 * _MAX_ANSWER].lstrip()
   depth = 0
   for i, character in enumerate(text):
@@ -777,7 +775,7 @@ def _braced(text: str) -> str:
 
 
 def _last_number(tail: str) -> tuple[str | None, str]:
-  """The last word with a digit if it is a plain number, and a verdict."""
+  """Returns the last word with a digit if it is a number, and a verdict."""
   place = max(tail.rfind(digit) for digit in "0123456789")
   if place < 0:
     return None, "none"
@@ -790,7 +788,7 @@ def _last_number(tail: str) -> tuple[str | None, str]:
   after = tail[end : end + 40].partition("\n")[0]
   before = tail[max(0, start - _MAX_ANSWER) : start].rpartition("\n")[2].split()
   if before and before[-1] in _OPERATORS and "=" not in word:
-    return None, "none"  # 10 - 3 is not worked out.
+    return None, "none"  # 10 - 3 has no result.
   # "half of 42", but not "half of 84 is 42"; nor is a heading an answer.
   near = before[-2:] if before and before[-1].lower() == "of" else before[-1:]
   if _is_changed(near) or (before and before[0].startswith("####")):
@@ -809,7 +807,7 @@ def _last_number(tail: str) -> tuple[str | None, str]:
 
 
 def _is_offered(before: Sequence[str]) -> bool:
-  """Whether the words in front of a number make it one of several answers."""
+  """Tells whether the words before a number offer several answers."""
   between = []
   for word in reversed(before):
     if _DIGIT.search(word):
@@ -825,15 +823,15 @@ def _is_offered(before: Sequence[str]) -> bool:
 
 # math-verify.
 
-# (truth, text) -> verdict, and whether they are equal. A text that has taken
-# too long is not tried again: policies repeat themselves.
+# (truth, text) -> verdict, and whether they are equal. A text that took too
+# long is not tried again, as policies repeat themselves.
 _VERDICTS: dict[tuple[str, str], tuple[str, bool]] = {}
 
 
 def _verify_all(
   pairs: list[tuple[str, str]],
 ) -> dict[tuple[str, str], tuple[str, bool]]:
-  """The verdicts on pairs of a true answer and an expression."""
+  """Returns the verdicts on pairs of a true answer and an expression."""
   new = [pair for pair in pairs if pair not in _VERDICTS]
   if len(_VERDICTS) + len(new) > _CACHE_SIZE:
     _VERDICTS.clear()
@@ -864,7 +862,7 @@ def _require_math_verify() -> None:
   if importlib.util.find_spec("math_verify") is None:
     raise ValueError(
       "Answers other than plain numbers are compared by math-verify, which is "
-      'not installed: pip install "rljax[reasoning]".'
+      "not installed: pip install math-verify."
     )
 
 
@@ -872,8 +870,8 @@ def _require_math_verify() -> None:
 
 
 def _warm_up() -> None:
-  """Imports and builds what the first verdict would wait for."""
-  # The pool keeps the time; math-verify warns that nobody might.
+  """Imports and builds what the first verdict needs."""
+  # The pool sets the time limit; math-verify would warn that there is none.
   import logging as standard_logging
 
   standard_logging.getLogger("math_verify").setLevel(standard_logging.ERROR)
@@ -881,7 +879,7 @@ def _warm_up() -> None:
 
 
 def _verify(truth: str, text: str) -> bool | None:
-  """Whether an expression equals the truth; None if it is none."""
+  """Tells whether an expression equals the truth; None if it is not one."""
   import math_verify
   import sympy
 
@@ -892,11 +890,11 @@ def _verify(truth: str, text: str) -> bool | None:
 
 
 def _parsed(text: str) -> list[Any]:
-  """At most one sympy expression."""
+  """Returns at most one sympy expression."""
   import math_verify
 
-  # Its reader of plain expressions hands them to Python; that of LaTeX has a
-  # grammar. Without the dot, 6(7) would be a mixed number.
+  # Its reader of plain expressions evaluates them in Python; that of LaTeX has
+  # a grammar. Without the dot, 6(7) would be a mixed number.
   text = _PRODUCT.sub(r"\\cdot ", text)
   return math_verify.parse(
     rf"\boxed{{{text}}}",
@@ -921,7 +919,7 @@ def _drawn(
   shots: int,
   notes: str,
 ) -> list[tuple[str, _Row]]:
-  """Prompts with the rows that they ask; the prompts are remembered."""
+  """Returns prompts with their rows, and remembers the prompts."""
   if notes not in ("drop", "keep"):
     raise ValueError(f'notes must be "drop" or "keep", got {notes!r}.')
   if seed < 0 or shots < 0 or (num or 0) < 0:
@@ -934,7 +932,7 @@ def _drawn(
   rows = _rows_of_split(split, dataset, data)
   if num is not None and num > len(rows):
     raise ValueError(
-      f"The {split} split of {dataset} has {len(rows)} prompts, {num} were "
+      f"The {split} split of {dataset} has {len(rows)} prompts, but {num} were "
       "asked for."
     )
   examples = _examples(shots, data)
@@ -962,13 +960,13 @@ def _drawn(
 
 
 def _examples(shots: int, data: str) -> list[_Row]:
-  """Rows to show: one more than asked for, to replace one that is asked."""
+  """Returns rows to show, with a spare one to replace one that is asked."""
   if not shots:
     return []
   examples = _rows_of_split("train", "gsm8k", data)[: shots + 1]
   if len(examples) <= shots:
     raise ValueError(
-      f"shots={shots} needs {shots + 1} training rows of gsm8k, there are "
+      f"shots={shots} needs {shots + 1} training rows of gsm8k, but there are "
       f"{len(examples)}."
     )
   return examples
@@ -981,7 +979,7 @@ def _remember(prompt: str, problem: _Problem) -> None:
       f"The prompt {prompt[-60:]!r} has two answers: {known.truth} and "
       f"{problem.truth}."
     )
-  # Other solutions of the same problem: the latest draw counts.
+  # Of several solutions of one problem, the latest draw counts.
   _PROBLEMS[prompt] = problem
 
 
@@ -1002,8 +1000,8 @@ def _rows_of_split(split: str, dataset: str, data: str) -> list[_Row]:
     )
   if not data:
     raise ValueError(
-      'data is missing: the folder with gsm8k_train.jsonl and its like, or "'
-      'tfds:gsm8k".'
+      "data is missing: give the folder with gsm8k_train.jsonl and the other "
+      'files, or "tfds:gsm8k".'
     )
   if dataset == "math" or (dataset == "gsm8k" and split == "test"):
     return list(_rows(dataset, str(data), "test"))
@@ -1025,7 +1023,7 @@ def _hash(row: _Row) -> bytes:
 
 @functools.lru_cache(8)
 def _rows(dataset: str, data: str, split: str) -> tuple[_Row, ...]:
-  """The rows of a file, read once."""
+  """Returns the rows of a file, read once."""
   path = pathlib.Path(data)
   name = data
   if path.is_dir():
@@ -1079,13 +1077,13 @@ def _math_row(row: dict[str, Any]) -> _Row:
 
 
 def _written(row: _Row, notes: str) -> str:
-  """The solution of a row as a response."""
+  """Writes the solution of a row as a response."""
   return _NOTE.sub("", row.solution) if notes == "drop" else row.solution
 
 
 @functools.lru_cache(_CACHE_SIZE)
 def _results(solution: str) -> tuple[str, ...]:
-  """The results of a solution's calculator notes, in order."""
+  """Returns the results of a solution's calculator notes, in order."""
   found = (
     number(note[2:-2].rpartition("=")[2]) for note in _NOTE.findall(solution)
   )

@@ -5,12 +5,11 @@
   13+10
   #23
 
-The prompt is a sum. Each line of the response rewrites the line before it
-with two adjacent numbers merged into their sum; the last merge gives the
-answer, behind a "#". Any order of merges will do, so that a sum of n numbers
-has (n-1)! right responses, all of one length. Numbers have a fixed width:
-where they had not, small models learnt to guess answers rather than to follow
-their own lines.
+The prompt is a sum. Each line of the response rewrites the line before it with
+two adjacent numbers merged into their sum; the last merge gives the answer,
+after a "#". Any order of merges is right, so that a sum of n numbers has (n-1)!
+right responses, all of one length. Numbers have a fixed width: without it,
+small models learnt to guess answers instead of following their own lines.
 
 It is a small stand-in for the word problems on which expert iteration, PPO
 and return-conditioned RL are compared in
@@ -36,21 +35,21 @@ from rljax.text import alignment
 SPLITS = ("train", "validation", "test")
 CORPORA = ("clean", "pretraining")
 STEP_ENDS = "\n"
-# What may stand in front of a line: a blank, or a return-conditioned policy's
-# GOOD or BAD.
+# What may precede a line: a blank, or a return-conditioned policy's GOOD or
+# BAD.
 TAGS = (" ", "G", "B")
 
 MAX_TERMS = 6
 DIGITS = (2, 3)
-# The pretraining corpus: its share of problems with two terms alone, and by
-# how much a corrupted result is off.
+# The pretraining corpus: its share of problems with two terms, and the errors
+# of corrupted results.
 TWO_TERMS = 0.3
 ERRORS = (-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20)
 # Right responses have less than 80 characters. Longer texts are wrong.
 MAX_CHARACTERS = 1024
 
-# A hash puts every problem into one of sixteen cells, each of which belongs
-# to one use of one split.
+# A hash assigns every problem to one of sixteen cells, each of which belongs to
+# one use of one split.
 _CELLS = (
   *["pretraining train"] * 6,
   "pretraining validation",
@@ -119,7 +118,7 @@ def prompts(
         if len(found) == num:
           break
   else:
-    # At most half of the split is drawn: few draws come twice.
+    # At most half of the split is drawn: few draws repeat.
     candidates = _candidates(rng, num_terms, max_term)
     while len(found) < num:
       terms = next(candidates)
@@ -128,7 +127,7 @@ def prompts(
   if len(found) < num:
     raise ValueError(
       f"There are {len(found)} different {split} prompts of {num_terms} terms "
-      f"up to {max_term}, {num} were asked for; more terms, or a larger "
+      f"up to {max_term}, but {num} were asked for; more terms, or a larger "
       "max_term, give more."
     )
   return [_join(terms, digits) + "=" for terms in found]
@@ -146,15 +145,15 @@ def supervised(
   max_term: int = 24,
   digits: int = 2,
 ) -> list[tuple[str, str]]:
-  """Prompts with right responses, or a corpus of mixed quality.
+  """Draws prompts with right responses, or a corpus of mixed quality.
 
-  The pretraining corpus stands in for the text that a pretrained model has
-  read: the format is right, the arithmetic is not to be relied on. Of its
-  problems 70 % have `num_terms` terms and 30 % have two; merges come in a
-  random order; the result of a merge is wrong with probability `corruption`,
-  by one of `ERRORS`, and later lines go on from what was written. Results are
-  clipped to what the digits can hold. Problems may repeat. None of them is a
-  problem of `prompts`, with any split, seed or options.
+  The pretraining corpus stands for the text that a pretrained model has read:
+  the format is right, the arithmetic often is not. Of its problems 70 % have
+  `num_terms` terms and 30 % have two; merges are in random order; the result of
+  a merge is wrong with probability `corruption`, by one of `ERRORS`, and later
+  lines continue from it. Results are clipped to what the digits can hold.
+  Problems may repeat. None of them is a problem of `prompts`, with any split,
+  seed or options.
 
   Args:
     split: "train", "validation" or "test"; the corpora of different splits
@@ -197,7 +196,7 @@ def supervised(
   ]
   rng = np.random.default_rng([seed, SPLITS.index(split), 1])
   pairs = []
-  # A row of numbers in [0, 1) decides all there is to decide of a pair.
+  # A row of numbers in [0, 1) decides all choices of a pair.
   for row in rng.random((num, 2 * num_terms)).tolist():
     is_long = row[0] >= TWO_TERMS
     num_merges = lengths[is_long] - 1
@@ -216,20 +215,20 @@ def supervised(
 
 
 def reference(prompt: str, *, seed: int = 0, slot: bool = False) -> str:
-  """A right response, whose order of merges is a hash of the prompt.
+  """Returns a right response, whose order of merges hashes the prompt.
 
   Args:
     prompt: one of `prompts`.
     seed: another one gives another order. `score` compares with seed 0.
-    slot: True for a blank at the head of every line, the first one included.
+    slot: True for a blank at the start of every line, the first one included.
       It keeps a place for the tags of a return-conditioned policy: a small
-      model with absolute positions does not survive adding them later.
+      model with absolute positions breaks if they are added later.
 
   Returns:
     Lines, such as "11+02+10\\n13+10\\n#23".
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   terms, digits = _parse(prompt)
   lines, _ = _work_out(terms, _reference_order(prompt, seed), digits)
@@ -237,14 +236,14 @@ def reference(prompt: str, *, seed: int = 0, slot: bool = False) -> str:
 
 
 def traces(prompt: str, *, slot: bool = False) -> list[str]:
-  """All right responses whose lines are valid: (n-1)! for n positive terms.
+  """Returns all right responses with valid lines: (n-1)! for n terms > 0.
 
   Args:
     prompt: one of `prompts`.
     slot: see `reference`.
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   terms, digits = _parse(prompt)
   orders = range(math.factorial(len(terms) - 1))
@@ -254,10 +253,10 @@ def traces(prompt: str, *, slot: bool = False) -> list[str]:
 
 
 def steps(response: str) -> list[str]:
-  """The lines of a response without their tags.
+  """Returns the lines of a response without their tags.
 
-  Blanks and line feeds at the end of the text belong to no line; an empty
-  text has none.
+  Blanks and line feeds at the end of the text belong to no line; an empty text
+  has no lines.
   """
   text = response.rstrip(" \n")
   lines = text.split("\n") if text else []
@@ -270,18 +269,17 @@ def steps(response: str) -> list[str]:
 def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
   """Scores 1 for the right answer, else 0.
 
-  The answer is what the last line holds if that is "#" and a number of as many
-  digits as those of the prompt, and no other "#" stands in the text. One tag
-  (" ", "G" or "B") may stand in front of each line, blanks and line feeds
-  behind the last one; nothing else may. The lines before the answer do not
-  count for the score, only for the parts.
+  The last line must be "#" and the answer, a number with as many digits as
+  those of the prompt, and no other "#" may be in the text. One tag (" ", "G" or
+  "B") may precede each line, and blanks and line feeds may follow the last one;
+  nothing else may. The lines before the answer do not count for the score, only
+  for the parts.
 
   A line is valid if it is the line before it (the prompt, for the first) with
-  one adjacent pair replaced by its sum; the answer is then valid behind two
-  numbers that it is the sum of. The intermediate result of a line is what it
-  has put in place of a pair, right or wrong. It matches if the reference
-  solution has that intermediate result as well, each of which matches once;
-  the answer is none.
+  one adjacent pair replaced by its sum; the answer is then valid after two
+  numbers whose sum it is. The intermediate result of a line is what replaces a
+  pair, right or wrong. It matches if the reference solution has that
+  intermediate result too, each of which matches once; the answer is not one.
 
   Args:
     prompt: one of `prompts`.
@@ -291,7 +289,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
   Returns:
     1.0 or 0.0, and its parts:
       is_correct: bool, whether the answer is right.
-      answer: it, without leading zeros, or None.
+      answer: the answer without leading zeros, or None.
       truth: the right one, likewise.
       is_valid: bool, whether the answer is right and every line valid.
       num_steps: number of lines, as `steps` counts them.
@@ -299,7 +297,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
       step_matches: list of `num_steps` bools.
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   terms, digits, truth, results = _solved(prompt)
   lines = steps(response)
@@ -336,7 +334,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
 
 
 def first_wrong_step(prompt: str, response: str) -> int:
-  """Index of the first line that is not valid, as `score` counts them.
+  """Returns the index of the first line that is not valid.
 
   Args:
     prompt: one of `prompts`.
@@ -344,11 +342,11 @@ def first_wrong_step(prompt: str, response: str) -> int:
       first line is wrong.
 
   Returns:
-    The index, from 0; the number of lines if nothing is wrong but that there
-    are too few; -1 if the response is right in every line.
+    The index, from 0, as in `score`; the number of lines if the only fault is
+    that lines are missing; -1 if every line is right.
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   _, parts = score(prompt, response)
   return -1 if parts["is_valid"] else parts["num_valid_steps"]
@@ -357,13 +355,12 @@ def first_wrong_step(prompt: str, response: str) -> int:
 def rewrite(prompt: str, response: str) -> str:
   """Repairs a response from its first wrong line on.
 
-  The lines before it stay as they are, tags included. Each line from there on
-  is worked out again, in the sample's own order of merges: it merges the place
-  that the sample's line of that number merged, whatever that made of the two
-  numbers. Where the line is no merge of the one before it, or could be several,
-  the one with the most numbers in their place counts, then the one with the
-  fewest edits, then the first. A line has the tag of the sample's line, or if
-  that has none the tag of the line before.
+  The lines before it stay, tags included. Each later line is computed again, in
+  the sample's own order of merges: it merges the pair that the sample's line of
+  that number merged, whatever its result. Where the line is not a merge of the
+  one before it, or could be several, the one with the most numbers in place
+  counts, then the one with the fewest edits, then the first. A line has the tag
+  of the sample's line, or else the tag of the line before.
 
   Args:
     prompt: one of `prompts`.
@@ -371,10 +368,10 @@ def rewrite(prompt: str, response: str) -> str:
       nothing is kept or read.
 
   Returns:
-    A response whose lines are all valid; the one given if its are.
+    A response whose lines are all valid; the given one if its lines are.
 
   Raises:
-    ValueError: if the prompt is no sum.
+    ValueError: if the prompt is not a sum.
   """
   num_kept = first_wrong_step(prompt, response)
   if num_kept < 0:
@@ -389,7 +386,7 @@ def rewrite(prompt: str, response: str) -> str:
   for i in range(len(terms) - 1):
     tag = lines[i][:1] if lines[i][:1] in TAGS else tag
     if i >= num_kept:
-      # From what the sample had then, be it right or wrong.
+      # From the sample's numbers at that line, right or wrong.
       before = numbers[i]
       if before is None or len(before) != len(left):
         before = left
@@ -403,7 +400,7 @@ def rewrite(prompt: str, response: str) -> str:
 
 
 def character_tokenizer():
-  """One token per character: ids 0..9 for the digits, then "+=#", and so on.
+  """Makes a tokenizer of characters: ids 0..9, then "+=#", and so on.
 
   10 "+", 11 "=", 12 "#", 13 line feed, 14 blank, 15 "G", 16 "B"; 17 starts a
   prompt (the tokenizer adds it), 18 ends a response, 19 pads. Other text
@@ -471,7 +468,7 @@ def _pretraining_problems(
 
 
 def _cell(terms: Sequence[int]) -> str:
-  # The numbers alone count, so that their width changes no problem's split.
+  # Only the numbers count, so that their width does not change the split.
   return _CELLS[_hash(f"cell {terms}") % len(_CELLS)]
 
 
@@ -492,13 +489,13 @@ def _as_text(lines: Sequence[str], slot: bool) -> str:
 def _work_out(
   terms: Sequence[int], order: int, digits: int, errors: Sequence[int] = ()
 ) -> tuple[list[str], list[int]]:
-  """The lines of a solution, and the result of each.
+  """Returns the lines of a solution, and the result of each.
 
   Args:
     terms: n numbers.
     order: which of the (n-1)! orders of merges, from 0.
     digits: width of the numbers.
-    errors: added to the results, one each; nothing stands for zeros.
+    errors: added to the results, one each; empty for zeros.
   """
   terms = list(terms)
   lines, results = [], []
@@ -520,7 +517,7 @@ def _reference_order(prompt: str, seed: int) -> int:
 
 
 def _parse(prompt: str) -> tuple[tuple[int, ...], int]:
-  """The terms of a prompt and their width."""
+  """Returns the terms of a prompt and their width."""
   fields = prompt.removesuffix("=").split("+")
   if not _PROMPT.fullmatch(prompt) or len(fields) > MAX_TERMS:
     raise ValueError(
@@ -537,14 +534,14 @@ def _parse(prompt: str) -> tuple[tuple[int, ...], int]:
 
 @functools.lru_cache(maxsize=2**16)
 def _solved(prompt: str) -> tuple[tuple[int, ...], int, str, tuple[int, ...]]:
-  """Terms, their width, the answer, and the reference's other results."""
+  """Returns terms, their width, the answer, and the other results."""
   terms, digits = _parse(prompt)
   _, results = _work_out(terms, _reference_order(prompt, 0), digits)
   return terms, digits, str(sum(terms)), tuple(results[:-1])
 
 
 def _numbers(line: str, digits: int) -> list[int] | None:
-  """The terms of a line, or None if it is no sum of numbers of that width."""
+  """Returns the terms of a line; None if it is not a sum of that width."""
   fields = line.split("+")
   if len(fields) == 1:  # An answer without its "#".
     return None
@@ -557,7 +554,7 @@ def _numbers(line: str, digits: int) -> list[int] | None:
 def _merged(
   before: Sequence[int] | None, after: Sequence[int] | None
 ) -> tuple[int | None, bool]:
-  """What stands in `after` for two adjacent numbers, and if it is their sum."""
+  """Returns what replaces two adjacent numbers, and if it is their sum."""
   if before is None or after is None or len(after) != len(before) - 1:
     return None, False
   before = list(before)
@@ -566,7 +563,7 @@ def _merged(
     if after[:i] == before[:i] and after[i + 1 :] == before[i + 2 :]:
       if result == before[i] + before[i + 1]:
         return result, True
-      # A wrong line can be read in two ways: the first one counts.
+      # A wrong line may be read in two ways: the first one counts.
       found = result if found is None else found
   return found, False
 
@@ -577,7 +574,7 @@ def _with_merge(terms: Sequence[int], place: int) -> list[int]:
 
 
 def _place(before: Sequence[int], line: str, digits: int) -> int:
-  """Which merge of `before` comes nearest to a line."""
+  """Returns which merge of `before` is nearest to a line."""
   choices = [_with_merge(before, i) for i in range(len(before) - 1)]
   after = _numbers(line, digits) or []
   texts = [[*map(ord, _join(choice, digits))] for choice in choices]

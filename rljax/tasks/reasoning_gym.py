@@ -1,20 +1,19 @@
-"""Problems of the package reasoning-gym: generators that check answers.
+"""Problems of the package reasoning-gym, whose generators check answers.
 
   prompts("train", 0, num=300, generator="chain_sum", max_terms=3,
           template="{expression}=")
 
-asks "4 + 3 - 1=". Any generator of the package can be named, and its own
-options given along; the few that cannot be trusted with a model's answer are
-refused, with the reason.
+asks "4 + 3 - 1=". Any generator of the package can be named, with its own
+options; the few whose scorers cannot be trusted are refused, with the reason.
 
-Three things differ from the package. Splits share no prompt, and no prompt
-comes twice: the package's seeds 3 and 4 have all but one problem in common,
-and small ranges repeat themselves anyway. The score is 1 where the package's
-scorer gives all it can, and 0 for its partial credits, some of which are paid
-for garbage. And what the model wrote reaches no scorer that would run it as
-Python, or would take hours over it.
+Three things differ from the package. Splits share no prompt, and no prompt is
+repeated: the package's seeds 3 and 4 have all but one problem in common, and
+small ranges repeat anyway. The score is 1 where the package's scorer gives full
+marks, and 0 for its partial credits, some of which garbage earns too. And no
+text of a model reaches a scorer that would run it as Python, or take hours over
+it.
 
-`pip install "rljax[reasoning]"` installs the package.
+`pip install reasoning-gym` installs the package.
 """
 
 import dataclasses
@@ -33,18 +32,18 @@ MAX_CHARACTERS = 10_000
 
 # Generators whose scorer cannot be used.
 REFUSED = {
-  "coin_flip": "its scorer takes any beginning of an answer for right",
-  "composite": "its parts are no plain options; name one of them",
-  "game_of_life_halting": "its scorer takes any answer for right",
+  "coin_flip": "its scorer accepts any prefix of an answer",
+  "composite": "its parts are not plain options; name one of them",
+  "game_of_life_halting": "its scorer accepts any answer",
   "intermediate_integration": "its scorer runs the answer as Python",
   "polynomial_multiplication": "its scorer runs the answer as Python",
   "propositional_logic": "its scorer tries all values of all names",
-  "puzzle24": "its scorer takes any numbers, and runs the answer as Python",
+  "puzzle24": "its scorer accepts any numbers, and runs the answer as Python",
   "rubiks_cube": "its scorer plays a move as often as the answer says",
   "simple_integration": "its scorer runs the answer as Python",
 }
-# Generators whose scorer evaluates the answer, may work on it for hours, or
-# takes "nan" for right: what an answer may consist of. Right answers do.
+# For generators whose scorer evaluates the answer, may work on it for hours, or
+# accepts "nan": the form of all right answers.
 ALPHABETS = {
   "binary_matrix": r"[0-9 \n]*",
   "complex_arithmetic": r"[0-9ij.+() -]*",
@@ -55,7 +54,7 @@ ALPHABETS = {
   "spiral_matrix": r"[0-9 ]*",
   "string_insertion": r"[A-Z]*",
 }
-# Generators that go through sets of strings, and so draw other problems in
+# Generators that iterate over sets of strings, and so draw other problems in
 # every process: a resumed run does not repeat them.
 UNREPEATABLE = (
   "isomorphic_strings",
@@ -64,7 +63,7 @@ UNREPEATABLE = (
   "word_ladder",
 )
 
-# A hash puts every prompt into one of these.
+# A hash assigns every prompt to one of these.
 _CELLS = ("train", "train", "validation", "test")
 _CHUNK = 1024
 _MAX_REPEATED = 10_000
@@ -74,7 +73,7 @@ _FIRST_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?\b")
 _MINUS = re.compile(r"(?:[-−–]|\b(?:minus|negative))[ $£€]*$", re.IGNORECASE)
 _NUMBER = re.compile(r"\+?(-?)0*([0-9]+)(?:\.([0-9]*?)0*)?")
 
-# Prompt -> its data set, which can score it, and its problem.
+# Prompt -> its data set, which scores it, and its problem.
 _drawn: dict[str, tuple[Any, dict[str, Any]]] = {}
 
 
@@ -90,10 +89,10 @@ def prompts(
   """Draws different prompts, and remembers their answers for `score`.
 
   A hash of the prompt says which split it belongs to, whatever the seeds and
-  options: half of them is for training, a quarter for validation and a quarter
-  for tests, so that two to four problems are generated for each that is kept.
-  A smaller `num` gives the first of the same prompts. Problems whose own answer
-  the package's scorer does not take are left out, and counted in the log.
+  options: half of them are for training, a quarter for validation and a quarter
+    for tests, so that two to four problems are generated for each that is kept.
+    A smaller `num` gives the first of the same prompts. Problems whose own
+    answer the package's scorer rejects are left out, and counted in the log.
 
   Args:
     split: "train", "validation" or "test".
@@ -103,16 +102,16 @@ def prompts(
       "basic_arithmetic", "gcd" or "gsm_symbolic".
     template: text of a prompt, in which {question} stands for the problem's
       question, and {expression} for the formula in it, where there is one.
-    **config: options of the generator, such as `max_terms`. Words with blanks
-      between them make a list where the generator wants one.
+    **config: options of the generator, such as `max_terms`. Words separated by
+      blanks make a list where the generator needs one.
 
   Returns:
     `num` texts.
 
   Raises:
-    ValueError: if the package is missing; the generator or an option is
-      unknown or cannot be used; the template asks for what there is not; or
-      there are not `num` different prompts, or one with two different answers.
+    ValueError: if the package is missing; the generator or an option is unknown
+      or cannot be used; the template needs a field that the problem lacks; or
+      there are not `num` different prompts, or one has two different answers.
   """
   found = _draw(split, seed, num, generator, template, config)
   for prompt, (dataset, entry) in found.items():
@@ -129,12 +128,12 @@ def supervised(
   template: str = "{question}",
   **config: Any,
 ) -> list[tuple[str, str]]:
-  """The prompts of `prompts` with the worked solutions that come with them.
+  """Draws the prompts of `prompts` that have worked solutions, with them.
 
   Only gsm_symbolic has such solutions. They end in "#### " and the answer, so
   that `score` needs answer_after="####". Those that end in another answer than
   the problem's are left out, and their number is logged; one in 25 writes the
-  same number otherwise ("3.0"), and stays.
+  same number in another form ("3.0"), and stays.
 
   Args:
     split: see `prompts`, likewise the others.
@@ -178,36 +177,35 @@ def supervised(
 def score(
   prompt: str, response: str, *, answer_after: str = ""
 ) -> tuple[float, dict[str, Any]]:
-  """Scores 1 for an answer that the generator's own scorer finds right, else 0.
+  """Scores 1 for an answer that the generator's own scorer accepts, else 0.
 
-  Scorers differ in what they forgive: many take the very text alone, some
-  "+07.0" for 7; number_sorting takes numbers that are off by one, and
-  gsm_symbolic the first number of a text.
+  Scorers differ in strictness: many accept only the exact text, some "+07.0"
+  for 7; number_sorting accepts numbers that are off by one, and gsm_symbolic
+  the first number of a text.
 
   Args:
-    prompt: one of those that `prompts` or `supervised` has given out in this
-      process.
+    prompt: one that `prompts` or `supervised` has drawn in this process.
     response: what the model wrote. More than 10,000 characters are wrong.
-    answer_after: "" if the response is the answer, or a marker such as "####",
-      behind the last of which the answer stands. Blanks around it do not count.
+    answer_after: "" if the response is the answer, or a marker such as "####":
+      the answer follows the last one. Blanks around it do not count.
 
   Returns:
     1.0 or 0.0, and its parts:
       is_correct: bool, whether the answer is right.
       answer: the truth if and only if the answer is right, however it is
         written, so that right answers vote together; else the text, a number
-        without needless zeros. None for no answer, or no number where the
-        truth is one, or the truth in a form that the scorer does not take.
+        without needless zeros. None for no answer, a text where the truth is a
+        number, or the truth in a form that the scorer rejects.
       truth: the answer that comes with the problem, written likewise.
-      error: why the scorer had no say, or None.
+      error: why the scorer was not used, or None.
 
   Raises:
     ValueError: if the prompt was never drawn.
   """
   if prompt not in _drawn:
     raise ValueError(
-      "This prompt was not drawn in this process, so that its answer is not "
-      f"known; call `prompts` first. Got {prompt[:200]!r}."
+      "The answer is only known for prompts that `prompts` has drawn in this "
+      f"process, got {prompt[:200]!r}."
     )
   dataset, entry = _drawn[prompt]
   truth = _normalized(entry["answer"])
@@ -235,7 +233,7 @@ def score(
 
 
 def character_tokenizer():
-  """One token per character: ids 0..94 for " " to "~", then a line feed.
+  """Makes a tokenizer of characters: 0..94 for " " to "~", then line feed.
 
   96 starts a prompt (the tokenizer adds it), 97 ends a response, 98 pads.
   Other text raises an error.
@@ -255,7 +253,7 @@ def _draw(
   template: str,
   config: dict[str, Any],
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
-  """Different prompts of a split, each with its data set and its problem."""
+  """Draws prompts of a split, each with its data set and its problem."""
   if split not in SPLITS:
     raise ValueError(f"split must be one of {SPLITS}, got {split!r}.")
   if num < 0 or seed < 0:
@@ -266,8 +264,8 @@ def _draw(
       "%s draws other problems in every process, unless PYTHONHASHSEED is set.",
       generator,
     )
-  # Problem i is drawn from the seed plus i: seeds of data sets lie far apart.
-  # Some generators want 32 bits.
+  # Problem i is drawn from the seed plus i, so seeds of data sets are far
+  # apart. Some generators need 32 bits.
   start = _hash(f"seed {seed} {split}") % (2**32 - 2**24)
   dataset = _create(generator, config, start)
   found: dict[str, tuple[Any, dict[str, Any]]] = {}
@@ -277,10 +275,10 @@ def _draw(
     if i - last == _MAX_REPEATED:
       raise ValueError(
         f"The generator {generator!r} has {len(found)} different {split} "
-        f"prompts with these options, and {i - last} more problems held no "
+        f"prompts with these options, and {i - last} more problems had no "
         "other; ask for fewer, or widen its ranges."
       )
-    # The size of a data set must not depend on `num`, or its problems might.
+    # The size of a data set must not depend on `num`, or its problems may.
     if i and i % _CHUNK == 0:
       dataset = _create(generator, config, start + i)
     entry = dataset[i % _CHUNK]
@@ -297,7 +295,7 @@ def _draw(
       left_out.add(prompt)
   if left_out:
     logging.warning(
-      "%d problems of %s are left out: its scorer does not take their answers.",
+      "%d problems of %s are left out: its scorer rejects their answers.",
       len(left_out),
       generator,
     )
@@ -305,14 +303,14 @@ def _draw(
 
 
 def _create(generator: str, config: dict[str, Any], seed: int):
-  """A data set of the package, its options checked."""
+  """Makes a data set of the package, and checks its options."""
   try:
     import reasoning_gym
     from reasoning_gym import factory
   except ImportError as error:
     raise ValueError(
       "The task reasoning_gym needs the package reasoning-gym: "
-      f'pip install "rljax[reasoning]" ({error}).'
+      f"pip install reasoning-gym ({error})."
     ) from error
   if generator in REFUSED:
     raise ValueError(
@@ -341,13 +339,13 @@ def _create(generator: str, config: dict[str, Any], seed: int):
     )
   except Exception as error:  # They assert, compare texts with numbers, ...
     raise ValueError(
-      f"The generator {generator!r} does not take the options {config}: "
+      f"The generator {generator!r} does not accept the options {config}: "
       f"{error or type(error).__name__}."
     ) from error
 
 
 def _as_wanted(value: Any, field: dataclasses.Field) -> Any:
-  """The value of an option, a list of words if it is to be a list."""
+  """Returns the value of an option, a list of words if it must be a list."""
   default = field.default
   if field.default_factory is not dataclasses.MISSING:
     default = field.default_factory()
@@ -358,12 +356,13 @@ def _as_wanted(value: Any, field: dataclasses.Field) -> Any:
     return type(default)(map(kind, value.split()))
   except ValueError as error:
     raise ValueError(
-      f"The option {field.name!r} is a list such as {default}, got {value!r}."
+      f"The option {field.name!r} must be a list such as {default}, got "
+      f"{value!r}."
     ) from error
 
 
 def _names_in(template: str) -> set[str]:
-  """The names in curly brackets, checked."""
+  """Returns the names in curly brackets, checked."""
   try:
     parts = list(string.Formatter().parse(template))
   except ValueError as error:
@@ -383,7 +382,7 @@ def _fill(
 ) -> str:
   if not isinstance(entry["answer"], str):
     raise ValueError(
-      f"The generator {generator!r} cannot be used: it gives no answer along."
+      f"The generator {generator!r} cannot be used: it gives no answers."
     )
   expression = entry["metadata"].get("expression")
   if "expression" in names:
@@ -400,16 +399,16 @@ def _fill(
 
 
 def _is_answerable(dataset: Any, entry: dict[str, Any]) -> bool:
-  """Whether the scorer takes the answer that comes with the problem."""
-  # Where that is empty (an equation without solutions), any nonsense is right.
-  # The scorer of gsm_symbolic overlooks the sign of a negative number.
+  """Tells whether the scorer accepts the problem's own answer."""
+  # Where that is empty (an equation without solutions), any text is right. The
+  # scorer of gsm_symbolic misses the sign of a negative number.
   text = entry["answer"].strip()
   return bool(text) and _is_right(dataset, entry, text)[0]
 
 
 def _remember(prompt: str, dataset: Any, entry: dict[str, Any]) -> None:
   if prompt in _drawn:
-    # Some problems come again with another answer that is right as well.
+    # Some problems come again with another right answer.
     before, other = _drawn[prompt]
     if other["answer"] != entry["answer"] and not (
       _is_right(before, other, entry["answer"])[0]
@@ -426,23 +425,23 @@ def _remember(prompt: str, dataset: Any, entry: dict[str, Any]) -> None:
 def _is_right(
   dataset: Any, entry: dict[str, Any], text: str
 ) -> tuple[bool, str | None]:
-  """Whether the package's scorer gives all it can, and why if it fails."""
+  """Tells whether the package's scorer gives full marks, and why it fails."""
   alphabet = ALPHABETS.get(entry["metadata"]["source_dataset"], r"[\s\S]*")
   if not re.fullmatch(alphabet, text) or any(
     character.isdigit() and not character.isascii() for character in text
   ):
-    return False, "The answer has characters that no right one has."
+    return False, "The answer has characters that no right answer has."
   if _is_overlooked(entry, text):
     return False, None
   try:
-    # Anything may happen in there to a text that its authors did not expect.
+    # Anything may happen to a text that the scorer's authors did not expect.
     return bool(dataset.score_answer(answer=text, entry=entry) == 1.0), None
   except Exception as error:
     return False, f"{type(error).__name__}: {error}"[:200]
 
 
 def _is_overlooked(entry: dict[str, Any], text: str) -> bool:
-  """Whether an answer is wrong in a way that its scorer does not see."""
+  """Tells whether an answer is wrong in a way that its scorer misses."""
   generator = entry["metadata"]["source_dataset"]
   if generator == "gsm_symbolic":
     number = _FIRST_NUMBER.search(text)
@@ -450,7 +449,7 @@ def _is_overlooked(entry: dict[str, Any], text: str) -> bool:
       bool(_MINUS.search(text, max(0, number.start() - 20), number.start()))
       != entry["answer"].startswith("-")
     )
-  if generator == "word_sorting":  # The right words, and then some.
+  if generator == "word_sorting":  # The right words, and more.
     return text.count(",") != entry["answer"].count(",")
   return False
 

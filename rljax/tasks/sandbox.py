@@ -1,20 +1,19 @@
-"""Functions of untrusted input, in processes that have limits.
+"""Calls functions of untrusted input in processes with limits.
 
-Verifying the text of a language model, or playing the moves it names, may take
-forever, eat all memory or crash the interpreter. A `Pool` calls a function in
-worker processes, and tells for every call its value or why there is none:
+Verifying the text of a language model may take forever, use up all memory or
+crash the interpreter. A `Pool` calls a function in worker processes, and
+returns for every call its value or why there is none:
 
-  with workers.Pool("math:factorial", timeout=1.0) as pool:
+  with sandbox.Pool("math:factorial", timeout=1.0) as pool:
     for outcome in pool.map([(3,), (10**9,)]):
       print(outcome.value, outcome.failure)  # 6 None, then None timeout
 
-A worker serves many calls; it is killed, and another started, when a call runs
-out of time or memory or takes the process with it. What earlier calls have
-kept is not blamed on a later one: a call that runs out of memory or dies in a
-worker that has served others is made once more, in a new one. Workers are fresh
-interpreters, never forks: a fork of a process that runs jax may hang. They
-import the function's module alone, not the script that made the pool. POSIX
-systems only.
+A worker serves many calls; it is killed and replaced when a call runs out of
+time or memory, or ends the process. A call is not blamed for the memory of
+earlier ones: if it runs out of memory or dies in a worker that has served
+others, it is made once more, in a new worker. Workers are new interpreters,
+never forks: a fork of a process that runs jax may hang. They import only the
+function's module, not the script that made the pool. POSIX systems only.
 """
 
 import collections
@@ -44,22 +43,22 @@ _MAX_CHARACTERS = 200  # Of an error's message.
 # The parent's search path, then this module, which may not be installed.
 _PROGRAM = (
   "import json, sys; settings = json.loads(sys.argv[1]); "
-  "sys.path[:] = settings.pop('path'); from rljax import workers; "
-  "workers._serve(**settings)"
+  "sys.path[:] = settings.pop('path'); from rljax.tasks import sandbox; "
+  "sandbox._serve(**settings)"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What became of one call.
+  """Holds the result of one call, or why there is none.
 
   Attributes:
     value: what the function returned; None if it failed.
     failure: None, or why there is no value: "timeout", "memory", "died" (the
       process ended: a crash, `os._exit`, the system's memory killer), or
       "error: " and an exception's type and message; `sys.exit` is an "error:
-      SystemExit". A call has run out of "memory" also if the function caught
-      the MemoryError: its value would depend on what was left.
+      SystemExit". A call has run out of "memory" even if the function caught
+      the MemoryError: its value would depend on the memory left.
   """
 
   value: Any = None
@@ -69,12 +68,12 @@ class Outcome:
 class Pool:
   """Calls one function in worker processes with limits.
 
-  Workers start at the first `map`, live until `close` (or the end of the
-  `with` block, of the pool or of the program) and end by themselves within a
-  second if this process is killed. A Ctrl-C reaches this process alone, and
-  stops the calls that are under way; workers do not heed the SIGTERM that a
-  scheduler sends to all processes of a job. Threads may share a pool; their
-  calls of `map` wait for each other.
+  Workers start at the first `map`, live until `close` (or the end of the `with`
+  block, of the pool or of the program) and end by themselves within a second if
+  this process is killed. A Ctrl-C only reaches this process, and stops the
+  calls under way; workers ignore the SIGTERM that a scheduler sends to all
+  processes of a job. Threads may share a pool; their calls of `map` wait for
+  each other.
   """
 
   def __init__(
@@ -87,7 +86,7 @@ class Pool:
     max_memory_bytes: int | None = 2**30,
     start_timeout: float = 120.0,
   ):
-    """Notes what to call; nothing starts yet.
+    """Stores what to call; starts nothing yet.
 
     Args:
       function: "module:function", or a function at the top level of a module
@@ -95,16 +94,16 @@ class Pool:
         return plain values, so that this process need not import what the
         function uses.
       timeout: wall-clock seconds that a call may take; > 0.
-      setup: called once in a new worker, outside the limits, to import or
-        warm up what the first call would wait for.
+      setup: called once in a new worker, outside the limits, to import or warm
+        up what the first call needs.
       num_workers: calls at the same time.
       max_memory_bytes: address space that a worker may take beyond what it
         has after `setup`, where the system knows such a limit; or None.
       start_timeout: seconds that a worker may take to start.
 
     Raises:
-      ValueError: if a number is not positive, or a function has no name that
-        a worker could import.
+      ValueError: if a number is not positive, or a function cannot be imported
+        by its name.
     """
     for name, value in (
       ("timeout", timeout),
@@ -119,7 +118,7 @@ class Pool:
     self._settings = {
       "function": _name(function),
       "setup": None if setup is None else _name(setup),
-      # Several threads may burn several seconds a second.
+      # Several threads may use several seconds of processor time per second.
       "max_seconds": timeout * (os.cpu_count() or 1) + 1,
       "max_memory_bytes": max_memory_bytes,
     }
@@ -139,9 +138,9 @@ class Pool:
       N outcomes, in the order of the items.
 
     Raises:
-      RuntimeError: if no worker can start, with what the last one said. A
-        pool whose workers have started before tries twice, and goes on with
-        those that live.
+      RuntimeError: if no worker can start, with the last one's error. A pool
+        whose workers have started before tries twice, and goes on with those
+        that live.
       pickle.PicklingError, TypeError or AttributeError: if an item cannot be
         pickled.
     """
@@ -149,7 +148,8 @@ class Pool:
       try:
         return self._map(list(items))
       except BaseException:
-        # A worker in the middle of a call would answer the next one wrongly.
+        # A worker in the middle of a call would give its answer to the next
+        # one.
         _stop(self._workers, os.getpid())
         raise
 
@@ -180,7 +180,7 @@ class Pool:
           worker.reserved = None
           if not worker.give(index, items[index], self._timeout):
             self._drop(worker)
-            # It was gone before it saw the item, which is not to blame; but
+            # It was gone before it got the item, which is not to blame; but
             # workers that never stay must not be started for ever.
             if index in lost:
               outcomes[index] = Outcome(failure="died")
@@ -246,7 +246,7 @@ class Pool:
 
 
 class _Worker:
-  """A process, and what it is doing: starting, one item, or nothing."""
+  """Holds a process, and what it is doing: starting, one item, or nothing."""
 
   def __init__(
     self,
@@ -261,8 +261,7 @@ class _Worker:
       "channel": theirs.fileno(),
     }
     try:
-      # In a session of its own no Ctrl-C reaches it, and its children die
-      # with it.
+      # In its own session no Ctrl-C reaches it, and its children die with it.
       self._process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, json.dumps(settings)],
         stdin=subprocess.DEVNULL,
@@ -279,9 +278,9 @@ class _Worker:
     self.deadline = time.monotonic() + start_timeout
 
   def give(self, index: int, arguments: tuple, timeout: float) -> bool:
-    """Starts a call; False if the worker is gone."""
+    """Starts a call; returns False if the worker is gone."""
     message = pickle.dumps(arguments)
-    # An idle worker has nothing to say: what can be read is its end.
+    # An idle worker sends nothing: if something can be read, it has ended.
     if connection.wait([self.channel], 0):
       return False
     try:
@@ -295,7 +294,7 @@ class _Worker:
     return True
 
   def take(self) -> Outcome:
-    """Reads the answer that is there to be read."""
+    """Reads the answer that is ready."""
     self.is_idle, self.item = True, None
     # A long answer may take a second more.
     deadline = max(self.deadline, time.monotonic() + 1.0)
@@ -309,7 +308,7 @@ class _Worker:
       return Outcome(failure=_describe(error))
 
   def kill(self) -> None:
-    # Until `wait` the number of a dead process is not given to another one.
+    # Until `wait` the id of a dead process is not given to another one.
     if self._process.returncode is None:
       try:
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -352,7 +351,7 @@ def _serve(
   parent: int,
   channel: int,
 ) -> None:
-  """Answers calls until the parent hangs up."""
+  """Answers calls until the parent closes the connection."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   threading.Thread(target=_watch, args=(parent,), daemon=True).start()
@@ -374,10 +373,10 @@ def _serve(
       _reply(pipe, (None, "memory"))
       continue  # To be killed.
     except (EOFError, OSError):
-      os._exit(0)  # Whatever threads the function has left behind.
+      os._exit(0)  # Also if the function has left threads behind.
     _limit_time(max_seconds)
     reply = _answer(call, message, errors)
-    # Also if the function swallowed the error, or C code made do without.
+    # Also if the function caught the error, or C code continued without memory.
     if errors.num or _peak_bytes() > peak_of_exhausted:
       reply = None, "memory"
     _reply(pipe, reply)
@@ -407,8 +406,8 @@ class _MemoryErrors:
       sys.monitoring.register_callback(tool, raised, self._raised)
       sys.monitoring.set_events(tool, raised)
 
-  # Older interpreters know no other way. It makes calls take up to
-  # three times as long.
+  # Older interpreters have no other way, though calls take up to three times as
+  # long.
 
   def __enter__(self) -> None:
     if sys.version_info < (3, 12):
@@ -432,7 +431,7 @@ class _MemoryErrors:
 def _describe(error: BaseException) -> str:
   try:
     message = str(error)
-  except BaseException:  # It may print whatever broke.
+  except BaseException:  # Its message may fail to print.
     message = ""
   text = " ".join(message[:_MAX_CHARACTERS].split())
   return f"error: {type(error).__name__}: {text}".removesuffix(": ")
@@ -484,22 +483,22 @@ def _watch(parent: int) -> None:
 
 
 def _limit_memory(max_memory_bytes: int | None) -> float:
-  """Sets the limit, and says what peak tells that memory has run out."""
+  """Sets the limit; returns the peak that means memory has run out."""
   _set_limit("RLIMIT_CORE", 0)
   if max_memory_bytes is None:
     return math.inf
   try:
     with open("/proc/self/statm") as file:
       used = int(file.read().split()[0]) * resource.getpagesize()
-  except OSError:  # No Linux.
+  except OSError:  # Not on Linux.
     used = 0
   _set_limit("RLIMIT_AS", used + max_memory_bytes)
-  # Setup may have had its own peak.
+  # `setup` may have had its own peak.
   return max(used + max_memory_bytes - max_memory_bytes // 16, _peak_bytes())
 
 
 def _peak_bytes() -> float:
-  """The most address space that this process has had; 0 if nobody knows."""
+  """Returns the most address space of this process so far; 0 if unknown."""
   try:
     with open("/proc/self/status") as file:
       for line in file:
@@ -514,8 +513,7 @@ def _peak_bytes() -> float:
 
 def _limit_time(max_seconds: float) -> None:
   # One long operation of the interpreter, such as a power of large integers,
-  # keeps `_watch` from running. The system ends it should nobody else be left
-  # to do so.
+  # keeps `_watch` from running. Then the system's limit ends the process.
   _set_limit("RLIMIT_CPU", math.ceil(time.process_time() + max_seconds))
 
 
@@ -526,6 +524,6 @@ def _set_limit(name: str, value: int) -> None:
   _, most = resource.getrlimit(kind)
   if most != resource.RLIM_INFINITY:
     value = min(value, most)
-  # Some systems know the name alone.
+  # Some systems have the name but not the limit.
   with contextlib.suppress(ValueError, OSError):
     resource.setrlimit(kind, (value, most))

@@ -1,18 +1,18 @@
-"""Reviews that go on in a friendly way: the start of a sentence, and VADER.
+"""Continues reviews in a friendly way, scored by VADER.
 
   prompt    offers that rare
   response   combination of wit and warmth .
 
 A prompt is the first words of a real review, or its first tokens where a
 tokenizer is given. The score is the compound of VADER, a list of words with
-rules, which reads the prompt and the response as one text. Any classifier of
-texts does instead, where a script takes one:
+rules, which reads the prompt and the response as one text. Scripts may take a
+classifier of texts instead:
 
   --reward_terms=reward_model --reward_model=MODEL --reward_transform=raw:LABEL
 
-VADER is easy to please. It counts words of praise, each of which earns more
-than grammar does, and a handful of them takes it above 0.9: look at the
-samples, and at how likely another model finds them, not at the score alone.
+VADER is easily gamed: it counts words of praise, and a few of them earn more
+than 0.9, whatever the grammar. Look at the samples, and at their likelihood
+under another model, not only at the score.
 
 Sources:
   Padula and Soemers (2024), "Exploring RL-based LLM Training for Formal
@@ -40,21 +40,20 @@ from rljax.text import files
 SPLITS = ("train", "validation", "test")
 
 # Of a text that is scored. VADER compares every word that it knows with all
-# others, so that its time grows with the square of the length: at this one it
-# is a tenth of a second at worst.
+# others, in quadratic time: at most a tenth of a second for this length.
 MAX_CHARACTERS = 2000
 
-_MAX_READ = 64  # Characters for each token of a prompt that are looked at.
+_MAX_READ = 64  # Characters that are read for each token of a prompt.
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 _CACHE_SIZE = 2**14
 _HOW_TO_GET_IT = (
-  'give data=FOLDER with train.jsonl and its like, of lines {"text": ...}, '
+  'give data=FOLDER with train.jsonl and so on, of lines {"text": ...}, '
   "such as the sentence polarity data of Pang and Lee; or "
   "data=tfds:imdb_reviews, once it is prepared."
 )
 
-# n, in words or tokens -> a text's beginning of that length, or None if there
-# is none behind which it goes on.
+# n, in words or tokens -> a text's beginning of that length, or None if the
+# text ends there.
 _Cut = Callable[[str, int], str | None]
 
 
@@ -72,17 +71,16 @@ def prompts(
   min_characters: int = 0,
   tokenizer: Any = None,
 ) -> list[str]:
-  """Beginnings of reviews, whose lengths are drawn uniformly.
+  """Draws beginnings of reviews, whose lengths are uniform.
 
-  Every text is asked once before any is asked again, with another length. A
-  smaller `num` gives the first of the same prompts. Markup, and blanks next
-  to others, are taken out of the texts first. Texts that do not go on behind
-  `max_length` words are left out, or the short ones would tell which they
-  are; how many is logged.
+  Every text is used once before any is used again, with another length. A
+  smaller `num` gives the first of the same prompts. Markup and repeated blanks
+  are removed from the texts first. Texts that end within `max_length` words are
+  left out, or the short ones could be recognised; how many is logged.
 
   Splits are those of the data. Where it has no validation split, that is a
-  tenth of the training texts, by their hash; a single file is taken apart by
-  hash, 8 : 1 : 1. No two splits share a text, but short prompts may be alike.
+  tenth of the training texts, by their hash; a single file is split by hash, 8
+  : 1 : 1. No two splits share a text, but short prompts may be alike.
 
   Args:
     split: "train", "validation" or "test".
@@ -94,17 +92,16 @@ def prompts(
     min_length: of a prompt, in words, or in tokens where there is a tokenizer.
     max_length: likewise.
     min_characters: shorter texts are left out.
-    tokenizer: what makes the tokens: a Hugging Face tokenizer, or a folder
-      with one, such as RUN or RUN/model; None for words. A prompt is encoded
-      to the tokens that it was cut from, or it is not taken. A start token is
-      not counted.
+    tokenizer: a Hugging Face tokenizer, or a folder with one, such as RUN or
+      RUN/model; None for words. A prompt that is not encoded to the tokens that
+      it was cut from is left out. A start token is not counted.
 
   Returns:
     `num` texts.
 
   Raises:
-    ValueError: if an option makes no sense, or the data is missing, not as
-      expected or too short.
+    ValueError: if an option is invalid, or the data is missing, not as expected
+      or too short.
   """
   drawn = _drawn(
     split, seed, num, data, min_length, max_length, min_characters, tokenizer
@@ -123,7 +120,7 @@ def supervised(
   min_characters: int = 0,
   tokenizer: Any = None,
 ) -> list[tuple[str, str]]:
-  """The prompts of `prompts` with the rest of the texts they begin."""
+  """Draws the prompts of `prompts` with the rest of their texts."""
   return _drawn(
     split, seed, num, data, min_length, max_length, min_characters, tokenizer
   )
@@ -135,18 +132,18 @@ def supervised(
 def score(
   prompt: str, response: str, *, reads: Literal["text", "response"] = "text"
 ) -> tuple[float, dict[str, Any]]:
-  """VADER's compound of the prompt and the response, or of the response.
+  """Scores VADER's compound of the prompt and the response.
 
     compound = s / √(s² + 15)
 
-  s is the sum of the valences of the words, after VADER's rules. A text with
-  more than `MAX_CHARACTERS` characters, where an emoji counts as what it is
-  described as, is read up to there.
+  s is the sum of the valences of the words, after VADER's rules. Only the first
+  `MAX_CHARACTERS` characters of a text are read, where an emoji counts as its
+  description.
 
   Args:
     prompt: text.
     response: what the model wrote.
-    reads: "text", the prompt and the response in one; or "response" alone.
+    reads: "text", the prompt and the response in one; or "response".
 
   Returns:
     The compound in [-1, 1], to four digits, 0 for a text without a known word;
@@ -176,17 +173,17 @@ def score(
 
 @functools.lru_cache(_CACHE_SIZE)
 def _verdict(text: str) -> tuple[float, float, float, float]:
-  """Compound, and the positive, negative and neutral shares."""
+  """Returns compound, and the positive, negative and neutral shares."""
   found = _analyzer().polarity_scores(text)
   return found["compound"], found["pos"], found["neg"], found["neu"]
 
 
 def _readable(text: str) -> str:
-  """The beginning of a text that VADER is given."""
+  """Returns the beginning of a text that VADER is given."""
   descriptions = _analyzer().emojis
   room = MAX_CHARACTERS
   for place, character in enumerate(text):
-    # VADER puts a blank in front of a description.
+    # VADER puts a blank before a description.
     description = descriptions.get(character)
     room -= 1 if description is None else len(description) + 1
     if room < 0:
@@ -199,7 +196,7 @@ def _analyzer():
   if importlib.util.find_spec("vaderSentiment") is None:
     raise ValueError(
       "The task sentiment scores with VADER, which is not installed: pip "
-      'install "rljax[sentiment]".'
+      "install vaderSentiment."
     )
   from vaderSentiment import vaderSentiment
 
@@ -219,7 +216,7 @@ def _drawn(
   min_characters: int,
   tokenizer: Any,
 ) -> list[tuple[str, str]]:
-  """Prompts with the rest of their texts."""
+  """Draws prompts with the rest of their texts."""
   if split not in SPLITS:
     raise ValueError(
       f"The task sentiment has the splits {', '.join(SPLITS)}, got {split!r}."
@@ -240,13 +237,12 @@ def _drawn(
   texts = [text for text in enough if cut(text, max_length) is not None]
   if not texts:
     raise ValueError(
-      f"{data}: no text of the {split} split goes on behind {max_length} "
-      f"{unit} and has {min_characters} characters."
+      f"{data}: no text of the {split} split has more than {max_length} {unit} "
+      f"and {min_characters} characters."
     )
   if len(texts) < len(enough):
     logging.info(
-      "%d of %d texts of the %s split were left out, which do not go on behind "
-      "%d %s.",
+      "%d of %d texts of the %s split were left out: they have at most %d %s.",
       len(enough) - len(texts),
       len(enough),
       split,
@@ -273,12 +269,12 @@ def _round(
   min_length: int,
   max_length: int,
 ) -> Iterator[tuple[str, str]]:
-  """One prompt of each text, and what follows."""
+  """Draws one prompt of each text, and what follows."""
   order = rng.permutation(len(texts))
   lengths = rng.integers(min_length, max_length, len(texts), endpoint=True)
   for i, length in zip(order, lengths, strict=True):
-    # What has a beginning of `max_length` may have none of fewer tokens, if
-    # that splits a character: it gets the next longer one.
+    # A text may have no beginning of so many tokens, if that splits a
+    # character: it gets the next longer one.
     found = (cut(texts[i], n) for n in range(int(length), max_length + 1))
     prompt = next(prompt for prompt in found if prompt is not None)
     yield prompt, texts[i][len(prompt) :]
@@ -290,7 +286,7 @@ def _first_words(text: str, num: int) -> str | None:
 
 
 def _first_tokens(tokenizer: Any, max_read: int) -> _Cut:
-  """Cuts texts behind tokens of a tokenizer, found in so many characters."""
+  """Cuts texts after tokens of a tokenizer, found in so many characters."""
 
   def encode(text):
     try:
@@ -309,14 +305,14 @@ def _first_tokens(tokenizer: Any, max_read: int) -> _Cut:
     ids = beginning(text)
     prompt = tokenizer.decode(ids[:num], clean_up_tokenization_spaces=False)
     goes_on = len(ids) > num and text.startswith(prompt)
-    # A sampler reads the tokens of the text, which must be these.
+    # A sampler encodes the text, and must get these tokens.
     return prompt if goes_on and encode(prompt) == ids[:num] else None
 
   return cut
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-  """A tokenizer, or that of a folder."""
+  """Returns a tokenizer, or loads that of a folder."""
   if not isinstance(tokenizer, (str, os.PathLike)):
     return tokenizer
   for folder in (pathlib.Path(tokenizer), pathlib.Path(tokenizer, "model")):
@@ -332,7 +328,7 @@ def _tokenizer(tokenizer: Any) -> Any:
 
 @functools.lru_cache(8)
 def _texts_of_split(split: str, data: str) -> tuple[str, ...]:
-  """Different texts of a split, in the order of the data."""
+  """Returns different texts of a split, in the order of the data."""
   if not data:
     raise ValueError(f"The task sentiment has no data: {_HOW_TO_GET_IT}")
   is_tfds = data.startswith("tfds:")
@@ -360,7 +356,7 @@ def _texts_of_split(split: str, data: str) -> tuple[str, ...]:
 
 
 def _texts(data: str, split: str) -> tuple[str, ...]:
-  """Different texts of a part of the data."""
+  """Returns different texts of a part of the data."""
   texts = {}
   rows = files.load_rows(data, split, required=("text",))
   for i, row in enumerate(rows):
@@ -374,9 +370,9 @@ def _texts(data: str, split: str) -> tuple[str, ...]:
 
 
 def _clean(text: str) -> str:
-  """A text on one line, without markup."""
+  """Returns a text on one line, without markup."""
   text = " ".join(html.unescape(_TAG.sub(" ", text)).split())
-  # JSON can spell halves of characters, which no tokenizer takes.
+  # JSON can hold halves of surrogate pairs, which no tokenizer accepts.
   return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of a few words, for models that start from nothing."""
+"""Tokenizers of a few words, for models trained from scratch."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
 
 def of_words(words: Sequence[str], pattern: str):
-  """A tokenizer of the given words and three special tokens behind them.
+  """Makes a tokenizer of the given words and three special tokens.
 
   Args:
     words: their ids are 0, 1, ...; then come the tokens that start a prompt
       (the tokenizer adds it), end a response, and pad.
-    pattern: regular expression of what is a word in a text. A word that is
+    pattern: regular expression that matches a word of a text. A word that is
       not among `words` is an error.
 
   Returns:

@@ -1,14 +1,14 @@
-"""Word lists of mixed quality, and a reward that knows how good each is.
+"""Word lists of mixed quality, with an exact reward.
 
   birds 4 not duck owl: dove hawk wren lark
 
-asks for four different birds, no duck and no owl among them. `logged` writes
-replies as a careless crowd would: some are right, most hold words that do not
-belong, repeat themselves or have another length. How many are right depends on
-the topic, so that a value of the prompt can be learnt; which of two replies was
-preferred is told rightly three times out of four. It is a small setting in
-which methods of offline reinforcement learning differ: there are thousands of
-perfect replies to a prompt, and the log has every shade below them.
+asks for four different birds, but no duck and no owl. `logged` makes replies of
+mixed quality: some are right, most have foreign or repeated words or a wrong
+length. The share of right ones depends on the topic, so that the value of a
+prompt can be learnt; the preference between two replies is right three times
+out of four. In this small setting methods of offline reinforcement learning
+differ: a prompt has thousands of perfect replies, and the log has all grades
+below them.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def prompts(split: str, seed: int, *, num: int = 1024) -> list[str]:
   Args:
     split: "train" (80 %), "validation" or "test" (10 % each).
     seed: of the draw.
-    num: how many; more than there are gives repetitions.
+    num: how many; a larger number than there are gives repetitions.
 
   Returns:
     Texts that end in a colon.
@@ -67,7 +67,7 @@ def prompts(split: str, seed: int, *, num: int = 1024) -> list[str]:
 def logged(
   split: str, seed: int, *, num: int = 1024, agreement: float = 0.75
 ) -> list[dict[str, Any]]:
-  """Logged replies: two to each prompt, the preferred one first.
+  """Returns logged replies: two to each prompt, the preferred one first.
 
   Args:
     split: as for `prompts`.
@@ -105,25 +105,25 @@ def logged(
 def supervised(
   split: str, seed: int, *, num: int = 1024, agreement: float = 0.75
 ) -> list[tuple[str, str]]:
-  """The prompts of `logged` with their preferred replies."""
+  """Returns the prompts of `logged` with their preferred replies."""
   rows = logged(split, seed, num=num, agreement=agreement)
   return [(row["prompt"], row["candidates"][0]) for row in rows]
 
 
 def solution(prompt: str, rng: np.random.Generator) -> str:
-  """Draws a reply whose reward is 1, every one of them alike."""
+  """Draws a reply whose reward is 1, all of them equally likely."""
   belonging, num = _parse(prompt)
   return "".join(f" {word}" for word in rng.choice(belonging, num, False))
 
 
 def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
-  """How much of the request a reply meets.
+  """Scores how much of the request a reply meets.
 
     R = min(n, |different words of the topic, without the forbidden two|)
         / max(n, m)
 
   for n words asked and m given: 1 for n different words that all belong, less
-  for every word that is missing, foreign, repeated or too many.
+  for every word that is missing, foreign, repeated or extra.
 
   Args:
     prompt: one of `prompts`.
@@ -134,7 +134,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
     words that belong (`on_topic`), and the number of words (`words`).
 
   Raises:
-    ValueError: if the prompt is no request for words.
+    ValueError: if the prompt does not ask for words.
   """
   belonging, num = _parse(prompt)
   words = response.split()
@@ -149,7 +149,7 @@ def score(prompt: str, response: str) -> tuple[float, dict[str, Any]]:
 
 
 def word_tokenizer():
-  """A fast tokenizer with one token a word; texts begin with `<bos>`."""
+  """Makes a fast tokenizer with one token a word; texts begin with `<bos>`."""
   import tokenizers
   import transformers
 
@@ -192,7 +192,7 @@ def _split_of(prompt: str) -> str:
 
 
 def _parse(prompt: str) -> tuple[list[str], int]:
-  """The words that a reply may use, and how many are asked for."""
+  """Returns the words that a reply may use, and how many are asked for."""
   fields = prompt.removesuffix(":").split()
   if (
     len(fields) != 5
@@ -211,7 +211,7 @@ def _reply(prompt: str, rng: np.random.Generator) -> str:
   right = solution(prompt, rng)
   if rng.random() < _RIGHT[prompt.split()[0]]:
     return right
-  # A careless reply: words of any topic, repetitions, another length.
+  # A poor reply: words of any topic, repetitions, a wrong length.
   belonging, num = _parse(prompt)
   care = rng.uniform(0.0, 0.8)
   num = int(np.clip(num + rng.integers(-2, 3), 1, MAX_WORDS))

@@ -1,8 +1,8 @@
-"""Fewest edits from one text to another, on token ids.
+"""Aligns token ids of two texts by the fewest edits.
 
 A wrong sample and its corrected rewrite are aligned with the fewest insertions,
 deletions and substitutions. The alignment says which tokens of the rewrite are
-new, and which tokens of the sample had to go. Both sequences come with their
+new, and which tokens of the sample were dropped. Both sequences include their
 end token.
 """
 
@@ -15,10 +15,10 @@ MODES = ("clean", "reference")
 _KEEP, _SUBSTITUTE, _DELETE, _INSERT = range(4)
 
 
-# Arrays have no single truth value, so a comparison field by field would raise.
+# Arrays have no single truth value: comparing field by field would raise.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Alignment:
-  """Fewest edits that turn a sample of n tokens into a rewrite of m."""
+  """Holds the fewest edits that turn n sample tokens into m rewrite tokens."""
 
   distance: int  # Insertions + deletions + substitutions.
   edited: np.ndarray  # [m] bool, rewrite tokens substituted or inserted.
@@ -28,7 +28,7 @@ class Alignment:
 def align(
   sample: Sequence[int], rewrite: Sequence[int], *, mode: str = "clean"
 ) -> Alignment:
-  """`align_pairs` for one pair; many at once take far less time each."""
+  """Aligns one pair, see `align_pairs`, which is much faster for many."""
   return align_pairs([sample], [rewrite], mode=mode)[0]
 
 
@@ -51,10 +51,9 @@ def align_pairs(
       substitution, deletion and insertion, ties in this order; until (0, 0).
     "reference": as the authors' code. Ties go to deletion, insertion and
       substitution, in this order. The rewrite token of every cell on the path
-      whose two tokens differ counts as edited, so that the kept token before a
-      deleted stretch does too. The walk stops as soon as one of the two
-      sequences is used up, so that what is inserted at the very start does not
-      count.
+      whose two tokens differ counts as edited, so that the kept token before
+      deleted ones does too. The walk stops as soon as one of the two sequences
+      is used up, so that what is inserted at the very start does not count.
 
   Args:
     samples: N sequences of token ids, of any length.
@@ -101,7 +100,7 @@ def distances(
   *,
   max_cells: int = 2**24,
 ) -> np.ndarray:
-  """Levenshtein distances alone, `[N]` int64; see `align_pairs`."""
+  """Computes Levenshtein distances alone, `[N]` int64; see `align_pairs`."""
   samples, rewrites = _checked(samples, rewrites)
   found = np.zeros(len(samples), np.int64)
   for rows in _chunks(samples, rewrites, max_cells):
@@ -114,7 +113,7 @@ def distances(
 def imitation_weights(
   alignment: Alignment, *, edited: float = 1.0, kept: float = 0.5
 ) -> np.ndarray:
-  """Weights of a rewrite's tokens in the imitation loss.
+  """Computes the weights of a rewrite's tokens in the imitation loss.
 
   Args:
     alignment: of a sample and its rewrite.
@@ -131,7 +130,7 @@ def imitation_weights(
 
 
 def _checked(samples, rewrites):
-  """Both as lists of int64 arrays."""
+  """Returns both as lists of int64 arrays."""
   if len(samples) != len(rewrites):
     raise ValueError(
       "Each sample needs its rewrite, got "
@@ -174,7 +173,7 @@ def _chunks(samples, rewrites, max_cells) -> Iterator[list[int]]:
 
 
 def _align_chunk(samples, rewrites, mode):
-  """Distances `[B]`, and edited and dropped tokens, `[B, m]` and `[B, n]`."""
+  """Returns distances `[B]`, edited tokens `[B, m]` and dropped `[B, n]`."""
   chunk = _Chunk(samples, rewrites)
   found = chunk.fill()
   edited, dropped = chunk.walk()
@@ -185,12 +184,12 @@ def _align_chunk(samples, rewrites, mode):
 
 
 class _Chunk:
-  """B pairs, padded to n and m tokens, and the tables of their distances.
+  """Holds B pairs, padded to n and m tokens, and tables of their distances.
 
-  Cells (i, j) with the same d = i + j need none of each other, so a diagonal is
-  computed at once, for all pairs. Pairs lie on the last axis: each operation
-  then runs over one block of memory. Padding comes behind a pair's own tokens
-  and cannot change its part of the table.
+  Cells (i, j) with the same d = i + j do not depend on each other, so a
+  diagonal is computed at once, for all pairs. Pairs lie on the last axis: each
+  operation then runs over one block of memory. Padding comes after a pair's own
+  tokens and cannot change its part of the table.
   """
 
   def __init__(self, samples, rewrites):
@@ -219,7 +218,7 @@ class _Chunk:
     aside_buffer = np.empty(shape, dtype)
     flag_buffers = np.empty((2, *shape), bool)
     ends = self.num_sample + self.num_rewrite
-    # Right where the loop does not come: in diagonals 0 and 1.
+    # Already right in diagonals 0 and 1, which the loop skips.
     found = ends.copy()
     for d in range(2, n + m + 1):
       low, high = max(1, d - m), min(n, d - 1)
@@ -238,7 +237,8 @@ class _Chunk:
       straight = before[low - 1 : high]
       straight += differ
       np.minimum(straight, aside, out=this[inner])
-      # A match never costs more than a step aside, but may cost the same.
+      # A match never costs more than an insertion or a deletion, but may cost
+      # the same.
       if prefer_substitution:
         np.less(aside, straight, out=is_aside)
       else:
@@ -261,7 +261,7 @@ class _Chunk:
     return found
 
   def walk(self, as_reference=False):
-    """Edited and dropped tokens, `[B, m]` and `[B, n]` bool."""
+    """Returns edited and dropped tokens, `[B, m]` and `[B, n]` bool."""
     edited = np.zeros(self.rewrites.shape, bool)
     dropped = np.zeros(self.samples.shape, bool)
     rows, columns = self.num_sample.copy(), self.num_rewrite.copy()
@@ -280,14 +280,14 @@ class _Chunk:
       rows[pairs] -= move != _INSERT
       columns[pairs] -= move != _DELETE
     if not as_reference:
-      # One of the two is used up: all that is left of the other is an edit.
+      # One of the two is used up: the rest of the other are edits.
       edited |= np.arange(len(edited))[:, None] < columns
       dropped |= np.arange(len(dropped))[:, None] < rows
     return edited.T, dropped.T
 
 
 def _padded(sequences):
-  """Ids `[length, B]`, padded at the end, and lengths `[B]`."""
+  """Returns ids `[length, B]`, padded at the end, and lengths `[B]`."""
   lengths = np.array([len(ids) for ids in sequences])
   padded = np.zeros((len(sequences), lengths.max()), np.int64)
   for row, ids in zip(padded, sequences, strict=True):

@@ -1,17 +1,18 @@
-"""Padding, and which rows make a batch. Everything is numpy."""
+"""Pads rows, and chooses the rows of a batch, in numpy."""
 
 import bisect
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 
 def bucket_length(length: int, buckets: Sequence[int] | None = None) -> int:
-  """The smallest allowed length that is not below the given one.
+  """Returns the smallest allowed length that is not below the given one.
 
-  A compiled function is compiled once per shape. Buckets keep the number of
-  shapes down: 1, 2, 3, 4, 6, 8, 12, ... (powers of two and one and a half
-  times them) pad by less than a half, and number two per doubling.
+  A compiled function is compiled once per shape. Buckets limit the number of
+  shapes: 1, 2, 3, 4, 6, 8, 12, ... (powers of two and 1.5 times them) pad by
+  less than a half, with two buckets per doubling.
 
   Args:
     length: number of tokens; >= 0.
@@ -34,7 +35,7 @@ def bucket_length(length: int, buckets: Sequence[int] | None = None) -> int:
 
 
 def longest_in_bucket(limit: int) -> int:
-  """The longest row that `pad_left` and `pad_right` pad to `limit` at most."""
+  """Returns the longest row that is padded to `limit` at most."""
   length = max(limit, 0)
   while length and bucket_length(length) > limit:
     length -= 1
@@ -48,14 +49,14 @@ def pad_left(
   buckets: Sequence[int] | None = None,
   pad_id: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Lines rows up at their right ends, as prompts are.
+  """Pads rows on the left, as prompts are.
 
   Args:
     ids: B sequences of ids.
     length: P; by default the bucket of the longest row.
     buckets: see `bucket_length`.
-    pad_id: what fills the rest. The mask is made from lengths, so that it may
-      be the id of a real token.
+    pad_id: what fills the rest. It may be the id of a real token, as the mask
+      is made from lengths.
 
   Returns:
     `[B, P]` int32 ids and `[B, P]` bool mask, True for real tokens.
@@ -73,55 +74,95 @@ def pad_right(
   buckets: Sequence[int] | None = None,
   pad_id: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Lines rows up at their left ends, as responses are; see `pad_left`."""
+  """Pads rows on the right, as responses are; see `pad_left`."""
   return _pad(ids, length, buckets, pad_id, left=False)
 
 
 def supervised_batch(
-  rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+  rows: Sequence[tuple[Sequence[int], ...]],
   *,
   prompt_length: int | None = None,
   response_length: int | None = None,
   pad_id: int = 0,
+  num_rows: int | None = None,
 ) -> dict[str, np.ndarray]:
   """Pads (prompt ids, response ids) to a batch.
 
   Args:
-    rows: B pairs of id sequences; the response includes its end token.
+    rows: at most B pairs of id sequences; the response includes its end token.
+      A third item, if all have one, says which tokens of it are learnt.
     prompt_length: P; by default the bucket of the longest prompt.
     response_length: T, likewise.
     pad_id: what fills the rest.
+    num_rows: B; rows that are missing get responses without any token, from
+      which nothing is learnt. None: as many as there are `rows`.
 
   Returns:
     `prompt_ids`, `prompt_mask` `[B, P]`, left-padded, and `response_ids`,
-    `response_mask` `[B, T]`, right-padded.
+    `response_mask` `[B, T]`, right-padded; and `learnt_mask` `[B, T]`, if the
+    rows say so.
   """
   if not rows:
     raise ValueError("A batch needs at least one row.")
-  prompts, responses = zip(*rows, strict=True)
+  # An empty prompt would leave a row of attention without any key.
+  missing = ([pad_id], [], [])[: len(rows[0])]
+  num_missing = max(0, (num_rows or 0) - len(rows))
+  prompts, responses, *learnt = zip(
+    *rows, *[missing] * num_missing, strict=True
+  )
   prompt_ids, prompt_mask = pad_left(
     prompts, length=prompt_length, pad_id=pad_id
   )
   response_ids, response_mask = pad_right(
     responses, length=response_length, pad_id=pad_id
   )
-  return {
+  batch = {
     "prompt_ids": prompt_ids,
     "prompt_mask": prompt_mask,
     "response_ids": response_ids,
     "response_mask": response_mask,
   }
+  for column in learnt:
+    flags, mask = pad_right(column, length=response_ids.shape[1])
+    batch["learnt_mask"] = mask & (flags > 0)
+  return batch
+
+
+def supervised_shape(
+  rows: Sequence[tuple[Sequence[int], ...]],
+  *,
+  prompt_length: int = 0,
+  response_length: int = 0,
+) -> dict[str, int]:
+  """The one shape in which `supervised_batch` pads all batches.
+
+  Args:
+    rows: (prompt ids, response ids, ...), of which there may be none.
+    prompt_length: tokens of a prompt for which there is room in any case.
+    response_length: tokens of a response, likewise.
+
+  Returns:
+    `prompt_length` and `response_length`, the buckets of the longest.
+  """
+  return {
+    "prompt_length": bucket_length(
+      max([prompt_length, *(len(row[0]) for row in rows)])
+    ),
+    "response_length": bucket_length(
+      max([response_length, *(len(row[1]) for row in rows)])
+    ),
+  }
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
-  """The order in which an epoch visits the rows: a permutation, int64."""
+  """Returns the permutation in which an epoch visits the rows, int64."""
   return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def batch_indices(
   num_rows: int, batch_size: int, step: int, *, seed: int
 ) -> np.ndarray:
-  """The rows that make the batch of a step, without the steps before it.
+  """Returns the rows of a step's batch, from the step and seed alone.
 
   Epochs follow each other without a gap: a batch may hold the end of one and
   the start of the next, and every row is seen once per epoch.
@@ -154,22 +195,54 @@ def batch_indices(
   return rows
 
 
+def indices_or_all(
+  num_rows: int, batch_size: int, step: int, *, seed: int
+) -> np.ndarray:
+  """The rows of `batch_indices`; all of them where there are not B.
+
+  Args:
+    num_rows: rows of the data set.
+    batch_size: B, which may be more.
+    step: 0 for the first batch.
+    seed: of the orders.
+
+  Returns:
+    `[min(B, num_rows)]` int64 row numbers.
+  """
+  if num_rows <= batch_size:
+    return np.arange(num_rows)
+  return batch_indices(num_rows, batch_size, step, seed=seed)
+
+
+def num_updates(num_rows: int, batch_size: int, epochs: float) -> int:
+  """The updates of a number of passes, by the batches of `indices_or_all`.
+
+    ⌈E n / min(B, n)⌉
+
+  Args:
+    num_rows: n >= 1.
+    batch_size: B.
+    epochs: E.
+  """
+  return math.ceil(num_rows * epochs / min(batch_size, num_rows))
+
+
 # Priorities.
 
 
 class PrioritySampler:
   """Draws rows in proportion to their weights.
 
-  A draw is made from the seed and the step alone: a resumed run needs no
-  saved state, and any step's rows can be told again. Its cost grows with the
+  A draw is made from the seed and the step alone: a resumed run needs no saved
+  state, and any step's rows can be drawn again. Its cost grows with the
   logarithm of the number of rows; only making the sampler visits all of them.
 
   With replacement, every draw is independent of the others. Without it, the
-  rows of a batch differ: each is drawn in proportion to the weights among
-  those that are left. Batches are independent of each other either way.
+  rows of a batch differ: each is drawn in proportion to the weights that are
+  left. Batches are independent of each other either way.
 
   Attributes:
-    num_rows: rows with a positive weight, which alone are ever drawn.
+    num_rows: rows with a positive weight; no others are drawn.
 
   Source:
     Baheti et al. (2024), "Leftover Lunch: Advantage-based Offline
@@ -182,8 +255,8 @@ class PrioritySampler:
 
     Args:
       weights: `[N]` numbers >= 0, not all 0; they need not sum to 1. A matrix
-        of candidates is given as `weights.ravel()`, and the rows drawn are
-        taken apart by `np.unravel_index`.
+        of candidates is given as `weights.ravel()`, and `np.unravel_index`
+        splits the rows drawn.
       seed: of the draws.
       replace: whether a batch may hold a row twice.
 
@@ -191,7 +264,7 @@ class PrioritySampler:
       ValueError: naming the first weight that is negative or not finite; or
         if none is positive.
     """
-    # In float32, the sum of a hundred thousand rows forgets the small ones.
+    # In float32, the sum of a hundred thousand rows would lose the small ones.
     weights = np.asarray(weights, np.float64)
     if weights.ndim != 1:
       raise ValueError(f"weights must be a vector, got shape {weights.shape}.")
@@ -215,7 +288,7 @@ class PrioritySampler:
     self.num_rows = self._rows.size
 
   def draw(self, batch_size: int, step: int) -> np.ndarray:
-    """The rows that make the batch of a step, without the steps before it.
+    """Returns the rows of a step's batch, from the step and seed alone.
 
     Args:
       batch_size: B; without replacement at most `num_rows`.
@@ -239,7 +312,7 @@ class PrioritySampler:
     return self._rows[self._select(uniforms)]
 
   def _select(self, uniforms: np.ndarray) -> np.ndarray:
-    """Positions among the positive weights, for numbers in [0, 1)."""
+    """Returns positions among the positive weights, for numbers in [0, 1)."""
     if self._replace:
       return self._position(uniforms * self._ends[-1])
     taken = []  # In order.
@@ -253,7 +326,7 @@ class PrioritySampler:
           break
         point += self._weights[row]
       row = int(self._position(point))
-      # Rounding may leave the point on the edge of a row that is gone.
+      # Rounding may leave the point on the edge of a row that was taken.
       while row in taken:
         row = (row + 1) % self.num_rows
       bisect.insort(taken, row)
@@ -270,7 +343,7 @@ class PrioritySampler:
 def scale_steps(
   num_steps: int, weights: np.ndarray, *, num_rows: int | None = None
 ) -> int:
-  """Steps in proportion to the share ρ of rows that can be drawn: ⌊ρ n⌋.
+  """Scales steps by the share ρ of rows that can be drawn: ⌊ρ n⌋.
 
   Args:
     num_steps: n, for all rows.
@@ -279,8 +352,8 @@ def scale_steps(
       `[N, K]` candidates it is N, so that ρ adds up over the K.
 
   Returns:
-    The number of steps, counted in integers: the product with a rounded
-    share may fall just short.
+    The number of steps, computed in integers: the product with a rounded share
+    may fall just short.
   """
   weights = np.asarray(weights)
   if num_rows is None:

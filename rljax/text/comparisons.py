@@ -1,145 +1,107 @@
-"""Replies to one prompt in their order: what reward models compare."""
+"""Which replies of a log are set against each other."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rljax.text import logged
 
-# What ranks the replies of a row: its rewards where it has them and else its
-# own order, its order, or its rewards.
-ORDERS = ("", "logged", "reward")
 
+class Comparisons(NamedTuple):
+  """M comparisons of K replies each.
 
-def read(
-  tokenizer: Any,
-  data: str,
-  eval_data: str = "",
-  *,
-  num_eval_rows: int,
-  first_row: int = 0,
-  num_rows: int = 0,
-  task: Any = None,
-  seed: int,
-  options: Mapping[str, Any],
-  order: str = "",
-  **settings: Any,
-) -> logged.Split:
-  """Reads comparisons to learn from and held-out ones.
-
-  Args:
-    tokenizer: encodes them.
-    data: a file, see `logged.load`; empty: the task's log.
-    eval_data: the same, of the held-out ones.
-    num_eval_rows: held-out rows that are used at most, the first ones.
-    first_row: rows of `data` that are passed over at its beginning.
-    num_rows: rows that are used from there on; 0 uses all.
-    task: module with `logged`, where no file is named.
-    seed: of the task's draw.
-    options: of the task's log.
-    order: see `ranked`.
-    **settings: of `logged.prepare`.
-
-  Returns:
-    Both, with the best candidate of a row first; rows that compare nothing are
-    among those that were skipped.
-
-  Raises:
-    ValueError: if a part has no comparison, or as `logged` does.
+  Attributes:
+    rows: `[M]` int, row numbers.
+    ranks: `[M, K]` int, candidate numbers, the best reply first. One that the
+      row does not have stands for a missing reply.
+    notes: what is compared, and which rows are not.
   """
-  skipped: list[str] = []
 
-  def compared(name, split, first, limit):
-    rows, unusable = logged.load_or_draw(name, task, split, seed, options)
-    kept = []
-    for row in rows[first:][: limit or None]:
-      try:
-        kept.append(ranked(row, order))
-      except NothingToCompare as error:
-        unusable.append(str(error))
-    if not kept:
-      source = name or f"the log of {task.__name__}"
+  rows: np.ndarray
+  ranks: np.ndarray
+  notes: list[str]
+
+  def check_batch(self, batch_size: int) -> None:
+    """Raises ValueError if there are fewer than a batch."""
+    if batch_size > len(self.rows):
       raise ValueError(
-        f"{source} holds no comparison: {' '.join(unusable[:3])}"
+        f"--batch_size={batch_size} is more than the {len(self.rows)} rows "
+        "that can be compared."
       )
-    encoded = logged.prepare(tokenizer, kept, **settings)
-    skipped.extend([*unusable, *encoded.skipped])
-    return encoded
-
-  train = compared(data, "train", first_row, num_rows)
-  held_out = compared(eval_data, "validation", 0, num_eval_rows)
-  return logged.Split(train, held_out, skipped, {})
 
 
-class NothingToCompare(ValueError):
-  """A row without a better and a worse reply."""
-
-
-def ranked(row: logged.Row, order: str = "") -> logged.Row:
-  """Puts the candidates of a row in order, the best one first.
+def ranked(
+  rows: Sequence[logged.Row],
+  rewards: np.ndarray | None = None,
+  *,
+  all_replies: bool = False,
+) -> Comparisons:
+  """Ranks the replies of each row.
 
   Args:
-    row: with candidates.
-    order: one of `ORDERS`. In the row's own order there are no ties: its
-      rewards become 0, -1, -2, ...
+    rows: N logged rows of up to C candidates; those with fewer than two are
+      left out.
+    rewards: `[N, C]` float, by which replies are ranked; equal ones keep their
+      order. None: the order in which they stand is their rank.
+    all_replies: whether all replies of a row are compared, K = C; else the best
+      with the worst, K = 2, unless their rewards are equal.
 
   Raises:
-    NothingToCompare: if there is no pair of a better and a worse one.
-    ValueError: if rewards are asked for and missing, or there is no such order.
+    ValueError: if nothing is left.
   """
-  if order not in ORDERS:
-    raise ValueError(f"order must be empty, logged or reward, got {order!r}.")
-  if order == "reward" and row.rewards is None:
-    raise ValueError(f'{row.place}: "reward" is missing, for --order=reward.')
-  if len(set(row.candidates)) < 2:
-    raise NothingToCompare(f"{row.place}: there is nothing to compare.")
-  if row.rewards is None or order == "logged":
-    places = tuple(-float(i) for i in range(len(row.candidates)))
-    return dataclasses.replace(row, rewards=places)
-  if len(set(row.rewards)) < 2:
-    raise NothingToCompare(f"{row.place}: all rewards are the same.")
-  return logged.best_first(row)
+  compared, ranks, few, tied = [], [], [], []
+  most = max(len(row.candidates) for row in rows)
+  for i, row in enumerate(rows):
+    candidates = list(range(len(row.candidates)))
+    if len(candidates) < 2:
+      few.append(row.place)
+      continue
+    if rewards is not None:
+      candidates.sort(key=lambda k: -rewards[i, k])
+    if all_replies:
+      # The number after the last: no reply has it, and arrays have a column.
+      candidates += [len(candidates)] * (most - len(candidates))
+    else:
+      candidates = [candidates[0], candidates[-1]]
+      if rewards is not None and np.ptp(rewards[i, candidates]) == 0:
+        tied.append(row.place)
+        continue
+    compared.append(i)
+    ranks.append(candidates)
+  left_out = [
+    f"{len(places)} of {len(rows)} rows have {what}: {', '.join(places[:3])}"
+    + (", ..." if len(places) > 3 else ".")
+    for places, what in (
+      (few, "fewer than two replies"),
+      (tied, "replies of equal reward"),
+    )
+    if places
+  ]
+  if not compared:
+    raise ValueError(f"Nothing can be compared: {' '.join(left_out)}")
+  note = f"{len(compared)} comparisons out of {len(rows)} rows."
+  return Comparisons(np.array(compared), np.array(ranks), [note, *left_out])
 
 
-def most_candidates(*parts: logged.Encoded) -> int:
-  """Returns how many replies the longest row of several parts has."""
-  return max(len(row.candidates) for part in parts for row in part.rows)
-
-
-def batch(
-  part: logged.Encoded,
-  rows: Sequence[int],
-  lengths: Sequence[int],
-  num_candidates: int,
-) -> dict[str, np.ndarray]:
-  """Pads the K candidates of B rows to a batch.
+def singles(
+  rows: Sequence[logged.Row], rewards: np.ndarray, threshold: float
+) -> Comparisons:
+  """Takes every reply by itself, a good or a bad one: K = 1.
 
   Args:
-    part: N rows, see `read`.
-    rows: B row numbers.
-    lengths: columns P and T of prompts and responses.
-    num_candidates: K; a row with fewer is filled up.
+    rows: N logged rows of up to C candidates.
+    rewards: `[N, C]` float.
+    threshold: least reward of a good reply.
 
-  Returns:
-    The arrays of `logged.batch`, `[B, K, P]` and `[B, K, T]`; `present`
-    `[B, K]` bool, True where there is a candidate; `rewards` `[B, K]` float32.
+  Raises:
+    ValueError: if all are good, or all bad.
   """
-  arrays = logged.batch(
-    part,
-    np.repeat(rows, num_candidates),
-    np.tile(np.arange(num_candidates), len(rows)),
-    prompt_length=lengths[0],
-    response_length=lengths[1],
-  )
-  shape = (len(rows), num_candidates)
-  arrays = {name: x.reshape(*shape, -1) for name, x in arrays.items()}
-  rewards = np.zeros(shape, np.float32)
-  for i, row in enumerate(rows):
-    rewards[i, : len(part.rows[row].rewards)] = part.rows[row].rewards
-  return {
-    **arrays,
-    "present": arrays["response_mask"].any(axis=2),
-    "rewards": rewards,
-  }
+  compared, candidates = np.nonzero(logged.present(rows))
+  good = rewards[compared, candidates] >= threshold
+  note = f"{good.sum()} of {len(good)} replies are good ones."
+  if good.all() or not good.any():
+    raise ValueError(
+      f"The threshold of {threshold} makes all replies alike: {note}"
+    )
+  return Comparisons(compared, candidates[:, None], [note])

@@ -1,4 +1,4 @@
-"""Rows in files: JSON lines, JSON, folders of splits, tensorflow-datasets."""
+"""Reads and writes rows: JSON lines, JSON, folders of splits, tfds."""
 
 import gzip
 import json
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+
+from rljax.storage import paths
 
 Row = dict[str, Any]
 
@@ -21,7 +23,7 @@ def read_jsonl(
 ) -> list[Row]:
   """Reads one JSON object per line; a name ending in `.gz` is unpacked.
 
-  Blank lines are stepped over. Fields that nobody asked for are kept.
+  Blank lines are skipped. Fields that are not asked for are kept.
 
   Args:
     path: file to read.
@@ -32,8 +34,8 @@ def read_jsonl(
     The rows in the file's order.
 
   Raises:
-    ValueError: naming the line, if it is no JSON object or lacks a field; or
-      if there are no rows at all.
+    ValueError: naming the line, if it is not a JSON object or lacks a field; or
+      if there are no rows.
   """
   return [
     _checked(_raised(row), place, required, optional)
@@ -54,22 +56,14 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
   content = "".join(map(_json_line, rows)).encode("utf-8")
   if path.suffix == ".gz":
     content = gzip.compress(content, mtime=0)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with temporary.open("wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  paths.write_whole(path, content, fsync=True, shared=True)
 
 
 def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
   """Adds rows at the end of a file, which need not exist yet.
 
-  A last line without its line feed is what a killed writer leaves behind: it
-  is cut off, with a warning, so that the new rows stay readable.
+  A last line without its line feed, which a killed writer leaves, is cut off
+  with a warning, so that the new rows stay readable.
 
   Args:
     path: uncompressed file to add to.
@@ -101,7 +95,7 @@ def load_rows(
 
   Args:
     name: one of
-      a `.jsonl` or `.json` file, possibly with `.gz` behind (a `.json` file
+      a `.jsonl` or `.json` file, possibly ending in `.gz` (a `.json` file
       holds one list of objects); "{split}" in its name is replaced, and
       without it the whole file is the split;
       a folder with a file named after the split;
@@ -126,7 +120,7 @@ def load_rows(
 def load_placed_rows(
   name: str, split: str, *, data_dir: str | os.PathLike | None = None
 ) -> Iterator[tuple[str, Row | ValueError]]:
-  """Loads rows with the place each comes from, for who can spare a bad one.
+  """Loads rows with their places, so that a caller may skip bad ones.
 
   Args:
     name: see `load_rows`; likewise `split` and `data_dir`.
@@ -171,7 +165,7 @@ def load_placed_rows(
 
 
 def _read_bytes(path: str | os.PathLike) -> bytes:
-  """The content of a file, unpacked if its name ends in `.gz`."""
+  """Reads a file, unpacked if its name ends in `.gz`."""
   content = pathlib.Path(path).read_bytes()
   if not str(path).endswith(".gz"):
     return content
@@ -184,7 +178,7 @@ def _read_bytes(path: str | os.PathLike) -> bytes:
 def _placed_lines(
   path: str | os.PathLike,
 ) -> Iterator[tuple[str, Row | ValueError]]:
-  """The rows of a .jsonl file, see `load_placed_rows`."""
+  """Yields the rows of a .jsonl file, see `load_placed_rows`."""
   place = None
   for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
     if not line.strip():
@@ -203,7 +197,7 @@ def _placed_lines(
 def _placed_items(
   path: pathlib.Path,
 ) -> Iterator[tuple[str, Row | ValueError]]:
-  """The rows of a .json file, see `load_placed_rows`."""
+  """Yields the rows of a .json file, see `load_placed_rows`."""
   try:
     rows = json.loads(_read_bytes(path).decode("utf-8"))
   except ValueError as error:
@@ -257,10 +251,10 @@ def _checked(
 def _placed_tfds(
   name: str, split: str, data_dir: str | os.PathLike | None
 ) -> Iterator[tuple[str, Row | ValueError]]:
-  """The rows of a tfds data set, see `load_placed_rows`."""
+  """Yields the rows of a tfds data set, see `load_placed_rows`."""
   try:
     import tensorflow_datasets as tfds
-    import tensorflow_datasets.text  # Registers gsm8k and its like.
+    import tensorflow_datasets.text  # Registers gsm8k and others.
   except ImportError as error:
     raise ValueError(
       f'"tfds:{name}" needs `pip install tensorflow-datasets` ({error}).'
@@ -293,7 +287,7 @@ def _placed_tfds(
 
 
 def _plain(value: Any) -> Any:
-  """Numpy and bytes, as tfds gives them, to what JSON would hold."""
+  """Converts numpy and bytes, as tfds gives them, to what JSON holds."""
   if isinstance(value, Mapping):
     return {key: _plain(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
@@ -304,9 +298,11 @@ def _plain(value: Any) -> Any:
 
 
 def shorten(value: Any, limit: int = 60) -> str:
+  """Returns the repr of a value, cut to `limit` characters."""
   text = repr(value)
   return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def first_line(error: Exception) -> str:
+  """Returns the first line of an error's message, without its full stop."""
   return (str(error).splitlines() or [""])[0].rstrip(".")

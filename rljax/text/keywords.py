@@ -1,4 +1,4 @@
-"""Keyword arguments as texts, `name=value`, and functions that take them."""
+"""Keyword arguments given as texts, `name=value`."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,8 @@
-"""Logged responses: what was asked, what was answered, what it was worth.
+"""Logged responses: prompts, replies and their rewards.
 
 Files of many origins are read into one kind of row, which offline learners
-train on. A row that cannot be used is named and counted, never dropped in
-silence.
+train on. A row that cannot be used is named and counted, never dropped
+silently.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ _PAIR_SCORES = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A prompt and the replies to it.
+  """Holds a prompt and the replies to it.
 
   Attributes:
     prompt: text, or messages of `role` and `content`.
-    candidates: K replies; none where there is a prompt alone. The first is the
+    candidates: K replies; none where there is only a prompt. The first is the
       one to learn from; of chosen and rejected it is the chosen one.
-    rewards: K numbers, or None if nobody scored the replies.
+    rewards: K numbers, or None if the replies were not scored.
     value: what the policy that wrote the replies earns on this prompt, or
       None.
     advantage: of the first reply, or None.
@@ -61,7 +61,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """Rows as ids; N of them.
+  """Holds N rows as ids.
 
   Attributes:
     prompt_ids: N lists of ids.
@@ -74,6 +74,59 @@ class Encoded:
   response_ids: list[list[list[int]]]
   rows: list[Row]
   skipped: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """A log as ids, to be made into batches of one shape; see `read`.
+
+  N rows of up to K replies.
+
+  Attributes:
+    encoded: the rows as ids.
+    lengths: P and T, columns that hold every prompt and every reply.
+    present: `[N, K]` bool, which replies there are.
+    skipped: one message per row that was left out.
+    settings: how the rows were encoded, by the names of the flags.
+    pad_id: what fills batches.
+  """
+
+  encoded: Encoded
+  lengths: tuple[int, int]
+  present: np.ndarray
+  skipped: list[str]
+  settings: dict[str, Any]
+  pad_id: int = 0
+
+  @property
+  def rows(self) -> list[Row]:
+    """The N rows that could be encoded."""
+    return self.encoded.rows
+
+  def batch(
+    self, rows: np.ndarray, candidates: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """Pads replies and their prompts to a batch.
+
+    Args:
+      rows: `[...]` int, row numbers.
+      candidates: `[...]` int, candidate numbers, of a shape that goes with that
+        of `rows`. One that its row does not have is an empty response.
+
+    Returns:
+      `prompt_ids`, `prompt_mask` `[..., P]` and `response_ids`,
+      `response_mask` `[..., T]`; see `batch`.
+    """
+    rows, candidates = np.broadcast_arrays(rows, candidates)
+    arrays = batch(
+      self.encoded,
+      rows.ravel(),
+      candidates.ravel(),
+      prompt_length=self.lengths[0],
+      response_length=self.lengths[1],
+      pad_id=self.pad_id,
+    )
+    return {k: x.reshape(*rows.shape, -1) for k, x in arrays.items()}
 
 
 class Split(NamedTuple):
@@ -95,19 +148,60 @@ class Split(NamedTuple):
 # Files.
 
 
+def read(
+  tokenizer: Any,
+  *,
+  name: str,
+  task: Any,
+  seed: int,
+  task_options: Mapping[str, Any] | None = None,
+  split: str = "train",
+  first_row: int = 0,
+  num_rows: int = 0,
+  **settings: Any,
+) -> Log:
+  """Reads a log and encodes it.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer with an end token.
+    name: of a file, see `load`; empty for the task's own log.
+    task: module with `logged`, where no file is named.
+    seed: of the task's draw.
+    task_options: keyword arguments of the task's `logged`.
+    split: of the file or the task.
+    first_row: rows before it are passed over.
+    num_rows: how many are taken from there on; 0 for all.
+    **settings: of `prepare`: `prompt_format`, `max_prompt_length`,
+      `max_response_length` and `too_long`.
+
+  Raises:
+    ValueError: as `load_or_draw` and `prepare`.
+  """
+  rows, unusable = load_or_draw(name, task, split, seed, task_options or {})
+  encoded = prepare(tokenizer, rows[first_row:][: num_rows or None], **settings)
+  return Log(
+    encoded=encoded,
+    lengths=lengths(encoded),
+    present=present(encoded.rows),
+    skipped=[*unusable, *encoded.skipped],
+    settings=settings,
+    pad_id=tokens.pad_id(tokenizer),
+  )
+
+
 def load(
   name: str, split: str = "train", *, data_dir: str | os.PathLike | None = None
 ) -> tuple[list[Row], list[str]]:
   """Loads logged responses in any of the forms that `parse` knows.
 
   Args:
-    name: a file, a folder or "tfds:<name>"; see `data.load_rows`.
+    name: a file, a folder or "tfds:<name>"; see `files.load_rows`.
     split: such as "train".
     data_dir: folder that relative paths start from; for tfds its data folder.
 
   Returns:
-    The rows in order, and one message for each that cannot be used, which
-    names its place. Their number and the first three are logged.
+    The rows in order, and a message with the place of each that cannot be used.
+    Their number and the first three are logged.
 
   Raises:
     ValueError: if there is no such file or split, or no row can be used.
@@ -127,7 +221,7 @@ def load(
 def load_or_draw(
   name: str, task: Any, split: str, seed: int, options: Mapping[str, Any]
 ) -> tuple[list[Row], list[str]]:
-  """The rows of a file if one is named, else those that a task has logged.
+  """Loads the rows of a file if one is named, else those of a task's log.
 
   Args:
     name: see `load`; may be empty.
@@ -147,10 +241,35 @@ def load_or_draw(
   return task_rows(task, split, seed, options), []
 
 
+def load_or_ask(
+  name: str, task: Any, split: str, seed: int, options: Mapping[str, Any]
+) -> tuple[list[Row], list[str]]:
+  """Loads the prompts of a file if one is named, else draws those of a task.
+
+  Args:
+    name: see `load_prompts`; may be empty.
+    task: module with `prompts`.
+    split: of either.
+    seed: of the task's draw.
+    options: keyword arguments of the task's `prompts`.
+
+  Returns:
+    Rows without candidates, and one message for each that cannot be used.
+
+  Raises:
+    ValueError: as `load_prompts`, or if the task has no such option.
+  """
+  if name:
+    return load_prompts(name, split)
+  keywords.check(task.prompts, options)
+  prompts = task.prompts(split, seed, **options)
+  return from_prompts(prompts, f"{_task_name(task)}, {split}"), []
+
+
 def task_rows(
   task: Any, split: str, seed: int, options: Mapping[str, Any]
 ) -> list[Row]:
-  """The replies that a task has logged.
+  """Returns the replies that a task has logged.
 
   Args:
     task: module with `logged`.
@@ -163,7 +282,7 @@ def task_rows(
   """
   if not hasattr(task, "logged"):
     raise ValueError(
-      f"The task {_task_name(task)} has no logged replies: give --data."
+      f"The task {_task_name(task)} has no logged replies; give --data."
     )
   keywords.check(task.logged, options)
   return from_rows(
@@ -172,7 +291,7 @@ def task_rows(
 
 
 def task_prompts(task: Any, split: str, seed: int, num: int) -> list[Row]:
-  """Prompts of a task, as rows without candidates."""
+  """Returns prompts of a task, as rows without candidates."""
   prompts = task.prompts(split, seed, num=num)
   return from_prompts(prompts, f"{_task_name(task)}, {split}")
 
@@ -211,7 +330,7 @@ def _task_name(task: Any) -> str:
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
-  """Rows that a program made, such as a task's, read by `parse`.
+  """Reads rows that a program made, such as a task, by `parse`.
 
   Raises:
     ValueError: naming the first row that cannot be used.
@@ -220,14 +339,14 @@ def from_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
 
 
 def from_prompts(prompts: Iterable[str], name: str) -> list[Row]:
-  """Rows of prompts that nobody has answered: they have no candidates."""
+  """Makes rows without candidates of prompts."""
   return [_unanswered(p, f"{name}, row {i}") for i, p in enumerate(prompts)]
 
 
 def load_prompts(
   name: str, split: str = "train", *, data_dir: str | os.PathLike | None = None
 ) -> tuple[list[Row], list[str]]:
-  """Loads the prompts of a file, answered or not.
+  """Loads the prompts of a file, with or without replies.
 
   Args:
     name: as for `load`; rows may have a `prompt` alone.
@@ -255,7 +374,7 @@ def load_prompts(
 
 
 def parse(row: Mapping[str, Any], place: str) -> Row:
-  """Reads one row; its fields tell its form.
+  """Reads one row, whose fields tell its form.
 
     prompt, response, reward                 a reply and its score
     prompt, response                         a reply
@@ -268,15 +387,14 @@ def parse(row: Mapping[str, Any], place: str) -> Row:
                                              turn
 
   Each may have `value`, `advantage`, and beside `response` its `response_ids`,
-  as `rollout.records` writes them; a pair may have scores (`chosen_score`,
+  as `rollouts.records` writes them; a pair may have scores (`chosen_score`,
   `rejected_score` and the like). Prompts are texts or lists of messages. A
-  reply is kept as it stands, with its paragraphs and the blank in front.
-  A field that is null counts as missing, but a reward that is null is an
-  error: it was lost.
+  reply is kept as it stands, with its paragraphs and the blank in front. A
+  field that is null counts as missing, but a null reward is an error.
 
   Args:
     row: JSON values by field.
-    place: what to call the row.
+    place: of the row, for messages.
 
   Raises:
     ValueError: naming the place and what is wrong.
@@ -296,7 +414,7 @@ def parse(row: Mapping[str, Any], place: str) -> Row:
       candidates = (_reply(row["response"], "response"),)
       rewards = (_number(row, "reward"),) if "reward" in row else None
     else:
-      raise ValueError('none of "response", "candidates" and "chosen" is there')
+      raise ValueError('it has none of "response", "candidates" and "chosen"')
     return Row(
       prompt=prompt,
       candidates=candidates,
@@ -311,15 +429,15 @@ def parse(row: Mapping[str, Any], place: str) -> Row:
 
 
 def turns(transcript: str) -> list[dict[str, str]]:
-  """Takes a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns apart.
+  """Splits a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns.
 
   Args:
     transcript: text. If it ends in a bare "\\n\\nAssistant:", as prompts do,
       that turn is left out.
 
   Returns:
-    Messages of `role` ("user" or "assistant") and `content`, which keeps the
-    blank lines inside and loses the blanks around.
+    Messages of `role` ("user" or "assistant") and `content`, stripped of the
+    blanks around it.
 
   Raises:
     ValueError: if the text begins with no marker, or holds no turn.
@@ -344,19 +462,19 @@ def turns(transcript: str) -> list[dict[str, str]]:
 def render(
   rows: Sequence[Row], tokenizer, prompt_format: Literal["plain", "chat"]
 ) -> tuple[list[Row], list[str]]:
-  """Writes prompts the way a model is asked.
+  """Renders prompts as a model is asked.
 
   Args:
     rows: logged rows.
     tokenizer: Hugging Face tokenizer, whose chat template "chat" uses.
     prompt_format: "plain" leaves texts as they are. "chat" puts messages, the
       turns of a transcript, or a plain text as the user's one turn into the
-      chat template, up to where the assistant begins, and takes the blanks
-      around replies off.
+      chat template, up to where the assistant begins, and strips replies of the
+      blanks around them.
 
   Returns:
-    Rows whose prompts are texts, and one message for each that the template
-    refuses, or that is already in it. Their number and the first three are
+    Rows whose prompts are texts, and a message for each that the template
+    refuses, or that is rendered already. Their number and the first three are
     logged.
 
   Raises:
@@ -387,7 +505,7 @@ def render(
         tokenize=False,
         add_generation_prompt=True,
       )
-    except Exception as error:  # Templates raise what they like.
+    except Exception as error:  # Templates may raise anything.
       reason = str(error).rstrip(".")
       skipped.append(f"{row.place}: no chat prompt ({reason}).")
       continue
@@ -405,7 +523,7 @@ def render_prompts(
   tokenizer,
   prompt_format: Literal["plain", "chat"],
 ) -> list[str]:
-  """Writes the prompts of a task the way a model is asked.
+  """Renders the prompts of a task as a model is asked.
 
   Args:
     prompts: N texts.
@@ -421,12 +539,14 @@ def render_prompts(
   """
   rows, skipped = render(from_prompts(prompts, name), tokenizer, prompt_format)
   if skipped:
-    raise ValueError(f"{len(skipped)} prompts cannot be asked: {skipped[0]}")
+    raise ValueError(
+      f"{len(skipped)} prompts do not fit the chat template: {skipped[0]}"
+    )
   return [row.prompt for row in rows]
 
 
 def first_replies(rows: Iterable[Row]) -> list[Row]:
-  """Rows with the reply to learn from alone."""
+  """Keeps of each row the reply to learn from."""
   return [
     dataclasses.replace(
       row,
@@ -438,10 +558,10 @@ def first_replies(rows: Iterable[Row]) -> list[Row]:
 
 
 def best_first(row: Row) -> Row:
-  """The row with its candidates in order of reward, the best one first.
+  """Sorts the candidates of a row by reward, the best one first.
 
-  Equal ones keep their order. An advantage and ids that belong to a reply
-  which is no longer the first are dropped.
+  Equal ones keep their order. An advantage and ids of a reply that is no longer
+  the first are dropped.
 
   Raises:
     ValueError: if the row has no rewards.
@@ -459,9 +579,9 @@ def best_first(row: Row) -> Row:
 
 
 def reward_array(rows: Sequence[Row]) -> np.ndarray:
-  """Rewards of all candidates, `[N, K]` float32.
+  """Returns the rewards of all candidates, `[N, K]` float32.
 
-  NaN where nobody scored a candidate, and where a row has fewer than K.
+  NaN where a candidate was not scored, and where a row has fewer than K.
   """
   rewards = np.full(
     (len(rows), max(len(row.candidates) for row in rows)), np.nan, np.float32
@@ -473,7 +593,7 @@ def reward_array(rows: Sequence[Row]) -> np.ndarray:
 
 
 def advantage_array(rows: Sequence[Row]) -> np.ndarray:
-  """Advantages of all candidates, `[N, K]` float32.
+  """Returns the advantages of all candidates, `[N, K]` float32.
 
   A row's own `advantage` is that of its first candidate; elsewhere it is the
   reward minus the row's `value`. NaN where neither is known.
@@ -487,7 +607,7 @@ def advantage_array(rows: Sequence[Row]) -> np.ndarray:
 
 
 def check_rewards(rewards: np.ndarray, max_value: float = np.inf) -> None:
-  """Raises ValueError if rewards are not in [0, max_value]; NaN is let by."""
+  """Raises ValueError if rewards are not in [0, max_value]; NaN passes."""
   low, high = np.nanmin(rewards), np.nanmax(rewards)
   if low < 0 or high > max_value:
     raise ValueError(
@@ -498,7 +618,7 @@ def check_rewards(rewards: np.ndarray, max_value: float = np.inf) -> None:
 
 
 def present(rows: Sequence[Row]) -> np.ndarray:
-  """Which of K candidates there are, `[N, K]` bool."""
+  """Returns which of K candidates there are, `[N, K]` bool."""
   counts = np.array([len(row.candidates) for row in rows])
   return np.arange(counts.max()) < counts[:, None]
 
@@ -516,7 +636,7 @@ def encode(
 ) -> Encoded:
   """Turns rows into ids; responses end in the end token.
 
-  Prompts and responses get the ids that `data.encode_pairs` gives them. The
+  Prompts and responses get the ids that `tokens.encode_pairs` gives them. The
   `response_ids` of a rollout are used as they were drawn if they decode to
   their response; otherwise, as under another tokenizer, the text is encoded.
 
@@ -527,8 +647,8 @@ def encode(
     max_response_length: tokens that a response may have, end token included.
     too_long: what becomes of a row with a prompt or a reply that is longer.
       "skip" leaves the row out and names it; "cut" cuts prompts on the left,
-      behind the start token, and responses on the right, where they lose
-      their end token; "error" refuses it. What was done is logged.
+      after the start token, and responses on the right, with their end token;
+      "error" refuses it. What was done is logged.
 
   A row that the tokenizer cannot write is left out and named as well.
 
@@ -569,7 +689,7 @@ def encode(
         num_anew += 1
       try:
         ids, apart = tokens.encode_response(tokenizer, row.prompt, whole, text)
-      except ValueError as error:  # A tokenizer of few words.
+      except ValueError as error:  # A tokenizer of a few words.
         encoded.skipped.append(f"{row.place}: {error}")
         break
       num_apart += apart
@@ -598,7 +718,7 @@ def encode(
     encoded.rows.append(row)
   for count, total, what in (
     (num_apart, num_responses, "responses were encoded apart from prompts"),
-    (num_anew, num_logged, "responses do not fit their ids: encoded anew"),
+    (num_anew, num_logged, "responses differ from their ids: encoded anew"),
     (num_prompts, len(rows), "prompts were cut on the left"),
     (num_cut, num_responses, "responses were cut, and lost their end token"),
   ):
@@ -622,6 +742,21 @@ def prepare(
   rows, refused = render(rows, tokenizer, prompt_format)
   encoded = encode(tokenizer, rows, **limits)
   return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
+
+
+def as_given(rows: Iterable[Row], encoded: Encoded) -> list[Row]:
+  """Returns the rows that are left of `prepare`, as it was given them."""
+  by_place = {row.place: row for row in rows}
+  return [by_place[row.place] for row in encoded.rows]
+
+
+def lengths(encoded: Encoded) -> tuple[int, int]:
+  """Columns that hold every prompt, and every reply."""
+  replies = (len(ids) for row in encoded.response_ids for ids in row)
+  return (
+    batches.bucket_length(max(map(len, encoded.prompt_ids))),
+    batches.bucket_length(max(replies)),
+  )
 
 
 def take(encoded: Encoded, rows: Iterable[int]) -> Encoded:
@@ -670,7 +805,7 @@ def batch(
 
   Returns:
     `prompt_ids`, `prompt_mask` `[B, P]` and `response_ids`, `response_mask`
-    `[B, T]`, see `data.supervised_batch`.
+    `[B, T]`, see `batches.supervised_batch`.
   """
   pairs = []
   for row, candidate in zip(rows, candidates, strict=True):
@@ -694,16 +829,15 @@ def batch(
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-  """A hash of prompts, candidates and rewards in order, not of places.
+  """Hashes prompts, candidates and rewards in order, but not places.
 
-  What was computed for some rows, such as values, belongs to rows with the
-  same fingerprint.
+  Results such as values may be used for rows with the same fingerprint.
   """
   return _hash([row.prompt, row.candidates, row.rewards] for row in rows)
 
 
 def fingerprint_ids(encoded: Encoded) -> str:
-  """A hash of the ids in order: of the tokenizer and the limits too."""
+  """Hashes ids in order, which depend on the tokenizer and the limits too."""
   return _hash(zip(encoded.prompt_ids, encoded.response_ids, strict=True))
 
 
@@ -711,14 +845,14 @@ def fingerprint_ids(encoded: Encoded) -> str:
 
 
 def _encode_prompts(tokenizer, rows, skipped):
-  """Rows that can be written with the ids of their prompts."""
+  """Returns the rows that can be written, with the ids of their prompts."""
   encode = lambda texts: tokens.encode_prompts(
     tokenizer, texts, max_length=sys.maxsize
   )
   try:
     return rows, encode([row.prompt for row in rows])
   except ValueError:
-    pass  # Some text cannot be written: which?
+    pass  # Some text cannot be written; below, one by one, to find it.
   kept, prompts = [], []
   for row in rows:
     try:
@@ -750,7 +884,7 @@ def _report(skipped: Sequence[str], num_left: int, what: str) -> None:
 
 
 def _pair(row: Mapping[str, Any]):
-  """Prompt, candidates and rewards of a chosen and a rejected reply."""
+  """Returns prompt, candidates and rewards of a chosen and a rejected reply."""
   names = ("chosen", "rejected")
   sides = [_field(row, name) for name in names]
   if "prompt" in row:
@@ -759,7 +893,7 @@ def _pair(row: Mapping[str, Any]):
       _last(side, n, has_prompt=True)
       for side, n in zip(sides, names, strict=True)
     ]
-    # Other files have whole texts beside the prompt.
+    # Other files have whole texts besides the prompt.
     if isinstance(prompt, str) and all(
       isinstance(side, str) and side.startswith(prompt) for side in sides
     ):
@@ -792,7 +926,7 @@ def _pair(row: Mapping[str, Any]):
 
 
 def _last(value: Any, name: str, *, has_prompt: bool):
-  """What stands before the last reply, and the reply.
+  """Returns what stands before the last reply, and the reply.
 
   Where the row has no prompt of its own, a text is a whole transcript.
   """
@@ -802,7 +936,7 @@ def _last(value: Any, name: str, *, has_prompt: bool):
     before, marker, reply = value.rpartition(_ASSISTANT)
     if not before.strip():
       raise ValueError(
-        f'"{name}" has no {json.dumps(_ASSISTANT)} behind a question'
+        f'"{name}" has no {json.dumps(_ASSISTANT)} after a question'
       )
     if _HUMAN in reply:
       raise ValueError(f'"{name}" does not end in a reply')
@@ -814,12 +948,12 @@ def _last(value: Any, name: str, *, has_prompt: bool):
 
 
 def _ranked(row: Mapping[str, Any]):
-  """Prompt, candidates and rewards of a row that has lists of them."""
+  """Returns prompt, candidates and rewards of a row with lists of them."""
   prompt = _prompt(_field(row, "prompt"))
   candidates, rewards = row["candidates"], _field(row, "rewards")
   for name, value in (("candidates", candidates), ("rewards", rewards)):
     if not isinstance(value, (list, tuple)) or not value:
-      raise ValueError(f'"{name}" is no list, or an empty one')
+      raise ValueError(f'"{name}" must be a list that is not empty')
   if len(candidates) != len(rewards):
     raise ValueError(
       f"there are {len(candidates)} candidates, but {len(rewards)} rewards"
@@ -841,11 +975,11 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
 
 def _text(value: Any, what: str) -> str:
   if not isinstance(value, str):
-    raise ValueError(f"{what} is no text but {type(value).__name__}")
+    raise ValueError(f"{what} must be a text, got {type(value).__name__}")
   try:
     value.encode("utf-8")
   except UnicodeEncodeError as error:
-    raise ValueError(f"{what} holds half a character") from error
+    raise ValueError(f"{what} holds half a surrogate pair") from error
   return value
 
 
@@ -864,15 +998,15 @@ def _prompt(value: Any) -> str | tuple[Message, ...]:
 
 
 def _checked_messages(value: Any, what: str) -> tuple[Message, ...]:
-  """Messages with their roles and contents alone."""
+  """Returns messages with nothing but their roles and contents."""
   if not isinstance(value, (list, tuple)):
     raise ValueError(
-      f"{what} is neither text nor messages but {type(value).__name__}"
+      f"{what} must be a text or messages, got {type(value).__name__}"
     )
   messages = []
   for message in value:
     if not isinstance(message, Mapping):
-      raise ValueError(f"a message of {what} is no object")
+      raise ValueError(f"a message of {what} is not an object")
     messages.append(
       {
         name: _text(message.get(name), f'"{name}" of a message of {what}')
@@ -896,7 +1030,7 @@ def _finite(value: Any, name: str) -> float:
   if not is_finite:
     found = repr(value)
     found = found if len(found) <= 20 else f"{found[:20]}..."
-    raise ValueError(f'"{name}" is no finite number but {found}')
+    raise ValueError(f'"{name}" must be a finite number, got {found}')
   return float(value)
 
 
@@ -907,17 +1041,17 @@ def _response_ids(row: Mapping[str, Any]) -> tuple[int, ...] | None:
   if not isinstance(ids, (list, tuple)) or not all(
     type(token) is int and token >= 0 for token in ids
   ):
-    raise ValueError('"response_ids" is no list of ids')
+    raise ValueError('"response_ids" must be a list of ids')
   return tuple(ids)
 
 
 def _messages(prompt: str | tuple[Message, ...], tokenizer) -> list[Message]:
-  """What a chat template takes."""
+  """Returns what a chat template takes."""
   if not isinstance(prompt, str):
     return [dict(message) for message in prompt]
   if prompt.startswith(tuple(tokenizer.all_special_tokens)):
     raise ValueError(
-      "it begins with a special token already; use --prompt_format=plain"
+      "it already begins with a special token; use --prompt_format=plain"
     )
   before, *pieces = _MARKER.split(prompt)
   if pieces and not before.strip() and prompt.rstrip().endswith(_ASSISTANT):

@@ -1,7 +1,7 @@
 """Prompts as texts and as ids, encoded once and padded to one shape."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from rljax.text import batches, keywords, logged, tokens
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """N prompts.
+  """Holds N prompts, as texts and as ids.
 
   Attributes:
     texts: N prompts, as they are scored.
@@ -19,15 +19,21 @@ class Prompts:
       if it is asked by one.
     ids: `[N, P]` int32, left-padded.
     mask: `[N, P]` bool.
+    skipped: one message per prompt that was left out.
   """
 
   texts: list[str]
   encoded: list[list[int]]
   ids: np.ndarray
   mask: np.ndarray
+  skipped: list[str] = dataclasses.field(default_factory=list)
 
   def __len__(self) -> int:
     return len(self.texts)
+
+  def rows(self, batch_size: int, step: int, *, seed: int) -> np.ndarray:
+    """Returns the prompts of a step, `[batch_size]`; see `batch_indices`."""
+    return batches.batch_indices(len(self), batch_size, step, seed=seed)
 
 
 def encode(
@@ -62,6 +68,165 @@ def encode(
     found.append(Prompts(list(some), encoded[rows], ids[rows], mask[rows]))
     first = rows.stop
   return tuple(found)
+
+
+def encode_pairs(
+  tokenizer: Any,
+  pairs: Sequence[tuple[str, str]],
+  *,
+  max_length: int,
+  prompt_format: str = "plain",
+  name: str = "prompts",
+) -> list[tuple[list[int], list[int]]]:
+  """Encodes prompts and their responses, to learn the responses from.
+
+  Args:
+    tokenizer: of the policy, with an end token.
+    pairs: N (prompt, response) texts.
+    max_length: most tokens of a prompt; a longer one is an error.
+    prompt_format: see `encode`.
+    name: of the prompts, for messages.
+
+  Returns:
+    N (prompt ids, response ids); a response ends in the end token.
+
+  Raises:
+    ValueError: if a prompt is too long, or a text cannot be encoded.
+  """
+  texts = [prompt for prompt, _ in pairs]
+  rendered = logged.render_prompts(texts, name, tokenizer, prompt_format)
+  encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
+  return [
+    (ids, tokens.encode_response(tokenizer, text, ids, response)[0])
+    for text, ids, (_, response) in zip(rendered, encoded, pairs, strict=True)
+  ]
+
+
+def within(
+  pairs: Sequence[tuple[list[int], list[int]]],
+  max_response_length: int,
+  note: Callable[[str], None] = print,
+) -> list[tuple[list[int], list[int]]]:
+  """Leaves out responses that are too long, and says how many.
+
+  A response can be longer in its usual tokens than in those it was drawn as.
+
+  Args:
+    pairs: of `encode_pairs`.
+    max_response_length: tokens of a response, its end token included.
+    note: called with a line if there are any.
+
+  Raises:
+    ValueError: if none is left.
+  """
+  fitting = [pair for pair in pairs if len(pair[1]) <= max_response_length]
+  if len(fitting) < len(pairs):
+    note(
+      f"{len(pairs) - len(fitting)} of {len(pairs)} responses are left out: "
+      f"encoded anew they have more than {max_response_length} tokens."
+    )
+  if not fitting:
+    raise ValueError(
+      f"None of the responses fits into {max_response_length} tokens: give a "
+      "larger --max_length."
+    )
+  return fitting
+
+
+def encode_prefixes(
+  tokenizer: Any,
+  pairs: Sequence[tuple[str, str]],
+  *,
+  max_length: int,
+  prompt_format: str = "plain",
+  name: str = "prompts",
+) -> tuple[list[list[int]], list[int]]:
+  """Encodes prompts, each with the beginning of a response behind it.
+
+  Args:
+    tokenizer: of the policy.
+    pairs: N (prompt, beginning of its response).
+    max_length: most tokens of both; more are an error.
+    prompt_format: see `encode`; the beginning stands behind the whole of it.
+    name: of the prompts, for messages.
+
+  Returns:
+    N lists of ids, and how many tokens of each are the beginning's.
+
+  Raises:
+    ValueError: if a text is too long, or cannot be encoded.
+  """
+
+  def ids_of(texts):
+    return tokens.encode_prompts(tokenizer, texts, max_length=max_length)
+
+  prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+  rendered = dict(
+    zip(
+      prompts,
+      logged.render_prompts(prompts, name, tokenizer, prompt_format),
+      strict=True,
+    )
+  )
+  bare = dict(zip(prompts, ids_of(list(rendered.values())), strict=True))
+  whole = ids_of([rendered[prompt] + prefix for prompt, prefix in pairs])
+  return whole, [
+    len(ids) - len(bare[prompt])
+    for ids, (prompt, _) in zip(whole, pairs, strict=True)
+  ]
+
+
+def solved(
+  task: Any,
+  split: str,
+  *,
+  num: int,
+  seed: int,
+  task_options: Mapping[str, Any] | None = None,
+) -> list[tuple[str, str]]:
+  """Draws a task's prompts with solutions to learn from.
+
+  Args:
+    task: module with `supervised`, unless `num` is 0.
+    split: of the task.
+    num: how many; 0 for none.
+    seed: of the draw.
+    task_options: further arguments of `task.supervised`.
+
+  Returns:
+    `num` pairs (prompt, response).
+
+  Raises:
+    ValueError: if the task has no solutions, or no such option.
+  """
+  if not num:
+    return []
+  if not hasattr(task, "supervised"):
+    name = task.__name__.rpartition(".")[2]
+    raise ValueError(f"--task={name} has no solutions to learn from.")
+  options = dict(task_options or {})
+  keywords.check(task.supervised, options)
+  return task.supervised(split, seed, num=num, **options)
+
+
+def of_rows(
+  rows: Sequence[logged.Row], encoded: logged.Encoded, *, templated: bool
+) -> Prompts:
+  """Makes prompts of rows that `logged.prepare` has encoded.
+
+  Args:
+    rows: what it was given.
+    encoded: the N rows that it has left.
+    templated: whether the texts are in the chat template, if there is one, as
+      a reward model reads them. A task does not know of it, and is given those
+      of the rows; where one of these is a list of messages, all of them are in
+      the template.
+  """
+  given = logged.as_given(rows, encoded)
+  is_text = all(isinstance(row.prompt, str) for row in given)
+  scored = given if is_text and not templated else encoded.rows
+  ids, mask = batches.pad_left(encoded.prompt_ids)
+  return Prompts([row.prompt for row in scored], encoded.prompt_ids, ids, mask)
 
 
 def load(
@@ -114,4 +279,50 @@ def load(
     max_length=max_length,
     prompt_format=prompt_format,
     name=name,
+  )
+
+
+def read(
+  tokenizer: Any,
+  *,
+  name: str,
+  task: Any,
+  seed: int,
+  num_prompts: int,
+  split: str = "validation",
+  **settings: Any,
+) -> Prompts:
+  """Reads the prompts of a file, answered or not, or of a task.
+
+  Unlike `load`, it leaves out and names those that cannot be used.
+
+  Args:
+    tokenizer: of the policy.
+    name: of a file, see `logged.load_prompts`; empty for the task's prompts.
+    task: module with `prompts`, where no file is named.
+    seed: of the task's draw.
+    num_prompts: how many are taken, the first ones.
+    split: of the file or the task.
+    **settings: of `logged.prepare`: `prompt_format`, `max_prompt_length`,
+      `max_response_length` and `too_long`.
+
+  Returns:
+    The prompts; their texts are in the chat template, if there is one.
+
+  Raises:
+    ValueError: as `logged.load_prompts` and `logged.prepare`.
+  """
+  unusable = []
+  if name:
+    rows, unusable = logged.load_prompts(name, split)
+  else:
+    rows = logged.task_prompts(task, split, seed, num_prompts)
+  found = logged.prepare(tokenizer, rows[:num_prompts], **settings)
+  ids, mask = batches.pad_left(found.prompt_ids)
+  return Prompts(
+    texts=[row.prompt for row in found.rows],
+    encoded=found.prompt_ids,
+    ids=ids,
+    mask=mask,
+    skipped=[*unusable, *found.skipped],
   )

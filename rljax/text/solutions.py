@@ -1,7 +1,7 @@
-"""Responses with outcomes: what outcome reward models learn from.
+"""Responses with outcomes, which outcome reward models learn from.
 
-A response counts as a whole, right or wrong, or by its steps, of which each
-can or cannot lead to a right answer; a step is a line, see `steps.steps`.
+A label says of a whole response whether it is right, or of each step whether it
+can still lead to a right answer; a step is a line, see `steps.steps`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ TARGETS = ("tokens", "step_ends", "last")
 
 @dataclasses.dataclass(frozen=True)
 class Solution(logged.Row):
-  """A response whose outcome is known; `candidates` holds it alone.
+  """Holds a response of known outcome, the only one of its `candidates`.
 
   Attributes:
     labels: one number in [0, 1] per step; the last is the outcome.
@@ -38,7 +38,7 @@ class Solution(logged.Row):
 
 @dataclasses.dataclass(frozen=True)
 class Labelled(logged.Encoded):
-  """N solutions as ids, with labels for tokens.
+  """Holds N solutions as ids, with labels for tokens.
 
   Attributes:
     labels: `[N, T]` float32, of the step that a token belongs to.
@@ -197,8 +197,8 @@ def load(
     labels: see `parse`.
 
   Returns:
-    Solutions in order, and one message for each row that cannot be used,
-    which names its place.
+    Solutions in order, and a message with the place of each row that cannot be
+    used.
 
   Raises:
     ValueError: if there is no such file or split, no row can be used, or an
@@ -221,7 +221,7 @@ def load(
 
 
 def from_rows(rows: Sequence[logged.Row]) -> list[Solution]:
-  """Every scored candidate of rows as a solution.
+  """Makes a solution of every scored candidate of rows.
 
   Raises:
     ValueError: if a row has no rewards, or one is not in [0, 1].
@@ -233,16 +233,16 @@ def parse(row: Mapping[str, Any], place: str, labels: str) -> list[Solution]:
   """Reads the solutions of one row.
 
   "outcome" gives every step the label of the whole response: its reward, or
-  `is_correct` where it has none. "sorm" asks whether a step can still lead to
-  a right answer, by `values`, the shares of right ones among completions of
-  the prefix that ends in the step: `steps.possible_labels`. A response that
-  ran out of length (`finished` is false) is wrong whatever is said of it.
+  `is_correct` where it has none. "sorm" asks whether a step can still lead to a
+  right answer, by `values`, the shares of right ones among completions of the
+  prefix that ends in the step: `steps.possible_labels`. A response that ran out
+  of length (`finished` is false) is wrong, whatever its reward.
 
   Args:
     row: JSON values by field: `prompt`, `response` and `reward` as
       `samplers.collect` writes them, or any form of `logged.parse` with
       rewards. For "sorm" `prompt`, `response` and `values`.
-    place: what to call the row.
+    place: of the row, for messages.
     labels: "outcome" or "sorm".
 
   Returns:
@@ -278,7 +278,7 @@ def parse(row: Mapping[str, Any], place: str, labels: str) -> list[Solution]:
 def split_prompts(
   solutions: Sequence[Solution], share: float, *, seed: int
 ) -> tuple[list[Solution], list[Solution]]:
-  """Sets all solutions of some prompts apart.
+  """Splits off all solutions of some prompts.
 
   Args:
     solutions: N, whose prompts are texts.
@@ -286,16 +286,16 @@ def split_prompts(
     seed: of the choice.
 
   Returns:
-    The solutions that are left, and those that were set apart.
+    The solutions that are left, and those that were split off.
 
   Raises:
-    ValueError: if `share` is not in (0, 1), or there is one prompt alone.
+    ValueError: if `share` is not in (0, 1), or there is only one prompt.
   """
   if not 0 < share < 1:
     raise ValueError(f"share must lie between 0 and 1, got {share}.")
   prompts = list(dict.fromkeys(solution.prompt for solution in solutions))
   if len(prompts) < 2:
-    raise ValueError(f"Splitting takes 2 prompts or more, got {len(prompts)}.")
+    raise ValueError(f"A split needs 2 prompts or more, got {len(prompts)}.")
   order = np.random.default_rng(seed).permutation(len(prompts))
   number = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
   apart = {prompts[i] for i in order[:number]}
@@ -306,7 +306,7 @@ def split_prompts(
 
 
 def distinct(solutions: Sequence[Solution]) -> list[Solution]:
-  """The first solution of each (prompt, response)."""
+  """Keeps the first solution of each (prompt, response)."""
   found = {}
   for solution in solutions:
     found.setdefault((solution.prompt, solution.candidates), solution)
@@ -319,10 +319,10 @@ def distinct(solutions: Sequence[Solution]) -> list[Solution]:
 def label_tokens(
   encoded: logged.Encoded, tokenizer: Any, targets: str
 ) -> Labelled:
-  """Gives the tokens of solutions the labels of their steps.
+  """Labels the tokens of solutions by their steps.
 
-  A step ends in the token with its line feed; should a token end two, it
-  belongs to the later one. The last step goes on to the end token.
+  A step ends in the token with its line feed; a token that ends two belongs to
+  the later one. The last step goes on to the end token.
 
   Args:
     encoded: N rows that are solutions.
@@ -355,7 +355,7 @@ def label_tokens(
   for n, (row, (ids,)) in enumerate(
     zip(encoded.rows, encoded.response_ids, strict=True)
   ):
-    # A step is over after so many line feeds; one without goes on.
+    # A step is over after so many line feeds; a step without any goes on.
     parts = steps_lib.steps(row.candidates[0])
     ends = np.cumsum([part.count("\n") for part in parts], dtype=float)
     if "\n" not in parts[-1]:
@@ -365,7 +365,7 @@ def label_tokens(
     ends_step = np.diff(num_over, prepend=0) > 0
     step = np.minimum(num_over - ends_step, len(parts) - 1)
     steps[n, : len(ids)] = step
-    # A chat template may have taken blank lines off the front.
+    # A chat template may have stripped blank lines from the front.
     labels[n, : len(ids)] = np.float32(row.labels[-len(parts) :])[step]
     if targets == "tokens":
       is_target[n, : len(ids)] = True
@@ -380,12 +380,12 @@ def label_tokens(
 def balanced(
   is_positive: np.ndarray, groups: np.ndarray, *, seed: int
 ) -> np.ndarray:
-  """Which items to keep for as many positive as negative ones in each group.
+  """Chooses items so that each group has as many positive as negative ones.
 
   Args:
     is_positive: `[N]` bool.
     groups: `[N]` int.
-    seed: of the draw among those that are too many.
+    seed: of the draw among the surplus.
 
   Returns:
     `[N]` bool.
@@ -418,7 +418,7 @@ def balance(part: Labelled, *, by_step: bool, seed: int) -> Labelled:
     The solutions and targets that are left.
 
   Raises:
-    ValueError: if nothing is.
+    ValueError: if nothing is left.
   """
   if by_step:
     rows, columns = np.nonzero(part.is_target)
@@ -458,7 +458,7 @@ def _without_prompts(
 
 
 def _of_row(row: logged.Row) -> list[Solution]:
-  """Every candidate with its reward as the label of all its steps."""
+  """Makes a solution of every candidate, its reward the label of all steps."""
   if row.rewards is None:
     raise ValueError(f'{row.place}: "reward" is missing.')
   return [
@@ -471,8 +471,8 @@ def _of_row(row: logged.Row) -> list[Solution]:
 
 
 def _solution(row: logged.Row, labels: Iterable[float]) -> Solution:
-  # Encoded from its text as a reward model will read it, end token included,
-  # not by the ids that were drawn.
+  # Encoded from its text, end token included, as a reward model will read it,
+  # not from the ids that were drawn.
   fields = _fields(row) | {"response_ids": None}
   return Solution(**fields, labels=tuple(labels), has_answer=True)
 
@@ -482,19 +482,21 @@ def _wrong(solution: Solution) -> Solution:
 
 
 def _values(row: Mapping[str, Any], response: str, place: str) -> list[float]:
-  """The values of the steps of a response, which must fit them."""
+  """Returns the values of a response's steps, which must fit them."""
   values = row.get("values")
   if not isinstance(values, list):
-    raise ValueError(f'{place}: "values" is missing, for labels=sorm.')
+    raise ValueError(f'{place}: "values" is missing; labels=sorm needs it.')
   for value in values:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
-      raise ValueError(f'{place}: "values" holds no share but {value!r:.20}.')
+      raise ValueError(
+        f'{place}: "values" must be shares in [0, 1], got {value!r:.20}.'
+      )
   steps = steps_lib.steps(response)
   if row.get("steps", steps) != steps or len(values) != len(steps):
     raise ValueError(
       f"{place}: there are {len(values)} values, but the response has "
-      f'{len(steps)} lines, or "steps" are not its lines.'
+      f'{len(steps)} lines, or its "steps" are not its lines.'
     )
   return [float(value) for value in values]
 
@@ -510,7 +512,7 @@ def _checked(solutions: list[Solution]) -> list[Solution]:
 
 
 def _fields(row: Any) -> dict[str, Any]:
-  """The fields of a dataclass, not copied."""
+  """Returns the fields of a dataclass, not copied."""
   return {
     field.name: getattr(row, field.name) for field in dataclasses.fields(row)
   }

@@ -1,8 +1,8 @@
-"""Reasoning traces as texts: their steps, their duplicates, what is kept.
+"""Reasoning traces as texts: their steps, labels and duplicates.
 
 A trace is a response; a step is one of its lines, with the line feed that ends
 it, unless a task ends its steps by other characters. Rows are those of
-`responses.collect`.
+`samplers.collect`.
 """
 
 import collections
@@ -14,9 +14,9 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-# A calculation and its result, as in "48/2=24" or "$3 x (4 + 1) = 15", within
-# a line. What stands before it, such as the number of the step, is no part.
-# All repetitions are bounded: the text is a model's.
+# A calculation and its result, as in "48/2=24" or "$3 x (4 + 1) = 15", within a
+# line. What stands before it, such as the number of the step, is not part of
+# it. All repetitions are bounded, as the text is a model's.
 _NUMBER = r"\$?-?(?:\d[\d,]{0,30}+(?:\.\d{1,30}+)?|\.\d{1,30}+)%?"
 _OPERAND = rf"\({{0,5}}[ ]?{_NUMBER}[ ]?\){{0,5}}"
 _EQUATION = re.compile(
@@ -25,12 +25,12 @@ _EQUATION = re.compile(
 
 
 def whitespace_key(text: str) -> str:
-  """The text with every run of blanks and line feeds made one blank."""
+  """Replaces every run of blanks and line feeds by one blank."""
   return " ".join(text.split())
 
 
 def equation_key(text: str) -> str:
-  """The calculations of a trace in their order, whatever stands between.
+  """Returns the calculations of a trace in order, whatever is between.
 
   Two traces that calculate the same have the same key; one without any
   calculation has that of its text.
@@ -50,8 +50,26 @@ KEYS = {"text": whitespace_key, "equations": equation_key}
 
 
 def is_kept(row: Row) -> bool:
-  """Whether a sample is a demonstration: right, and ended by the policy."""
+  """Tells whether a sample is a demonstration: right, and not cut off."""
   return bool(row["finished"]) and bool(row["parts"].get("is_correct"))
+
+
+def is_valid(row: Row) -> bool:
+  """Whether a sample is right, ended, and its steps are valid as well."""
+  return is_kept(row) and bool(row["parts"]["is_valid"])
+
+
+def is_trusted(row: Row, *, threshold: float) -> bool:
+  """Whether a sample ended in an answer that a reward model believes in.
+
+  Args:
+    row: with what the model says of it, as `reward_model`.
+    threshold: the lowest of that, inclusive.
+  """
+  has_answer = row["parts"].get("answer") is not None
+  return (
+    bool(row["finished"]) and has_answer and row["reward_model"] >= threshold
+  )
 
 
 def add_distinct(
@@ -62,7 +80,7 @@ def add_distinct(
   key: Callable[[str], str] = whitespace_key,
   max_per_prompt: int = 0,
 ) -> tuple[list[Row], dict[str, int]]:
-  """The data of expert iteration after one more round: D ∪ R.
+  """Adds the new traces of a round to those of expert iteration: D ∪ R.
 
   Every distinct trace of a prompt counts once, however often it was sampled:
   otherwise easy prompts, which give many copies, would dominate. Of traces
@@ -71,14 +89,14 @@ def add_distinct(
   Args:
     kept: D, rows with `prompt` and `response`.
     samples: rows of this round.
-    keep: which of them are right enough to be in R.
+    keep: which of them belong to R.
     key: what makes two traces of a prompt the same.
     max_per_prompt: most traces of a prompt, those of D included; later ones
       are left out. 0: no limit.
 
   Returns:
-    The rows of D and behind them the new ones; and how many samples were
-    "wrong", were a "duplicate", were "over the limit" or are "new".
+    The rows of D, then the new ones; and how many samples were "wrong", were a
+    "duplicate", were "over the limit" or are "new".
   """
   merged = list(kept)
   seen = {(row["prompt"], key(row["response"])) for row in merged}
@@ -100,12 +118,32 @@ def add_distinct(
   return merged, counts
 
 
-def steps(response: str, ends: str = "\n") -> list[str]:
-  """The steps of a response, each with the character that ends it.
+def solutions(samples: Sequence[Row], *, max_per_prompt: int = 0) -> list[Row]:
+  """Each different solution once: samples that ended and have a step.
 
-  Steps of nothing but white space are none: they belong to the step before
-  them, or at the beginning to the first, so that the steps joined are the
-  response. A response without any text has no step.
+  Args:
+    samples: rows.
+    max_per_prompt: most right solutions of a prompt, and most wrong ones; 0: no
+      limit.
+
+  Returns:
+    The right ones and behind them the wrong ones.
+  """
+  is_wrong = lambda row: row["finished"] and not is_kept(row)
+  found = []
+  for keep in (is_kept, is_wrong):
+    found += add_distinct(
+      [], samples, keep=keep, max_per_prompt=max_per_prompt
+    )[0]
+  return [row for row in found if steps(row["response"])]
+
+
+def steps(response: str, ends: str = "\n") -> list[str]:
+  """Splits a response into steps, each with the character that ends it.
+
+  White space alone is not a step: it belongs to the step before it, or at the
+  beginning to the first, so that the steps joined are the response. A response
+  without any text has no step.
 
   Args:
     response: text.
@@ -122,7 +160,7 @@ def steps(response: str, ends: str = "\n") -> list[str]:
   if not ends:
     raise ValueError('ends must be one or more characters, such as "\\n".')
   end = "".join(map(re.escape, ends))
-  found: list[list[str]] = []  # Pieces, as adding up texts takes long.
+  found: list[list[str]] = []  # Pieces, as adding strings is slow.
   has_text = False
   for piece in re.findall(rf"[^{end}]*[{end}]|[^{end}]+", response):
     if found and (not has_text or not piece.strip()):
@@ -134,13 +172,53 @@ def steps(response: str, ends: str = "\n") -> list[str]:
 
 
 def prefixes(response: str, ends: str = "\n") -> list[str]:
-  """What stands before the second, third, ... step: P_1 .. P_{L-1}."""
+  """Returns the text before the second, third, ... step: P_1 .. P_{L-1}."""
   parts = steps(response, ends)
   return ["".join(parts[:i]) for i in range(1, len(parts))]
 
 
+def with_values(
+  chosen: Sequence[Row],
+  samples: Sequence[Row],
+  values: Mapping[tuple[str, str], float],
+) -> list[dict[str, Any]]:
+  """Solutions with the values of their steps, as rows for a jsonl file.
+
+  Args:
+    chosen: the solutions, see `solutions`.
+    samples: all samples that there are of their prompts.
+    values: (prompt, prefix) -> share of right completions, for every one of
+      `prefixes`.
+
+  Returns:
+    Rows with `prompt`, `response`, `reward`, `is_correct` and `finished`;
+    `steps` s_1 .. s_L and their `values` V(P_1) .. V(P_L), where P_i is the
+    prefix that includes step i, and the last is the solution's own verdict; and
+    `start_value` V(P_0), the share of right samples of the prompt.
+  """
+  verdicts = collections.defaultdict(list)
+  for row in samples:
+    verdicts[row["prompt"]].append(is_kept(row))
+  return [
+    {
+      "prompt": row["prompt"],
+      "response": row["response"],
+      "reward": float(is_kept(row)),
+      "steps": steps(row["response"]),
+      "values": [
+        *(values[row["prompt"], p] for p in prefixes(row["response"])),
+        float(is_kept(row)),
+      ],
+      "start_value": float(np.mean(verdicts[row["prompt"]])),
+      "is_correct": is_kept(row),
+      "finished": True,
+    }
+    for row in chosen
+  ]
+
+
 def value_labels(values: Sequence[float], *, threshold: float) -> list[bool]:
-  """Which steps are good: those from whose end enough completions are right.
+  """Labels a step good if enough completions of its prefix are right.
 
     g_i = V(P_i) ≥ θ,   P_i the prefix that includes step i
 
@@ -158,7 +236,7 @@ def value_labels(values: Sequence[float], *, threshold: float) -> list[bool]:
 def advantage_labels(
   values: Sequence[float], *, start_value: float
 ) -> list[bool]:
-  """Which steps are good: those that do not lower the value.
+  """Labels a step good if it does not lower the value.
 
     g_i = V(P_i) - V(P_{i-1}) ≥ 0
 
@@ -171,11 +249,11 @@ def advantage_labels(
 
 
 def possible_labels(values: Sequence[float]) -> list[bool]:
-  """Which steps can still succeed: some completion of them was right.
+  """Labels a step good if some completion of it was right.
 
     g_i = ∃ j ≥ i: V(P_j) > 0
 
-  A step from which nothing was right is good all the same if a later one was:
+  A step from which nothing was right is good anyway if a later one was right:
   it did not prevent that. This approximates the value of the best policy, not
   of the one that sampled.
 
@@ -199,20 +277,20 @@ def tagged(
   tags: tuple[str, str],
   slot: str = "",
 ) -> list[tuple[str, str]]:
-  """A response with a tag in front of each step.
+  """Puts a tag in front of each step of a response.
 
   Args:
     response: L steps.
     labels: L truth values.
     tags: of good steps, and of bad ones.
-    slot: a text at the head of each step whose place the tag takes; a step
-      without it gets the tag in front.
+    slot: a text at the start of each step that the tag replaces; a step without
+      it gets the tag in front.
 
   Returns:
     L pairs (tag, rest of the step). Empty lines are left out.
   """
-  # A tag comes right behind a line feed: there is one at the end of a step,
-  # and none behind the last.
+  # A tag follows a line feed: there is one at the end of each step but the
+  # last.
   parts = steps(response)
   texts = [step.strip("\n") + "\n" for step in parts[:-1]]
   texts += [step.strip("\n") for step in parts[-1:]]
@@ -222,15 +300,71 @@ def tagged(
   ]
 
 
+def encode_tagged(
+  tokenizer: Any, pairs: Iterable[tuple[str, str]], tag_ids: Mapping[str, int]
+) -> tuple[list[int], list[bool]]:
+  """Encodes tag, step, tag, step, ..., end; each step by itself.
+
+  Args:
+    tokenizer: Hugging Face tokenizer with an end token.
+    pairs: of `tagged`.
+    tag_ids: tag -> its one token.
+
+  Returns:
+    The ids, and which of them are to be learnt: all but the tags, which the
+    sampler puts there by itself.
+  """
+  ids: list[int] = []
+  is_learnt: list[bool] = []
+  for tag, text in pairs:
+    step_ids = tokenizer.encode(text, add_special_tokens=False)
+    ids += [tag_ids[tag], *step_ids]
+    is_learnt += [False, *[True] * len(step_ids)]
+  return [*ids, tokenizer.eos_token_id], [*is_learnt, True]
+
+
+def forced_tag(token_bytes: Sequence[bytes], tag_id: int) -> np.ndarray:
+  """Makes the sampler's table that puts a tag in front of every step.
+
+  Args:
+    token_bytes: V texts of tokens, from `tokens.token_bytes`.
+    tag_id: token of the tag.
+
+  Returns:
+    `[V + 1]` int32: the tag behind every token that ends in a line feed, and at
+    the start, which is the last entry; else -1, for none.
+  """
+  ends_step = [text.endswith(b"\n") for text in token_bytes]
+  return np.where([*ends_step, True], tag_id, -1).astype(np.int32)
+
+
+def describe_labels(rows: Sequence[Row]) -> str:
+  """Says in a line how many steps are bad, by their position.
+
+  Args:
+    rows: with `is_correct`, and `good`, one truth value for each step.
+  """
+  num_right = sum(row["is_correct"] for row in rows)
+  longest = max(len(row["good"]) for row in rows)
+  shares = [
+    np.mean([not row["good"][i] for row in rows if i < len(row["good"])])
+    for i in range(longest)
+  ]
+  return (
+    f"{len(rows)} solutions, {num_right} right; share of bad steps by "
+    "position: " + " ".join(f"{share:.2f}" for share in shares[:8])
+  )
+
+
 def mix(
   is_correct: Sequence[bool], *, share: float, num_rows: int, seed: int
 ) -> np.ndarray:
-  """Draws rows with a given share of right solutions, none of them twice.
+  """Draws rows, none of them twice, of which a given share is right.
 
   Args:
     is_correct: `[N]`, one per row.
-    share: of right ones in the outcome, rounded to whole rows.
-    num_rows: size of the outcome; 0: as many as there can be.
+    share: of right ones in the result, rounded to whole rows.
+    num_rows: size of the result; 0: as many as there can be.
     seed: of the draw.
 
   Returns:
@@ -249,12 +383,12 @@ def mix(
       for rows, part in ((right, share), (wrong, 1 - share))
       if part > 0
     ]
-    # A hair more, or .1 + .2 would count as a row less.
+    # A little more, or .1 + .2 would count as a row less.
     num_rows = int(min(most) + 1e-9)
   if not num_rows:
     raise ValueError(
-      f"There is no mix with {share:.0%} right rows: {len(right)} are right "
-      f"and {len(wrong)} wrong."
+      f"There are not enough rows for a share of {share:.0%} right ones: "
+      f"{len(right)} are right and {len(wrong)} wrong."
     )
   num_right = round(share * num_rows)
   for name, rows, number in (
@@ -263,8 +397,8 @@ def mix(
   ):
     if number > len(rows):
       raise ValueError(
-        f"A mix of {num_rows} rows of which {share:.0%} are right takes "
-        f"{number} {name} ones; there are {len(rows)}."
+        f"{num_rows} rows of which {share:.0%} are right need {number} {name} "
+        f"ones; there are {len(rows)}."
       )
   rng = np.random.default_rng(seed)
   chosen = [

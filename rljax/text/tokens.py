@@ -1,7 +1,7 @@
-"""Text to ids and back, and what a tokenizer says of its tokens.
+"""Encodes text as ids, decodes ids as text, and lists what tokens stand for.
 
-Text becomes ids here, once, and ids become text here, once. Tokenizers are
-Hugging Face fast tokenizers. Everything is numpy; nothing imports jax.
+Text becomes ids once, and ids become text once, here. Tokenizers are Hugging
+Face fast tokenizers. Everything is numpy; nothing imports jax.
 """
 
 import json
@@ -24,13 +24,13 @@ def require_tokens(
   pad: bool = False,
   text: str | None = None,
 ) -> None:
-  """Checks that a tokenizer has what a script is going to use.
+  """Checks that a tokenizer has what a script needs.
 
   Args:
     tokenizer: Hugging Face fast tokenizer.
     eos: whether an end token is needed.
-    pad: whether a padding token is needed. Masks are made from lengths, so
-      that it may be the end token.
+    pad: whether a padding token is needed. It may be the end token, as masks
+      are made from lengths.
     text: text that must survive encoding and decoding, blanks aside, such as
       the symbols of a task.
 
@@ -69,28 +69,28 @@ def encode_prompts(
     tokenizer: Hugging Face fast tokenizer.
     texts: B prompts.
     max_length: tokens that a prompt may have, the start token included; > 0.
-    truncate: False to refuse longer prompts; "left" to keep the end of them,
-      behind the start token. How many were cut is logged.
+    truncate: False to refuse longer prompts; "left" to keep their end, after
+      the start token. How many were cut is logged.
 
   Returns:
     B lists of ids, none of them empty.
 
   Raises:
     ValueError: naming the prompt, if it is too long, holds what the tokenizer
-      cannot write, or comes out without any token; or if the tokenizer puts
-      its end token behind prompts.
+      cannot write, or has no tokens; or if the tokenizer puts its end token
+      after prompts.
   """
   if max_length < 1:
     raise ValueError(f"max_length must be positive, got {max_length}.")
   if truncate not in (False, "left"):
     raise ValueError(f'truncate must be False or "left", got {truncate!r}.')
-  # A model would take an end token behind the prompt for its own.
+  # A model would take an end token after the prompt for its own.
   added = _encode(tokenizer, "", add_special_tokens=True)
   if added[:1] == [tokenizer.bos_token_id]:
     added = added[1:]
   if added[-1:] == [tokenizer.eos_token_id]:
     raise ValueError(
-      f"The tokenizer {_name(tokenizer)} puts an end token behind prompts; "
+      f"The tokenizer {_name(tokenizer)} puts an end token after prompts; "
       "save it with a post-processor that does not."
     )
   rows, num_truncated, num_unknown = [], 0, 0
@@ -128,7 +128,7 @@ def encode_prompts(
 def cut_prompt(
   tokenizer, prompt_ids: Sequence[int], max_length: int
 ) -> list[int]:
-  """The end of a prompt, behind its start token if it has one.
+  """Returns the end of a prompt, after its start token if it has one.
 
   Args:
     tokenizer: Hugging Face fast tokenizer.
@@ -196,11 +196,10 @@ def encode_pairs(
 def encode_response(
   tokenizer, prompt: str, prompt_ids: Sequence[int], response: str
 ) -> tuple[list[int], bool]:
-  """The ids of a response behind its prompt, the end token among them.
+  """Returns the ids of a response after its prompt, end token included.
 
-  They are the rest of the ids of the two texts together where those begin
-  with the prompt's, and otherwise (a token would cross the border) the ids of
-  the response's own text.
+  The two texts are encoded together if the result begins with the prompt's ids.
+  Otherwise a token would cross the border, and the response is encoded apart.
 
   Args:
     tokenizer: Hugging Face fast tokenizer with an end token.
@@ -220,6 +219,21 @@ def encode_response(
   return [*ids, tokenizer.eos_token_id], apart
 
 
+def single_id(tokenizer, text: str) -> int:
+  """Returns the id of a text that is one token.
+
+  Raises:
+    ValueError: if it is none, or several.
+  """
+  ids = tokenizer.encode(text, add_special_tokens=False)
+  if len(ids) != 1:
+    raise ValueError(
+      f"The tag {text!r} is {len(ids)} tokens of the tokenizer, and must be "
+      "one: choose a rare word, or add it to the tokenizer."
+    )
+  return ids[0]
+
+
 def decode(
   tokenizer,
   response_ids: np.ndarray,
@@ -234,7 +248,8 @@ def decode(
     response_ids: `[B, T]` int. An id that the tokenizer does not know, such as
       an unused row of a padded vocabulary, becomes nothing.
     response_mask: `[B, T]` bool.
-    skip_special_tokens: whether the end token and its kin become nothing.
+    skip_special_tokens: whether special tokens, such as the end token, become
+      nothing.
 
   Returns:
     B texts.
@@ -256,7 +271,7 @@ def decode(
 
 
 def stop_ids(tokenizer) -> tuple[int, ...]:
-  """The ids that end a response: the tokenizer's end token.
+  """Returns the ids that end a response: the tokenizer's end token.
 
   Raises:
     ValueError: if it has none.
@@ -266,7 +281,7 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
 
 
 def pad_id(tokenizer) -> int:
-  """What to fill rows with: the pad token, else the end token, else 0."""
+  """Returns the id to pad with: the pad token, else the end token, else 0."""
   for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
     if token_id is not None:
       return token_id
@@ -276,10 +291,10 @@ def pad_id(tokenizer) -> int:
 def allowed_tokens(
   tokenizer, vocab_size: int, stop_ids: Sequence[int] = ()
 ) -> np.ndarray:
-  """Which ids a policy may sample.
+  """Returns which ids a policy may sample.
 
   Special tokens other than the stop ids, and rows of the model's vocabulary
-  that no token uses, are out of it. The sampler and every loss take the same
+  that no token uses, are excluded. The sampler and every loss take the same
   mask: a policy that may put mass on a token that is never drawn defeats an
   entropy bonus with it.
 
@@ -320,12 +335,12 @@ def check_positions(length: int, max_positions: int) -> None:
 
 
 def token_bytes(tokenizer, *, vocab_size: int | None = None) -> list[bytes]:
-  """The bytes that each id adds to the decoded text.
+  """Returns the bytes that each id adds to the decoded text.
 
-  The text of a sequence of ids is the UTF-8 text of their bytes, one after
-  the other. Three things may differ from the tokenizer's own `decode`: a
-  blank that some tokenizers take off the front of the text, bytes that are no
-  valid UTF-8, and tidying up.
+  The text of a sequence of ids is the UTF-8 text of their bytes, one after the
+  other. Three things may differ from the tokenizer's own `decode`: a blank that
+  some tokenizers strip from the front, bytes that are not valid UTF-8, and
+  clean-up of blanks.
 
   Args:
     tokenizer: Hugging Face fast tokenizer: byte-level BPE (GPT-2, Llama 3,
@@ -342,7 +357,9 @@ def token_bytes(tokenizer, *, vocab_size: int | None = None) -> list[bytes]:
   """
   backend = getattr(tokenizer, "backend_tokenizer", None)
   if backend is None:
-    raise ValueError(f"The tokenizer {_name(tokenizer)} is not a fast one.")
+    raise ValueError(
+      f"token_bytes needs a fast tokenizer, got {_name(tokenizer)}."
+    )
   decoder = json.loads(backend.to_str())["decoder"]
   if decoder is None:
     raise ValueError(
@@ -377,7 +394,7 @@ def _encode(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
 
 
 def _encode_start(tokenizer, text: str) -> list[int]:
-  """The ids of a text that stands at the start, with one start token."""
+  """Returns the ids of a text at the start, with one start token."""
   start = tokenizer.bos_token
   has_start = bool(start) and text.startswith(start)
   return _encode(tokenizer, text, add_special_tokens=not has_start)
@@ -389,13 +406,13 @@ def _survives(tokenizer, text: str) -> bool:
   except ValueError:
     return False
   back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-  # Tokenizers of the SentencePiece kind may add or drop a blank in front, and
-  # those of words set their own between them.
+  # SentencePiece tokenizers may add or drop a blank in front, and tokenizers of
+  # words put their own blanks between words.
   return "".join(back.split()) == "".join(text.split())
 
 
 def _lost_parts(tokenizer, text: str) -> list[str]:
-  """Words of a text that a tokenizer cannot write, or characters of them."""
+  """Returns words or characters of a text that a tokenizer cannot write."""
   splitter = tokenizer.backend_tokenizer.pre_tokenizer
   spans = splitter.pre_tokenize_str(text) if splitter else [(text, (0, None))]
   found = {}
@@ -424,7 +441,7 @@ def _name(tokenizer) -> str:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-  """Character -> byte in the vocabularies of byte-level BPE.
+  """Maps characters to bytes in the vocabularies of byte-level BPE.
 
   Printable characters of Latin-1 stand for their own code; the other bytes,
   in order, for the characters from U+0100 on.
@@ -445,7 +462,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _decode_piece(piece: str | bytes, decoder: Mapping) -> str | bytes:
-  """What one decoder of a tokenizer.json makes of one token."""
+  """Applies one decoder of a tokenizer.json to one token."""
   kind = decoder["type"]
   if kind == "Sequence":
     for inner in decoder["decoders"]:

@@ -28,6 +28,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from rljax.storage import paths
+
 _SECONDS_BETWEEN_LINES = 5.0
 # The picture may take one part in this many of a core's time.
 _SHARE_OF_DRAWING = 20
@@ -156,7 +158,7 @@ class Logs:
     if not self._on or not messages:
       return
     path = self._workdir / "skipped.txt"
-    _write_whole(path, "".join(f"{message}\n" for message in messages))
+    paths.write_whole(path, "".join(f"{message}\n" for message in messages))
     self.note(f"{len(messages)} rows were left out: {path} names them.")
 
   def note(self, text: str) -> None:
@@ -177,7 +179,7 @@ class Logs:
 
     Args:
       render: draws the file at the second path from the metrics at the first,
-        as `functools.partial(report.curves, panels=...)` does.
+        as `functools.partial(curves.curves, panels=...)` does.
       every_seconds: least time between two pictures.
     """
     if self._on and self._curves is None:
@@ -205,7 +207,7 @@ class Logs:
       return
     path = self._workdir / file
     text = json.dumps(_strict(dict(values)), indent=2, ensure_ascii=False)
-    _write_whole(path, text + "\n")
+    paths.write_whole(path, text + "\n")
     self._progress.stop()
     _print_table(values, title)
 
@@ -262,7 +264,7 @@ class Logs:
         f"{path.name}: dropped {num_late} rows of step {first_step} and later."
       )
     if torn or num_bad or num_late:
-      _write_whole(path, b"".join(kept))
+      paths.write_whole(path, b"".join(kept))
     return rows
 
   def _write_csv(self, row):
@@ -541,15 +543,6 @@ def _csv_row(row):
   return {
     name: "nan" if value is None else value for name, value in row.items()
   }
-
-
-def _write_whole(path, content):
-  """Writes a file so that a kill leaves either the old one or the new one."""
-  partial = path.with_name(f".{path.name}.partial")
-  if isinstance(content, str):
-    content = content.encode()
-  partial.write_bytes(content)
-  os.replace(partial, path)
 
 
 def _print_table(values, title):

@@ -121,7 +121,7 @@ def grad(
     counts = jnp.ones(num_parts)
     if weigh is not None:
       counts = jax.vmap(weigh)(parts).astype(jnp.float32)
-    weights = counts / jnp.maximum(counts.sum(), 1.0)
+    weights = counts / _not_zero(counts.sum())
     scale = jnp.ones(num_parts) if adds_up else weights
 
     def add(total, inputs):
@@ -166,8 +166,7 @@ def combine(
       found[name] = jnp.exp((jnp.log(values) * tokens).sum() / total)
     elif f"{loss}/count" in metrics:
       counts = metrics[f"{loss}/count"].astype(jnp.float32)
-      total = jnp.maximum(counts.sum(), 1.0)
-      found[name] = (values * counts).sum() / total
+      found[name] = (values * counts).sum() / _not_zero(counts.sum())
     else:
       found[name] = (values * weights).sum()
   return found
@@ -215,6 +214,11 @@ def orders(key: Array, sizes: Sizes, *, epochs: int) -> Array:
   shuffle = lambda key: jax.random.permutation(key, sizes.rows)
   shuffled = jax.vmap(shuffle)(jax.random.split(key, epochs))
   return shuffled.reshape(-1, sizes.minibatch)
+
+
+def _not_zero(total):
+  """Divides a sum of nothing by 1."""
+  return jnp.where(total == 0, 1.0, total)
 
 
 def _constrained(tree, sharding):

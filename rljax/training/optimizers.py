@@ -31,14 +31,15 @@ def schedule(
   """Returns the learning rate by number of update.
 
   It rises in a line from 0 during the warm-up, then stays, or falls in a line
-  or along a cosine to `final_learning_rate` at the last update.
+  or along a cosine, so that an update after the last one would have
+  `final_learning_rate`.
 
   Args:
     num_updates: of the run, over which it falls.
     learning_rate: the highest.
     kind: one of `SCHEDULES`.
     warmup: see `warmup_updates`.
-    final_learning_rate: where it ends, unless it is constant.
+    final_learning_rate: where the fall ends; unused if it is constant.
 
   Raises:
     ValueError: if there is no such schedule.
@@ -66,7 +67,7 @@ def schedule(
 
 
 def adamw(
-  num_updates: int,
+  num_updates: int | None,
   *,
   learning_rate: float,
   kind: str = "constant",
@@ -81,7 +82,9 @@ def adamw(
   """Clips the global norm of the gradient, and steps by AdamW.
 
   Args:
-    num_updates: of the run.
+    num_updates: of the run. None: the learning rate is 1, and the caller
+      multiplies each update by one of `schedule`. So fits of different lengths
+      share one program.
     learning_rate: see `schedule`, likewise `kind`, `warmup` and
       `final_learning_rate`.
     b1: decay of the first moment.
@@ -96,13 +99,15 @@ def adamw(
   Source:
     Loshchilov and Hutter (2019), "Decoupled Weight Decay Regularization".
   """
-  rates = schedule(
-    num_updates,
-    learning_rate=learning_rate,
-    kind=kind,
-    warmup=warmup,
-    final_learning_rate=final_learning_rate,
-  )
+  rates = 1.0
+  if num_updates is not None:
+    rates = schedule(
+      num_updates,
+      learning_rate=learning_rate,
+      kind=kind,
+      warmup=warmup,
+      final_learning_rate=final_learning_rate,
+    )
   return optax.chain(
     optax.clip_by_global_norm(max_grad_norm or math.inf),
     optax.adamw(rates, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay),

@@ -90,8 +90,8 @@ def check(
   trainer = processes.gather(statistics(params, rollout))
   again = processes.gather(statistics(params, rollout))
 
-  def gap(a, b, mask=mask):
-    return float(np.max(np.abs(np.where(mask, a - b, 0.0))))
+  def gap(a, b):
+    return _gap(a, b, mask)
 
   checks = [
     Check(
@@ -114,33 +114,12 @@ def check(
     ),
   ]
 
-  # More pads on the left: positions and attention must come from the mask.
-  extra = 3
-  padded = rollout.replace(
-    prompt_ids=jnp.pad(rollout.prompt_ids, ((0, 0), (extra, 0))),
-    prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (extra, 0))),
-  )
-  checks.append(
-    Check(
-      "pads change nothing",
-      gap(trainer, processes.gather(statistics(params, padded))),
-      tolerance,
-      f"nats; {extra} more pads on the left",
-    )
-  )
-  order = np.random.default_rng(0).permutation(mask.shape[0])
-  permuted = jax.tree.map(lambda x: x[order], rollout)
-  checks.append(
-    Check(
-      "order of rows changes nothing",
-      gap(
-        trainer[order],
-        processes.gather(statistics(params, permuted)),
-        mask[order],
-      ),
-      tolerance,
-      "nats",
-    )
+  checks += _invariances(
+    lambda rows: processes.gather(statistics(params, rows)),
+    rollout,
+    trainer,
+    mask,
+    tolerance,
   )
   checks.append(_end_token(found, stop_ids, has_stop_strings))
   if gradients is not None:
@@ -167,6 +146,37 @@ def check(
         )
       )
   return checks
+
+
+def _gap(a, b, mask) -> float:
+  """Largest difference of two arrays where the mask is True."""
+  return float(np.max(np.abs(np.where(mask, a - b, 0.0))))
+
+
+def _invariances(statistics, rollout, trainer, mask, tolerance) -> list[Check]:
+  """Pads and the order of rows must change nothing."""
+  # More pads on the left: positions and attention must come from the mask.
+  extra = 3
+  padded = rollout.replace(
+    prompt_ids=jnp.pad(rollout.prompt_ids, ((0, 0), (extra, 0))),
+    prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (extra, 0))),
+  )
+  order = np.random.default_rng(0).permutation(mask.shape[0])
+  permuted = jax.tree.map(lambda x: x[order], rollout)
+  return [
+    Check(
+      "pads change nothing",
+      _gap(trainer, statistics(padded), mask),
+      tolerance,
+      f"nats; {extra} more pads on the left",
+    ),
+    Check(
+      "order of rows changes nothing",
+      _gap(trainer[order], statistics(permuted), mask[order]),
+      tolerance,
+      "nats",
+    ),
+  ]
 
 
 def _kl(log_probs, ref_log_probs, mask):

@@ -18,6 +18,8 @@ What a step does, and in which order, stays in the script.
 """
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import json
 import os
@@ -35,13 +37,18 @@ from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
-from rljax.storage import checkpoint, locks
+from rljax.storage import checkpoint, locks, paths
 from rljax.training import logs
 
 Tree = Any
 
 
-def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
+def start(
+  values: flags.FlagValues,
+  *,
+  total_steps: int | None = None,
+  trains: bool = True,
+) -> "Run":
   """Opens the run that the flags of a script describe.
 
   Joins the processes, sets the compilation cache, takes the workdir with its
@@ -53,6 +60,8 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
     values: the absl flags of the script.
     total_steps: steps of the whole run; may be set later, as
       `run.total_steps`.
+    trains: whether it trains a model. A script that only measures, and files
+      its results by `Run.reporting`, does not take the workdir of one.
 
   Returns:
     The run. Its flags are filed once training begins, when all else that may
@@ -61,8 +70,8 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
   Raises:
     ValueError: if the workdir cannot be written to, belongs to a process that
       is still running, is not seen by all processes, or holds a run with other
-      flags; if the flags of several processes differ; or if the mesh does not
-      fit the devices.
+      flags or of another kind; if the flags of several processes differ; or if
+      the mesh does not fit the devices.
   """
   processes.join()
   if not values["verbosity"].present:
@@ -80,6 +89,11 @@ def start(values: flags.FlagValues, *, total_steps: int | None = None) -> "Run":
   )
   checkpoint.prepare_workdir(values.workdir)
   processes.check_shared(values.workdir)
+  if not trains and os.path.exists(os.path.join(folder, "checkpoints")):
+    raise ValueError(
+      f"--workdir={values.workdir} holds a training run, whose files this "
+      "script would replace; choose another."
+    )
   lock = locks.take(values.workdir) if processes.is_first() else None
   checkpoint.check_flags(values.workdir, in_force, may_change)
   mesh = meshes.make(values.mesh)
@@ -112,6 +126,7 @@ class Run:
     self.best: dict[str, Any] | None = None
     self.is_complete = False
     self._values, self._in_force = values, in_force
+    self._keeps_best = "keep_best" in values and values.keep_best
     self._may_change = may_change
     self._lock = lock  # Held as long as this object lives.
     self._notes: list[str] = []
@@ -124,6 +139,11 @@ class Run:
   def place(self, tree: Tree, rules: meshes.Rules) -> Tree:
     """Puts the arrays of a tree on the mesh, by `meshes.shardings`."""
     return meshes.place(tree, meshes.shardings(tree, rules, self.mesh))
+
+  def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
+    """Puts the parameters of a loaded model on the mesh, by its own rules."""
+    rules = hf.partition_rules(loaded.model, self.mesh)
+    return dataclasses.replace(loaded, params=self.place(loaded.params, rules))
 
   def shard(self, batch: Tree) -> Tree:
     """Splits the rows of a batch over the devices, by `meshes.shard_batch`."""
@@ -157,7 +177,8 @@ class Run:
     state = {"params": params, "optimizer": optimizer.init(params), **more}
     self._state_shardings = meshes.shardings(state, rules, self.mesh)
     state = meshes.place(state, self._state_shardings)
-    self._checkpoints = checkpoint.Checkpoints(self.workdir)
+    if self._checkpoints is None:  # A part has its own already.
+      self._checkpoints = checkpoint.Checkpoints(self.workdir)
     if restored := self._checkpoints.restore_latest(state):
       self.first_step, state, self.meta = restored
       self.best = self.meta.get("best")
@@ -168,7 +189,34 @@ class Run:
       if kept is not None and kept not in self._best.all_steps():
         # A better one of the steps that are repeated had taken its place.
         self.best = self.best | {"kept": None}
+    for checkpoints in filter(None, (self._checkpoints, self._best)):
+      for message in checkpoints.messages:
+        self.note(message)
     return state
+
+  def expect(
+    self,
+    params: Tree,
+    rules: meshes.Rules,
+    *,
+    optimizer: optax.GradientTransformation,
+    **more: Tree,
+  ) -> None:
+    """Says what `restore` will return, so that `compile` may come before it.
+
+    Such a program is shared by the parts of a run, each of which restores a
+    state of its own.
+
+    Args:
+      params: as for `restore`, likewise `rules`, `optimizer` and `more`.
+    """
+    make = lambda params: {
+      "params": params,
+      "optimizer": optimizer.init(params),
+      **more,
+    }
+    state = jax.eval_shape(make, params)
+    self._state_shardings = meshes.shardings(state, rules, self.mesh)
 
   def compile(
     self,
@@ -184,7 +232,7 @@ class Run:
       function: of arrays.
       name: shown in tables and errors; by default the function's own.
       returns_state: True for `(state, ...) -> (state, others)`, after
-        `restore`: the state is donated, and stays where it lies.
+        `restore` or `expect`: the state is donated, and stays where it lies.
       **jit_options: of `jax.jit`.
     """
     if returns_state:
@@ -205,7 +253,7 @@ class Run:
 
   @contextlib.contextmanager
   def signals(self) -> Iterator["Run"]:
-    """Catches SIGTERM and SIGINT in the work before training.
+    """Catches SIGTERM and SIGINT, in the work before training too.
 
     Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
     block: `is_stopped` is then True, and everything that was written stays.
@@ -215,11 +263,96 @@ class Run:
         yield self
       except checkpoint.Stopped:
         self._stopped = True
-        self.note("Stopped by a signal; everything so far is saved.")
+        text = "Stopped by a signal; everything so far is saved."
+        if self._log is not None:
+          self._log.note(text)
+        elif processes.is_first():
+          print(text, flush=True)
 
   def should_stop(self) -> bool:
     """Returns whether a signal asked for the end. All processes call it."""
     return self._signals.should_stop()
+
+  def check_signals(self) -> None:
+    """Ends the block of `signals` if a signal asked for the end."""
+    if self.should_stop():
+      raise checkpoint.Stopped
+
+  def progress(
+    self, name: str, num_prompts: int
+  ) -> Callable[[int, list[dict[str, Any]]], None]:
+    """Makes what `samplers.collect` calls after every batch, within `signals`.
+
+    Args:
+      name: of what is drawn.
+      num_prompts: that are answered.
+
+    Returns:
+      A function that shows how far it is, and then calls `check_signals`.
+    """
+    shown = samplers.Progress(name, num_prompts)
+
+    def progress(done, rows):
+      shown(done, rows)
+      self.check_signals()
+
+    return progress
+
+  def file(
+    self,
+    starts_from: Mapping[str, Tree],
+    digests: Mapping[str, str] | None = None,
+  ) -> None:
+    """Files flags and models, once all else that may be wrong is known.
+
+    Args:
+      starts_from: see `training`.
+      digests: see `check_models`.
+
+    Raises:
+      ValueError: if another start has filed other flags or weights.
+    """
+    check_models(self.workdir, starts_from, digests)
+    self.file_flags()
+
+  @contextlib.contextmanager
+  def part(
+    self,
+    folder: str,
+    model: Any,
+    tokenizer: Any,
+    *,
+    total_steps: int,
+    keep: int = 1,
+  ) -> Iterator["Run"]:
+    """Opens a run inside of this one, such as one fit of several.
+
+    It has steps and checkpoints of its own, and no logs. It lies within
+    `signals`: a signal ends the block of those, once the part is saved.
+
+    Args:
+      folder: below the workdir; it becomes one that flags which name models
+        take.
+      model: whose config is written there.
+      tokenizer: likewise.
+      total_steps: of the part.
+      keep: how many of its checkpoints stay.
+
+    Yields:
+      A run to `restore`, count `steps` and `save`.
+    """
+    part = copy.copy(self)
+    part.workdir = os.path.join(self.workdir, folder)
+    part.total_steps = total_steps
+    part.first_step, part.meta, part.best = 0, {}, None
+    part.is_complete = part._stopped = False
+    part._checkpoints = checkpoint.Checkpoints(part.workdir, keep=keep)
+    part._best, part._keeps_best = None, False
+    with part._checkpoints:
+      yield part
+    if part.is_stopped:
+      raise checkpoint.Stopped
+    hf.save_config(os.path.join(part.workdir, "model"), model, tokenizer)
 
   @contextlib.contextmanager
   def training(
@@ -232,6 +365,8 @@ class Run:
   ) -> Iterator["Run"]:
     """Files flags and models, and opens logs, checkpoints and signals.
 
+    `checkpoint.Stopped` ends the block, as it does that of `signals`.
+
     Args:
       model: whose config is written to `<workdir>/model`.
       tokenizer: likewise.
@@ -243,8 +378,7 @@ class Run:
     Raises:
       ValueError: if another start has filed other flags or weights.
     """
-    check_models(self.workdir, starts_from, digests)
-    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+    self.file(starts_from, digests)
     folders = [self.workdir] + ([self._best_folder] if self._best else [])
     for folder in folders:
       hf.save_config(os.path.join(folder, "model"), model, tokenizer)
@@ -252,26 +386,58 @@ class Run:
       self.open_log(stack, columns)
       for kept in filter(None, (self._checkpoints, self._best)):
         stack.enter_context(kept)
-        self._notes += kept.messages
-      self._signals = stack.enter_context(checkpoint.Preemption())
-      for text in self._notes:
-        self._log.note(text)
+      stack.enter_context(self.signals())
+      yield self
+
+  def file_flags(self) -> None:
+    """Files the flags, which later starts are held against.
+
+    `file` and `reporting` do so. A script that trains nothing calls it where it
+    leaves something to go on with before it reports.
+    """
+    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+
+  @contextlib.contextmanager
+  def reporting(self) -> Iterator["Run"]:
+    """Files flags and opens logs, for a script that trains nothing.
+
+    What an earlier start wrote to `samples.jsonl` is dropped.
+    """
+    self.file_flags()
+    if processes.is_first():
+      pathlib.Path(self.workdir, "samples.jsonl").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+      self.open_log(stack)
       yield self
 
   def open_log(
     self, stack: contextlib.ExitStack, columns: Sequence[str] = ()
   ) -> None:
-    """Opens the logs alone, for a script that files its results by itself."""
+    """Opens the logs alone, for a script that files its results by itself.
+
+    Without the flag --wandb_project, see `cli.define_run`, the script logs no
+    metrics: it has no curves, and nothing for TensorBoard.
+
+    Args:
+      stack: closes them.
+      columns: metrics that the progress line shows.
+    """
+    has_metrics = "wandb_project" in self._values
     self._log = stack.enter_context(
       logs.Logs(
         self.workdir,
-        total_steps=self.total_steps,
+        total_steps=self.total_steps or 1,
         first_step=self.first_step,
         columns=columns,
-        wandb_project=self._values.wandb_project,
+        wandb_project=has_metrics and self._values.wandb_project,
+        tensorboard=has_metrics,
       )
     )
-    self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+    if has_metrics:
+      self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+    for text in self._notes:
+      self._log.note(text)
+    self._notes = []
 
   def steps(self, freeze: Iterable[Any] = ()) -> Iterator[int]:
     """Counts the steps that are left, until the end or a signal.
@@ -317,10 +483,6 @@ class Run:
     self._stopped = stop and done < self.total_steps
 
   # The best.
-
-  @property
-  def _keeps_best(self):
-    return "keep_best" in self._values and self._values.keep_best
 
   @property
   def _best_folder(self):
@@ -454,6 +616,7 @@ class Run:
       prefix: all metrics that begin with it are shown, too.
       title: of the table; by default the workdir's name.
     """
+    self._wait()
     if not processes.is_first():
       return
     rows = logs.read_rows(self.workdir)
@@ -471,7 +634,13 @@ class Run:
 
   def finish(self, values: Mapping[str, Any], **options: Any) -> None:
     """Writes and prints a summary of the script's own; see `logs.Logs`."""
+    self._wait()
     self._log.summary(values, **options)
+
+  def _wait(self):
+    """Waits for what is being saved: where a summary is, everything is."""
+    for kept in filter(None, (self._checkpoints, self._best)):
+      kept.wait()
 
 
 def check_models(
@@ -505,9 +674,7 @@ def check_models(
   def first_start():
     if path.exists():
       return json.loads(path.read_text())
-    partial = path.with_name(".models.json.partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(partial, path)
+    paths.write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
 
   known = processes.from_first(first_start)

@@ -1,4 +1,4 @@
-"""Tests of rljax.meshes."""
+"""Tests of rljax.distributed.meshes."""
 
 import os
 import socket
@@ -64,7 +64,7 @@ class MakeTest(parameterized.TestCase):
     ("data:-1,fsdp:3", "fixes 3 devices, which does not divide the 8 found"),
     ("data:-1,fsdp:16", "fixes 16 devices, which does not divide the 8"),
     ("data:-1,fsdp:-1", "only one size may be -1"),
-    ("batch:-1", '"batch" is no axis; there are data, fsdp, tensor'),
+    ("batch:-1", '"batch" is not an axis; there are data, fsdp, tensor'),
     ("data:2,data:4", "gives data twice"),
     ("data:0", "must be positive, or -1 .* got 0"),
     ("data:-2", "must be positive, or -1 .* got -2"),
@@ -141,6 +141,19 @@ class ShardingsTest(parameterized.TestCase):
   def test_bad_rule(self, rules, message):
     with self.assertRaisesRegex(ValueError, message):
       self._specs(_params(), rules)
+
+
+class SharedSizeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("data:1", 5, 5),
+    ("data:4,fsdp:2", 17, 16),
+    ("data:4,fsdp:2", 7, 8),  # A row for each device.
+    ("data:2,tensor:4", 5, 4),  # Devices of tensor share no rows.
+  )
+  def test_rows_that_devices_share(self, spec, size, expected):
+    mesh = meshes.make(spec)
+    self.assertEqual(meshes.shared_size(size, mesh), expected)
+    meshes.check_divisible(expected, mesh, "size")
 
 
 class PlaceTest(parameterized.TestCase):
@@ -279,7 +292,8 @@ _PROCESS = """
     jax.distributed.initialize(f"localhost:{port}", 2, rank)
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
-    from rljax import checkpoint, meshes
+    from rljax.distributed import meshes
+    from rljax.storage import checkpoint
 
     mesh = meshes.make("fsdp:-1")
     assert mesh.devices.size == 4, mesh

@@ -22,12 +22,12 @@ from absl.testing import absltest, parameterized
 from rljax.distributed import meshes, processes
 from rljax.generation import samplers
 from rljax.models import hf
-from rljax.rlmec import pipeline
+from rljax.rlmec import pipeline, rewriters
 from rljax.storage import checkpoint, stages
 from rljax.tasks import arithmetic, word_lists
 from tests import conftest, processes_job, scripts, tiny
-from tests import experiments_grammar_test as on_grammar
-from tests import experiments_meshes_test as on_meshes
+from tests.experiments import grammar_test as on_grammar
+from tests.experiments import meshes_test as on_meshes
 
 ROOT = conftest.REPOSITORY
 LAUNCHER = ROOT / "launch" / "local_processes.sh"
@@ -230,7 +230,7 @@ class AloneTest(parameterized.TestCase):
   """Scripts that a launcher must not start twice."""
 
   @parameterized.parameters(
-    ("ppo_pmap", "--workdir=x", "--policy=x"),
+    ("examples/ppo_pmap", "--workdir=x", "--policy=x"),
     ("expand_games", "--output=x"),
     ("draw_games", "--samples=x", "--output=x"),
   )
@@ -297,7 +297,7 @@ class NotFirstTest(absltest.TestCase):
       [{"is_correct": p < "d"} for p in prompts],
     )
     rewrite = functools.partial(
-      pipeline.by_function, rows, lambda p, _, wrong: f"{wrong}{p}", score
+      rewriters.by_function, rows, lambda p, _, wrong: f"{wrong}{p}", score
     )
     expected = rewrite()
     self.assertEqual([r["rewrite"] for r in expected][1:3], ["1\n2", "1\n2c"])

@@ -1,4 +1,4 @@
-"""Tests of rljax.report."""
+"""Tests of rljax.evaluation.curves."""
 
 import io
 import json

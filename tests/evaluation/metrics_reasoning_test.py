@@ -231,12 +231,12 @@ class RatioIntervalTest(parameterized.TestCase):
     self.assertEqual(found, (0.5, 0.5, 0.5))
 
   @parameterized.parameters(
-    ([0, 0], [0, 0], {}, "nor all of them 0"),
+    ([0, 0], [0, 0], {}, "nor all 0"),
     ([0, 0], [1, -1], {}, "must not be negative"),
     ([0, math.nan], [1, 1], {}, "must be finite"),
     ([], [], {}, r"one shape \[N\], N > 0"),
     ([1, 2], [1], {}, r"one shape"),
-    ([1], [1], {"baseline": ([0], [0])}, "nor all of them 0"),
+    ([1], [1], {"baseline": ([0], [0])}, "nor all 0"),
     ([1], [1], {"level": 95}, "level must lie between 0 and 1"),
   )
   def test_bad_input(self, parts, wholes, settings, message):

@@ -105,6 +105,22 @@ class ProportionIntervalTest(parameterized.TestCase):
       metrics.proportion_interval(num_successes, num_trials)
 
 
+class CorrelationTest(parameterized.TestCase):
+  def test_hand_computed(self):
+    x = np.array([1.0, 2.0, 3.0])
+    self.assertAlmostEqual(metrics.correlation(x, 5 - 2 * x), -1)
+    # Deviations -1, 0, 1 and -1, 2, -1: their products add up to 0.
+    self.assertAlmostEqual(metrics.correlation(x, np.array([0.0, 3, 0])), 0)
+    # Two points lie on a line.
+    found = metrics.correlation(np.float32([0, 1]), np.float32([2, 7]))
+    self.assertAlmostEqual(found, 1)
+    self.assertIsInstance(found, float)
+
+  def test_what_does_not_vary(self):
+    for x, y in (([1, 1], [0, 1]), ([0, 1], [2, 2])):
+      self.assertTrue(math.isnan(metrics.correlation(np.array(x), np.array(y))))
+
+
 class DiversityTest(parameterized.TestCase):
   def test_histogram(self):
     histogram = metrics.answer_histogram([25, None, 7, 25, None, 25])

@@ -1,4 +1,4 @@
-"""Tests of rljax.pages."""
+"""Tests of rljax.evaluation.token_pages."""
 
 import html.parser
 import math
@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 
 from rljax.evaluation import token_pages
 from rljax.tasks import arithmetic, word_lists
+from rljax.text import logged
 
 END = 256  # A special token, and in each tokenizer below.
 
@@ -209,6 +210,79 @@ class MakeTest(_PagesTest):
       BYTES, ["p", "q"], ids, ids >= 0, ids * 1.0, limit=1
     )
     self.assertEqual((first.prompt, first.facts), ("p", {}))
+
+  def test_with_rewrites(self):
+    row = {
+      "prompt": "p",
+      "ids": [97, 98, END],
+      "values": np.array([0.5, 0.0, -0.1]),
+      "marked": [False, True, False],
+      "facts": {"right": False},
+    }
+    rewrite = {"rewrite_ids": [97, END], "rewrite_marked": [True, False]}
+    wrong, right = token_pages.with_rewrites(BYTES, [row | rewrite, row])
+    self.assertEqual((wrong.prompt, wrong.facts), ("p", {"right": False}))
+    self.assertEqual(wrong.response.texts, ["a", "b", ""])
+    np.testing.assert_array_equal(wrong.response.values, [0.5, 0.0, -0.1])
+    np.testing.assert_array_equal(wrong.response.marked, [False, True, False])
+    self.assertEqual(wrong.rewrite.texts, ["a", ""])
+    np.testing.assert_array_equal(wrong.rewrite.marked, [True, False])
+    self.assertIsNone(wrong.rewrite.values)
+    self.assertIsNone(right.rewrite)
+
+  def test_from_log(self):
+    tokenizer = word_lists.word_tokenizer()
+    rows = logged.from_rows(
+      [
+        {"prompt": "birds", "response": " owl"},
+        {
+          "prompt": "fish",
+          "candidates": [" eel", " cod"],
+          "rewards": [1.0, 0.25],
+        },
+      ],
+      "log",
+    )
+    encoded = logged.encode(
+      tokenizer, rows, max_prompt_length=4, max_response_length=4
+    )
+    log = logged.Log(
+      encoded=encoded,
+      lengths=logged.lengths(encoded),
+      present=logged.present(rows),
+      skipped=[],
+      settings={},
+    )
+    samples = token_pages.from_log(
+      tokenizer,
+      log,
+      np.array([1, 0]),
+      np.array([1, 0]),
+      np.array([[0.5, -1.0], [2.0, 3.0]]),
+      {"advantages": np.array([0.125, 4.0])},
+    )
+    self.assertEqual([s.prompt for s in samples], ["fish", "birds"])
+    self.assertEqual(
+      [s.response.texts for s in samples], [["cod", ""], ["owl", ""]]
+    )
+    np.testing.assert_array_equal(samples[0].response.values, [0.5, -1])
+    self.assertEqual(
+      [s.facts for s in samples],
+      [
+        {"row": "log, row 1", "reward": 0.25, "advantages": 0.125},
+        {"row": "log, row 0", "reward": None, "advantages": 4.0},
+      ],
+    )
+
+  def test_spread(self):
+    rows = np.array([3, 5, 8, 9, 20])
+    for num, expected in (
+      (1, [3]),
+      (2, [3, 20]),
+      (3, [3, 8, 20]),
+      (9, [3, 5, 8, 9, 20]),
+    ):
+      np.testing.assert_array_equal(token_pages.spread(rows, num), expected)
 
   def test_shapes_that_differ(self):
     with self.assertRaisesRegex(ValueError, "values must hold one.* 2 tokens"):
@@ -512,7 +586,7 @@ class PageTest(_PagesTest):
     self._read([self._sample("old")])
     old = self.path.read_text()
     with (
-      mock.patch.object(pathlib.Path, "write_text", side_effect=OSError),
+      mock.patch.object(pathlib.Path, "write_bytes", side_effect=OSError),
       self.assertRaises(OSError),
     ):
       self._read([self._sample("new")])

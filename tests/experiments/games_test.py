@@ -24,14 +24,15 @@ pytestmark = pytest.mark.skipif(
   reason='needs ludax: pip install "rljax[games]"',
 )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXPAND = "experiments/games/expand.py"
 # Runs a script with games that are played by formula.
 _PROGRAM = """
 import runpy, sys, zlib
 from unittest import mock
-from tests.tasks import games_test
-from rljax.tasks import game_boards, game_pool
+from tests.tasks.games import task_test as games_test
+from rljax.tasks.games import boards as game_boards
+from rljax.tasks.games import pool as game_pool
 
 def measure(text, *unused):
   number = zlib.crc32(text.encode()) / 2**32

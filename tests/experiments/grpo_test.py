@@ -3,12 +3,15 @@
 import functools
 import itertools
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from absl.testing import absltest
 
-from tests import scripts
+from tests import conftest, scripts
 
 SFT = "experiments/sft.py"
 GRPO = "experiments/grpo.py"
@@ -34,7 +37,7 @@ DYNAMIC = (
   "--epochs=2",
   "--minibatch_size=8",
   "--micro_batch_size=4",
-  "--warmup_steps=2",
+  "--warmup=2",
   "--clip_epsilon_high=0.3",
 )
 
@@ -71,6 +74,32 @@ def _finished():
   workdir = scripts.scratch() / "finished"
   scripts.run(GRPO, workdir, *DYNAMIC, _policy())
   return workdir
+
+
+def _in_force(command_lines):
+  """The flags of several command lines, once they are parsed."""
+  code = """
+import json, runpy, sys
+runpy.run_path(sys.argv[1], run_name="script")
+from absl import flags
+values = flags.FLAGS
+for words in json.load(sys.stdin):
+  for name in list(values):
+    values[name].unparse()
+    values[name].value = values[name].default
+  values([sys.argv[1], "--workdir=x", "--policy=x", *words])
+  print(json.dumps({name: values[name].value for name in values}))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code, GRPO],
+    cwd=conftest.REPOSITORY,
+    env=scripts.environment(),
+    input=json.dumps(list(command_lines)),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 class RunTest(absltest.TestCase):
@@ -128,6 +157,66 @@ class RunTest(absltest.TestCase):
     ):
       self.assertEqual(in_force[name], value, name)
 
+  def test_presets(self):
+    others = {"kl_coef": 0.04, "kl_estimator": "", "clip_epsilon": 0.2}
+    others |= {"clip_epsilon_high": 0.0, "surrogate": "clipped"}
+    others |= {"dynamic_sampling": False, "overlong_buffer": 0}
+    dapo = {"clip_epsilon_high": 0.28, "dynamic_sampling": True}
+    ends = ("--stop_at_eos", "--max_length=19")
+    cases = [
+      # Flags, then advantage, normalizer and kl, and what is not as in others.
+      (["grpo"], "grpo", "sequence_mean", "loss", {}),
+      (["dr_grpo"], "dr_grpo", "constant", "none", {}),
+      (
+        *(["dapo", *ends], "grpo", "token_mean", "none"),
+        dapo | {"overlong_buffer": 3},
+      ),
+      (["rloo"], "rloo", "constant", "reward", {"kl_coef": 0.05}),
+      (
+        *(["reinforce_pp"], "reinforce_pp", "token_mean", "reward"),
+        {"kl_coef": 0.01},
+      ),
+      (
+        *(["reinforce_pp_baseline"], "reinforce_pp_baseline", "token_mean"),
+        *("loss", {"kl_estimator": "k2", "kl_coef": 0.01}),
+      ),
+      (
+        *(["gspo"], "grpo", "sequence_mean", "none"),
+        {"surrogate": "gspo", "clip_epsilon": 3e-4, "clip_epsilon_high": 4e-4},
+      ),
+      (["cispo"], "grpo", "token_mean", "none", {"surrogate": "cispo"}),
+      # What is given stays, and takes what it is paired with along.
+      (
+        *(["gspo", "--clip_epsilon=0.1"], "grpo", "sequence_mean", "none"),
+        {"surrogate": "gspo", "clip_epsilon": 0.1},
+      ),
+      (
+        *(["reinforce_pp_baseline", "--kl=reward"], "reinforce_pp_baseline"),
+        *("token_mean", "reward", {"kl_coef": 0.01}),
+      ),
+      (
+        *(["dapo", *ends, "--normalizer=constant"], "grpo", "constant", "none"),
+        dapo | {"overlong_buffer": 3},
+      ),
+      # A preset is there before conditions are checked.
+      (
+        *(["rloo", "--kl_estimator=k1"], "rloo", "constant", "reward"),
+        {"kl_coef": 0.05, "kl_estimator": "k1"},
+      ),
+      (
+        *(["reinforce_pp", "--num_samples=1"], "reinforce_pp", "token_mean"),
+        *("reward", {"kl_coef": 0.01}),
+      ),
+    ]
+    found = _in_force([f"--algorithm={a}", *more] for (a, *more), *_ in cases)
+    for in_force, case in zip(found, cases, strict=True):
+      (name, *more), advantage, normalizer, kl, changed = case
+      expected = {"algorithm": name, "advantage": advantage, "kl": kl}
+      expected |= {"normalizer": normalizer} | others | changed
+      self.assertEqual(
+        {name: in_force[name] for name in expected}, expected, (name, more)
+      )
+
   @pytest.mark.slow
   def test_other_algorithms(self):
     cases = {
@@ -137,6 +226,7 @@ class RunTest(absltest.TestCase):
           *("--kl=loss", "--preflight=strict", "--unfinished_score=-1"),
           # Two words in ten: responses differ in length.
           *("--stop_strings=1", "--max_length=3", "--overlong_buffer=1"),
+          *("--min_length=2", "--keep_best", "--eval_every=1"),
         ],
         True,
         True,
@@ -178,43 +268,62 @@ class RunTest(absltest.TestCase):
     for row in cut:
       self.assertEqual(row["reward"], -1.0)
       self.assertFalse(row["parts"]["is_correct"])
+      # Each has a limit of its own.
+      self.assertIn(len(row["response_ids"]), (2, 3))
+    self.assertLen({len(row["response_ids"]) for row in cut}, 2)
+    self.assertTrue((workdirs["gspo"] / "best" / "checkpoints").exists())
+    page = (workdirs["gspo"] / "tokens.html").read_text()
+    self.assertIn("<h1>arithmetic: a rollout after 1 steps</h1>", page)
+    self.assertIn("8 of 8 shown", page)
+    for article in page.split("<article>")[1:]:
+      # A group tells whole responses apart.
+      values = re.findall(r'title="advantage (\S+), token \d+"', article)
+      self.assertLen(set(values), 1)
 
   def test_bad_flags(self):
     nowhere = scripts.scratch() / "nowhere"
     cases = [
-      (["--num_samples=1"], "--advantage=grpo compares .* at least 2, got 1"),
+      (
+        ["--num_samples=1"],
+        "advantage=grpo, num_samples=1: .* compares .* at least 2",
+      ),
       (
         ["--num_samples=1", "--algorithm=reinforce_pp", "--dynamic_sampling"],
-        "--dynamic_sampling=True compares .* at least 2",
+        "dynamic_sampling=True, num_samples=1: .* compares .* at least 2",
       ),
       (["--minibatch_size=5"], "minibatch_size=5 does not divide the 16 rows"),
       (["--micro_batch_size=5"], "micro_batch_size=5 does not divide"),
-      (["--max_sampling_rounds=0"], "max_sampling_rounds must be positive"),
+      (["--max_sampling_rounds=0"], "max_sampling_rounds=0: .*positive"),
       (["--kl=none", "--reference=x"], "--reference has no meaning"),
+      (["--algorithm=dapo", "--reference=x"], "--reference has no meaning"),
       (["--kl_estimator=k1"], "gradient of mean 0"),
-      (["--overlong_buffer=2"], "between 0 and --max_length=1, got 2"),
-      (["--unfinished_score=0"], "none ever ends"),
+      (
+        ["--overlong_buffer=2", "--stop_at_eos"],
+        "overlong_buffer=2, max_length=1: .* between 0 and --max_length",
+      ),
+      (["--unfinished_score=0"], "run out of length, as all do"),
       (
         ["--algorithm=gspo", "--normalizer=constant"],
-        "must be sequence_mean, got constant",
+        "normalizer=constant: .* must be sequence_mean",
       ),
       (
         ["--algorithm=gspo", "--advantage=reinforce_pp"],
-        "one advantage for a response",
-      ),
-      (
-        ["--stop_at_eos", "--unfinished_score=nan"],
-        "unfinished_score must be finite",
+        "with one advantage each",
       ),
       (
         ["--stop_at_eos", "--dynamic_sampling", "--unfinished_score=-1"],
         "would tell wrong responses apart",
       ),
       (["--overlong_buffer=1"], "would price every response alike"),
-      (["--minibatch_size=-8"], "minibatch_size must not be negative"),
-      (["--clip_epsilon=0"], "clip_epsilon must be positive, got 0.0"),
-      (["--kl_coef=-1"], "kl_coef must not be negative, got -1.0"),
-      (["--num_prompts=3"], "batch_size=4 is more than the 3 of --num_prompts"),
+      (["--minibatch_size=-8"], "minibatch_size=-8: .*non-negative"),
+      (["--clip_epsilon=0"], "clip_epsilon=0: .*number >= 1e-09"),
+      (["--kl_coef=-1"], "kl_coef=-1: .*non-negative"),
+      (["--min_length=2"], "min_length must not be more than --max_length"),
+      (["--constraint=grammar"], "it needs --stop_at_eos"),
+      (
+        ["--num_prompts=3"],
+        "batch_size must lie between 1 and the 3 prompts of --num_prompts",
+      ),
       (["--task=chess"], "Unknown task 'chess'"),
     ]
     errors = scripts.drive(
@@ -222,7 +331,18 @@ class RunTest(absltest.TestCase):
     )
     for (flags, message), error in zip(cases, errors, strict=True):
       with self.subTest(flags[-1]):
-        self.assertRegex(str(error), f"^ValueError: .*{message}")
+        kind = "(ValueError|IllegalFlagValueError)"
+        self.assertRegex(str(error), f"(?s)^{kind}: .*{message}")
+    # As a user sees it, the one that is checked once all flags are there.
+    done = scripts.run(
+      *(GRPO, nowhere, *TINY, _policy()),
+      *("--stop_at_eos", "--unfinished_score=nan"),
+      ok=False,
+    )
+    self.assertEqual(done.returncode, 1)
+    self.assertRegex(
+      done.stderr, "^grpo.py: --unfinished_score must be a finite number.*\n$"
+    )
     self.assertFalse((nowhere / "flags.json").exists())
 
 

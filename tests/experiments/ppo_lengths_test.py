@@ -175,8 +175,11 @@ class LengthsTest(absltest.TestCase):
 
   def test_what_is_wrong(self):
     cases = [
-      (["--min_length=7"], "between 0 and --max_length=6, got 7"),
-      (["--min_length=-1"], "between 0 and --max_length=6, got -1"),
+      (
+        ["--min_length=7"],
+        "min_length=7, max_length=6: .* not be more than --max_length",
+      ),
+      (["--min_length=-1"], "min_length=-1: .*non-negative"),
       (
         ["--task_options=tokenizer=policy"],
         "no option 'tokenizer'; it has num",
@@ -189,7 +192,9 @@ class LengthsTest(absltest.TestCase):
     errors = scripts.drive(PPO, runs)
     for (flags, message), error in zip(cases, errors, strict=True):
       with self.subTest(flags[-1]):
-        self.assertRegex(str(error), f"^ValueError: .*{message}")
+        self.assertRegex(
+          error, f"^(ValueError|IllegalFlagValueError): .*{message}"
+        )
 
 
 @pytest.mark.skipif(
@@ -233,7 +238,7 @@ class SentimentTest(absltest.TestCase):
       f"--policy={conftest.shared('data/models/stories260k')}",
       f"--task_options=data={conftest.shared('data/sentiment')},"
       "tokenizer=policy",
-      *("--batch_size=32", "--epochs=2", "--warmup_steps=0"),
+      *("--batch_size=32", "--epochs=2", "--warmup=0"),
       *("--learning_rate=1e-3", "--steps=40"),
       optimize=True,
     )

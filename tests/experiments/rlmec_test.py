@@ -3,6 +3,9 @@
 import functools
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -137,7 +140,10 @@ class RewardModelTest(parameterized.TestCase):
       summary["right rewrites"], np.mean([row["is_verified"] for row in wrong])
     )
     self.assertEqual(summary["right rewrites of the teacher"], 1.0)
-    self.assertLess(scripts.rows(workdir)[-1]["nll/loss"], 0.1)
+    *rows, last = scripts.rows(workdir)
+    self.assertLess(rows[-1]["nll/loss"], 0.1)
+    self.assertEqual(summary["held-out loss (nats a token)"], last["eval/loss"])
+    self.assertLess(last["eval/loss"], rows[0]["eval/loss"])
 
   @parameterized.parameters(
     ("stages/samples/samples.jsonl", 16), ("metrics.jsonl", 3)
@@ -299,6 +305,28 @@ class PipelineTest(parameterized.TestCase):
       scripts.steady(scripts.rows(whole())),
     )
 
+  def test_a_signal_between_batches_ends_well(self):
+    workdir = scripts.scratch() / "signalled"
+    flags = rlmec_flags(stages=workdir)
+    process = subprocess.Popen(
+      [sys.executable, RLMEC, *scripts.arguments(workdir, *flags)],
+      cwd=conftest.REPOSITORY,
+      env=scripts.environment(),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+    )
+    name = "rewrites/locations.jsonl"
+    scripts.wait_for_rows(process, workdir, 8, name)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=300)
+    self.assertEqual(process.returncode, 130)
+    self.assertIn("Stopped by a signal; everything so far is saved.", said)
+    self.assertFalse((workdir / "rewrites" / "done.json").exists())
+    self.assertFalse((workdir / "flags.json").exists())
+    scripts.run(RLMEC, workdir, *flags)
+    self.assertEqual(scripts.fingerprint(workdir), scripts.fingerprint(whole()))
+
   def test_arms_share_stages_and_redo_what_changed(self):
     stages = scripts.scratch() / "shared"
     arms = scripts.scratch() / "arms"
@@ -308,7 +336,10 @@ class PipelineTest(parameterized.TestCase):
       ("no_rewards", "--token_rewards=none"),
       ("no_imitation", "--imitation_coef=0", "--rl_mode=ppo"),
       ("oracle", "--token_rewards=alignment", "--imitate=gold"),
-      ("sequence", "--token_rewards=sequence", "--edited_weight=0.5"),
+      (
+        *("sequence", "--token_rewards=sequence", "--edited_weight=0.5"),
+        "--keep_best",
+      ),
       ("reference", "--alignment=reference"),
     )
     runs = [(arms / name, *flags, *more) for name, *more in variants]
@@ -321,6 +352,11 @@ class PipelineTest(parameterized.TestCase):
     for name in ("samples", "rewrites"):
       self.assertEqual(done(stages, name), before[name])
     self.assertEqual(done(stages, "supervision.old1"), before["supervision"])
+    # Nothing beat the start: the last parameters are the best.
+    self.assertEqual(
+      scripts.fingerprint(arms / "sequence" / "best"),
+      scripts.fingerprint(arms / "sequence"),
+    )
     prints = {scripts.fingerprint(run[0]) for run in runs[:5]}
     self.assertLen(prints, 5)
     metrics = {run[0].name: scripts.rows(run[0])[0] for run in runs}
@@ -339,6 +375,9 @@ class PipelineTest(parameterized.TestCase):
     base = scripts.scratch() / "layouts"
     one, parts, mesh = base / "one", base / "parts", base / "mesh"
     scripts.run(RLMEC, one, *flags)
+    # The samples are those that the reward model was made of.
+    _, stages = trained()
+    self.assertFalse((stages / "samples.old1").exists())
     scripts.run(RLMEC, parts, *flags, "--micro_batch_size=1")
     scripts.run(RLMEC, mesh, *flags, "--mesh=data:2,fsdp:2", devices=4)
     # Parts without a reward have no ratio, and do not count in the mean.
@@ -392,13 +431,13 @@ class ErrorsTest(absltest.TestCase):
     workdir = scripts.scratch() / "errors"
     flags = rlmec_flags(stages=workdir / "stages")
     cases = (
-      (("--steps=-1",), "--steps must not be negative, got -1"),
-      (("--epochs=0", "--steps=0"), "--epochs must be positive"),
-      (("--warmup=1",), r"--warmup must lie in [0, 1)"),
+      (("--steps=-1",), "--steps=-1: -1 is not a non-negative integer"),
+      (("--epochs=0", "--steps=0"), "--epochs=0: 0.0 is not number >= 1e-06"),
+      (("--warmup=-1",), "--warmup=-1: -1.0 is not a non-negative number"),
       (("--token_rewards=none", "--imitation_coef=0"), "nothing to learn"),
-      (("--threshold=1.5",), "--threshold must lie in [0, 1], got 1.5"),
-      (("--clip_epsilon=0",), "--clip_epsilon must be positive"),
-      (("--max_penalty=-0.1",), "--max_penalty must not be negative, got -0.1"),
+      (("--threshold=1.5",), "1.5 is not a number in the range [0.0, 1.0]"),
+      (("--clip_epsilon=0",), "--clip_epsilon=0: 0.0 is not number >= 1e-06"),
+      (("--max_penalty=-0.1",), "-0.1 is not a non-negative number"),
       (("--edited_weight=0", "--kept_weight=0"), "nothing to imitate"),
       (("--template=instruction",), "--template=instruction has characters"),
       (("--micro_batch_size=3",), "--micro_batch_size=3 does not divide"),
@@ -417,7 +456,7 @@ class ErrorsTest(absltest.TestCase):
     workdir = scripts.scratch() / "grm_errors"
     flags = (*GRM_FLAGS, f"--policy={policy()}")
     cases = (
-      (("--epochs=0",), "--steps=0 or --epochs=0.0 must be positive"),
+      (("--epochs=0",), "--epochs=0: 0.0 is not number >= 1e-06"),
       (("--num_held_out=20",), "--num_held_out=20 must be fewer than the 20"),
       (("--num_teacher_prompts=30",), "no more than --num_prompts=20"),
       (("--teacher=model",), "--teacher=model and --teacher_model=''"),
@@ -448,7 +487,7 @@ class ErrorsTest(absltest.TestCase):
     path = workdir / "stages" / "samples" / "samples.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
     failed = scripts.run(RLMEC, workdir, *flags, ok=False)
-    self.assertIn("rewrites: samples changed; begun anew", failed.stdout)
+    self.assertIn("rewrites: samples changed; it starts over", failed.stdout)
     self.assertIn(
       "The rows of supervision are others than when the run", failed.stderr
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax.generation import decode as decode_lib
+from rljax.generation import decode
 from rljax.ops import sampling
 from tests import stand_in, tiny
 
@@ -25,7 +25,7 @@ def _prompts(rng, batch=3, length=4):
 def _sample(seed=0, *, params, ids, mask, model=None, **options):
   options = {"max_length": 6, "settings": sampling.Settings()} | options
   model = model or stand_in.model()
-  run = jax.jit(functools.partial(decode_lib.sample, model=model, **options))
+  run = jax.jit(functools.partial(decode.sample, model=model, **options))
   return run(
     jax.random.key(seed), params=params, prompt_ids=ids, prompt_mask=mask
   )
@@ -357,7 +357,7 @@ class StopTableTest(parameterized.TestCase):
 
   def _found(self, strings, ids):
     """Index of the token that completes a stop string, or None."""
-    table = decode_lib.stop_table(strings, self.TOKENS)
+    table = decode.stop_table(strings, self.TOKENS)
     state = 0
     for i, token in enumerate(ids):
       state = table[state, token]
@@ -390,7 +390,7 @@ class StopTableTest(parameterized.TestCase):
         "".join(rng.choice(list("abc"), size=rng.integers(1, 5)))
         for _ in range(rng.integers(1, 4))
       ]
-      table = decode_lib.stop_table(strings, tokens)
+      table = decode.stop_table(strings, tokens)
       state, text, found = 0, b"", False
       for token in rng.integers(0, len(tokens), size=8):
         text += tokens[token]
@@ -405,7 +405,7 @@ class StopTableTest(parameterized.TestCase):
     params = stand_in.random_params(rng)
     ids, mask = _prompts(rng)
     tokens = [b"a", b"b", b"c", b"d", b"ab", b"x", b""]
-    table = decode_lib.stop_table(["ab", "dx"], tokens)
+    table = decode.stop_table(["ab", "dx"], tokens)
     samples = _sample(
       params=params,
       ids=ids,
@@ -429,9 +429,9 @@ class StopTableTest(parameterized.TestCase):
 
   def test_bad_strings(self):
     with self.assertRaisesRegex(ValueError, "non-empty"):
-      decode_lib.stop_table([], self.TOKENS)
+      decode.stop_table([], self.TOKENS)
     with self.assertRaisesRegex(ValueError, "non-empty"):
-      decode_lib.stop_table(["a", ""], self.TOKENS)
+      decode.stop_table(["a", ""], self.TOKENS)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """Tests of rollouts: alignment, statistics, records."""
 
 import functools
-import json
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax.distributed import meshes
 from rljax.generation import rollouts
 from rljax.models import classifier
 from rljax.ops import sampling
@@ -147,80 +144,12 @@ class RolloutTest(parameterized.TestCase):
         logits[is_real, t], expected[is_real], atol=2e-5
       )
 
-  @parameterized.parameters(2, 3, 6)
-  def test_parts_of_a_batch(self, num_parts):
-    params = stand_in.random_params(np.random.default_rng(0))
-    model = stand_in.model()
-    rollout = _rollout(model, params)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def read(num_parts):
-      return rollouts.in_parts(
-        lambda part: rollouts.token_statistics(
-          model, params, part, temperature=1.0
-        ),
-        rollout,
-        num_parts,
-      )
-
-    chex.assert_trees_all_close(read(num_parts), read(1), rtol=1e-6)
-
-  def test_parts_on_a_mesh_take_less_memory(self):
-    mesh = meshes.make("data:8")
-    sharding = meshes.batch_sharding(mesh)
-    rows = meshes.shard_batch(np.arange(64.0)[:, None], mesh)
-
-    def read(part):
-      self.assertEqual(part.shape[1], 1)
-      spread = jnp.sin(part * jnp.arange(2.0**12)[None])  # [rows, 4096]
-      return jnp.sort(spread, axis=1)[:, 0]
-
-    memory, found = [], []
-    for num_parts in (1, 8):
-      part = functools.partial(
-        rollouts.in_parts, read, num_parts=num_parts, sharding=sharding
-      )
-      compiled = jax.jit(part).lower(rows).compile()
-      memory.append(compiled.memory_analysis().temp_size_in_bytes)
-      found.append(compiled(rows))
-    np.testing.assert_allclose(*found, rtol=1e-6)
-    self.assertLess(memory[1], memory[0] / 6)
-    self.assertTrue(found[1].sharding.is_equivalent_to(sharding, 1))
-
   def test_wrong_shapes_are_told(self):
     params = stand_in.random_params(np.random.default_rng(0))
     rollout = _rollout(stand_in.model(), params)
     bad = rollout.replace(response_mask=rollout.response_mask[:, :-1])
     with self.assertRaises(AssertionError):
       rollouts.response_hidden(stand_in.model(), params, bad)
-
-  def test_records_hold_what_offline_scripts_read(self):
-    params = stand_in.random_params(np.random.default_rng(0))
-    rollout = _rollout(stand_in.model(), params, stop_ids=(3,), pad_id=3)
-    rows = rollouts.records(
-      rollout,
-      [f"p{i}" for i in range(6)],
-      [f"r{i}" for i in range(6)],
-      np.arange(6.0),
-      [{"is_correct": True}] * 6,
-      settings=sampling.Settings(),
-      policy_step=7,
-    )
-    rows = [json.loads(json.dumps(row)) for row in rows]
-    for i, row in enumerate(rows):
-      self.assertEqual((row["prompt"], row["response"]), (f"p{i}", f"r{i}"))
-      self.assertEqual(row["reward"], i)
-      self.assertEqual(row["policy_step"], 7)
-      length = int(rollout.response_mask[i].sum())
-      self.assertLen(row["response_ids"], length)
-      np.testing.assert_allclose(
-        row["log_probs"], rollout.log_probs[i, :length], rtol=1e-6
-      )
-    with self.assertRaises(ValueError):
-      rollouts.records(
-        rollout, ["p"], ["r", "s"], [0.0], [{}],
-        settings=sampling.Settings(), policy_step=0,
-      )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Tests of responses: prompts in, texts out, however they are batched."""
+"""Tests of samplers: prompts in, texts out, however they are batched."""
 
 import collections
 import functools
 import pathlib
 import tempfile
+import types
 from unittest import mock
 
 import jax
@@ -13,11 +14,13 @@ import pytest
 from absl.testing import parameterized
 
 from rljax.distributed import meshes
+from rljax.evaluation import answers
 from rljax.generation import rollouts, samplers
 from rljax.ops import sampling
 from rljax.tasks import arithmetic, word_lists
-from rljax.text import batches, files, tokens
+from rljax.text import batches, files, prompts, tokens
 from tests import stand_in, tiny
+from tests.generation import grammars_test
 
 pytest.importorskip("tokenizers")
 
@@ -102,6 +105,433 @@ class RecordsTest(parameterized.TestCase):
       samplers.records(["a"], ["b", "c"], [1.0], [{}])
 
 
+class SettingsTest(parameterized.TestCase):
+  def test_lengths(self):
+    settings = samplers.Settings(max_length=9, min_length=4, seed=3)
+    found = settings.lengths(500, 7, 1)
+    self.assertEqual((found.shape, found.dtype), ((500,), np.int32))
+    # Both ends are drawn, and all between them about as often.
+    counts = collections.Counter(found.tolist())
+    self.assertEqual(sorted(counts), list(range(4, 10)))
+    self.assertBetween(min(counts.values()), 50, max(counts.values()))
+    # They are those of the seed and the place.
+    np.testing.assert_array_equal(settings.lengths(500, 7, 1), found)
+    np.testing.assert_array_equal(settings.lengths(20, 7, 1), found[:20])
+    for other in (
+      settings.lengths(500, 8, 1),
+      settings.lengths(500, 7, 2),
+      settings._replace(seed=4).lengths(500, 7, 1),
+    ):
+      self.assertTrue((other != found).any())
+
+  def test_without_a_least_length_all_have_the_whole(self):
+    found = samplers.Settings(max_length=9).lengths(5, 0)
+    np.testing.assert_array_equal(found, [9] * 5)
+
+  def test_distribution(self):
+    settings = samplers.Settings(
+      max_length=9, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1
+    )
+    self.assertEqual(
+      settings.distribution,
+      sampling.Settings(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1),
+    )
+    # What the likeliest token is depends on nothing else.
+    greedy = settings._replace(greedy=True).distribution
+    self.assertEqual(greedy, sampling.Settings(greedy=True))
+
+
+class ScoreResponsesTest(parameterized.TestCase):
+  ASKED, TEXTS = ["a", "b", "c"], ["1", "22", "333"]
+  FINISHED = np.array([True, False, True])
+
+  def score(self, asked, texts):
+    self.assertEqual((asked, texts), (self.ASKED, self.TEXTS))
+    parts = [{"is_correct": True, "answer": text} for text in texts]
+    return np.float32([len(text) for text in texts]), parts
+
+  def _found(self, unfinished):
+    return samplers.score_responses(
+      self.score,
+      tuple(self.ASKED),
+      tuple(self.TEXTS),
+      self.FINISHED,
+      unfinished=unfinished,
+    )
+
+  def test_without_a_score_of_their_own(self):
+    scores, parts = self._found(None)
+    np.testing.assert_array_equal(scores, [1, 2, 3])
+    self.assertEqual([part["answer"] for part in parts], self.TEXTS)
+
+  @parameterized.parameters(0.0, -1.5)
+  def test_those_without_an_end_are_never_right(self, unfinished):
+    scores, parts = self._found(unfinished)
+    np.testing.assert_array_equal(scores, [1, unfinished, 3])
+    self.assertEqual(scores.dtype, np.float32)
+    self.assertEqual([p["is_correct"] for p in parts], [True, False, True])
+    self.assertEqual([p["answer"] for p in parts], ["1", None, "333"])
+
+
+def _samples(**options):
+  """Three responses of at most four tokens, the second of them cut short."""
+  ids = jnp.array([[3, 104, 0, 0], [1, 2, 3, 4], [104, 0, 0, 0]])
+  mask = jnp.arange(4)[None] < jnp.array([[2], [4], [1]])
+  log_probs = jnp.where(mask, -jnp.arange(12.0).reshape(3, 4) / 4, 0.0)
+  rollout = rollouts.Rollout(
+    prompt_ids=ids + 1,
+    prompt_mask=mask,
+    response_ids=ids,
+    response_mask=mask,
+    log_probs=log_probs,
+    truncated_log_probs=log_probs / 2,
+    finished=jnp.array([True, False, True]),
+  )
+  settings = samplers.Settings(max_length=4, temperature=0.5, top_p=0.9)
+  return samplers.Samples(
+    rollout=rollout,
+    prompts=["a", "a", "b"],
+    texts=["3", "1234", ""],
+    settings=settings._replace(**options),
+    policy_step=6,
+    tokenizer=NUMBERS,
+  )
+
+
+def _length(asked, texts):
+  del asked
+  parts = [{"is_correct": True, "answer": text} for text in texts]
+  return np.float32([len(text) for text in texts]), parts
+
+
+class SamplesTest(parameterized.TestCase):
+  def test_scored(self):
+    samples = _samples()
+    self.assertIsNone(samples.scores)
+    scored = samples.scored(_length)
+    np.testing.assert_array_equal(scored.scores, [1, 4, 0])
+    self.assertEqual(scored.parts[1], {"is_correct": True, "answer": "1234"})
+    # The settings say what those without an end are worth.
+    scored = _samples(unfinished_score=-1.0).scored(_length)
+    np.testing.assert_array_equal(scored.scores, [1, -1, 0])
+    self.assertEqual(scored.parts[1], {"is_correct": False, "answer": None})
+    # The samples themselves are as they were.
+    self.assertIsNone(samples.scores)
+    self.assertIsNone(samples.parts)
+
+  def test_take(self):
+    rows = [2, 0, 2]
+    for samples in (_samples(), _samples().scored(_length)):
+      taken = samples.take(rows)
+      self.assertEqual(taken.prompts, ["b", "a", "b"])
+      self.assertEqual(taken.texts, ["", "3", ""])
+      jax.tree.map(
+        lambda new, old: np.testing.assert_array_equal(
+          new, old[np.array(rows)]
+        ),
+        taken.rollout,
+        samples.rollout,
+      )
+      self.assertEqual(taken.policy_step, 6)
+    np.testing.assert_array_equal(taken.scores, [0, 1, 0])
+    self.assertEqual([part["answer"] for part in taken.parts], ["", "3", ""])
+    self.assertIsNone(_samples().take(rows).scores)
+    self.assertIsNone(_samples().take(rows).parts)
+
+  def test_concatenate(self):
+    samples = _samples().scored(_length)
+    parts = [samples.take([0, 1]), samples.take([2])]
+    joined = samples.concatenate(parts)
+    self.assertEqual(joined.prompts, samples.prompts)
+    self.assertEqual(joined.texts, samples.texts)
+    self.assertEqual(joined.parts, samples.parts)
+    self.assertEqual(joined.settings, samples.settings)
+    np.testing.assert_array_equal(joined.scores, samples.scores)
+    jax.tree.map(np.testing.assert_array_equal, joined.rollout, samples.rollout)
+
+  def test_records(self):
+    rows = _samples().scored(_length).records()
+    # Quarters, of which halves are exact: masked places are left out.
+    self.assertEqual(
+      rows[0],
+      {
+        "prompt": "a",
+        "response": "3",
+        "reward": 1.0,
+        "parts": {"is_correct": True, "answer": "3"},
+        "response_ids": [3, 104],
+        "log_probs": [0.0, -0.25],
+        "truncated_log_probs": [0.0, -0.125],
+        "finished": True,
+        "temperature": 0.5,
+        "top_k": 0,
+        "top_p": 0.9,
+        "min_p": 0.0,
+        "policy_step": 6,
+      },
+    )
+    self.assertEqual(rows[1]["response_ids"], [1, 2, 3, 4])
+    self.assertEqual(rows[1]["log_probs"], [-1.0, -1.25, -1.5, -1.75])
+    self.assertEqual([row["finished"] for row in rows], [True, False, True])
+    self.assertEqual([row["response_ids"] for row in rows][2], [104])
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder, "x.jsonl")
+      files.write_jsonl(path, rows)
+      self.assertEqual(files.read_jsonl(path), rows)
+
+
+def _asked(texts=PROMPTS, tokenizer=WORDS):
+  return prompts.encode(tokenizer, texts, max_length=99)[0]
+
+
+def _sampler(spec="data:1", tokenizer=WORDS, model=MODEL, task=None, **options):
+  settings = samplers.Settings(**{"max_length": MAX_LENGTH, **options})
+  return samplers.Sampler(
+    model, tokenizer, settings, mesh=meshes.make(spec), task=task
+  )
+
+
+def _assert_same(found, expected):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+    found,
+    expected,
+  )
+
+
+class SamplerTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("data:1", {}),
+    ("data:2,fsdp:2", {"num_samples": 2, "min_length": 2}),
+    ("data:1", {"temperature": 0.7, "top_k": 5, "stop_at_eos": False}),
+  )
+  def test_draw_is_sample_with_the_same_key(self, spec, options):
+    sampler, asked = _sampler(spec, **options), _asked()
+    rows, key = np.array([5, 0, 3, 3]), jax.random.key(8)
+    num_samples = options.get("num_samples", 1)
+    params = meshes.replicate(_params(), meshes.make(spec))
+    drawn = sampler.draw(key, params, asked, rows, step=4)
+    limits = sampler.settings.lengths(4 * num_samples, 4, 1)
+    expected = jax.jit(
+      lambda params, ids, mask, lengths: rollouts.sample(
+        key,
+        MODEL,
+        params,
+        ids,
+        mask,
+        max_length=MAX_LENGTH,
+        settings=sampler.settings.distribution,
+        num_samples=num_samples,
+        allowed=jnp.asarray(
+          tokens.allowed_tokens(WORDS, 120, sampler.stop_ids)
+        ),
+        stop_ids=sampler.stop_ids,
+        lengths=lengths,
+        pad_id=tokens.pad_id(WORDS),
+      )
+    )(_params(), asked.ids[rows], asked.mask[rows], limits)
+    _assert_same(drawn.rollout, expected)
+    texts = np.repeat([PROMPTS[i] for i in rows], num_samples).tolist()
+    self.assertEqual(drawn.prompts, texts)
+    self.assertEqual(drawn.texts, samplers.read(WORDS, expected))
+    self.assertEqual(drawn.policy_step, 4)
+    self.assertEqual(drawn.settings, sampler.settings)
+    # Equal prompts at different places have responses of their own.
+    self.assertNotEqual(
+      drawn.texts[-num_samples], drawn.texts[-2 * num_samples]
+    )
+    stops = [] if options.get("stop_at_eos") is False else [WORDS.eos_token_id]
+    self.assertEqual(list(sampler.stop_ids), stops)
+
+  def test_it_compiles_once(self):
+    sampler, asked = _sampler(), _asked()
+    texts = []
+    for step in range(3):
+      rows = np.arange(4) + step
+      key = jax.random.key(step)
+      texts += [sampler.draw(key, _params(step), asked, rows, step=step).texts]
+      sampler.freeze()
+    self.assertLen(sampler.compilations, 1)
+    self.assertNotEqual(texts[0], texts[1])
+    with self.assertRaisesRegex(RuntimeError, "would compile again"):
+      sampler.draw(key, _params(), asked, np.arange(5), step=0)
+
+  def test_limits(self):
+    # A policy that never ends by itself.
+    table = np.zeros((32, len(WORDS), len(WORDS)), np.float32)
+    table[..., WORDS.convert_tokens_to_ids("crow")] = 20.0
+    sampler = _sampler(
+      model=stand_in.model(len(WORDS)), min_length=2, num_samples=3
+    )
+    lengths = []
+    for step in range(2):
+      drawn = sampler.draw(
+        jax.random.key(0),
+        stand_in.params(table),
+        _asked(),
+        np.arange(7),
+        step=step,
+      )
+      lengths.append(np.asarray(drawn.rollout.response_mask.sum(axis=1)))
+      expected = sampler.settings.lengths(21, step, 1)
+      np.testing.assert_array_equal(lengths[-1], expected)
+      self.assertFalse(np.any(drawn.rollout.finished))
+    # Those of another step are others.
+    self.assertTrue((lengths[0] != lengths[1]).any())
+
+  def test_stop_strings(self):
+    asked = _asked([f"{i}+{i + 1}=" for i in range(40, 56)], NUMBERS)
+    table = np.zeros((32, len(NUMBERS), len(NUMBERS)), np.float32)
+    table[..., :10] = table[..., NUMBERS.convert_tokens_to_ids("=")] = 6.0
+    stops = ("=3", "9")
+    drawn = _sampler(
+      tokenizer=NUMBERS,
+      model=stand_in.model(len(NUMBERS)),
+      max_length=12,
+      stop_strings=stops,
+    ).draw(
+      jax.random.key(0), stand_in.params(table), asked, np.arange(16), step=0
+    )
+    ends = collections.Counter()
+    whole = samplers.read(NUMBERS, drawn.rollout)
+    for text, short in zip(whole, drawn.texts, strict=True):
+      # The first of them ended it: nothing was drawn behind, and it is cut off.
+      self.assertStartsWith(text, short)
+      self.assertIn(text.removeprefix(short), ("", *stops))
+      for stop in stops:
+        self.assertNotIn(stop, short)
+      ends[text.removeprefix(short)] += 1
+    for stop in stops:
+      self.assertGreater(ends[stop], 0)
+
+  def _bracketed(self, vocab_size):
+    """A task whose responses are the expressions of a small grammar."""
+    words = ("+", "=", "*", "1", "2")  # ( a ) n n
+    ids = NUMBERS.convert_tokens_to_ids(words)
+    tables = grammars_test._tables()
+    terminals = np.full((10, vocab_size), 4, np.int16)
+    terminals[:, ids] = [0, 1, 2, 3, 3]
+    depths = np.zeros(vocab_size, np.int32)
+    depths[ids[0]], depths[ids[2]] = 1, -1
+    ends = np.arange(vocab_size) == NUMBERS.eos_token_id
+    tables = tables._replace(terminals=terminals, depths=depths, ends=ends)
+    places = mock.Mock(
+      side_effect=lambda texts, tokenizer, size: {
+        "stack": np.zeros((len(texts), 16), np.int32),
+        "size": np.ones(len(texts), np.int32),
+        "seconds": np.ones((len(texts), size), bool),
+      }
+    )
+    return types.SimpleNamespace(
+      __name__="tasks.brackets",
+      grammar=lambda tokenizer, size: tables._asdict(),
+      places=places,
+    )
+
+  def test_constraint_only_where_the_settings_ask(self):
+    vocab_size = len(NUMBERS)
+    task = self._bracketed(vocab_size)
+    model = stand_in.model(vocab_size)
+    params = stand_in.random_params(
+      np.random.default_rng(0), vocab_size, scale=1.0
+    )
+    asked = _asked(["1+1=", "2+2=", "3+3=", "4+4="], NUMBERS)
+    make = functools.partial(
+      *(_sampler, "data:2", NUMBERS, model, task), max_length=12
+    )
+    draw = lambda sampler: sampler.draw(
+      jax.random.key(0),
+      meshes.replicate(params, meshes.make("data:2")),
+      asked,
+      np.arange(4),
+      step=0,
+    )
+    free = make()
+    self.assertFalse(free.has_constraint)
+    drawn = draw(free)
+    self.assertIsNone(drawn.rollout.allowed)
+    self.assertFalse(any(text.startswith("+=") for text in drawn.texts))
+    task.places.assert_not_called()
+    bound = make(constraint="grammar")
+    self.assertTrue(bound.has_constraint)
+    for found in (
+      draw(bound).texts,
+      bound.greedy(asked, batch_size=4)(
+        meshes.replicate(params, meshes.make("data:2"))
+      ),
+    ):
+      for text in found:
+        self.assertRegex(text, r"^\+=[+=*12]*$")
+    self.assertEqual(draw(bound).rollout.allowed.shape, (4, 12, vocab_size))
+    self.assertEqual(task.places.call_args.args[0], asked.texts)
+    with self.assertRaisesRegex(ValueError, "brackets has no grammar"):
+      task = types.SimpleNamespace(__name__="tasks.brackets")
+      _sampler(tokenizer=NUMBERS, model=model, task=task, constraint="grammar")
+
+  def test_responder_draws_as_the_settings_say(self):
+    sampler = _sampler(
+      num_samples=2, temperature=0.8, min_length=3, seed=5, unfinished_score=0.5
+    )
+    found = sampler.responder(_asked(), batch_size=3)
+    expected = _responder(
+      settings=sampling.Settings(temperature=0.8),
+      num_samples=2,
+      seed=5,
+      batch_size=7,
+      max_lengths=sampler.settings.lengths(7, 0, 2),
+    )
+    self.assertEqual(found(_params()), expected(_params()))
+    self.assertEqual(found.texts, list(PROMPTS))
+    self.assertEqual(found.unfinished_score, 0.5)
+    # Options stand in for settings.
+    other = sampler.responder(_asked(), batch_size=7, num_samples=1, seed=5)
+    self.assertLen(other(_params()), 7)
+
+  def test_every_draw_of_a_step_has_limits_of_its_own(self):
+    settings = samplers.Settings(
+      max_length=6, min_length=1, num_samples=4, stop_at_eos=False, seed=3
+    )
+    mesh = meshes.make("data:1")
+    sampler = samplers.Sampler(MODEL, WORDS, settings, mesh=mesh)
+    encoded = _asked()
+    found = []
+    for step, number in ((2, 0), (2, 1), (3, 0)):
+      samples = sampler.draw(
+        jax.random.key(0),
+        meshes.replicate(_params(), mesh),
+        encoded,
+        np.array([0, 3, 5]),
+        step=step,
+        number=number,
+      )
+      # The rows of a prompt lie next to each other.
+      asked = [PROMPTS[i] for i in (0, 3, 5) for _ in range(4)]
+      self.assertEqual(samples.prompts, asked)
+      self.assertEqual(samples.policy_step, step)
+      found.append(np.asarray(samples.rollout.response_mask).sum(axis=1))
+    np.testing.assert_array_equal(found[0], settings.lengths(12, 2, 1))
+    np.testing.assert_array_equal(found[1], settings.lengths(12, 2, 1, 1))
+    for other in found[1:]:
+      self.assertTrue(np.any(other != found[0]))
+    self.assertLen(sampler.compilations, 1)
+
+  def test_greedy(self):
+    found = _sampler(num_samples=3, temperature=2.0).greedy(
+      _asked(), batch_size=3
+    )
+    self.assertEqual(
+      found(_params()), [_greedy(0, prompt) for prompt in PROMPTS]
+    )
+    self.assertIsNone(found.unfinished_score)
+    forced = np.full(121, -1, np.int32)
+    forced[120] = WORDS.convert_tokens_to_ids("crow")
+    self.assertFalse(found.has_forced)
+    found = _sampler().greedy(_asked(), batch_size=7, forced=forced)
+    self.assertTrue(found.has_forced)
+    expected = _responder(forced=forced)
+    self.assertEqual(found(_params()), expected(_params()))
+
+
 class ResponderTest(parameterized.TestCase):
   @parameterized.parameters((1, "data:1"), (3, "data:1"), (8, "data:4,fsdp:2"))
   def test_greedy_replies(self, batch_size, spec):
@@ -116,7 +546,7 @@ class ResponderTest(parameterized.TestCase):
     self.assertLen(responder.program.compilations, 1)
 
   def test_sampled_replies(self):
-    prompts = [*PROMPTS, PROMPTS[0]]
+    asked = [*PROMPTS, PROMPTS[0]]
     found = []
     for batch_size, spec, seed in (
       (3, "data:1", 5),
@@ -125,7 +555,7 @@ class ResponderTest(parameterized.TestCase):
     ):
       mesh = meshes.make(spec)
       responder = _responder(
-        prompts, settings=SAMPLED, batch_size=batch_size, mesh=mesh, seed=seed
+        asked, settings=SAMPLED, batch_size=batch_size, mesh=mesh, seed=seed
       )
       params = meshes.replicate(_params(), mesh)
       found.append(responder(params))
@@ -140,14 +570,14 @@ class ResponderTest(parameterized.TestCase):
     self.assertNotEqual(first[0], first[-1])
 
   def test_stop_strings(self):
-    prompts = [f"{i}+{i + 1}=" for i in range(40, 56)]
+    asked = [f"{i}+{i + 1}=" for i in range(40, 56)]
     # The numbers below ten and "=" are likely, all else is not.
     table = np.zeros((32, len(NUMBERS), len(NUMBERS)), np.float32)
     table[..., :10] = table[..., NUMBERS.convert_tokens_to_ids("=")] = 6.0
     params = stand_in.params(table)
     stops = ("=3", "9")
     responder = _responder(
-      prompts,
+      asked,
       NUMBERS,
       stand_in.model(len(NUMBERS)),
       settings=SAMPLED,
@@ -158,7 +588,7 @@ class ResponderTest(parameterized.TestCase):
     replies = responder(params)
     # What was drawn, with the strings.
     ids, mask = batches.pad_left(
-      tokens.encode_prompts(NUMBERS, prompts, max_length=9)
+      tokens.encode_prompts(NUMBERS, asked, max_length=9)
     )
     indices = np.arange(16, dtype=np.int32)
     batch = {"ids": ids, "mask": mask, "indices": indices}
@@ -270,22 +700,16 @@ class CollectTest(parameterized.TestCase):
       self.assertEqual(row["parts"]["answer"], expected)
       self.assertEqual(row["reward"], len(row["response"]) * row["finished"])
 
-  def test_answers_are_what_judge_judges(self):
-    responder = _responder()
-    scores, parts = samplers.judge(responder, self.params, PROMPTS, self.score)
-    rows = samplers.answers(responder, self.params, PROMPTS, self.score)
-    self.assertEqual([row["parts"] for row in rows], parts)
-    np.testing.assert_array_equal([row["reward"] for row in rows], scores)
-    self.assertEqual([row["prompt"] for row in rows], list(PROMPTS))
-    self.assertEqual([row["response"] for row in rows], responder(self.params))
-    self.assertEqual({type(row["finished"]) for row in rows}, {bool})
-
-  def test_judge_is_collect_without_a_file(self):
+  def test_evaluate_is_collect_without_a_file(self):
     rows = self.collect(num_samples=1)
-    responder = _responder(settings=SAMPLED, batch_size=2)
-    scores, parts = samplers.judge(responder, self.params, PROMPTS, self.score)
-    self.assertEqual(scores.tolist(), [row["reward"] for row in rows])
-    self.assertEqual(parts, [row["parts"] for row in rows])
+    responder = _responder(settings=SAMPLED, batch_size=2, texts=PROMPTS)
+    found = answers.evaluate(responder, self.params, self.score)
+    places = [{"index": i, "sample": 0} for i in range(len(PROMPTS))]
+    self.assertEqual(
+      [place | row for place, row in zip(places, found, strict=True)], rows
+    )
+    self.assertEqual([row["response"] for row in found], responder(self.params))
+    self.assertEqual({type(row["finished"]) for row in found}, {bool})
 
   @parameterized.parameters(0, 1, 2, 3, 5, 6)
   def test_killed_and_called_again(self, num_rows):

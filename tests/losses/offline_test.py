@@ -285,6 +285,72 @@ class WorkedExampleTest(parameterized.TestCase):
     self.assertNotIn("offline/advantage_mean", metrics)
 
 
+class WeightMetricsTest(parameterized.TestCase):
+  @chex.all_variants
+  def test_hand_computed(self):
+    rewards = jnp.array([0.80, 0.35])
+    found = self.variant(
+      lambda *arrays: offline.weight_metrics("a_lol", *arrays, clip_epsilon=0.9)
+    )(_LOG_PROBS, _REF_LOG_PROBS, rewards - _VALUES, _SHORT)
+    # Advantages 0.3 and -0.25; ratios exp(1) and exp(-2.4) = 0.0907, of which
+    # the first is above 1.9 and the second below 0.1.
+    expected = {
+      "offline/advantage_mean": 0.15,
+      "offline/zero_advantage_fraction": 0.5,
+      "offline/ratio_mean": (np.exp(1) + np.exp(-2.4)) / 2,
+      "offline/clip_low_fraction": 0.5,
+      "offline/clip_high_fraction": 0.5,
+    }
+    self.assertEqual(found.keys(), expected.keys())
+    for name, value in expected.items():
+      np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+  def test_only_what_the_method_has(self):
+    no_ratio = offline.weight_metrics(
+      "a_lol_ref_free", _LOG_PROBS, None, _VALUES, _FULL
+    )
+    self.assertEqual(
+      no_ratio.keys(),
+      {"offline/advantage_mean", "offline/zero_advantage_fraction"},
+    )
+    no_advantage = offline.weight_metrics(
+      "r_lol", _LOG_PROBS, _REF_LOG_PROBS, None, _FULL, clip_epsilon=None
+    )
+    self.assertLen(no_advantage, 3)
+    # Without bounds none is reached.
+    self.assertEqual(no_advantage["offline/clip_high_fraction"], 0)
+    self.assertEqual(
+      offline.weight_metrics("nll", _LOG_PROBS, None, None, _FULL), {}
+    )
+
+  def test_are_those_of_the_loss_without_gradient(self):
+    *arrays, mask = _float32(_batch(3))
+    for algorithm in offline.ALGORITHMS:
+      settings = _settings(algorithm, 0.5)
+      loss, metrics = offline.offline_loss(algorithm, *arrays, mask, **settings)
+      weights = offline.token_weights(
+        algorithm, *arrays, mask, clip_epsilon=0.5
+      )
+      parts = offline.weighted_loss(
+        arrays[0],
+        weights,
+        mask,
+        ref_log_probs=arrays[1],
+        kl_coef=settings["kl_coef"],
+      )
+
+      def described(log_probs, algorithm=algorithm):
+        return offline.weight_metrics(
+          algorithm, log_probs, arrays[1], arrays[3], mask, clip_epsilon=0.5
+        )
+
+      np.testing.assert_allclose(parts[0], loss, rtol=1e-6)
+      self.assertEqual(parts[1] | described(arrays[0]), metrics)
+      gradients = jax.jacobian(described)(arrays[0])
+      for name, gradient in gradients.items():
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient), name)
+
+
 class WeightedImitationTest(parameterized.TestCase):
   @chex.all_variants
   def test_hand_computed(self):

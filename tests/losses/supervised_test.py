@@ -430,7 +430,7 @@ class PairwiseLossTest(parameterized.TestCase):
 
   def test_bad_input(self):
     with self.assertRaisesRegex(
-      ValueError, "comparison takes two candidates or more, got 1"
+      ValueError, "pairwise_loss needs two candidates or more, got 1"
     ):
       supervised.pairwise_loss(_SCORES[:, :1], _ALL[:, :1])
     for margin in (-0.5, math.nan):

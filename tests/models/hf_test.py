@@ -471,7 +471,7 @@ class NameTest(FolderTestCase):
     with self.assertRaisesRegex(
       ValueError,
       f"{name} is neither a directory, nor a workdir, nor a packaged model "
-      r"\(smollm2-135m\), nor can it be had from the Hugging Face hub",
+      r"\(smollm2-135m\), nor can it be loaded from the Hugging Face hub",
     ):
       hf.load(name)
 
@@ -844,14 +844,16 @@ class ClassifierTest(FolderTestCase):
     hf.save(self.path, model, params)
     with self.assertRaisesRegex(
       ValueError,
-      "holds a LlamaForCausalLM, and hf.load_classifier reads .*"
+      "holds a LlamaForCausalLM, and hf.load_classifier only reads .*"
       "hf.classifier_from puts",
     ):
       hf.load_classifier(self.path)
     _write_config(self.path)
     with self.assertRaisesRegex(ValueError, "that names no architecture"):
       hf.load_classifier(self.path)
-    with self.assertRaisesRegex(ValueError, "Llama is no classifier; hf.save "):
+    with self.assertRaisesRegex(
+      ValueError, "Llama is not a classifier; hf.save "
+    ):
       hf.save_classifier(self.path, model, params)
 
   def test_language_model_functions_refuse_a_classifier(self):

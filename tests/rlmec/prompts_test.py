@@ -5,7 +5,7 @@ import collections
 from absl.testing import absltest, parameterized
 
 from rljax.rlmec import prompts
-from rljax.text import steps as steps_lib
+from rljax.text import steps
 
 GOLD = (
   "Natalia sold 48/2 = 24 clips in May.\n"
@@ -22,15 +22,13 @@ PIECES = (
 
 
 def _from_gold(gold, sample, **options):
-  return prompts.from_gold(
-    steps_lib.steps(gold), steps_lib.steps(sample), **options
-  )
+  return prompts.from_gold(steps.steps(gold), steps.steps(sample), **options)
 
 
 class LabelsTest(parameterized.TestCase):
   def test_labelled(self):
     self.assertEqual(
-      prompts.labelled(steps_lib.steps("a b\n\nc\n")), "[0] a b\n[1] c"
+      prompts.labelled(steps.steps("a b\n\nc\n")), "[0] a b\n[1] c"
     )
     self.assertEqual(prompts.labelled([]), "")
 
@@ -116,11 +114,11 @@ class RetainedTest(parameterized.TestCase):
   def test_rewrites_begin_with_the_samples_steps(self, error_step):
     kept = prompts.retained(self.STEPS, error_step)
     for reply in ("x\ny", "\nx\ny"):
-      steps = steps_lib.steps(prompts.join(kept, reply))
-      self.assertEqual(steps[:error_step], list(self.STEPS[:error_step]))
-      self.assertEqual(steps[error_step:], ["x\n", "y"])
+      rewritten = steps.steps(prompts.join(kept, reply))
+      self.assertEqual(rewritten[:error_step], list(self.STEPS[:error_step]))
+      self.assertEqual(rewritten[error_step:], ["x\n", "y"])
       self.assertEqual(
-        prompts.first_changed_step(self.STEPS, steps), error_step
+        prompts.first_changed_step(self.STEPS, rewritten), error_step
       )
 
   @parameterized.parameters(
@@ -133,7 +131,7 @@ class RetainedTest(parameterized.TestCase):
   )
   def test_first_changed_step(self, sample, rewrite, expected):
     found = prompts.first_changed_step(
-      steps_lib.steps(sample), steps_lib.steps(rewrite)
+      steps.steps(sample), steps.steps(rewrite)
     )
     self.assertEqual(found, expected)
 
@@ -141,15 +139,15 @@ class RetainedTest(parameterized.TestCase):
 class TemplateTest(parameterized.TestCase):
   def test_compact(self):
     template = prompts.TEMPLATES["compact"]
-    steps = ["12+5=18|", "3*18=54;", "A54"]
+    sample_steps = ["12+5=18|", "3*18=54;", "A54"]
     gold = "12+5=17;3*17=51|A51"
     self.assertEqual(
-      template.locate_prompt("Q12+5*3", gold, steps),
+      template.locate_prompt("Q12+5*3", gold, sample_steps),
       "Q12+5*3G12+5=17;3*17=51|A51P12+5=18|3*18=54;A54L",
     )
     self.assertEqual(template.locate_target(12), "12")
     self.assertEqual(
-      template.rewrite_prompt("Q12+5*3", gold, "".join(steps)),
+      template.rewrite_prompt("Q12+5*3", gold, "".join(sample_steps)),
       "Q12+5*3G12+5=17;3*17=51|A51P12+5=18|3*18=54;A54R",
     )
 
@@ -202,7 +200,7 @@ class TemplateTest(parameterized.TestCase):
 
     start = prompts.__doc__.index("  def teacher")
     end = prompts.__doc__.index("What a teacher returns")
-    names = {"rewriting": prompts, "traces": steps_lib, "ask": ask}
+    names = {"prompts": prompts, "steps": steps, "ask": ask}
     lines = prompts.__doc__[start:end].splitlines()
     exec("\n".join(line[2:] for line in lines), names)
     wrong = "In May 24 clips.\nShe sold 48+24 = 74 clips.\n#### 74"

@@ -1,9 +1,14 @@
-"""Tests of what RLMEC's policy learns from, on two rows made by hand."""
+"""Tests of what is learnt in RLMEC, on two rows made by hand."""
+
+import pathlib
+import tempfile
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax.rlmec import targets
+from rljax.rlmec import prompts, targets
+from rljax.tasks import chains
+from rljax.text import files, tokens
 
 RIGHT = {
   "is_right": True,
@@ -112,6 +117,207 @@ class ArraysTest(parameterized.TestCase):
   def test_unknown_names(self, options, message):
     with self.assertRaisesRegex(ValueError, message):
       _arrays(**options)
+
+
+LIMITS = targets.Limits(32, 99)
+TOKENIZER = chains.character_tokenizer()
+QUESTION = "Q12+5*3"
+RECORD = {
+  "prompt": QUESTION,
+  "gold": "12+5=17;17*3=51;A51",
+  "response": "12+5=18;A18",
+  "rewrite": "12+5=17;A17",
+  "is_right": False,
+}
+
+
+class RowsTest(parameterized.TestCase):
+  """Rows of supervision on their way from texts."""
+
+  def encode(self, *rows, limits=LIMITS, max_positions=128):
+    return targets.encode(
+      rows,
+      [row["prompt"] for row in rows],
+      TOKENIZER,
+      prompts.TEMPLATES["compact"],
+      limits=limits,
+      max_positions=max_positions,
+    )
+
+  def test_texts_become_tokens_with_their_end(self):
+    (row,), (question,), skipped = self.encode(RECORD)
+    self.assertEmpty(skipped)
+    (prompt_ids,) = tokens.encode_prompts(TOKENIZER, [QUESTION], max_length=99)
+    self.assertEqual(row["prompt_ids"], prompt_ids)
+    for name in ("response", "rewrite", "gold"):
+      ids = row[f"{name}_ids"]
+      self.assertLen(ids, len(RECORD[name]) + 1)
+      self.assertEqual(ids[-1], TOKENIZER.eos_token_id)
+    text = f"{QUESTION}G{RECORD['gold']}P{RECORD['response']}R"
+    (asked,) = tokens.encode_prompts(TOKENIZER, [text], max_length=99)
+    self.assertEqual(question, asked)
+
+  @parameterized.parameters(
+    # 41 tokens of the question, 12 of either text. Each limit by itself.
+    ({"limits": targets.Limits(11, 99)}, "11 for the others"),
+    ({"limits": targets.Limits(32, 52)}, "are 52 for the first two together"),
+    ({"max_positions": 64}, "32 for the question"),
+  )
+  def test_what_is_too_long_is_named(self, options, message):
+    found, questions, (skipped,) = self.encode(RECORD, **options)
+    self.assertEmpty(found)
+    self.assertEmpty(questions)
+    self.assertIn(message, skipped)
+    self.assertIn("question has 41 tokens, the sample 12", skipped)
+    kept, _, _ = self.encode(RECORD, limits=targets.Limits(12, 53))
+    self.assertLen(kept, 1)
+
+  def test_edits_to_either_right_text(self):
+    rows, _, _ = self.encode(RECORD)
+    (row,) = targets.edited(rows, mode="clean")
+    self.assertEqual(row["rewrite_distance"], 2)
+    # 18 becomes 17, twice; the end token stays.
+    self.assertEqual(np.flatnonzero(row["rewrite_edited"]).tolist(), [6, 10])
+    self.assertEqual(row["dropped"], row["rewrite_dropped"])
+    self.assertLen(row["gold_edited"], len(row["gold_ids"]))
+    self.assertNotIn("dropped", rows[0])
+
+  def test_facts_are_about_the_wrong_ones(self):
+    rows = [
+      {"is_right": False, "rewrite_distance": 1, "gold_distance": 4},
+      {"is_right": False, "rewrite_distance": 2, "gold_distance": 4},
+      {"is_right": True, "rewrite_distance": 0, "gold_distance": 9},
+    ]
+    self.assertEqual(
+      targets.facts(rows),
+      {
+        "wrong": 2,
+        "right": 1,
+        "edits of a rewrite": 1.5,
+        "edits to the gold solution": 4.0,
+      },
+    )
+
+  def test_other_methods_learn_from_the_same_samples(self):
+    right = RECORD | {"response": "12+5=17;A17", "is_right": True}
+    lost = RECORD | {"prompt": "Q1+1", "gold": "1+1=2;A2"}
+    found = targets.for_other_methods([RECORD, right, lost], [RECORD, right])
+    self.assertEqual(
+      found["right"], [{"prompt": QUESTION, "response": "12+5=17;A17"}]
+    )
+    self.assertEqual(
+      found["gold"],
+      [
+        {"prompt": QUESTION, "response": RECORD["gold"]},
+        {"prompt": "Q1+1", "response": "1+1=2;A2"},
+      ],
+    )
+    self.assertEqual(
+      found["pairs"],
+      [
+        {
+          "prompt": QUESTION,
+          "chosen": "12+5=17;A17",
+          "rejected": "12+5=18;A18",
+        }
+      ],
+    )
+
+  def test_shape_holds_either_text(self):
+    self.assertEqual(
+      targets.shape([RIGHT, WRONG], "rewrite"),
+      {"prompt_length": 2, "response_length": 4},
+    )
+    long = WRONG | {"gold_ids": [1] * 5}
+    self.assertEqual(targets.shape([long], "gold")["response_length"], 6)
+    self.assertEqual(targets.shape([long], "rewrite")["response_length"], 4)
+
+  def test_blame_is_of_wrong_samples(self):
+    (flagged,), (dropped,) = targets.blame([RIGHT, WRONG], 0.5)
+    np.testing.assert_array_equal(flagged, [False, True, True, False])
+    np.testing.assert_array_equal(dropped, WRONG["dropped"])
+
+
+class PageTest(absltest.TestCase):
+  def rows(self, imitate, limit):
+    more = {"prompt": "q", "error_step": 1, "gold_distance": 3}
+    more |= {"rewrite_distance": 2}
+    for name in ("rewrite", "gold"):
+      more[f"{name}_dropped"] = [True, False, False, False]
+    wrong, right = WRONG | more, RIGHT | more
+    values = np.arange(25.0).reshape(5, 5)
+    return targets.shown(
+      [right, wrong, wrong, right, wrong],
+      values,
+      imitate=imitate,
+      limit=limit,
+    )
+
+  def test_a_quarter_is_right_and_the_rest_wrong(self):
+    found = self.rows("rewrite", 4)
+    self.assertEqual(
+      [row["facts"]["right"] for row in found], [False] * 3 + [True]
+    )
+    self.assertEqual(len(self.rows("rewrite", 8)), 5)
+    # Values are those of the sample's own row, and of its tokens alone.
+    np.testing.assert_array_equal(found[0]["values"], [5, 6, 7, 8])
+    np.testing.assert_array_equal(found[3]["values"], [0, 1, 2])
+
+  def test_what_is_imitated_stands_beside_it(self):
+    first = self.rows("rewrite", 4)[0]
+    self.assertEqual(first["rewrite_ids"], WRONG["rewrite_ids"])
+    self.assertEqual(first["rewrite_marked"], WRONG["rewrite_edited"])
+    self.assertEqual(
+      first["facts"],
+      {
+        "right": False,
+        "first wrong step": 1,
+        "edits": 2,
+        "edits to the gold solution": 3,
+      },
+    )
+    gold = self.rows("gold", 4)
+    self.assertEqual(gold[0]["rewrite_ids"], WRONG["gold_ids"])
+    self.assertEqual(gold[0]["facts"]["edits"], 3)
+    self.assertNotIn("rewrite_ids", gold[3])
+
+
+class RecordsTest(absltest.TestCase):
+  def test_records_that_fit(self):
+    with tempfile.TemporaryDirectory() as folder:
+      record = {"prompt": QUESTION, "response": "A51"}
+      long = {"prompt": QUESTION * 3, "response": "A51"}
+      files.write_jsonl(pathlib.Path(folder, "records.jsonl"), [record, long])
+      pathlib.Path(folder, "held_out.jsonl").touch()
+      read = lambda **limits: targets.encode_records(
+        folder,
+        TOKENIZER,
+        **{"max_question_length": 99, "max_positions": 99} | limits,
+      )
+      train, held_out, skipped = read()
+      self.assertLen(train, 2)
+      self.assertEmpty(held_out + skipped)
+      prompt_ids, ids = train[0]
+      self.assertLen(prompt_ids, 8)
+      self.assertLen(ids, 4)
+      for limits in ({"max_question_length": 20}, {"max_positions": 16}):
+        train, _, (message,) = read(**limits)
+        self.assertLen(train, 1)
+        self.assertIn("records: a question has 22 tokens, the lim", message)
+
+
+class FirstRatioTest(parameterized.TestCase):
+  @parameterized.parameters((1.01, True), (0.9, False), (np.nan, False))
+  def test_another_policy_is_found_out(self, ratio, is_float32):
+    metrics = {"token/ratio_mean": ratio, "token/count": 3.0}
+    with self.assertRaisesRegex(ValueError, "not those of --policy"):
+      targets.check_first_ratio(metrics, is_float32=is_float32)
+
+  @parameterized.parameters((1.0005, 3.0, True), (1.01, 3.0, False), (0, 0, 1))
+  def test_rounding_and_batches_without_rewards_pass(self, ratio, count, kind):
+    metrics = {"token/ratio_mean": ratio, "token/count": count}
+    targets.check_first_ratio(metrics, is_float32=bool(kind))
+    targets.check_first_ratio({}, is_float32=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
 from rljax.rlmec import prompts, teachers
-from rljax.text import steps as steps_lib
+from rljax.text import steps
 
 GOLD = (
   "Natalia sold 48/2 = 24 clips in May.\n"
@@ -26,9 +26,7 @@ PIECES = (
 
 
 def _from_gold(gold, sample, **options):
-  return teachers.from_gold(
-    steps_lib.steps(gold), steps_lib.steps(sample), **options
-  )
+  return teachers.from_gold(steps.steps(gold), steps.steps(sample), **options)
 
 
 class LastResultTest(parameterized.TestCase):
@@ -234,7 +232,7 @@ class FromGoldTest(parameterized.TestCase):
     self.assertEqual(_from_gold(GOLD, ""), (-1, GOLD))
     self.assertEqual(_from_gold(GOLD, "#### 3"), (0, GOLD))
     self.assertEqual(_from_gold("#### 51", "76/25 = 3\n#### 3")[1], "#### 51")
-    with self.assertRaisesRegex(ValueError, "one step at least"):
+    with self.assertRaisesRegex(ValueError, "at least one step"):
       _from_gold("", "a")
 
   @parameterized.parameters(
@@ -244,8 +242,8 @@ class FromGoldTest(parameterized.TestCase):
   def test_odd_calculations(self, sample):
     step, rewrite = _from_gold(GOLD, f"{sample}\n#### 5")
     self.assertTrue(rewrite.endswith("#### 72"))
-    steps = steps_lib.steps(f"{sample}\n#### 5")
-    self.assertTrue(rewrite.startswith(prompts.retained(steps, step)))
+    wrong_steps = steps.steps(f"{sample}\n#### 5")
+    self.assertTrue(rewrite.startswith(prompts.retained(wrong_steps, step)))
 
   @hypothesis.given(
     st.lists(st.sampled_from(PIECES), max_size=24),
@@ -255,11 +253,11 @@ class FromGoldTest(parameterized.TestCase):
   def test_any_text(self, gold, sample):
     gold, sample = "".join(gold) + "\n#### 12", "".join(sample)
     step, rewrite = _from_gold(gold, sample)
-    self.assertTrue(rewrite.endswith(steps_lib.steps(gold)[-1]))
-    steps = steps_lib.steps(sample)
-    self.assertBetween(step, -1, max(len(steps) - 1, -1))
-    kept = steps if step < 0 else steps[:step]
-    for old, new in zip(kept, steps_lib.steps(rewrite), strict=False):
+    self.assertTrue(rewrite.endswith(steps.steps(gold)[-1]))
+    wrong_steps = steps.steps(sample)
+    self.assertBetween(step, -1, max(len(wrong_steps) - 1, -1))
+    kept = wrong_steps if step < 0 else wrong_steps[:step]
+    for old, new in zip(kept, steps.steps(rewrite), strict=False):
       self.assertEqual(old.rstrip(), new.rstrip())
     wrong = teachers.corrupted(gold, np.random.default_rng(len(sample)))
     self.assertNotEqual(wrong, gold)
@@ -316,9 +314,9 @@ class CorruptedTest(parameterized.TestCase):
       self.assertEqual(*without_numbers)
       step, rewrite = _from_gold(gold, wrong)
       self.assertEqual(rewrite, gold)
-      steps = steps_lib.steps(wrong)
-      self.assertEqual(steps[:step], steps_lib.steps(gold)[:step])
-      self.assertNotEqual(steps[step], steps_lib.steps(gold)[step])
+      wrong_steps = steps.steps(wrong)
+      self.assertEqual(wrong_steps[:step], steps.steps(gold)[:step])
+      self.assertNotEqual(wrong_steps[step], steps.steps(gold)[step])
 
   def test_numbers_that_cannot_be_told_apart(self):
     """The 4 of the first sum is not the 4 that was there before."""

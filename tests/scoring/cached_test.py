@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import tempfile
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -60,11 +61,6 @@ def _statistics(model, params, batch):
 
 
 class LogProbsTest(parameterized.TestCase):
-  def test_lengths(self):
-    # The longest have 7 and 5 tokens; buckets hold 8 and 6.
-    self.assertEqual(cached.lengths(_encode()), (8, 6))
-    self.assertEqual(cached.lengths(_encode(ROWS[1:2])), (2, 3))
-
   @parameterized.parameters(
     (4, "data:1", None), (1, "data:1", 2), (8, "data:4,fsdp:2", 100)
   )
@@ -296,3 +292,152 @@ class CacheTest(parameterized.TestCase):
       "lacks rewards, advantages.",
       self._refused(self._made_of(), ["rewards", "values", "advantages"]),
     )
+
+
+LIMITS = {
+  "max_prompt_length": 8,
+  "max_response_length": 8,
+  "too_long": "skip",
+  "prompt_format": "plain",
+}
+
+
+class _Loaded(NamedTuple):
+  """As far as one needs to know a language model."""
+
+  model: Any = MODEL
+  params: Any = None
+  tokenizer: Any = WORDS
+
+
+def _log(rows=ROWS):
+  encoded = logged.prepare(WORDS, logged.from_rows(rows, "here"), **LIMITS)
+  return logged.Log(
+    encoded=encoded,
+    lengths=logged.lengths(encoded),
+    present=logged.present(encoded.rows),
+    skipped=[],
+    settings=LIMITS,
+  )
+
+
+def _scorer(prompts, replies):
+  """A letter is worth a tenth."""
+  return np.float32([len(reply) / 10 for reply in replies]), [{}] * len(replies)
+
+
+class KnownTest(parameterized.TestCase):
+  def _known(self, log, needed, **options):
+    return cached.known(
+      log,
+      _Loaded(params=_params()),
+      needed,
+      **{
+        "cache": "",
+        "dtype": "float32",
+        "batch_size": 4,
+        "mesh": meshes.make("data:1"),
+        "reader": "--algorithm=x",
+        **options,
+      },
+    )
+
+  def test_of_the_rows(self):
+    log = _log([row | {"value": 0.25} for row in ROWS])
+    found = self._known(log, ("rewards", "advantages"))
+    # 0 where there is no reply, and the rewards less 0.25 elsewhere.
+    np.testing.assert_array_equal(
+      found["rewards"], [[1, 0, 0.25], [0.5, 0, 0], [1, 0.5, 0]]
+    )
+    np.testing.assert_array_equal(
+      found["advantages"], [[0.75, -0.25, 0], [0.25, 0, 0], [0.75, 0.25, 0]]
+    )
+    self.assertEqual({x.dtype for x in found.values()}, {np.dtype("float32")})
+    self.assertEqual(self._known(log, ()), {})
+
+  def test_the_first_replies_alone(self):
+    log = _log([row | {"advantage": 0.5} for row in ROWS])
+    message = "--algorithm=x needs advantages, which 3 of 6 logged replies lack"
+    with self.assertRaisesRegex(
+      ValueError, f"{message}: run experiments/offline_value.py and give"
+    ):
+      self._known(log, ["advantages"])
+    found = self._known(log, ["advantages"], firsts_alone=True)
+    np.testing.assert_array_equal(
+      found["advantages"], [[0.5, 0, 0], [0.5, 0, 0], [0.5, 0, 0]]
+    )
+
+  def test_what_the_rows_lack(self):
+    rows = [*ROWS[:2], {"prompt": "fish", "response": " cod"}]
+    with self.assertRaisesRegex(
+      ValueError, "--x needs rewards, which 1 of 5 logged replies lack[.]$"
+    ):
+      cached.of_rows(_log(rows), "rewards", reader="--x")
+    with self.assertRaisesRegex(ValueError, "which 6 of 6 .* as --cache"):
+      self._known(_log(), ["advantages"])
+
+  def test_of_the_reference(self):
+    log, mesh = _log(), meshes.make("data:1")
+    found = self._known(log, ("ref_log_probs",))
+    expected = cached.response_log_probs(
+      MODEL,
+      meshes.replicate(_params(), mesh),
+      log.encoded,
+      batch_size=4,
+      mesh=mesh,
+    )
+    np.testing.assert_array_equal(found["ref_log_probs"], expected)
+    self.assertEqual(found.keys(), {"ref_log_probs"})
+
+  def test_of_a_cache(self):
+    log = _log()
+    cache = self.enter_context(tempfile.TemporaryDirectory())
+    arrays = {
+      name: np.random.default_rng(i).random((3, 3), np.float32)
+      for i, name in enumerate(("rewards", "advantages", "ref_log_probs"))
+    }
+    made_of = cached.describe_log(
+      log, _Loaded(params=_params()), dtype="float32"
+    )
+    notes = {"reward": {"task": "word_lists"}}
+    cached.save(cache, arrays, made_of, notes)
+    for needed in (tuple(arrays), ("advantages",), ()):
+      found = self._known(log, needed, cache=cache)
+      self.assertEqual(found.keys(), set(needed))
+      for name in needed:
+        np.testing.assert_array_equal(found[name], arrays[name])
+    # Rewards that are no probabilities are in no cache, which still must fit.
+    found = self._known(log, ["rewards"], cache=cache, own_rewards=True)
+    np.testing.assert_array_equal(
+      found["rewards"], [[1, 0, 0.25], [0.5, 0, 0], [1, 0.5, 0]]
+    )
+    for options in ({"own_rewards": True}, {}):
+      with self.assertRaisesRegex(ValueError, "--dtype: the cache has float32"):
+        self._known(log, ["rewards"], cache=cache, dtype="bfloat16", **options)
+
+    def scorer(task):
+      return mock.Mock(description={"task": task})
+
+    self.assertEqual(cached.other_scorer(cache, scorer("word_lists")), [])
+    (message,) = cached.other_scorer(cache, scorer("sentiment"))
+    self.assertRegex(message, "by .*word_lists.*dev prompts by .*sentiment")
+    self.assertEqual(cached.other_scorer("", scorer("sentiment")), [])
+
+  def test_replies_without_a_reward_are_scored(self):
+    rows = [*ROWS[:2], {"prompt": "fish", "response": " cod"}]
+    log = _log(rows)
+    rewards, num_scored = cached.score(log, _scorer)
+    # A blank and three letters.
+    np.testing.assert_allclose(
+      rewards, [[1, 0, 0.25], [0.5, 0, 0], [0.4, 0, 0]]
+    )
+    self.assertEqual((num_scored, rewards.dtype), (1, np.float32))
+    rewards, num_scored = cached.score(log, _scorer, again=True)
+    np.testing.assert_allclose(
+      rewards,
+      [[2.0, 0.8, 0.8], [0.8, 0, 0], [0.4, 0, 0]],
+      rtol=1e-6,
+    )
+    self.assertEqual(num_scored, 5)
+    _, num_scored = cached.score(_log(), None)
+    self.assertEqual(num_scored, 0)

@@ -1,4 +1,4 @@
-"""Tests of rljax.checkpoint."""
+"""Tests of rljax.storage.checkpoint."""
 
 import collections
 import json
@@ -253,7 +253,7 @@ class OtherStateTest(_WorkdirTest):
 _SAVER = """
     import sys
     import jax.numpy as jnp
-    from rljax import checkpoint
+    from rljax.storage import checkpoint
     checkpoints = checkpoint.Checkpoints(sys.argv[1])
     for step in range(1, 10_000):
       state = {f"x{i}": jnp.full((200_000,), step + i) for i in range(6)}

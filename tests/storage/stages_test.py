@@ -95,7 +95,9 @@ class StageTest(parameterized.TestCase):
     (folder / "mine.txt").write_text("precious")
     if text:
       (folder / "inputs.json").write_text(text)
-    with self.assertRaisesRegex(ValueError, "no folder of the stage samples"):
+    with self.assertRaisesRegex(
+      ValueError, "is not a folder of the stage samples"
+    ):
       self.stage(seed=1)
     self.assertEqual((folder / "mine.txt").read_text(), "precious")
 
@@ -121,6 +123,92 @@ class StageTest(parameterized.TestCase):
     self.stage(seed=1)
     text = (self.workdir / "samples" / "inputs.json").read_text()
     self.assertEqual(json.loads(text), {"seed": 1})
+
+
+class RoundsTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.workdir = pathlib.Path(folder.name)
+
+  def test_rounds_are_finished_one_after_another(self):
+    rounds = stages.Rounds(self.workdir)
+    self.assertEqual(rounds.finished, [])
+    self.assertFalse((self.workdir / "rounds").exists())
+    rounds.finish(round=0, score=0.5)
+    path = pathlib.Path(rounds.path(1, "samples.jsonl"))
+    self.assertEqual(path, self.workdir / "rounds" / "1" / "samples.jsonl")
+    path.parent.mkdir()
+    path.write_text("{}\n")
+    rounds.finish(round=1, score=0.25, names=("a", "b"))
+    self.assertEqual(path.read_text(), "{}\n")
+    expected = [
+      {"round": 0, "score": 0.5},
+      # As a later start reads it.
+      {"round": 1, "score": 0.25, "names": ["a", "b"]},
+    ]
+    self.assertEqual(rounds.finished, expected)
+    self.assertEqual(stages.Rounds(self.workdir).finished, expected)
+    found = json.loads((path.parent / "round.json").read_text())
+    self.assertEqual(found, expected[1])
+
+  def test_a_round_without_an_end_is_none(self):
+    rounds = stages.Rounds(self.workdir)
+    rounds.finish(round=0)
+    rounds.finish(round=1)
+    path = self.workdir / "rounds/1/round.json"
+    path.write_text(path.read_text()[:-3])  # As no kill leaves it.
+    self.assertLen(stages.Rounds(self.workdir).finished, 1)
+    path.unlink()
+    self.assertLen(stages.Rounds(self.workdir).finished, 1)
+
+  def test_best_is_the_first_of_several(self):
+    rounds = stages.Rounds(self.workdir)
+    for number, score in enumerate((0.25, 0.5, 0.5, 0.125)):
+      rounds.finish(round=number, score=score)
+    self.assertEqual(rounds.best("score"), 1)
+    self.assertEqual(rounds.best("round"), 3)
+
+  def test_one_process_reads_and_writes(self):
+    told = [[{"round": 0}], {"round": 1, "rows": 5}]
+    rounds = stages.Rounds(self.workdir, once=lambda _: told.pop(0))
+    rounds.finish(round=1, rows=4)  # The first process said 5.
+    self.assertEqual(rounds.finished, [{"round": 0}, {"round": 1, "rows": 5}])
+    self.assertEmpty(list(self.workdir.iterdir()))
+
+
+class DiscardUnlessTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.path = pathlib.Path(folder.name, "samples", "a.jsonl")
+    self.notes = []
+
+  def discard(self, **made_of):
+    stages.discard_unless(self.path, made_of, self.notes.append)
+
+  def test_a_file_of_the_same_stays(self):
+    self.discard(seed=1, stop_strings=("a", "b"))
+    manifest = json.loads((self.path.parent / "a.json").read_text())
+    self.assertEqual(manifest, {"seed": 1, "stop_strings": ["a", "b"]})
+    self.path.write_text("rows\n")
+    self.discard(stop_strings=["a", "b"], seed=1)
+    self.assertEqual(self.path.read_text(), "rows\n")
+    self.assertEmpty(self.notes)
+
+  @parameterized.parameters("{}", '{"seed": 2}', '{"seed": 1', None)
+  def test_a_file_of_something_else_goes(self, manifest):
+    self.path.parent.mkdir()
+    self.path.write_text("rows\n")
+    if manifest is not None:
+      (self.path.parent / "a.json").write_text(manifest)
+    self.discard(seed=1)
+    self.assertFalse(self.path.exists())
+    self.assertIn("a.jsonl is of another policy", self.notes[0])
+    found = json.loads((self.path.parent / "a.json").read_text())
+    self.assertEqual(found, {"seed": 1})
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ class PromptsTest(parameterized.TestCase):
     (dict(num=-1), "must be >= 0"),
     (dict(holdout=1.0), r"holdout must lie in \[0, 1\)"),
     (dict(holdout=0.1, style="expression"), "holdout needs a prompt"),
-    (dict(split="test", holdout=1e-9), "leaves nothing for split 'test'"),
+    (dict(split="test", holdout=1e-9), "leaves the split 'test' without"),
   )
   def test_bad_settings(self, settings, message):
     with self.assertRaisesRegex(ValueError, message):

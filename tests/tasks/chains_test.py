@@ -14,8 +14,7 @@ from absl.testing import parameterized
 
 from rljax import tasks
 from rljax.tasks import chains
-from rljax.text import alignment as alignment_lib
-from rljax.text import batches, keywords, tokens
+from rljax.text import alignment, batches, keywords, tokens
 from rljax.text import steps as steps_lib
 
 PROMPT = "Q12+5*3"
@@ -59,7 +58,7 @@ def _is_valid(prompt, response):
 
 def _distances(sample, texts):
   ids = [*map(ord, sample)]
-  return alignment_lib.distances(
+  return alignment.distances(
     [ids] * len(texts), [[*map(ord, t)] for t in texts]
   )
 
@@ -144,7 +143,7 @@ class PromptsTest(parameterized.TestCase):
     (dict(num_steps=7), "integer from 1 to 6, got 7"),
     (dict(num_steps=2.5), "integer from 1 to 6, got 2.5"),
     (dict(num_steps="2"), "integer from 1 to 6, got '2'"),
-    (dict(num_steps=1, num=2000), "different train prompts of 1 steps, 2000"),
+    (dict(num_steps=1, num=2000), "train prompts of 1 steps, but 2000"),
     (dict(num_steps=4, num=10**8), "at most 1036800 for 4 steps"),
   )
   def test_bad_settings(self, settings, message):
@@ -478,12 +477,12 @@ class RewriteTest(parameterized.TestCase):
       [*tokenizer.encode(text, add_special_tokens=False), 23]
       for text in (sample, expected)
     )
-    alignment = alignment_lib.align(ids, new_ids)
-    self.assertEqual(alignment.distance, distance)
-    self.assertEqual(np.flatnonzero(alignment.edited).tolist(), edited)
-    self.assertEqual(np.flatnonzero(alignment.dropped).tolist(), dropped)
-    alignment = alignment_lib.align(ids, new_ids, mode="reference")
-    self.assertEqual(np.flatnonzero(alignment.edited).tolist(), in_reference)
+    edits = alignment.align(ids, new_ids)
+    self.assertEqual(edits.distance, distance)
+    self.assertEqual(np.flatnonzero(edits.edited).tolist(), edited)
+    self.assertEqual(np.flatnonzero(edits.dropped).tolist(), dropped)
+    edits = alignment.align(ids, new_ids, mode="reference")
+    self.assertEqual(np.flatnonzero(edits.edited).tolist(), in_reference)
 
   def test_distances_to_all_variants(self):
     found = _distances("12+5=18|3*18=54;A54", chains.variants(PROMPT))

@@ -63,7 +63,7 @@ class TfIdfTest(parameterized.TestCase):
     self.assertAlmostEqual(score, fitted.score(" ".join(words[::-1])))
 
   def test_no_words(self):
-    with self.assertRaisesRegex(ValueError, "no word in the 2 replies"):
+    with self.assertRaisesRegex(ValueError, "The 2 replies have no words"):
       diversity.TfIdf(["a", "-"])
 
 

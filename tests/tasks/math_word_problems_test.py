@@ -689,11 +689,11 @@ class DataTest(parameterized.TestCase):
     ({"dataset": "aqua"}, "one of gsm8k, svamp, math, got 'aqua'"),
     ({"dataset": "math"}, "evaluation only: .* got 'train'"),
     ({"dataset": "math", "split": "validation"}, "evaluation only"),
-    ({"data": ""}, "data is missing: the folder with gsm8k_train.jsonl"),
+    ({"data": ""}, "data is missing: give the folder with gsm8k_train.jsonl"),
     ({"data": "/nowhere"}, "/nowhere: no such file or folder"),
-    ({"num": 37}, "train split of gsm8k has 36 prompts, 37 were asked for"),
+    ({"num": 37}, "train split of gsm8k has 36 prompts, but 37 were asked for"),
     ({"num": -1}, "must be >= 0"),
-    ({"shots": 36}, "needs 37 training rows of gsm8k, there are 36"),
+    ({"shots": 36}, "rows of gsm8k, but there are 36"),
     ({"template": "Q"}, "template needs \"{question}\" once, got 'Q'"),
     ({"notes": "hide"}, "notes must be .* got 'hide'"),
   )
@@ -728,7 +728,7 @@ class DataTest(parameterized.TestCase):
   def test_without_math_verify(self):
     with (
       mock.patch.object(importlib.util, "find_spec", return_value=None),
-      self.assertRaisesRegex(ValueError, r'pip install "rljax\[reasoning\]"'),
+      self.assertRaisesRegex(ValueError, "pip install math-verify"),
     ):
       self._prompts()
 

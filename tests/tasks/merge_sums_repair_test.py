@@ -10,8 +10,7 @@ import numpy as np
 from absl.testing import parameterized
 
 from rljax.tasks import merge_sums
-from rljax.text import alignment
-from rljax.text import steps as steps_lib
+from rljax.text import alignment, steps
 
 PROMPT = "07+04+02+10="
 RIGHT = "11+02+10\n13+10\n#23"
@@ -67,9 +66,9 @@ class FirstWrongStepTest(parameterized.TestCase):
     self.assertEqual(merge_sums.first_wrong_step(PROMPT, response), expected)
 
   def test_steps_end_with_lines(self):
-    steps = steps_lib.steps(RIGHT, merge_sums.STEP_ENDS)
+    lines = steps.steps(RIGHT, merge_sums.STEP_ENDS)
     self.assertEqual(
-      [step.strip("\n") for step in steps], merge_sums.steps(RIGHT)
+      [step.strip("\n") for step in lines], merge_sums.steps(RIGHT)
     )
 
 

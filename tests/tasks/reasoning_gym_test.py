@@ -94,8 +94,8 @@ class PromptsTest(parameterized.TestCase):
     (dict(generator="chess"), "Unknown generator 'chess'; .*chain_sum, "),
     (dict(terms=3), "'chain_sum' has no option 'terms'; it has min_terms, "),
     (dict(size=3), "no option 'size'"),
-    (dict(max_terms=0), "does not take .*: max_terms must be >= min_terms"),
-    (dict(max_terms="three"), "does not take the options"),
+    (dict(max_terms=0), "does not accept .*: max_terms must be >= min_t"),
+    (dict(max_terms="three"), "does not accept the options"),
     (dict(template="Sum:"), r"template must hold \{question\}"),
     (dict(template="{answer}"), "nothing else in curly brackets"),
     (dict(template="{question.__class__}"), "nothing else in curly brackets"),
@@ -109,17 +109,17 @@ class PromptsTest(parameterized.TestCase):
       dict(generator="countdown", template="{expression}"),
       "'countdown' is the answer; use {question}",
     ),
-    (dict(generator="rush_hour"), "gives no answer along"),
-    (dict(generator="puzzle24"), "cannot be used: its scorer takes any number"),
+    (dict(generator="rush_hour"), "cannot be used: it gives no answers"),
+    (dict(generator="puzzle24"), "cannot be used: its scorer accepts any numb"),
     (dict(generator="composite"), "cannot be used: its parts"),
-    (dict(generator="coin_flip"), "cannot be used: its scorer takes any begi"),
+    (dict(generator="coin_flip"), "cannot be used: its scorer accepts any pre"),
     (
       dict(generator="number_sorting", direction="up"),
       "no option 'direction'",
     ),
     (
       dict(generator="letter_counting", min_words="few"),
-      "does not take",
+      "does not accept",
     ),
   )
   def test_bad_settings(self, settings, message):
@@ -128,7 +128,7 @@ class PromptsTest(parameterized.TestCase):
       reasoning_gym.prompts(**settings)
 
   def test_missing_package(self):
-    message = r'pip install "rljax\[reasoning\]"'
+    message = "pip install reasoning-gym"
     self.enter_context(mock.patch.dict(sys.modules, {"reasoning_gym": None}))
     with self.assertRaisesRegex(ValueError, message):
       reasoning_gym.prompts("train", 0, num=1)
@@ -463,7 +463,7 @@ class ScoreTest(parameterized.TestCase):
 
   def test_unknown_prompt(self):
     with self.assertRaisesRegex(
-      ValueError, "not drawn in this process.*'2\\+2"
+      ValueError, "has drawn in this process, got '2\\+2"
     ):
       reasoning_gym.score("2+2=", "4")
 

@@ -18,8 +18,8 @@ from absl.testing import absltest, parameterized
 
 from rljax.tasks import sandbox
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ME = "tests.workers_test"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ME = "tests.tasks.sandbox_test"
 
 
 # What the workers are asked to call.
@@ -360,8 +360,8 @@ class PoolTest(parameterized.TestCase):
 
   def test_children_of_a_worker_end_with_it(self):
     program = (
-      "from rljax import workers\n"
-      f'with workers.Pool("{ME}:with_child", timeout=2.0) as pool:\n'
+      "from rljax.tasks import sandbox\n"
+      f'with sandbox.Pool("{ME}:with_child", timeout=2.0) as pool:\n'
       "  print(pool.map([()])[0].failure)\n"
     )
     done = subprocess.run(
@@ -423,9 +423,9 @@ class PoolTest(parameterized.TestCase):
 # processor to count, their own limit on processor time comes soon.
 DRIVER = f"""
 import os, sys
-from rljax import workers
+from rljax.tasks import sandbox
 os.cpu_count = lambda: 1
-pool = workers.Pool("{ME}:misbehave", timeout=float(sys.argv[2]),
+pool = sandbox.Pool("{ME}:misbehave", timeout=float(sys.argv[2]),
   num_workers=int(sys.argv[3]))
 found = {{o.value for o in pool.map([("process",)] * 40)}}
 print(*found, flush=True)

@@ -26,7 +26,7 @@ SENTENCES = [
 
 needs_vader = pytest.mark.skipif(
   importlib.util.find_spec("vaderSentiment") is None,
-  reason='needs vaderSentiment: pip install "rljax[sentiment]"',
+  reason="needs vaderSentiment: pip install vaderSentiment",
 )
 
 
@@ -113,7 +113,7 @@ class PromptsTest(_Folder):
       "train", 0, data=folder, **options
     )
     with self.assertLogs("absl", "INFO") as logs:
-      # A text must go on behind its prompt: "one two three" does not.
+      # A text must go on after its prompt: "one two three" does not.
       prompts = draw(min_length=3, max_length=3)
     self.assertCountEqual(prompts, ["one two three", "a b c"])
     self.assertIn(
@@ -211,7 +211,7 @@ class TokensTest(_Folder):
         draw(seed, min_length=2, max_length=3), [("tä", "he the")]
       )
     self.assertEqual(draw(0, min_length=1, max_length=1), [("t", "ähe the")])
-    with self.assertRaisesRegex(ValueError, "no text .* goes on behind 2 tok"):
+    with self.assertRaisesRegex(ValueError, "no text .* has more than 2 tok"):
       draw(0, min_length=1, max_length=2)
 
   def test_tokens_that_do_not_come_back_are_no_prompt(self):
@@ -441,7 +441,7 @@ class ScoreTest(parameterized.TestCase):
     self.addCleanup(sentiment._analyzer.cache_clear)
     with (
       mock.patch.object(importlib.util, "find_spec", lambda name: None),
-      self.assertRaisesRegex(ValueError, r'pip install "rljax\[sentiment\]"'),
+      self.assertRaisesRegex(ValueError, "pip install vaderSentiment"),
     ):
       sentiment.score("a", "b")
 

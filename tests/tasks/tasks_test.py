@@ -51,7 +51,7 @@ class CheckPartsTest(parameterized.TestCase):
   def test_missing_parts_are_named(self):
     tasks.check_parts("sums", [{"is_correct": True, "x": 1}], "is_correct")
     with self.assertRaisesRegex(
-      ValueError, "score says answer, is_valid; that of sums says x"
+      ValueError, "score has the parts answer, is_valid; that of sums has x"
     ):
       tasks.check_parts("sums", [{"x": 1}], "x", "answer", "is_valid")
 

@@ -85,6 +85,71 @@ class BatchesTest(parameterized.TestCase):
       batch["response_mask"], [[True, True], [True, False]]
     )
 
+  def test_supervised_batch_of_fewer_rows_is_filled_up(self):
+    rows = [([1, 2], [3, 9]), ([4], [9])]
+    batch = batches.supervised_batch(rows, num_rows=4, response_length=3)
+    whole = batches.supervised_batch(rows, response_length=3)
+    for name, array in batch.items():
+      self.assertLen(array, 4)
+      np.testing.assert_array_equal(array[:2], whole[name])
+    # Nothing is learnt from them, and attention has a key.
+    np.testing.assert_array_equal(batch["prompt_mask"][2:], [[False, True]] * 2)
+    self.assertFalse(batch["response_mask"][2:].any())
+    again = batches.supervised_batch(rows, num_rows=2, response_length=3)
+    np.testing.assert_array_equal(again["prompt_ids"], whole["prompt_ids"])
+
+  def test_supervised_batch_of_what_is_learnt(self):
+    batch = batches.supervised_batch(
+      [([1], [3, 0, 9], [False, True, True]), ([4], [9], [True])],
+      num_rows=3,
+      pad_id=7,
+    )
+    np.testing.assert_array_equal(
+      batch["learnt_mask"],
+      [[False, True, True], [True, False, False], [False] * 3],
+    )
+    self.assertEqual(batch["learnt_mask"].dtype, np.bool_)
+    np.testing.assert_array_equal(
+      batch["response_mask"],
+      [[True] * 3, [True, False, False], [False] * 3],
+    )
+
+  def test_supervised_shape(self):
+    rows = [([1] * 5, [2, 2, 2]), ([1] * 2, [2] * 4, [True] * 4)]
+    self.assertEqual(
+      batches.supervised_shape(rows),
+      {"prompt_length": 6, "response_length": 4},
+    )
+    self.assertEqual(
+      batches.supervised_shape(rows, prompt_length=3, response_length=9),
+      {"prompt_length": 6, "response_length": 12},
+    )
+    self.assertEqual(
+      batches.supervised_shape([], prompt_length=3, response_length=5),
+      {"prompt_length": 3, "response_length": 6},
+    )
+
+  def test_indices_or_all(self):
+    np.testing.assert_array_equal(
+      batches.indices_or_all(9, 4, 3, seed=2),
+      batches.batch_indices(9, 4, 3, seed=2),
+    )
+    for num_rows in (3, 4):
+      found = batches.indices_or_all(num_rows, 4, 3, seed=2)
+      np.testing.assert_array_equal(found, np.arange(num_rows))
+
+  @parameterized.parameters(
+    # ⌈9 * 2 / 4⌉; all rows in each; ⌈5 * 1.5 / 5⌉; one update for each epoch.
+    (9, 4, 2, 5),
+    (3, 4, 2, 2),
+    (5, 5, 1.5, 2),
+    (4, 64, 8, 8),
+  )
+  def test_num_updates(self, num_rows, batch_size, epochs, expected):
+    self.assertEqual(
+      batches.num_updates(num_rows, batch_size, epochs), expected
+    )
+
   def test_empty_batch(self):
     with self.assertRaisesRegex(ValueError, "at least one row"):
       batches.supervised_batch([])

@@ -15,9 +15,8 @@ import tokenizers
 import transformers
 from absl.testing import parameterized
 
-from rljax.generation import rollouts
+from rljax.generation import rollouts, samplers
 from rljax.models import hf
-from rljax.ops import sampling
 from rljax.tasks import arithmetic, word_lists
 from rljax.text import files, logged, tokens
 from tests import conftest
@@ -146,8 +145,8 @@ class ParseTest(parameterized.TestCase):
     ids = jnp.array([[3, 104, 0], [4, 1, 2]])
     mask = jnp.array([[True, True, False], [True, True, True]])
     prompts = jnp.ones((2, 4), jnp.int32)
-    records = rollouts.records(
-      rollouts.Rollout(
+    records = samplers.Samples(
+      rollout=rollouts.Rollout(
         prompt_ids=prompts,
         prompt_mask=prompts == 1,
         response_ids=ids,
@@ -156,13 +155,14 @@ class ParseTest(parameterized.TestCase):
         truncated_log_probs=jnp.zeros((2, 3)),
         finished=mask[:, 2],
       ),
-      ["1+2=", "2+2="],
-      ["3", "412"],
-      [1.0, 0.0],
-      [{"answer": 3}, {}],
-      settings=sampling.Settings(),
+      prompts=["1+2=", "2+2="],
+      texts=["3", "412"],
+      scores=[1.0, 0.0],
+      parts=[{"answer": 3}, {}],
+      settings=samplers.Settings(max_length=3),
       policy_step=7,
-    )
+      tokenizer=WORDS,
+    ).records()
     rows = [logged.parse(json.loads(json.dumps(r)), "here") for r in records]
     self.assertEqual(
       rows,
@@ -173,7 +173,7 @@ class ParseTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    ({}, 'none of "response", "candidates" and "chosen" is there'),
+    ({}, 'it has none of "response", "candidates" and "chosen"'),
     ({"prompt": "a"}, 'none of "response"'),
     ({"prompt": "a", "response": None}, 'none of "response"'),
     ({"response": "b"}, '"prompt" is missing'),
@@ -188,24 +188,27 @@ class ParseTest(parameterized.TestCase):
     ({"prompt": "a", "chosen": "b", "rejected": ""}, '"rejected" is empty'),
     ({"prompt": " ", "response": "b"}, '"prompt" is empty'),
     ({"prompt": [], "response": "b"}, '"prompt" is empty'),
-    ({"prompt": 5, "response": "b"}, '"prompt" is neither text nor mess.*int'),
-    ({"prompt": ["a"], "response": "b"}, 'a message of "prompt" is no object'),
+    ({"prompt": 5, "response": "b"}, '"prompt" must be a text or mess.*int'),
+    ({"prompt": ["a"], "response": "b"}, 'message of "prompt" is not an obj'),
     ({"prompt": [{"role": "user"}], "response": "b"}, '"content" of a message'),
-    ({"prompt": "a", "response": ["b"]}, '"response" is no text but list'),
-    ({"prompt": "a\ud800", "response": "b"}, '"prompt" holds half a char'),
+    ({"prompt": "a", "response": ["b"]}, '"response" must be a text, got list'),
+    ({"prompt": "a\ud800", "response": "b"}, '"prompt" holds half a surr'),
     (
       {"prompt": "a", "candidates": ["b", 5], "rewards": [1, 2]},
-      r'"candidates\[1\]" is no text but int',
+      r'"candidates\[1\]" must be a text, got int',
     ),
     (
       {"prompt": "a", "candidates": ["b"], "rewards": [1, 2]},
       "there are 1 candidates, but 2 rewards",
     ),
-    ({"prompt": "a", "candidates": [], "rewards": []}, "or an empty one"),
-    ({"prompt": "a", "candidates": "b", "rewards": [1]}, "is no list"),
+    (
+      {"prompt": "a", "candidates": [], "rewards": []},
+      "a list that is not empty",
+    ),
+    ({"prompt": "a", "candidates": "b", "rewards": [1]}, "must be a list"),
     (
       {"prompt": "a", "candidates": ["b"], "rewards": [math.inf]},
-      r'"rewards\[0\]" is no finite number but inf',
+      r'"rewards\[0\]" must be a finite number, got inf',
     ),
     (
       {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": 1},
@@ -213,7 +216,7 @@ class ParseTest(parameterized.TestCase):
     ),
     (
       {"prompt": "a", "response": "b", "response_ids": [1, True]},
-      '"response_ids" is no list of ids',
+      '"response_ids" must be a list of ids',
     ),
   )
   def test_unusable(self, row, message):
@@ -226,17 +229,17 @@ class ParseTest(parameterized.TestCase):
   )
   def test_no_finite_number(self, name, value):
     row = {"prompt": "a", "response": "b", name: value}
-    with self.assertRaisesRegex(ValueError, f'^x: "{name}" is no finite numb'):
+    with self.assertRaisesRegex(ValueError, f'^x: "{name}" must be a finite'):
       logged.parse(row, "x")
 
   def test_lost_reward(self):
-    with self.assertRaisesRegex(ValueError, "no finite number but None"):
+    with self.assertRaisesRegex(ValueError, "a finite number, got None"):
       logged.parse({"prompt": "a", "response": "b", "reward": None}, "x")
 
   @parameterized.parameters(
     (TRANSCRIPT + " a", TRANSCRIPT + " ", '"rejected" is empty'),
     ("\n\nHuman: b" + TRANSCRIPT, TRANSCRIPT, "differ before the last reply"),
-    ("one", "two", r'"chosen" has no "\\n\\nAssistant:" behind'),
+    ("one", "two", r'"chosen" has no "\\n\\nAssistant:" after'),
     ("\n\nAssistant: a", "\n\nAssistant: b", '"chosen" has no'),
     (TRANSCRIPT + " a\n\nHuman: b", TRANSCRIPT, "does not end in a reply"),
     ([ASKED], [ASKED, _said("3")], "does not end in a reply of the assistant"),
@@ -308,7 +311,7 @@ class LoadTest(parameterized.TestCase):
       self.assertLen(skipped, 3)
       for message, start in zip(
         skipped,
-        (":3: not JSON", ':4: "reward" is no fin', ":5: expected a JSON obj"),
+        (":3: not JSON", ':4: "reward" must be a f', ":5: expected a JSON obj"),
         strict=True,
       ):
         self.assertStartsWith(message, f"{path}{start}")
@@ -322,13 +325,13 @@ class LoadTest(parameterized.TestCase):
     rows, skipped = logged.load("dev.json", data_dir=self.folder)
     self.assertEndsWith(rows[0].place, "dev.json, row 0")
     self.assertIn("dev.json, row 1: expected a JSON object", skipped[0])
-    self.assertIn("dev.json, row 2: none of", skipped[1])
+    self.assertIn("dev.json, row 2: it has none of", skipped[1])
 
   def test_nothing_left(self):
     self._write([{"prompt": "a"}, b"{", {"prompt": "", "response": "b"}, {}])
     with self.assertRaisesRegex(
       ValueError,
-      "No row is left: 4 of 4 .*:1: none .*:2: not JSON.*:3: .*empty",
+      "No row is left: 4 of 4 .*:1: it has none .*:2: not JSON.*:3: .*empty",
     ) as caught:
       logged.load("train.jsonl", data_dir=self.folder)
     self.assertNotIn(":4:", str(caught.exception))
@@ -455,7 +458,9 @@ class RenderTest(parameterized.TestCase):
       render(["1+2="], "t", BYTES, "chat"),
       ["<|start|>[user]1+2=[assistant]"],
     )
-    with self.assertRaisesRegex(ValueError, "1 prompts cannot be asked: t"):
+    with self.assertRaisesRegex(
+      ValueError, "1 prompts do not fit the chat template: t"
+    ):
       render(["1", "<|start|>2"], "t", BYTES, "chat")
 
   def test_a_row_that_the_template_refuses_is_named(self):
@@ -484,7 +489,9 @@ class RenderTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'must be "plain" or "chat", got'):
       logged.render([], BYTES, "markdown")
     once, _ = logged.render([_row()], BYTES, "chat")
-    with self.assertRaisesRegex(ValueError, "here: .*special token already"):
+    with self.assertRaisesRegex(
+      ValueError, "here: .*already begins with a special"
+    ):
       logged.render(once, BYTES, "chat")
     strict = _bytes("{{ raise_exception('Turns must alternate') }}")
     with self.assertRaisesRegex(ValueError, "here: .*Turns must alternate"):
@@ -742,7 +749,7 @@ class EncodeTest(parameterized.TestCase):
       encoded.response_ids,
       [[[1, 2]], [[12, 104], [3, 104]], [[12, 104]], [[12, 104]]],
     )
-    self.assertRegex(logs.output[0], "3 of 4 .* do not fit their ids")
+    self.assertRegex(logs.output[0], "3 of 4 .* differ from their ids")
 
   def test_one_start_token(self):
     rows, _ = logged.render([_row((ASKED,)), _row()], BYTES, "chat")
@@ -799,6 +806,114 @@ class BatchTest(parameterized.TestCase):
       )
 
 
+class ReadTest(parameterized.TestCase):
+  """A log as scripts read it: rows, ids and the shape of batches in one."""
+
+  LIMITS = {
+    "max_prompt_length": 5,
+    "max_response_length": 4,
+    "too_long": "skip",
+    "prompt_format": "plain",
+  }
+
+  def setUp(self):
+    super().setUp()
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    self.path = pathlib.Path(folder) / "log.jsonl"
+    rows = [
+      {"prompt": "9", "response": "9"},
+      {"prompt": "1", "candidates": ["2", "1+2"], "rewards": [1, 0]},
+      {},
+      {"prompt": "1+2+3=", "response": "6"},
+      {"prompt": "1+2=", "response": "3"},
+      {"prompt": "8", "response": "8"},
+    ]
+    files.write_jsonl(self.path, rows)
+
+  def _read(self, name=None, task=None, **options):
+    return logged.read(
+      WORDS,
+      name=str(self.path) if name is None else name,
+      task=task,
+      seed=0,
+      **self.LIMITS,
+      **options,
+    )
+
+  def test_rows_and_what_is_left_out(self):
+    # The first usable row is passed over, and three are taken.
+    log = self._read(first_row=1, num_rows=3)
+    self.assertEqual([row.prompt for row in log.rows], ["1", "1+2="])
+    self.assertEqual(log.encoded.rows, log.rows)
+    self.assertEqual(
+      log.encoded.response_ids,
+      [[[2, 104], [1, 100, 2, 104]], [[3, 104]]],
+    )
+    self.assertRegex(log.skipped[0], "log.jsonl:3: none of")
+    self.assertRegex(log.skipped[1], "log.jsonl:4: the prompt has 7 tokens")
+    self.assertLen(log.skipped, 2)
+    self.assertEqual(log.settings, self.LIMITS)
+    np.testing.assert_array_equal(log.present, [[True, True], [True, False]])
+    # The longest have 5 and 4 tokens; buckets hold 6 and 4.
+    self.assertEqual(log.lengths, (6, 4))
+    self.assertLen(self._read().rows, 4)
+
+  def test_batches_of_any_shape(self):
+    log = self._read(first_row=1, num_rows=3)
+    pad = tokens.pad_id(WORDS)
+    batch = log.batch(np.array([1, 0]), np.array([0, 1]))
+    np.testing.assert_array_equal(
+      batch["prompt_ids"],
+      [[pad, 103, 1, 100, 2, 102], [pad] * 4 + [103, 1]],
+    )
+    np.testing.assert_array_equal(
+      batch["response_ids"], [[3, 104, pad, pad], [1, 100, 2, 104]]
+    )
+    # Both replies to each row, the second of which has but one.
+    ranked = log.batch(np.array([[0], [1]]), np.array([[1, 0], [0, 1]]))
+    self.assertEqual(ranked["prompt_ids"].shape, (2, 2, 6))
+    self.assertEqual(ranked["response_mask"].shape, (2, 2, 4))
+    np.testing.assert_array_equal(
+      ranked["response_mask"].sum(axis=-1), [[4, 2], [2, 0]]
+    )
+    np.testing.assert_array_equal(
+      ranked["response_ids"][0, 0], batch["response_ids"][1]
+    )
+    np.testing.assert_array_equal(
+      ranked["prompt_ids"][1, 1], batch["prompt_ids"][0]
+    )
+
+  def test_the_log_of_a_task(self):
+    log = logged.read(
+      word_lists.word_tokenizer(),
+      name="",
+      task=word_lists,
+      seed=3,
+      task_options={"num": 4},
+      split="test",
+      **self.LIMITS | {"max_prompt_length": 16, "max_response_length": 16},
+    )
+    self.assertEqual(
+      log.rows, logged.task_rows(word_lists, "test", 3, {"num": 4})
+    )
+    self.assertEqual(log.skipped, [])
+
+  def test_nothing_is_left(self):
+    with self.assertRaisesRegex(ValueError, "There are no rows to encode"):
+      self._read(first_row=5)
+
+
+class LengthsTest(parameterized.TestCase):
+  def test_buckets(self):
+    # The longest have 7 and 5 tokens; buckets hold 8 and 6.
+    encoded = logged.Encoded(
+      [[1] * 7, [1] * 2], [[[1] * 5, [1]], [[1] * 3]], [_row(), _row()], []
+    )
+    self.assertEqual(logged.lengths(encoded), (8, 6))
+    encoded = logged.Encoded([[1] * 2], [[[1] * 3]], [_row()], [])
+    self.assertEqual(logged.lengths(encoded), (2, 3))
+
+
 class FingerprintTest(parameterized.TestCase):
   ROW = _row(TRANSCRIPT, ("né", "b"), (0.1, 2.0))
 
@@ -827,7 +942,7 @@ class FingerprintTest(parameterized.TestCase):
   def test_another_process(self):
     row = _row(({"content": "né", "role": "user"},), ("a",), (0.1,))
     program = (
-      "from rljax import logged\n"
+      "from rljax.text import logged\n"
       "row = logged.parse({'prompt': [{'role': 'user', 'content': 'n\\xe9'}], "
       "'response': 'a', 'reward': 0.1}, 'elsewhere')\n"
       "print(logged.fingerprint([row]))"

@@ -110,10 +110,15 @@ class ParseTest(parameterized.TestCase):
     (_SAMPLE, "sorm", {}, '"values" is missing'),
     (_VALUES, "sorm", {"values": [1, 1, 1]}, "3 values, .* has 4 lines"),
     (_VALUES, "sorm", {"steps": ["1\n2\n", "3\n#4"]}, '"steps" are not its'),
-    (_VALUES, "sorm", {"values": [1, 2, 0, 0]}, "holds no share but 2"),
-    (_VALUES, "sorm", {"values": [1, None, 0, 0]}, "no share but None"),
+    (_VALUES, "sorm", {"values": [1, 2, 0, 0]}, "be shares in .0, 1., got 2"),
+    (
+      _VALUES,
+      "sorm",
+      {"values": [1, None, 0, 0]},
+      "in .0, 1., got None",
+    ),
     (_VALUES, "outcome", {"is_correct": None}, '"reward" is missing'),
-    (_SAMPLE, "outcome", {"reward": None}, '"reward" is no finite number'),
+    (_SAMPLE, "outcome", {"reward": None}, '"reward" must be a finite number'),
     (_SAMPLE, "outcome", {"response": " "}, '"response" is empty'),
   )
   def test_bad_rows(self, row, labels, changes, message):

@@ -5,6 +5,7 @@ import collections
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from rljax.tasks import merge_sums
 from rljax.text import steps
 
 
@@ -79,6 +80,88 @@ class AddDistinctTest(absltest.TestCase):
       key=steps.equation_key,
     )
     self.assertLen(kept, 1)
+
+
+class RulesTest(parameterized.TestCase):
+  @parameterized.product(
+    is_correct=(False, True), is_valid=(False, True), finished=(False, True)
+  )
+  def test_by_the_truth(self, is_correct, is_valid, finished):
+    row = _sample("a", is_correct=is_correct, finished=finished)
+    self.assertEqual(steps.is_kept(row), is_correct and finished)
+    row["parts"]["is_valid"] = is_valid
+    self.assertEqual(steps.is_valid(row), is_correct and is_valid and finished)
+
+  @parameterized.parameters(
+    (True, "3", 0.5, True),
+    (True, "3", 0.4, False),
+    (True, None, 0.9, False),
+    (False, "3", 0.9, False),
+  )
+  def test_by_a_reward_model(self, finished, answer, value, expected):
+    # What is right is not asked.
+    row = _sample("a", is_correct=False, finished=finished)
+    row["parts"]["answer"] = answer
+    row["reward_model"] = value
+    self.assertEqual(steps.is_trusted(row, threshold=0.5), expected)
+    self.assertFalse(steps.is_trusted(row | {"parts": {}}, threshold=0.5))
+
+
+class SolutionsTest(absltest.TestCase):
+  SAMPLES = (
+    _sample("a\nb"),
+    _sample("c", is_correct=False),
+    _sample("a \nb"),
+    _sample("d"),
+    _sample("e"),
+    _sample("c", is_correct=False),
+    _sample("f", is_correct=False),
+    _sample("g", finished=False),
+    _sample(" ", is_correct=False),
+    _sample("c", is_correct=False, prompt="r"),
+  )
+
+  def test_each_kind_once(self):
+    found = steps.solutions(self.SAMPLES)
+    self.assertEqual(
+      [row["response"] for row in found], ["a\nb", "d", "e", "c", "f", "c"]
+    )
+    self.assertEqual([row["prompt"] for row in found], ["q"] * 5 + ["r"])
+
+  def test_limit_is_of_each_kind(self):
+    found = steps.solutions(self.SAMPLES, max_per_prompt=2)
+    self.assertEqual(
+      [row["response"] for row in found], ["a\nb", "d", "c", "f", "c"]
+    )
+
+  def test_with_values(self):
+    samples = [
+      _sample("a\nb\nc"),
+      _sample("a\nd", is_correct=False),
+      _sample("e", is_correct=False),
+      _sample("f", finished=False),
+    ]
+    values = {("q", "a\n"): 0.75, ("q", "a\nb\n"): 0.25}
+    right, wrong, short = steps.with_values(samples[:3], samples, values)
+    self.assertEqual(
+      right,
+      {
+        "prompt": "q",
+        "response": "a\nb\nc",
+        "reward": 1.0,
+        "steps": ["a\n", "b\n", "c"],
+        "values": [0.75, 0.25, 1.0],
+        # One of four samples is right: the last has no end.
+        "start_value": 0.25,
+        "is_correct": True,
+        "finished": True,
+      },
+    )
+    self.assertEqual(wrong["values"], [0.75, 0.0])
+    self.assertEqual((wrong["reward"], wrong["is_correct"]), (0.0, False))
+    self.assertEqual(short["values"], [0.0])
+    with self.assertRaises(KeyError):
+      steps.with_values(samples[:1], samples, {})
 
 
 class StepsTest(parameterized.TestCase):
@@ -175,6 +258,40 @@ class TaggedTest(absltest.TestCase):
       [("B", "a\n"), ("G", "b")],
     )
 
+  def test_ids_and_what_is_learnt(self):
+    tokenizer = merge_sums.character_tokenizer()
+    ids = lambda text: tokenizer.convert_tokens_to_ids(list(text))
+    good, bad = ids("GB")
+    found, is_learnt = steps.encode_tagged(
+      tokenizer,
+      [("G", "1+2\n"), ("B", "#3")],
+      {"G": good, "B": bad},
+    )
+    self.assertEqual(
+      found, [good, *ids("1+2\n"), bad, *ids("#3"), tokenizer.eos_token_id]
+    )
+    # All but the two tags; the end is learnt.
+    self.assertEqual(is_learnt, [False, *[True] * 4, False, *[True] * 2, True])
+    self.assertEqual(
+      steps.encode_tagged(tokenizer, [], {}), ([tokenizer.eos_token_id], [True])
+    )
+
+  def test_forced_tag(self):
+    found = steps.forced_tag([b"a", b"\n", b"b\n", b"\nb", b""], 7)
+    # Behind what ends in a line feed, and at the start.
+    np.testing.assert_array_equal(found, [-1, 7, 7, -1, -1, 7])
+    self.assertEqual(found.dtype, np.int32)
+
+  def test_labels_in_words(self):
+    rows = [
+      {"is_correct": True, "good": [True, True, True]},
+      {"is_correct": False, "good": [True, False]},
+    ]
+    self.assertEqual(
+      steps.describe_labels(rows),
+      "2 solutions, 1 right; share of bad steps by position: 0.00 0.50 0.00",
+    )
+
 
 class MixTest(parameterized.TestCase):
   RIGHT = [True] * 30 + [False] * 10
@@ -191,9 +308,7 @@ class MixTest(parameterized.TestCase):
     )
 
   def test_too_few_of_a_kind(self):
-    with self.assertRaisesRegex(
-      ValueError, "takes 20 wrong ones; there are 10"
-    ):
+    with self.assertRaisesRegex(ValueError, "need 20 wrong ones; there are 10"):
       steps.mix(self.RIGHT, share=0.5, num_rows=40, seed=0)
     with self.assertRaisesRegex(ValueError, "0 are right and 3 wrong"):
       steps.mix([False] * 3, share=1.0, num_rows=0, seed=0)

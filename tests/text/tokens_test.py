@@ -11,8 +11,7 @@ from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
 from rljax.tasks import tokenizers as words_tokenizers
-from rljax.text import batches, files
-from rljax.text import tokens as tokens_lib
+from rljax.text import batches, files, tokens
 from tests import conftest
 
 TEXTS = (
@@ -76,10 +75,12 @@ def _metaspace(byte_fallback=True):
 
 def _ending(tokenizer, template):
   """The tokenizer with another post-processor."""
-  tokens = [(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<bos>", "<eos>")]
+  specials = [
+    (t, tokenizer.convert_tokens_to_ids(t)) for t in ("<bos>", "<eos>")
+  ]
   tokenizer.backend_tokenizer.post_processor = (
     tokenizers.processors.TemplateProcessing(
-      single=template, special_tokens=tokens
+      single=template, special_tokens=specials
     )
   )
   return tokenizer
@@ -92,54 +93,54 @@ PIECES = _metaspace()
 
 class RequireTokensTest(parameterized.TestCase):
   def test_complete(self):
-    tokens_lib.require_tokens(WORDS, eos=True, pad=True, text="10+9*8=")
-    tokens_lib.require_tokens(BYTES, text="".join(TEXTS))
-    tokens_lib.require_tokens(PIECES, text="12 = b")
+    tokens.require_tokens(WORDS, eos=True, pad=True, text="10+9*8=")
+    tokens.require_tokens(BYTES, text="".join(TEXTS))
+    tokens.require_tokens(PIECES, text="12 = b")
 
   def test_missing(self):
     with self.assertRaisesRegex(ValueError, r"lacks a padding token \(pad_to"):
-      tokens_lib.require_tokens(BYTES, pad=True)
+      tokens.require_tokens(BYTES, pad=True)
     bare = transformers.PreTrainedTokenizerFast(
       tokenizer_object=WORDS.backend_tokenizer
     )
     with self.assertRaisesRegex(ValueError, "an end token .*, a padding tok"):
-      tokens_lib.require_tokens(bare, pad=True)
-    tokens_lib.require_tokens(bare, eos=False)
+      tokens.require_tokens(bare, pad=True)
+    tokens.require_tokens(bare, eos=False)
 
   def test_text(self):
     with self.assertRaisesRegex(ValueError, "lacks a way to write '-'"):
-      tokens_lib.require_tokens(WORDS, text="1-2")
+      tokens.require_tokens(WORDS, text="1-2")
     # All characters have words, the number has none.
     with self.assertRaisesRegex(ValueError, "lacks a way to write '123'"):
-      tokens_lib.require_tokens(WORDS, text="123")
+      tokens.require_tokens(WORDS, text="123")
 
   def test_words_of_many_characters(self):
     words = words_tokenizers.of_words(["end", "of", "(", ")"], r"\w+|\S")
     # It has no token for a letter of them, and does not need one.
-    tokens_lib.require_tokens(words, text="(end)of(of)end")
+    tokens.require_tokens(words, text="(end)of(of)end")
     with self.assertRaisesRegex(
       ValueError, r"lacks a way to write 'start', a way to write 'xy'\.$"
     ):
-      tokens_lib.require_tokens(words, text="(end)start(xy)(xy)")
+      tokens.require_tokens(words, text="(end)start(xy)(xy)")
 
   def test_unknown_token_is_no_way_to_write(self):
     lossy = _metaspace(byte_fallback=False)
     with self.assertRaisesRegex(ValueError, "lacks a way to write 'z'"):
-      tokens_lib.require_tokens(lossy, text="bz")
+      tokens.require_tokens(lossy, text="bz")
 
 
 class EncodePromptsTest(parameterized.TestCase):
   def test_ids(self):
     self.assertEqual(
-      tokens_lib.encode_prompts(WORDS, ["1+2=", ""], max_length=5),
+      tokens.encode_prompts(WORDS, ["1+2=", ""], max_length=5),
       [[103, 1, 100, 2, 102], [103]],
     )
 
   def test_one_start_token(self):
     # Chat templates write it; a tokenizer without one adds none.
-    ids = tokens_lib.encode_prompts(WORDS, ["<bos>1=", "1<bos>"], max_length=5)
+    ids = tokens.encode_prompts(WORDS, ["<bos>1=", "1<bos>"], max_length=5)
     self.assertEqual(ids, [[103, 1, 102], [103, 1, 103]])
-    pairs = tokens_lib.encode_pairs(
+    pairs = tokens.encode_pairs(
       WORDS, [("<bos>1=", "1")], max_prompt_length=5, max_response_length=5
     )
     self.assertEqual(pairs, [([103, 1, 102], [1, 104])])
@@ -149,10 +150,8 @@ class EncodePromptsTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, r"'1\+1.*\.\.\. has 83 tokens, the limit is 82\."
     ):
-      tokens_lib.encode_prompts(WORDS, [prompt], max_length=82)
-    self.assertLen(
-      tokens_lib.encode_prompts(WORDS, [prompt], max_length=83)[0], 83
-    )
+      tokens.encode_prompts(WORDS, [prompt], max_length=82)
+    self.assertLen(tokens.encode_prompts(WORDS, [prompt], max_length=83)[0], 83)
 
   @parameterized.parameters(
     (5, [103, 1, 100, 2, 102]),
@@ -161,7 +160,7 @@ class EncodePromptsTest(parameterized.TestCase):
     (1, [102]),  # No room for it.
   )
   def test_truncate_keeps_the_start_token(self, max_length, expected):
-    ids = tokens_lib.encode_prompts(
+    ids = tokens.encode_prompts(
       WORDS, ["1+2="], max_length=max_length, truncate="left"
     )
     self.assertEqual(ids, [expected])
@@ -169,7 +168,7 @@ class EncodePromptsTest(parameterized.TestCase):
   def test_truncate_without_start_token(self):
     whole = BYTES.encode(TEXTS[0])
     with self.assertLogs("absl", logging.WARNING) as logs:
-      ids = tokens_lib.encode_prompts(
+      ids = tokens.encode_prompts(
         BYTES, [TEXTS[0], "x"], max_length=4, truncate="left"
       )
     self.assertEqual(ids[0], whole[-4:])
@@ -177,24 +176,24 @@ class EncodePromptsTest(parameterized.TestCase):
 
   def test_no_tokens(self):
     with self.assertRaisesRegex(ValueError, "prompt '' has no tokens"):
-      tokens_lib.encode_prompts(BYTES, ["x", ""], max_length=5)
+      tokens.encode_prompts(BYTES, ["x", ""], max_length=5)
 
   def test_cannot_encode(self):
     with self.assertRaisesRegex(ValueError, r"cannot encode '100\+1=': Word"):
-      tokens_lib.encode_prompts(WORDS, ["1+1=", "100+1="], max_length=5)
+      tokens.encode_prompts(WORDS, ["1+1=", "100+1="], max_length=5)
 
   def test_unknown_tokens_are_counted(self):
     lossy = _metaspace(byte_fallback=False)
     with self.assertLogs("absl", logging.WARNING) as logs:
-      tokens_lib.encode_prompts(lossy, ["b", "z", "bz"], max_length=9)
+      tokens.encode_prompts(lossy, ["b", "z", "bz"], max_length=9)
     self.assertIn("2 of 3 prompts hold the unknown token", logs.output[0])
 
   def test_end_token_behind_prompts(self):
     ending = _ending(arithmetic.word_tokenizer(), "<bos> $A <eos>")
-    with self.assertRaisesRegex(ValueError, "puts an end token behind"):
-      tokens_lib.encode_prompts(ending, ["1+1="], max_length=9)
+    with self.assertRaisesRegex(ValueError, "puts an end token after"):
+      tokens.encode_prompts(ending, ["1+1="], max_length=9)
     # In the text itself it is the user's choice.
-    ids = tokens_lib.encode_prompts(WORDS, ["1+1=<eos>"], max_length=9)
+    ids = tokens.encode_prompts(WORDS, ["1+1=<eos>"], max_length=9)
     self.assertEqual(ids[0][-1], 104)
 
   @parameterized.parameters(
@@ -203,12 +202,12 @@ class EncodePromptsTest(parameterized.TestCase):
   )
   def test_bad_settings(self, settings, message):
     with self.assertRaisesRegex(ValueError, message):
-      tokens_lib.encode_prompts(WORDS, ["1="], **settings)
+      tokens.encode_prompts(WORDS, ["1="], **settings)
 
 
 class EncodePairsTest(parameterized.TestCase):
   def _encode(self, tokenizer, pairs, limit=99):
-    return tokens_lib.encode_pairs(
+    return tokens.encode_pairs(
       tokenizer, pairs, max_prompt_length=99, max_response_length=limit
     )
 
@@ -252,15 +251,24 @@ class EncodePairsTest(parameterized.TestCase):
     self.assertEqual(BYTES.decode(prompt_ids + response_ids), prompt + response)
 
 
+class SingleIdTest(parameterized.TestCase):
+  def test_one_token(self):
+    self.assertEqual(tokens.single_id(WORDS, "="), 102)
+    self.assertEqual(tokens.single_id(WORDS, "12"), 12)
+
+  @parameterized.parameters(("", 0), ("1=", 2))
+  def test_another_number(self, text, number):
+    with self.assertRaisesRegex(ValueError, f"'{text}' is {number} tokens"):
+      tokens.single_id(WORDS, text)
+
+
 class DecodeTest(parameterized.TestCase):
   def test_hand_computed(self):
     ids = np.array([[30, 104, 7], [20, 100, 10], [108, 106, 5], [1, 2, 3]])
     mask = np.array([[1, 1, 0], [1, 1, 1], [1, 1, 0], [0, 0, 0]], np.bool_)
+    self.assertEqual(tokens.decode(WORDS, ids, mask), ["30", "20+10", "", ""])
     self.assertEqual(
-      tokens_lib.decode(WORDS, ids, mask), ["30", "20+10", "", ""]
-    )
-    self.assertEqual(
-      tokens_lib.decode(WORDS, ids, mask, skip_special_tokens=False)[0],
+      tokens.decode(WORDS, ids, mask, skip_special_tokens=False)[0],
       "30<eos>",
     )
 
@@ -274,57 +282,57 @@ class DecodeTest(parameterized.TestCase):
       tokenizer_object=backend, clean_up_tokenization_spaces=True
     )
     ids, mask = batches.pad_right([[0, 1, 2, 1, 0]])
-    self.assertEqual(tokens_lib.decode(tokenizer, ids, mask), ["a , a"])
+    self.assertEqual(tokens.decode(tokenizer, ids, mask), ["a , a"])
 
   def test_bad_input(self):
     ids = np.zeros((2, 3), np.int32)
     with self.assertRaisesRegex(ValueError, r"bool mask of one \[B, T\]"):
-      tokens_lib.decode(WORDS, ids, ids)
+      tokens.decode(WORDS, ids, ids)
     with self.assertRaisesRegex(ValueError, r"\(2, 3\) and bool \(3, 2\)"):
-      tokens_lib.decode(WORDS, ids, np.ones((3, 2), np.bool_))
+      tokens.decode(WORDS, ids, np.ones((3, 2), np.bool_))
 
 
 class SamplerSettingsTest(parameterized.TestCase):
   def test_stop_and_pad_ids(self):
     self.assertEqual(
-      (tokens_lib.stop_ids(WORDS), tokens_lib.pad_id(WORDS)), ((104,), 105)
+      (tokens.stop_ids(WORDS), tokens.pad_id(WORDS)), ((104,), 105)
     )
     # Without a padding token the end token fills rows; masks tell them apart.
-    self.assertEqual(tokens_lib.pad_id(BYTES), BYTES.eos_token_id)
+    self.assertEqual(tokens.pad_id(BYTES), BYTES.eos_token_id)
     bare = transformers.PreTrainedTokenizerFast(
       tokenizer_object=WORDS.backend_tokenizer
     )
-    self.assertEqual(tokens_lib.pad_id(bare), 0)
+    self.assertEqual(tokens.pad_id(bare), 0)
     with self.assertRaisesRegex(ValueError, "lacks an end token"):
-      tokens_lib.stop_ids(bare)
+      tokens.stop_ids(bare)
 
   def test_allowed_tokens(self):
-    allowed = tokens_lib.allowed_tokens(WORDS, 109)
+    allowed = tokens.allowed_tokens(WORDS, 109)
     np.testing.assert_array_equal(allowed, np.arange(109) < 103)
-    ending = tokens_lib.allowed_tokens(WORDS, 109, stop_ids=[104])
+    ending = tokens.allowed_tokens(WORDS, 109, stop_ids=[104])
     np.testing.assert_array_equal(np.flatnonzero(ending != allowed), [104])
     with self.assertRaisesRegex(ValueError, "largest id 105, got 105"):
-      tokens_lib.allowed_tokens(WORDS, 105)
+      tokens.allowed_tokens(WORDS, 105)
 
   def test_allowed_tokens_counts_added_special_tokens(self):
     tokenizer = _byte_level_bpe()
     tokenizer.add_tokens(["<tool>"], special_tokens=True)
-    allowed = tokens_lib.allowed_tokens(tokenizer, len(tokenizer))
+    allowed = tokens.allowed_tokens(tokenizer, len(tokenizer))
     token_id = tokenizer.convert_tokens_to_ids
     self.assertFalse(allowed[token_id("<tool>")])
     self.assertTrue(allowed[token_id("<think>")])
     self.assertFalse(allowed[tokenizer.eos_token_id])
-    self.assertEqual(tokens_lib.token_bytes(tokenizer)[token_id("<tool>")], b"")
+    self.assertEqual(tokens.token_bytes(tokenizer)[token_id("<tool>")], b"")
 
   def test_check_positions(self):
-    tokens_lib.check_positions(64, 64)
+    tokens.check_positions(64, 64)
     with self.assertRaisesRegex(ValueError, "up to 65 tokens .* 64 positions"):
-      tokens_lib.check_positions(65, 64)
+      tokens.check_positions(65, 64)
 
 
 class TokenBytesTest(parameterized.TestCase):
   def _check(self, tokenizer, texts):
-    contributions = tokens_lib.token_bytes(tokenizer)
+    contributions = tokens.token_bytes(tokenizer)
     for text in texts:
       ids = tokenizer.encode(text)
       expected = tokenizer.decode(
@@ -336,7 +344,7 @@ class TokenBytesTest(parameterized.TestCase):
 
   def test_byte_level(self):
     self._check(BYTES, (*TEXTS, "say <think> a b aa bb"))
-    contributions = tokens_lib.token_bytes(BYTES)
+    contributions = tokens.token_bytes(BYTES)
     self.assertEqual(contributions[BYTES.eos_token_id], b"")
     self.assertEqual(
       contributions[BYTES.convert_tokens_to_ids("<think>")], b"<think>"
@@ -347,13 +355,13 @@ class TokenBytesTest(parameterized.TestCase):
 
   def test_byte_fallback(self):
     self._check(PIECES, TEXTS)
-    contributions = tokens_lib.token_bytes(PIECES)
+    contributions = tokens.token_bytes(PIECES)
     self.assertEqual(contributions[:4], [b"", b"", b"", b"\0"])
     self.assertEqual(contributions[3 + 0xFF], b"\xff")
     self.assertEqual(contributions[3 + 256 : 3 + 258], [b" ", b" a"])
 
   def test_words(self):
-    contributions = tokens_lib.token_bytes(WORDS, vocab_size=109)
+    contributions = tokens.token_bytes(WORDS, vocab_size=109)
     self.assertLen(contributions, 109)
     self.assertEqual(contributions[99:103], [b"99", b"+", b"*", b"="])
     self.assertEqual(contributions[103:], [b""] * 6)
@@ -361,12 +369,12 @@ class TokenBytesTest(parameterized.TestCase):
   @hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
   def test_any_text(self, text):
     hypothesis.assume("<|end|>" not in text)
-    contributions = tokens_lib.token_bytes(BYTES)
+    contributions = tokens.token_bytes(BYTES)
     joined = b"".join(contributions[i] for i in BYTES.encode(text))
     self.assertEqual(joined.decode("utf-8"), text)
 
   def test_single_ids_decode_alike(self):
-    contributions = tokens_lib.token_bytes(BYTES)
+    contributions = tokens.token_bytes(BYTES)
     for token_id, piece in enumerate(contributions):
       self.assertEqual(
         piece.decode("utf-8", errors="replace"),
@@ -377,7 +385,7 @@ class TokenBytesTest(parameterized.TestCase):
     folder = conftest.shared("data/models/stories260k")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     self._check(tokenizer, TEXTS)
-    contributions = tokens_lib.token_bytes(tokenizer)
+    contributions = tokens.token_bytes(tokenizer)
     self.assertEqual(contributions[3 + 0x0A], b"\n")
     self.assertEqual(contributions[:3], [b""] * 3)
 
@@ -395,17 +403,17 @@ class TokenBytesTest(parameterized.TestCase):
 
   def test_bad_input(self):
     with self.assertRaisesRegex(ValueError, "largest id 105, got 105"):
-      tokens_lib.token_bytes(WORDS, vocab_size=105)
+      tokens.token_bytes(WORDS, vocab_size=105)
     other = arithmetic.word_tokenizer()
     other.backend_tokenizer.decoder = tokenizers.decoders.WordPiece()
     with self.assertRaisesRegex(ValueError, "decoder 'WordPiece'"):
-      tokens_lib.token_bytes(other)
+      tokens.token_bytes(other)
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
     blanks = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     with self.assertRaisesRegex(ValueError, "has no decoder"):
-      tokens_lib.token_bytes(blanks)
-    with self.assertRaisesRegex(ValueError, "is not a fast one"):
-      tokens_lib.token_bytes(object())
+      tokens.token_bytes(blanks)
+    with self.assertRaisesRegex(ValueError, "needs a fast tokenizer, got"):
+      tokens.token_bytes(object())
 
 
 class ImportTest(parameterized.TestCase):

@@ -1,4 +1,4 @@
-"""Tests of rljax.logs."""
+"""Tests of rljax.training.logs."""
 
 import contextlib
 import csv

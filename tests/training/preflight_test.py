@@ -2,13 +2,13 @@
 
 import contextlib
 import io
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax.distributed import compiled
 from rljax.generation import rollouts
 from rljax.ops import sampling
 from rljax.training import preflight
@@ -40,6 +40,18 @@ def _setting(**options):
   return model, params, rollout, settings
 
 
+def _check(model, params, rollout, *, settings, allowed=None, **options):
+  """The checks of a trainer with these settings."""
+
+  def log_probs_of(params, rollout):
+    statistics, _ = rollouts.token_statistics(
+      model, params, rollout, temperature=settings.temperature, allowed=allowed
+    )
+    return statistics.log_probs
+
+  return preflight.check(log_probs_of, params, rollout, **options)
+
+
 def _red(checks):
   return [check.name for check in checks if not check.passed]
 
@@ -47,16 +59,16 @@ def _red(checks):
 class CheckTest(parameterized.TestCase):
   def test_all_green(self):
     model, params, rollout, settings = _setting()
-    checks = preflight.check(
+    checks = _check(
       model, params, rollout, settings=settings, stop_ids=STOP_IDS
     )
     self.assertEmpty(_red(checks))
     self.assertLen(checks, 6)
-    preflight.judge(checks, "strict")
+    preflight.enforce(checks, "strict")
 
   def test_forgotten_temperature(self):
     model, params, rollout, _ = _setting()
-    checks = preflight.check(
+    checks = _check(
       model, params, rollout, settings=sampling.Settings(), stop_ids=STOP_IDS
     )
     self.assertEqual(_red(checks), ["sampler and trainer log-probs agree"])
@@ -64,11 +76,11 @@ class CheckTest(parameterized.TestCase):
   def test_forgotten_mask(self):
     allowed = jnp.arange(40) % 2 == 1
     model, params, rollout, settings = _setting(allowed=allowed)
-    checks = preflight.check(
+    checks = _check(
       model, params, rollout, settings=settings, stop_ids=STOP_IDS
     )
     self.assertEqual(_red(checks), ["sampler and trainer log-probs agree"])
-    checks = preflight.check(
+    checks = _check(
       model,
       params,
       rollout,
@@ -85,7 +97,7 @@ class CheckTest(parameterized.TestCase):
       def __call__(self, ids, mask):
         return super().__call__(ids, jnp.ones_like(mask))
 
-    checks = preflight.check(
+    checks = _check(
       Inattentive(model.config),
       params,
       rollout,
@@ -102,7 +114,7 @@ class CheckTest(parameterized.TestCase):
         hidden = super().__call__(ids, mask)
         return hidden + 0.1 * hidden[:1]
 
-    checks = preflight.check(
+    checks = _check(
       Mixing(model.config),
       params,
       rollout,
@@ -125,7 +137,7 @@ class CheckTest(parameterized.TestCase):
         factor = 1 + jax.pure_callback(noise, shape)
         return super().__call__(ids, mask) * factor
 
-    checks = preflight.check(
+    checks = _check(
       Noisy(model.config), params, rollout, settings=settings, stop_ids=STOP_IDS
     )
     self.assertIn("dropout is off", _red(checks))
@@ -136,7 +148,7 @@ class CheckTest(parameterized.TestCase):
     mask = np.asarray(rollout.response_mask).copy()
     row = int(np.flatnonzero(mask.sum(1) < 5)[0])
     mask[row, mask[row].sum() - 1] = False  # As `ids != pad` would do.
-    checks = preflight.check(
+    checks = _check(
       model,
       params,
       rollout.replace(response_mask=jnp.asarray(mask)),
@@ -148,7 +160,7 @@ class CheckTest(parameterized.TestCase):
   def test_mask_that_goes_on_behind_the_end(self):
     model, params, rollout, settings = _setting()
     mask = np.ones_like(np.asarray(rollout.response_mask))
-    checks = preflight.check(
+    checks = _check(
       model,
       params,
       rollout.replace(response_mask=jnp.asarray(mask)),
@@ -164,7 +176,7 @@ class CheckTest(parameterized.TestCase):
     metrics = {"ppo/ratio_min": one, "ppo/ratio_max": one}
 
     def check():
-      return preflight.check(
+      return _check(
         model,
         params,
         rollout,
@@ -183,12 +195,54 @@ class CheckTest(parameterized.TestCase):
     metrics = {}  # Nothing known is not good news.
     self.assertIn("first ratio is 1", _red(check()))
 
-  def test_judge(self):
+  def test_enforce(self):
     red = [preflight.Check("a thing", 2.0, 1.0), preflight.Check("b", 0.0, 1.0)]
-    with self.assertRaisesRegex(RuntimeError, "1 of 2 checks red .a thing: 2"):
-      preflight.judge(red, "strict")
-    preflight.judge(red, "warn")
+    with self.assertRaisesRegex(
+      preflight.Refused, "1 of 2 checks red .a thing: 2"
+    ):
+      preflight.enforce(red, "strict")
+    preflight.enforce(red, "warn")
     self.assertFalse(preflight.Check("nan", float("nan"), 1.0).passed)
+
+  def test_run_shows_and_refuses(self):
+    model, params, rollout, settings = _setting()
+    sampler = mock.Mock(stop_ids=STOP_IDS)
+    sampler.settings.stop_strings = ()
+    one = jnp.float32(1.0)
+    ratios = {"ppo/ratio_min": one, "ppo/ratio_max": one}
+    parts = []
+
+    def gradients(num_parts):
+      parts.append(num_parts)
+      return {"w": jnp.full(3, float(num_parts))}, ratios
+
+    def run(mode, **options):
+      out = io.StringIO()
+      with contextlib.redirect_stdout(out):
+        preflight.run(
+          mode,
+          lambda params, rollout: (
+            rollouts.token_statistics(
+              model, params, rollout, temperature=settings.temperature
+            )[0].log_probs
+          ),
+          params,
+          rollout,
+          sampler=sampler,
+          gradients=gradients,
+          is_float32=True,
+          **options,
+        )
+      return out.getvalue()
+
+    # 9 rows of a device are split in three; the gradients then differ.
+    with self.assertRaisesRegex(preflight.Refused, "3 micro-batches equal one"):
+      run("strict", num_rows=9)
+    self.assertEqual(parts, [1, 3])
+    self.assertIn("RED", run("warn", num_rows=9))
+    shown = run("strict", num_rows=9, parts_add_up=False)
+    self.assertIn("entropies differ", shown)
+    self.assertNotIn("micro-batches", run("strict", num_rows=1))
 
   def test_show(self):
     out = io.StringIO()
@@ -210,40 +264,7 @@ class CheckTest(parameterized.TestCase):
       self.assertIn(part, out.getvalue())
 
 
-class CompiledTest(absltest.TestCase):
-  def test_compiles_once_per_shape(self):
-    double = compiled.Compiled("double", lambda x: 2 * x)
-    np.testing.assert_array_equal(double(jnp.arange(3)), [0, 2, 4])
-    double(jnp.arange(3))
-    self.assertLen(double.compilations, 1)
-    double(jnp.arange(4))
-    self.assertLen(double.compilations, 2)
-    self.assertGreater(double.compilations[0]["seconds"], 0)
-
-  def test_recompilation_names_the_argument(self):
-    add = compiled.Compiled("add", lambda x, y: x + y["b"])
-    add(jnp.zeros(3), {"b": jnp.ones(3)})
-    add.freeze()
-    add(jnp.zeros(3), {"b": jnp.zeros(3)})
-    with self.assertRaisesRegex(
-      RuntimeError, r"add would compile.*\['b'\].*float32\[3\].*float32\[1\]"
-    ):
-      add(jnp.zeros(3), {"b": jnp.ones(1)})
-    with self.assertRaisesRegex(RuntimeError, "structure|PyTreeDef"):
-      add(jnp.zeros(3), {"b": jnp.ones(3), "c": jnp.ones(3)})
-
-  def test_recompilation_by_sharding(self):
-    double = compiled.Compiled("double", lambda x: 2 * x)
-    double(jnp.arange(8))
-    double.freeze()
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    spread = jax.device_put(
-      jnp.arange(8),
-      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")),
-    )
-    with self.assertRaisesRegex(RuntimeError, "was int32.8. on .*, now int32"):
-      double(spread)
-
+class MemoryTest(absltest.TestCase):
   def test_tree_bytes(self):
     tree = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4, jnp.bfloat16)}
     self.assertEqual(preflight.tree_bytes(tree), 24 + 8)

@@ -2,15 +2,15 @@
 
   ### PRE:(game "game" (players 2) ### SUF:  (rules ...) ### MID:
 
-asks for what stands between two parts of a description, here the equipment. A
-response is put in its place, and the game that comes out is scored by how far
-it gets: it is read, checked, compiled, played at random, and then judged by
-whether the games are fair, decided, short enough and new. The last steps run
-in worker processes with limits, since nobody knows what a description costs.
+asks for the text between two parts of a description, here the equipment. A
+response is put in its place, and the resulting game is scored by how far it
+gets: it is read, checked, compiled, played at random, and then scored for games
+that are fair, decided, short enough and new. The last steps run in worker
+processes with limits, since the cost of a description is unknown.
 
-The games are those that ludax ships (Apache-2.0), and what
-`game_variants.expand` makes of them. The game files of Ludii, which the paper
-used, are neither needed nor used: their licence allows no changes.
+The games are those that ludax ships (Apache-2.0), and those that
+`variants.expand` makes of them. The game files of Ludii, which the paper used,
+are not used: their licence allows no changes.
 
 Source:
   Padula and Soemers (2024), "Exploring RL-based LLM Training for Formal
@@ -31,12 +31,12 @@ from rljax.tasks.games import pool, rewards, rules
 from rljax.text import files
 
 SPLITS = ("train", "validation", "test")
-# Games that validation and test have, and training does not.
+# Games of validation and test, which training does not have.
 HELD_OUT = {"validation": ("gomoku", "yavalath"), "test": ("hex", "reversi")}
 MIN_PLIES = 4  # Mean length of a game, for the reward "graded".
 WHOLE = rules.gap("", "")  # Asks for a whole game.
 
-_SKIPPED = ("test",)  # Made to try out the compiler, and no game.
+_SKIPPED = ("test",)  # A test of the compiler, not a game.
 
 
 # Prompts.
@@ -54,29 +54,30 @@ def prompts(
   max_words: int = 0,
   max_gap: int = 0,
 ) -> list[str]:
-  """Games with a gap, shuffled by the seed.
+  """Draws games with a gap, shuffled by the seed.
 
   Args:
     split: "train", "validation" or "test"; they have different games.
     seed: of the order; >= 0.
-    num: how many; None for all. More than there are gives repetitions.
+    num: how many; None for all. A larger number than there are gives
+      repetitions.
     form: "middle" for games with an expression cut out; "whole" for an empty
       game, the same for all prompts.
-    corpus: file of `game_variants.expand` to take the games of this split from;
+    corpus: file of `variants.expand` to take the games of this split from;
       "" for those that ludax ships.
-    min_share: characters that must be cut out, for each one of the prompt.
+    min_share: least characters that are cut out, per character of the prompt.
     max_sites: of a board; larger ones are left out.
-    max_words: of a game, as `game_rules.words` counts them; longer ones are
+    max_words: of a game, as `rules.words` counts them; longer ones are
       left out. 0 for no limit.
-    max_gap: words that are cut out, at most; 0 for no limit.
+    max_gap: most words that are cut out; 0 for no limit.
 
   Returns:
-    Prompts, see `game_rules.gap`, of canonical text with placeholders for
+    Prompts, see `rules.gap`, of canonical text with placeholders for
     names.
 
   Raises:
     ValueError: if an option is unknown, ludax is not installed, a file is not
-      as expected, or there is nothing to draw from.
+      as expected, or no game fits.
   """
   return [
     prompt
@@ -106,7 +107,7 @@ def supervised(
   max_words: int = 0,
   max_gap: int = 0,
 ) -> list[tuple[str, str]]:
-  """The prompts of `prompts` with what was cut out of the games.
+  """Draws the prompts of `prompts` with what was cut out of the games.
 
   Args:
     split: see `prompts`; likewise the others.
@@ -149,9 +150,9 @@ def supervised(
   rows = list(dict.fromkeys(rows))
   if not rows:
     raise ValueError(
-      f"There is no game of at most {max_sites} sites with a gap of "
-      f"min_share={min_share} in the split {split!r}, as long as max_words="
-      f"{max_words} and max_gap={max_gap} allow."
+      f"The split {split!r} has no game of at most {max_sites} sites with a "
+      f"gap of min_share={min_share} within max_words={max_words} and "
+      f"max_gap={max_gap}."
     )
   logging.info(
     "%d gaps in %d of %d games of the split %r; others are too long.",
@@ -170,12 +171,12 @@ def supervised(
 def texts(
   split: str, *, corpus: str = "", max_sites: int = rules.MAX_SITES
 ) -> list[str]:
-  """The games of a split, with placeholders for names.
+  """Returns the games of a split, with placeholders for names.
 
   Args:
     split: "train", "validation" or "test".
     corpus: see `prompts`.
-    max_sites: of a board. Games that `game_rules.checks` faults are left out.
+    max_sites: of a board. Games that fail `rules.checks` are left out.
 
   Returns:
     Different canonical texts.
@@ -210,7 +211,7 @@ def texts(
 
 
 def shipped(split: str) -> dict[str, str]:
-  """The games of a split that ludax ships, with placeholders for their names.
+  """Returns a split of ludax's own games, with placeholders for names.
 
   Raises:
     ValueError: if there is no such split, or ludax is not installed.
@@ -227,7 +228,7 @@ def shipped(split: str) -> dict[str, str]:
 
 
 def corpus_rows(path: str) -> list[dict[str, Any]]:
-  """The rows of a file of `game_variants.write`.
+  """Reads the rows of a file of `variants.write`.
 
   Raises:
     ValueError: if it is not as expected.
@@ -236,19 +237,19 @@ def corpus_rows(path: str) -> list[dict[str, Any]]:
 
 
 def grammar_tokenizer():
-  """A fast tokenizer of the language, see `game_rules.grammar_tokenizer`."""
+  """Makes a fast tokenizer of the language; see `rules`."""
   return rules.grammar_tokenizer()
 
 
 def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
-  """The grammar of the language as arrays, see `game_grammar.grammar`."""
+  """Returns the grammar of the language as arrays, see `grammar.grammar`."""
   return grammar_lib.grammar(tokenizer, vocab_size)
 
 
 def places(
   prompts: Sequence[str], tokenizer: Any, vocab_size: int
 ) -> dict[str, np.ndarray]:
-  """Where responses begin in the grammar, see `game_grammar.places`."""
+  """Returns where responses begin in the grammar, see `grammar.places`."""
   return grammar_lib.places(prompts, tokenizer, vocab_size)
 
 
@@ -271,7 +272,7 @@ def score(
   memory_gb: float = 2.0,
   num_workers: int | None = None,
 ) -> tuple[float, dict[str, Any]]:
-  """Scores one response; see `score_batch` for all that it takes and gives."""
+  """Scores one response; see `score_batch` for arguments and results."""
   (value,), (parts,) = score_batch(
     [prompt],
     [response],
@@ -308,33 +309,33 @@ def score_batch(
 ) -> tuple[list[float], list[dict[str, Any]]]:
   """Scores N responses, evaluating every different game once.
 
-  A response is cut where its first expression ends (`game_rules.trim`) and put
-  into the gap of its prompt. "graded" is, for text of n characters of which
-  the first u follow the grammar,
+  A response is cut where its first expression ends (`rules.trim`) and put into
+  the gap of its prompt. "graded" is, for a text of n characters of which the
+  first u follow the grammar,
 
     0                              not readable: markers, too long
     0.14 min(1, u/200) u/n         no whole description
-    0.15 + 0.1 k/16                k of 16 checks passed (`game_rules.checks`)
+    0.15 + 0.1 k/16                k of 16 checks passed (`rules.checks`)
     0.25, 0.28                     an error of the compiler: building, tracing
     0.28                           out of time or memory
     0.32                           10 % of the games stuck, or mean length < 4
     0.35 + 0.65 q (0.2 + 0.8 ν)    played
 
-  with the quality q of `game_rewards.quality`, and the novelty ν, one for a
+  with the quality q of `rewards.quality`, and the novelty ν, one for a
   game that differs from all of the corpus in 15 % of its words. By the paper,
   "ladder" is
 
     0        no whole description, or it does not compile
     0.01     out of time or memory
     0.05     10 % of the games stuck, or mean length < 2
-    M        played: `game_rewards.ladder_mean` of the balance, and of the
+    M        played: `rewards.ladder_mean` of the balance, and of the
              decided share as completion and as drawishness
 
-  The score is a function of text and seed, on all machines, save where a limit
-  was hit: a slower machine hits the limit of time earlier.
+  The score depends on text and seed alone, on all machines, unless a limit was
+  hit: a slower machine hits the time limit earlier.
 
   Args:
-    prompts: N texts, each one of `prompts` or another `game_rules.gap`.
+    prompts: N texts, each one of `prompts` or another `rules.gap`.
     responses: N texts, of any kind and length.
     reward: "graded" or "ladder".
     power_mean: "true" for the power mean with exponent 1/3, "code" for the
@@ -344,14 +345,13 @@ def score_batch(
     num_games: how many; None for 64 ("graded") or 100 ("ladder").
     max_plies: where a game is stopped; None for 300 or 500.
     max_sites: of a board; "graded" does not compile larger ones.
-    corpus: file of `game_variants.expand`, to measure novelty from all its
-      games too.
+    corpus: file of `variants.expand`, whose games count for novelty too.
     cache: folder that keeps what was measured; "" for none. Several processes
-      may share one. Limits that were hit are kept in this process alone.
-    seconds: of computing that a game may take, compiled and played; and fifteen
-      times as many of the clock. If that was not enough in a worker that had
-      served others, it gets them once more.
-    memory_gb: that it may take in its process.
+      may share one. Limits that were hit are only kept in this process.
+    seconds: of processor time to compile and play a game; and fifteen times as
+      many of the clock. A game that fails in a worker that had served others is
+      tried once more.
+    memory_gb: memory of a game's process.
     num_workers: processes; None for one per core.
 
   Returns:
@@ -366,12 +366,12 @@ def score_batch(
       is_good: bool: balance and decided share are at least 0.05, the games two
         plies long, and fewer than half of them stuck.
       balance, decisive, timeouts, stuck, plies, decisions, branching: of the
-        games, see `game_play.measure`; 0 if none was played.
+        games, see `play.measure`; 0 if none was played.
       quality, novelty: q, and the distance to the corpus; 0 if not played.
 
   Raises:
-    ValueError: if an option is unknown or not as described, the corpus or the
-      cache cannot be used, a prompt has no gap, or ludax is not installed.
+    ValueError: if an option is unknown or invalid, the corpus or the cache
+      cannot be used, a prompt has no gap, or ludax is not installed.
   """
   _check_score_options(
     reward,
@@ -381,7 +381,7 @@ def score_batch(
     {"seconds": seconds, "memory_gb": memory_gb},
   )
   if corpus:
-    _corpus(str(corpus))  # Says what is wrong with it before a game is played.
+    _corpus(str(corpus))  # Raises before a game is played if it cannot be used.
   if cache:
     pool.check_cache(str(cache))
   is_graded = reward == "graded"
@@ -459,7 +459,7 @@ def _check_score_options(
 
 
 def _composed(prompt: str, response: str) -> tuple[str, str | None]:
-  """Why there is no game, or its canonical text."""
+  """Returns why there is no game, or its canonical text."""
   if rules.compose(prompt, "") is None:
     raise ValueError(
       f"A prompt has the marks {', '.join(rules.MARKERS)} once each, in "
@@ -474,7 +474,7 @@ def _composed(prompt: str, response: str) -> tuple[str, str | None]:
 
 
 def _read(text: str, max_sites: int) -> dict[str, Any]:
-  """What can be said of a canonical text without playing it."""
+  """Returns what can be said of a canonical text without playing it."""
   used, parses = rules.progress(text)
   found = rules.checks(text, max_sites=max_sites) if parses else {}
   failed = [name for name, passes in found.items() if not passes]
@@ -508,11 +508,13 @@ def _corpus(path: str) -> tuple[dict[str, Any], ...]:
       or rules.canonical(text) != text
       or not rules.progress(text)[1]
     ):
-      raise ValueError(f"{path}, row {i + 1}: {str(text)[:60]!r} is no game.")
+      raise ValueError(
+        f"{path}, row {i + 1}: {str(text)[:60]!r} is not a game."
+      )
     if split not in SPLITS:
       raise ValueError(
-        f"{path}, row {i + 1}: the splits are {', '.join(SPLITS)}, not "
-        f"{split!r}."
+        f"{path}, row {i + 1}: the split must be one of {', '.join(SPLITS)}, "
+        f"got {split!r}."
       )
   return rows
 

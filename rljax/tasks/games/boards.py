@@ -1,4 +1,4 @@
-"""Boards of games: where their sites are, and the same game on another board.
+"""Boards of games: the places of their sites, and games on other boards.
 
 Functions of text and numpy. A board is its shape and its sizes, as a
 description names them: ("square", (8,)), ("rectangle", (6, 7)), ("hexagon",
@@ -16,11 +16,11 @@ SHAPES = ("square", "rectangle", "hexagon", "hex_rectangle")
 
 Board = tuple[str, tuple[int, ...]]
 
-_LEAST = 9  # Sites of a board that is offered.
+_LEAST = 9  # Least sites of a board.
 
 
 def board(text: str) -> Board:
-  """The board of a game.
+  """Returns the board of a game.
 
   Args:
     text: canonical, and following the grammar.
@@ -33,7 +33,7 @@ def board(text: str) -> Board:
 
 @functools.lru_cache(256)
 def positions(shape: str, sizes: tuple[int, ...]) -> np.ndarray:
-  """Where the sites of a board are.
+  """Returns where the sites of a board are.
 
   Args:
     shape: one of `SHAPES`.
@@ -61,7 +61,7 @@ def positions(shape: str, sizes: tuple[int, ...]) -> np.ndarray:
 
 @functools.lru_cache(16)
 def boards(max_sites: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-  """Sizes of the boards with 9 sites or more, by shape.
+  """Returns the sizes of boards with 9 sites or more, by shape.
 
   Args:
     max_sites: how many a board may have.
@@ -85,13 +85,12 @@ def boards(max_sites: int) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def on_board(text: str, shape: str, sizes: tuple[int, ...]) -> str:
-  """The same game on another board.
+  """Moves a game to another board.
 
-  What the rules say of single sites, of rows and of columns is moved to where
-  it stands on the new board: the middle stays the middle, the edge the edge. Of
-  pieces that would come to stand on the same site, the first one is placed.
-  Lines of more than about half of a smaller board become as short as that,
-  since most of them would never be seen.
+  Single sites, rows and columns in the rules move to their place on the new
+  board: the middle stays the middle, the edge the edge. Of pieces on the same
+  site, the first one is placed. Lines of more than about half of a smaller
+  board are shortened to that, since they would rarely be completed.
 
   Args:
     text: canonical, and following the grammar.
@@ -147,7 +146,7 @@ def on_board(text: str, shape: str, sizes: tuple[int, ...]) -> str:
 
 
 def smaller(text: str, max_sites: int, num: int = 2) -> list[str]:
-  """A game on the largest boards of its shape that have few enough sites.
+  """Moves a game to the largest boards of its shape that are small enough.
 
   Args:
     text: canonical, and following the grammar.
@@ -175,7 +174,7 @@ def smaller(text: str, max_sites: int, num: int = 2) -> list[str]:
 
 @functools.lru_cache(1024)
 def _nearest(old: Board, new: Board) -> tuple[int, ...]:
-  """For each site of a board the one in its place on another board."""
+  """Returns for each site of a board the nearest one on another board."""
   places = []
   for found in (positions(*old), positions(*new)):
     low, high = found.min(0), found.max(0)

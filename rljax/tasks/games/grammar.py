@@ -1,11 +1,11 @@
-"""The grammar of board games as arrays, for a sampler that stays within it.
+"""The grammar of board games as arrays, to constrain a sampler.
 
-`grammar` turns the parser of `game_rules` into the tables of
-`grammars.Tables`; `places` says where in it the responses to prompts begin, and
-what may begin there. The arrays are numpy's: nothing here needs jax.
+`grammar` turns the parser of `rules` into the tables of `grammars.Tables`;
+`places` returns where in it the responses to prompts begin, and what may begin
+there. The arrays are numpy's: nothing here needs jax.
 
-The grammar knows words and their order. It does not know which pieces were
-defined: a sentence of it may fail the checks of `game_rules`.
+The grammar has words and their order, but not which pieces were defined: a text
+of it may fail the checks of `rules`.
 """
 
 import functools
@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from rljax.tasks.games import rules as rules_lib
+from rljax.tasks.games import rules
 
 MAX_STACK = 96  # States of the parser; the games of ludax need 32.
 
 
 def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
-  """The tables of the parser, over the tokens of a tokenizer.
+  """Makes the tables of the parser, over the tokens of a tokenizer.
 
   Args:
-    tokenizer: of words, as `game_rules.grammar_tokenizer` makes it: each of its
-      tokens is a word of the language, or is never drawn.
+    tokenizer: of words, as of `rules.grammar_tokenizer`: each token is a word
+      of the language, or is never drawn.
     vocab_size: V of the model, which may have more tokens.
 
   Returns:
@@ -36,8 +36,9 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
       end token.
   """
   vocabulary = tokenizer.get_vocab()
-  # A tokenizer of natural text has some of the words, and could write no game.
-  words = dict.fromkeys(("(", ")", "game", *rules_lib.vocabulary()))
+  # A tokenizer of natural text has only some of the words, and could write no
+  # game.
+  words = dict.fromkeys(("(", ")", "game", *rules.vocabulary()))
   missing = [word for word in words if word not in vocabulary]
   if missing or tokenizer.eos_token_id is None:
     lost = ", ".join(missing[:5]) or "an end token"
@@ -45,17 +46,17 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
       lost += f" and {len(missing) - 5} more"
     raise ValueError(
       "The grammar of games needs a tokenizer with its words as tokens and an "
-      f"end token; this one has not {lost}. experiments/sft.py --task=games "
+      f"end token; this one lacks {lost}. experiments/sft.py --task=games "
       "--tokenizer=grammar makes one."
     )
   from lark.parsers.lalr_analysis import Shift
 
-  parser = rules_lib._parser()
+  parser = rules._parser()
   states = _table().states
   terminals = {t.name: i for i, t in enumerate(parser.terminals)}
-  rules = {rule: i for i, rule in enumerate(parser.rules)}
+  productions = {rule: i for i, rule in enumerate(parser.rules)}
   heads: dict[str, int] = {}
-  for rule in rules:
+  for rule in productions:
     heads.setdefault(rule.origin.name, len(heads))
   shape = (len(states), len(terminals))
   found = {
@@ -63,8 +64,12 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
     "next_states": np.full(shape, -1, np.int16),
     "reduces": np.zeros(shape, bool),
     "rules": np.zeros(len(states), np.int16),
-    "lengths": np.array([len(rule.expansion) for rule in rules], np.int32),
-    "heads": np.array([heads[rule.origin.name] for rule in rules], np.int32),
+    "lengths": np.array(
+      [len(rule.expansion) for rule in productions], np.int32
+    ),
+    "heads": np.array(
+      [heads[rule.origin.name] for rule in productions], np.int32
+    ),
     "gotos": np.full((len(states), len(heads)), -1, np.int16),
     "depths": np.zeros(vocab_size, np.int32),
     "ends": np.zeros(vocab_size, bool),
@@ -83,10 +88,10 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
         found["next_states"][state, terminals[symbol]] = argument
       elif symbol in terminals:
         found["reduces"][state, terminals[symbol]] = True
-        by.add(rules[argument])
+        by.add(productions[argument])
     if len(by) > 1:
       raise ValueError(
-        f"State {state} of the parser reduces by {len(by)} rules, and the "
+        f"State {state} of the parser reduces by {len(by)} rules, but the "
         "sampler can follow one; the grammar of ludax 1.0.0 has no such state."
       )
     found["rules"][state] = next(iter(by), 0)
@@ -96,21 +101,21 @@ def grammar(tokenizer: Any, vocab_size: int) -> dict[str, np.ndarray]:
 def places(
   prompts: Sequence[str], tokenizer: Any, vocab_size: int
 ) -> dict[str, np.ndarray]:
-  """Where the responses to prompts begin.
+  """Returns where the responses to prompts begin.
 
   Args:
-    prompts: N texts as `game_rules.gap` makes them.
+    prompts: N texts as `rules.gap` makes them.
     tokenizer: as for `grammar`.
     vocab_size: V of the model.
 
   Returns:
     `stack` [N, D], `size` [N] and `seconds` [N, V], see `grammars.constraint`.
-    A word may be second if a shortest expression that begins with it fits to
-    what stands on both sides of the gap.
+    A word may be second if a shortest expression that begins with it fits the
+    text on both sides of the gap.
 
   Raises:
-    ValueError: if a prompt has no gap, what stands before it does not follow
-      the grammar, or nothing fits.
+    ValueError: if a prompt has no gap, the text before it does not follow the
+      grammar, or nothing fits.
   """
   vocabulary = tokenizer.get_vocab()
   stack = np.zeros((len(prompts), MAX_STACK), np.int32)
@@ -121,7 +126,7 @@ def places(
     if len(states) >= MAX_STACK:
       raise ValueError(
         f"The prompt {prompt[:60]!r} is nested too deeply: the parser needs "
-        f"{len(states)} states, and has room for {MAX_STACK}."
+        f"{len(states)} states, but has room for {MAX_STACK}."
       )
     stack[i, : len(states)] = states
     size[i] = len(states)
@@ -129,27 +134,27 @@ def places(
   return {"stack": stack, "size": size, "seconds": seconds}
 
 
-# A parser that keeps its stack, and builds nothing.
+# A parser that keeps its stack, but builds no tree.
 
 Stack = tuple[int, ...]
 
 
 @functools.lru_cache(2**16)
 def _place(prompt: str) -> tuple[Stack, tuple[str, ...]]:
-  """The stack behind what precedes the gap, and words that may be second."""
-  parts = rules_lib.around(prompt)
+  """Returns the stack before the gap, and words that may be second."""
+  parts = rules.around(prompt)
   if parts is None:
     raise ValueError(
-      f"A prompt has the marks {', '.join(rules_lib.MARKERS)} once each, in "
+      f"A prompt has the marks {', '.join(rules.MARKERS)} once each, in "
       f"this order, got {prompt[:100]!r}."
     )
-  prefix, suffix = map(rules_lib.words, parts)
+  prefix, suffix = map(rules.words, parts)
   before = _feed((_table().start_states["game"],), prefix)
   if before is None:
     raise ValueError(
-      f"What stands before the gap does not follow the grammar: {parts[0]!r}."
+      f"The text before the gap does not follow the grammar: {parts[0]!r}."
     )
-  fits = {}  # By the stack behind an expression: few differ.
+  fits = {}  # By the stack after an expression: few differ.
   terminals = set()
   for expression in _shortest():
     after = _feed(before, expression)
@@ -169,7 +174,7 @@ def _place(prompt: str) -> tuple[Stack, tuple[str, ...]]:
 def _feed(
   stack: Stack, words: Sequence[str], *, is_end: bool = False
 ) -> Stack | None:
-  """The stack behind more words, or None if the grammar does not have them."""
+  """Returns the stack after more words; None if they break the grammar."""
   from lark.parsers.lalr_analysis import Shift
 
   table = _table()
@@ -193,13 +198,13 @@ def _feed(
 
 @functools.cache
 def _table() -> Any:
-  return rules_lib._parser().parser.parser.parser.parse_table
+  return rules._parser().parser.parser.parser.parse_table
 
 
 @functools.cache
 def _words(state: int) -> dict[str, str]:
-  """What each word of the language is where the parser is in a state."""
-  parser = rules_lib._parser()
+  """Maps each word of the language to its terminal in a state."""
+  parser = rules._parser()
   return _read(
     parser.parser.lexer.lexers[state],
     frozenset(name for name in _table().states[state] if name.isupper()),
@@ -208,12 +213,12 @@ def _words(state: int) -> dict[str, str]:
 
 @functools.cache
 def _read(lexer: Any, names: frozenset[str]) -> dict[str, str]:
-  """What each word is to a lexer that expects the terminals of these names."""
+  """Maps each word to its terminal for a lexer that expects these names."""
   import lark
   from lark.utils import TextSlice
 
   fixed, patterns = {}, []
-  for terminal in rules_lib._parser().terminals:
+  for terminal in rules._parser().terminals:
     if terminal.name not in names:
       continue
     if type(terminal.pattern).__name__ == "PatternStr":
@@ -221,12 +226,12 @@ def _read(lexer: Any, names: frozenset[str]) -> dict[str, str]:
     else:
       patterns.append(terminal.pattern.to_regexp())
   found = {}
-  for word in rules_lib.vocabulary():
+  for word in rules.vocabulary():
     if word in fixed:
       found[word] = fixed[word]
     elif any(re.fullmatch(pattern, word) for pattern in patterns):
-      # Several may fit: which one it is, and whether it reads all of the word,
-      # is the lexer's to say.
+      # Several may fit: the lexer decides which one it is, and whether it reads
+      # the whole word.
       text = TextSlice.cast_from(word)
       try:
         token = lexer.next_token(lexer.make_lexer_state(text))
@@ -239,18 +244,18 @@ def _read(lexer: Any, names: frozenset[str]) -> dict[str, str]:
 
 @functools.cache
 def _shortest() -> tuple[tuple[str, ...], ...]:
-  """For each beginning of an expression, bracket and word, shortest ones.
+  """Returns the shortest expressions of each beginning, bracket and word.
 
   One for each rule and each terminal that may be second: the same word may
   begin expressions of several kinds.
   """
-  parser = rules_lib._parser()
+  parser = rules._parser()
   words = {
     terminal.name: terminal.pattern.value
     if type(terminal.pattern).__name__ == "PatternStr"
     else next(
       word
-      for word in (rules_lib.GAME, "3")
+      for word in (rules.GAME, "3")
       if re.fullmatch(terminal.pattern.to_regexp(), word)
     )
     for terminal in parser.terminals
@@ -280,7 +285,7 @@ def _shortest() -> tuple[tuple[str, ...], ...]:
 def _derived(
   symbols: Sequence[Any], best: dict[str, dict[str, tuple[str, ...]]]
 ) -> dict[str, tuple[str, ...]]:
-  """The shortest words of a sequence of symbols, by their first terminal."""
+  """Returns the shortest words of symbols, by their first terminal."""
   rest: tuple[str, ...] = ()
   for symbol in symbols[1:]:
     known = best.get(symbol.name)

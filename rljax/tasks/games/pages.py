@@ -1,21 +1,20 @@
-"""Pages of board games: a position, the rules, and how well a game plays.
+"""Pages of board games: a position, the rules, and measurements.
 
-A page is one HTML file that opens anywhere: no script, no network. Whoever
-makes it plays the games, in `game_pool.positions`; here are text and numbers.
-Nothing but words of the language reaches a page: games are drawn with
-placeholders for their names.
+A page is one HTML file without scripts or links. The caller plays the games, by
+`pool.positions`; here are text and numbers. A page holds only words of the
+language: games are shown with placeholders for their names.
 """
 
 import dataclasses
 import html
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rljax.storage import paths
 from rljax.tasks.games import boards, rules
 
 _WIDTH = 62  # Characters of a line of rules.
@@ -28,14 +27,14 @@ _PLAYERS = ("white", "black")
 
 @dataclasses.dataclass(frozen=True)
 class Game:
-  """One game of a page.
+  """Holds one game of a page.
 
   Attributes:
     text: canonical, following the grammar.
-    pieces: by site [kind, player], from 0 both, or [] for none; None if nobody
-      knows.
+    pieces: by site [kind, player], both from 0, or [] for none; None if
+      unknown.
     caption: what the position is.
-    facts: name to what is known about the game.
+    facts: name to value, shown above the game.
     closest: canonical text of the known game that is nearest to it, or "".
     closest_name: what that one is called.
   """
@@ -69,21 +68,18 @@ def write(
     notes="".join(f"<p>{html.escape(note)}</p>\n" for note in notes),
     body=body or "<p>There is no such game.</p>",
   )
-  path = pathlib.Path(path)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(page, encoding="utf-8")
-  os.replace(partial, path)
+  paths.write_whole(path, page)
 
 
 def pretty(text: str, width: int = _WIDTH) -> str:
-  """A game in lines: what fits stands on one, the rest is indented.
+  """Breaks a game into lines, which are indented.
 
   Args:
     text: canonical, with matching round brackets.
     width: characters of a line, where that can be met.
 
   Returns:
-    Text with line feeds; `game_rules.canonical` makes the given one of it.
+    Text with line feeds; `rules.canonical` makes the given one of it.
   """
   return "\n".join(_lines(rules.tree(text), 0, width))
 
@@ -93,10 +89,10 @@ def draw(
   sizes: tuple[int, ...],
   pieces: Sequence[Sequence[int]] | None = None,
 ) -> str:
-  """A board as SVG, with the number of every empty site, as rules name it.
+  """Draws a board as SVG, with the number of every empty site.
 
   Args:
-    shape: of the board, see `game_boards`.
+    shape: of the board, see `boards`.
     sizes: of the board.
     pieces: see `Game`.
 
@@ -114,7 +110,7 @@ def draw(
     )
   is_hexagonal = shape.startswith("hex")
   reach = 1 / math.sqrt(3) if is_hexagonal else 0.5  # To a corner of a cell.
-  # Three hexagons meet in a corner: three shades, not two.
+  # Three hexagons meet in a corner, so they need three shades.
   if is_hexagonal:
     row = sites[:, 1] / (math.sqrt(3) / 2)
     column = sites[:, 0] - row / 2
@@ -165,7 +161,7 @@ def _piece(x: float, y: float, kind: int, player: int) -> str:
       "triangle": (3, 1.25, -math.pi / 2),
       "diamond": (4, 1.2, 0.0),
     }[name]
-    # A triangle stands on its middle, not on its centre of mass.
+    # A triangle is placed by its middle, not its centre of mass.
     down = 0.08 if name == "triangle" else 0.0
     corners = _polygon(x, y + down, num, scale * _RADIUS, turn)
   return f'<polygon class="{colour}" points="{corners}"/>'
@@ -181,12 +177,12 @@ def _points(xs: np.ndarray, ys: np.ndarray) -> str:
 
 
 def _lines(node: list, indent: int, width: int) -> list[str]:
-  """An expression, each line with its indentation."""
+  """Returns the lines of an expression, with their indentation."""
   flat = _flat(node)
   if indent + len(flat) <= width:
     return [" " * indent + flat]
-  # What comes before the first longer expression stays behind the bracket, and
-  # so do arguments with names.
+  # What precedes the first longer expression stays on the line of the bracket,
+  # as do arguments with names.
   first, is_open = " " * indent + "(", True
   lines: list[str] = []
   inside = " " * (indent + 2)
@@ -198,7 +194,7 @@ def _lines(node: list, indent: int, width: int) -> list[str]:
     blank = "" if is_named or last.endswith("(") else " "
     is_short = not is_list or is_named or (is_open and len(found) <= _SHORT)
     fits = len(last) + len(blank) + len(found) <= width
-    # A word goes on with the line that another word has begun.
+    # A word continues the line of the word before it.
     after_word = is_open or not isinstance(node[i - 1], list) or is_named
     if is_named or i == 0 or (is_short and fits and after_word):
       if lines:
@@ -251,7 +247,7 @@ def _article(number: int, game: Game) -> str:
 
 
 def _coloured(text: str) -> str:
-  """Rules with their brackets and numbers set apart, escaped."""
+  """Marks up brackets and numbers of rules, escaped."""
   parts = []
   for line in text.split("\n"):
     bare = line.lstrip(" ")
@@ -268,7 +264,7 @@ def _coloured(text: str) -> str:
 
 
 def _kind(lexeme: str, before: str) -> str:
-  """The element that a word is set in: brackets, heads, names and numbers."""
+  """Returns the element of a word: bracket, head, name or number."""
   if lexeme in "()":
     return "i"
   if lexeme.isdigit() or lexeme.startswith('"'):

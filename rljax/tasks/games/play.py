@@ -1,15 +1,13 @@
 """Compiles games of ludax and plays them at random, in a worker process.
 
-`measure` is what `games` asks of the processes of its pool, `set_up` what they
-do first. Neither is for the process that trains: a description may take all
-time and memory there is, and ludax keeps tables that all games of a process
-share. The libraries are imported by `set_up`, behind the settings that they
-read at that time.
+The pool of `games` calls `set_up` in a new process, then `measure`. Neither is
+for the process that trains: a description may take all time and memory, and
+ludax keeps tables that all games of a process share. `set_up` imports the
+libraries after it has made the settings that they read then.
 
-Two faults of ludax 1.0.0 are worked around: shapes of pieces are never given
-back, so that valid games fail after a few others; and a new environment
-computes look-up tables site by site, for seconds, that depend on the board
-alone.
+Two faults of ludax 1.0.0 are worked around: shapes of pieces are never freed,
+so that valid games fail after a few others; and a new environment spends
+seconds on look-up tables that only depend on the board.
 """
 
 import contextlib
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-_CLEAR_EVERY = 25  # Games, after which what was compiled is forgotten.
+_CLEAR_EVERY = 25  # Games after which compiled programs are dropped.
 _numbers = itertools.count(1)
 
 # Steps on a board as (row, column), by direction. Hexagons have a site in every
@@ -60,15 +58,15 @@ _HEX_RECTANGLE_STEPS = {
 
 def set_up() -> None:
   """Prepares a new process: one thread, no accelerator, no old settings."""
-  # Whatever the parent asked for is not for its workers, and might change
-  # what is drawn.
+  # The parent's settings are not for its workers, and might change what is
+  # drawn.
   for name in list(os.environ):
     if name.startswith(("JAX_", "XLA_")):
       del os.environ[name]
   os.environ.update(
     JAX_PLATFORMS="cpu",
-    # As many processes as cores share this machine: one thread each.
-    TF_CPP_MIN_LOG_LEVEL="3",  # It tells of every slow compilation.
+    # There is a process per core: one thread each.
+    TF_CPP_MIN_LOG_LEVEL="3",  # It logs every slow compilation.
     NPROC="1",
     OMP_NUM_THREADS="1",
     OPENBLAS_NUM_THREADS="1",
@@ -92,24 +90,24 @@ def measure(
 ) -> dict[str, Any]:
   """Compiles a game and plays it at random.
 
-  Of the legal moves each is as likely. Draws are of integers, so that the same
-  games are played on every machine.
+  All legal moves are equally likely. Integers are drawn, so that the same games
+  are played on every machine.
 
   Args:
     text: description of a game; anything.
     seed: of the moves.
     num_games: how many games to play.
     max_plies: where a game is stopped.
-    seconds: of computing, behind which this process ends itself; 0 for no
-      limit. The clock would blame a game for what else the machine does.
+    seconds: of processor time, after which this process ends itself; 0 for no
+      limit. Wall-clock time would depend on the machine's load.
 
   Returns:
     A dict with "stage": "construct_error" or "trace_error", then with "error",
     the name of an exception; or "played", then with shares of the games:
-      first, second: won by one player alone.
+      first, second: won by only one player.
       timeouts: stopped at `max_plies`.
-      stuck: with a position without legal moves. ludax then executes an
-        illegal one, so that these count for nothing else.
+      stuck: with a position without legal moves. ludax then executes an illegal
+        one, so that these games do not count otherwise.
     and with
       plies: mean length of a game.
       decisions: share of plies with more than one legal move.
@@ -122,7 +120,7 @@ def measure(
 def position(
   text: str, seed: int, num_plies: int, seconds: float
 ) -> dict[str, Any]:
-  """Plays a game at random for a while, and tells where the pieces are.
+  """Plays a game at random for a while, and returns where the pieces are.
 
   Args:
     text: description of a game; anything.
@@ -134,7 +132,7 @@ def position(
     A dict with "stage": "construct_error" or "trace_error", then with "error",
     the name of an exception; or "played", then with
       plies: how many moves there were.
-      board: by site [piece, player], from 0 both, or [] for none.
+      board: by site [piece, player], both from 0, or [] for none.
   """
   with _limits(seconds):
     played = _played(text, seed, 1, num_plies, with_boards=True)
@@ -152,11 +150,11 @@ def position(
 
 @contextlib.contextmanager
 def _limits(seconds: float) -> Iterator[None]:
-  # In this process the interpreter may count memory errors by tracing every
-  # call, which makes compiling much slower. There are limits without it.
+  # The sandbox may trace every call to count memory errors, which makes
+  # compiling much slower. There are limits without it.
   sys.settrace(None)
-  # Nobody handles the signal: not even one long call into the compiler can
-  # keep it from ending the process.
+  # Without a handler, the signal ends the process even during a long call into
+  # the compiler.
   signal.setitimer(signal.ITIMER_PROF, seconds)
   try:
     yield
@@ -182,7 +180,7 @@ def _played(
   max_plies: int,
   with_boards: bool = False,
 ) -> dict[str, Any]:
-  """What `_playouts` tells, as arrays; or the stage that failed, and how."""
+  """Returns what `_playouts` gives, as arrays; or the stage that failed."""
   jax, _ = _libraries()
   if next(_numbers) % _CLEAR_EVERY == 0:
     jax.clear_caches()
@@ -202,7 +200,7 @@ def _played(
 
 
 def _numbers_of(seed: int, max_plies: int, num_games: int) -> np.ndarray:
-  # Drawn here, for less to compile. A remainder of 31 bits is as good as fair.
+  # Drawn here, for less to compile. A remainder of 31 bits is almost uniform.
   return np.random.default_rng(seed).integers(
     2**31, size=(max_plies, num_games), dtype=np.int32
   )
@@ -213,7 +211,7 @@ def _name(error: Exception) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-  # The parser's visitors wrap what went wrong.
+  # The parser's visitors wrap the exception.
   return getattr(error, "orig_exc", error)
 
 
@@ -221,7 +219,7 @@ def _is_out_of_memory(error: Exception) -> bool:
   jax, _ = _libraries()
   cause = _cause(error)
   return isinstance(cause, MemoryError) or (
-    # A text may hold any word, so that no other error is asked for it.
+    # A text may hold any word, so that other errors are not searched for it.
     isinstance(cause, jax.errors.JaxRuntimeError)
     and "RESOURCE_EXHAUSTED" in str(cause)
   )
@@ -236,7 +234,7 @@ def _compiler_options(env: Any) -> dict[str, Any]:
 
 @functools.cache
 def _fast_options() -> dict[str, Any]:
-  """Options for a short compilation, as far as this compiler knows them."""
+  """Returns options for a short compilation that this compiler has."""
   jax, _ = _libraries()
   program = jax.jit(lambda x: x + 1).lower(np.int32(1))
   options = {}
@@ -252,59 +250,72 @@ def _fast_options() -> dict[str, Any]:
   return options
 
 
-def _playouts(
-  env: Any, num_games: int, max_plies: int, with_boards: bool = False
-) -> Any:
-  """A function of `[T, N]` random numbers that tells how N games went.
+def _start(env: Any) -> Any:
+  """Returns the first position, but for its legal moves."""
+  jax, _ = _libraries()
+  jnp = jax.numpy
+  state = env.game_state_cls(
+    board=jnp.full((env.num_piece_types, env.board_size), -1, jnp.int8),
+    legal_action_mask=jnp.ones(env.num_actions, bool),
+    current_player=jnp.int8(0),
+    phase_idx=jnp.int8(0),
+    phase_step_count=jnp.int8(0),
+    previous_actions=jnp.full(3, -1, jnp.int16),
+  )
+  state = env._initialize_board(state)
+  state = state._replace(current_player=env._get_next_player(state))
+  return env._update_info(state, -1)
 
-  With boards also where their pieces are, `[N, P, M]`.
 
-  It plays as `env.init` and `env.step` do. Those compute legal moves in two
-  places, and handle illegal ones, which would all be compiled.
+def _move(env: Any, state: Any, action: Any) -> Any:
+  """Returns the position after a move, but for its legal moves."""
+  mover = state.current_player
+  state = env._update_info(env._apply_action(state, action), action)
+  phase, num_steps = env._get_phase_idx(state)
+  state = state._replace(phase_idx=phase, phase_step_count=num_steps)
+  state = state._replace(current_player=env._get_next_player(state))
+  return env._apply_effects(state, mover)
+
+
+def _step(env: Any, state: Any, action: Any, is_first: Any) -> tuple:
+  """Plays a move and finds the next legal ones: `(state, winners, is_over)`.
+
+  If `is_first`, the position stays and only gets its legal moves.
   """
   jax, _ = _libraries()
   jnp = jax.numpy
+  mover = state.current_player
+  state = jax.tree.map(
+    lambda old, new: jnp.where(is_first, jnp.asarray(old, new.dtype), new),
+    state,
+    jax.tree.map(jnp.asarray, _move(env, state, action)),
+  )
+  mask = env._get_legal_action_mask(state).astype(bool)
+  state = state._replace(legal_action_mask=mask)
+  # The rules for the end mean the player who moved.
+  winners, is_over = env._get_winner(state._replace(current_player=mover))
+  return state, winners, is_over & ~is_first
 
-  def start():
-    """The first position, but for its legal moves."""
-    state = env.game_state_cls(
-      board=jnp.full((env.num_piece_types, env.board_size), -1, jnp.int8),
-      legal_action_mask=jnp.ones(env.num_actions, bool),
-      current_player=jnp.int8(0),
-      phase_idx=jnp.int8(0),
-      phase_step_count=jnp.int8(0),
-      previous_actions=jnp.full(3, -1, jnp.int16),
-    )
-    state = env._initialize_board(state)
-    state = state._replace(current_player=env._get_next_player(state))
-    return env._update_info(state, -1)
 
-  def move(state, action):
-    """The position behind a move, but for its legal moves."""
-    mover = state.current_player
-    state = env._update_info(env._apply_action(state, action), action)
-    phase, num_steps = env._get_phase_idx(state)
-    state = state._replace(phase_idx=phase, phase_step_count=num_steps)
-    state = state._replace(current_player=env._get_next_player(state))
-    return env._apply_effects(state, mover)
+def _playouts(
+  env: Any, num_games: int, max_plies: int, with_boards: bool = False
+) -> Any:
+  """Returns a function of `[T, N]` random numbers that plays N games.
 
-  def step(state, action, is_first):
-    mover = state.current_player
-    state = jax.tree.map(
-      lambda old, new: jnp.where(is_first, jnp.asarray(old, new.dtype), new),
-      state,
-      jax.tree.map(jnp.asarray, move(state, action)),
-    )
-    mask = env._get_legal_action_mask(state).astype(bool)
-    state = state._replace(legal_action_mask=mask)
-    # Whoever moved is the mover of the rules for the end.
-    winners, is_over = env._get_winner(state._replace(current_player=mover))
-    return state, winners, is_over & ~is_first
+  Its results tell how they went; with boards also where their pieces are,
+  `[N, P, M]`.
+
+  It plays as `env.init` and `env.step` do. Those compute legal moves in two
+  places, and handle illegal moves, which would all be compiled.
+  """
+  jax, _ = _libraries()
+  jnp = jax.numpy
+  step = functools.partial(_step, env)
 
   def playouts(numbers):
-    # All games start alike, and there is no chance in them.
+    # All games start alike, without chance.
     state = jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (num_games, *jnp.shape(x))), start()
+      lambda x: jnp.broadcast_to(x, (num_games, *jnp.shape(x))), _start(env)
     )
     zeros, no = jnp.zeros(num_games, jnp.int32), jnp.zeros(num_games, bool)
     played = {
@@ -330,14 +341,14 @@ def _playouts(
       is_live = ~played["terminated"] & ~played["stuck"] & ~is_first
       stuck = played["stuck"] | (is_live & (num_legal == 0))
       is_live &= num_legal > 0
-      # The n-th of the legal moves. Floats, such as those of a categorical
-      # draw, may be rounded otherwise on another machine.
+      # The n-th of the legal moves. Floats, as in a categorical draw, may be
+      # rounded differently on another machine.
       nth = numbers[t] % jnp.maximum(num_legal, 1)
       actions = jnp.argmax(ranks > nth[:, None], axis=-1).astype(jnp.int16)
       after, winners, is_over = jax.vmap(step, (0, 0, None))(
         state, actions, is_first
       )
-      # Games that are over go on, and nobody looks.
+      # Games that are over play on, unless their boards are asked for.
       if with_boards:
         keep = ~(is_live | is_first)
         after = jax.tree.map(
@@ -390,8 +401,8 @@ def _summary(played: dict[str, np.ndarray]) -> dict[str, Any]:
 
 @functools.cache
 def _libraries() -> tuple[Any, Any]:
-  """jax and ludax, which is changed as needed."""
-  # No import statements: text has no jax in the process that trains.
+  """Returns jax and ludax, which is changed as needed."""
+  # No import statements: tasks must not import jax in the process that trains.
   jax = importlib.import_module("jax")
   ludax = importlib.import_module("ludax")
   environment = importlib.import_module("ludax.environment")
@@ -407,7 +418,7 @@ def _libraries() -> tuple[Any, Any]:
 def _environment(text: str) -> Any:
   _, ludax = _libraries()
   rendering = importlib.import_module("ludax.game_info").RenderingInfo
-  # One dictionary for all games of the process: five shapes, and no more.
+  # One dictionary for all games of the process, with only five shapes.
   rendering.piece_shape_mapping.clear()
   rendering.color_mapping.clear()
   rendering.color_mapping.update(P1="white", P2="black")
@@ -415,9 +426,9 @@ def _environment(text: str) -> Any:
 
 
 def _in_numpy(function: types.FunctionType) -> Callable[..., Any]:
-  """A function of ludax with numpy in the place of jax.
+  """Returns a function of ludax with numpy in place of jax.
 
-  It makes thousands of small arrays, and jax needs a millisecond for each.
+  It makes thousands of small arrays, for each of which jax needs a millisecond.
   """
   asarray = function.__globals__["jnp"].asarray
   fast = types.FunctionType(
@@ -442,10 +453,10 @@ def _slides(game_info: Any) -> Any:
 
 @functools.lru_cache(64)
 def adjacency_table(shape: str, dims: tuple[int, int]) -> np.ndarray:
-  """Which sites are neighbours, by direction.
+  """Returns which sites are neighbours, by direction.
 
   Args:
-    shape: of the board, as the grammar calls it: "square_shape", ...
+    shape: of the board, as in the grammar: "square_shape", ...
     dims: rows and columns of the array that the board is drawn in.
 
   Returns:
@@ -465,7 +476,7 @@ def adjacency_table(shape: str, dims: tuple[int, int]) -> np.ndarray:
 
 @functools.lru_cache(64)
 def slide_table(shape: str, dims: tuple[int, int]) -> np.ndarray:
-  """The sites in a line with a site, by direction.
+  """Returns the sites in a line with a site, by direction.
 
   Args:
     shape: see `adjacency_table`.

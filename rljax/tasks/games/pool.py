@@ -1,6 +1,6 @@
-"""Measures games in worker processes with limits, each one once.
+"""Measures games in worker processes with limits, each game once.
 
-What `game_play.measure` says of a text, a seed and a number of games does not
+The result of `play.measure` for a text, a seed and a number of games does not
 change: it is kept in this process, and in a folder if there is one.
 """
 
@@ -17,11 +17,12 @@ from typing import Any
 
 from absl import logging
 
+from rljax.storage import paths
 from rljax.tasks import sandbox
 
-_FORMAT = 2  # Of what is kept on disk: rises when `game_play` changes.
+_FORMAT = 2  # Of the files on disk: rises when `play` changes.
 _CACHE_SIZE = 2**16
-_PATIENCE = 15  # Seconds of the clock for one of computing, on a busy machine.
+_PATIENCE = 15  # Wall-clock seconds per second of processor time.
 
 # (text, settings) -> what was measured, in this process.
 _MEASURED: dict[tuple, dict[str, Any]] = {}
@@ -39,7 +40,7 @@ def measure(
   num_workers: int | None = None,
   keep_limits: bool = False,
 ) -> list[dict[str, Any]]:
-  """Compiles and plays games in worker processes, or knows what they did.
+  """Compiles and plays games in worker processes, or reads earlier results.
 
   Args:
     texts: N different descriptions.
@@ -50,17 +51,17 @@ def measure(
     seconds: see `games.score_batch`.
     memory_gb: see `games.score_batch`.
     num_workers: see `games.score_batch`.
-    keep_limits: whether the cache keeps that a limit was hit, too; for who
-      asks again with the same limits.
+    keep_limits: whether the cache also keeps that a limit was hit; for repeated
+      calls with the same limits.
 
   Returns:
-    N dicts of `game_play.measure`, or with the "stage" of a limit: "timeout"
+    N dicts of `play.measure`, or with the "stage" of a limit: "timeout"
     (also if the process died in another way), "memory" or "error".
 
   Raises:
     ValueError: if ludax is not installed.
   """
-  # What hits a limit depends on it; what does not, does not.
+  # Results only depend on the limits if one was hit.
   settings = (seed, num_games, max_plies)
   limits = (seconds, memory_gb)
   found: dict[str, dict[str, Any]] = {}
@@ -124,8 +125,8 @@ def positions(
     num_workers: see `games.score_batch`.
 
   Returns:
-    N times what `game_play.position` gives, or with "stage" alone where a limit
-    was hit: see `measure`.
+    N dicts of `play.position`, or with only "stage" where a limit was hit: see
+    `measure`.
   """
   with sandbox.Pool(
     "rljax.tasks.games.play:position",
@@ -148,21 +149,21 @@ def positions(
 
 def _stage(outcome: sandbox.Outcome) -> str:
   stage = outcome.failure.partition(":")[0]
-  # A worker that was out of its seconds is gone. Crashes are rare.
+  # A worker that used up its seconds has died. Crashes are rare.
   return "timeout" if stage == "died" else stage
 
 
 @functools.lru_cache(16)
 def check_cache(cache: str) -> None:
-  """Raises ValueError unless files can be written to a folder, made if new."""
+  """Raises ValueError unless files can be written to a folder."""
   try:
     os.makedirs(cache, exist_ok=True)
     with tempfile.TemporaryFile(dir=cache):
       pass
   except OSError as error:
     raise ValueError(
-      f"cache={cache}: {error}. What was measured is to be kept there; give a "
-      "folder that can be written to, or none."
+      f"cache={cache}: {error}. It keeps measurements; give a folder that can "
+      "be written to, or none."
     ) from error
 
 
@@ -183,16 +184,12 @@ def _kept(path: pathlib.Path) -> dict[str, Any] | None:
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError):
-    return None  # Not there, or of a disk that was full.
+    return None  # Missing, or of a disk that was full.
 
 
 def _keep(path: pathlib.Path, measurement: dict[str, Any]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Other processes find a whole file, or none.
-  handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-  with os.fdopen(handle, "w") as file:
-    json.dump(measurement, file)
-  os.replace(name, path)
+  paths.write_whole(path, json.dumps(measurement), shared=True)
 
 
 @functools.cache
@@ -200,7 +197,7 @@ def _pool(seconds: float, memory_gb: float, num_workers: int) -> sandbox.Pool:
   return sandbox.Pool(
     "rljax.tasks.games.play:measure",
     setup="rljax.tasks.games.play:set_up",
-    # The worker counts its own seconds; this is for one that does nothing.
+    # The worker counts its own seconds; this is for one that hangs.
     timeout=_PATIENCE * seconds,
     num_workers=num_workers,
     max_memory_bytes=int(memory_gb * 2**30),

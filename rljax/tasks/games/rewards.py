@@ -1,7 +1,6 @@
-"""Rewards of board games: of how far a text gets, and how well it plays.
+"""Rewards of board games: how far a text gets, and how well it plays.
 
-Functions of numbers and names of stages. What is measured of a game is told by
-`game_play.measure`.
+Functions of numbers and names of stages; `play.measure` explains the numbers.
 
 Source:
   Padula and Soemers (2024), "Exploring RL-based LLM Training for Formal
@@ -11,12 +10,12 @@ Source:
 import math
 from typing import Any, Literal
 
-# What a machine under load may say of a game that another one can play.
+# Stages that a loaded machine may give a game that another one can play.
 UNSURE = ("timeout", "memory", "error")
 
 
 def graded_reward(parts: dict[str, Any]) -> float:
-  """The reward "graded" of what `games.score_batch` says of a response."""
+  """Computes the reward "graded" from the parts of `games.score_batch`."""
   stage = parts["stage"]
   if stage in ("invalid", "too_long"):
     return 0.0
@@ -37,7 +36,7 @@ def graded_reward(parts: dict[str, Any]) -> float:
 def ladder_reward(
   parts: dict[str, Any], *, power_mean: Literal["code", "true"]
 ) -> float:
-  """The reward "ladder" of what `games.score_batch` says of a response."""
+  """Computes the reward "ladder" from the parts of `games.score_batch`."""
   if not parts["parses"] or parts["stage"].endswith("_error"):
     return 0.0
   if parts["stage"] in UNSURE:
@@ -60,17 +59,17 @@ def ladder_mean(
   *,
   power_mean: Literal["code", "true"],
 ) -> float:
-  """The paper's mean of three qualities of a game.
+  """Computes the paper's mean of three qualities of a game.
 
     M = (b^(1/3) + c^(1/3) + d^(1/3)) / 3     "code"
     M = ((b^(1/3) + c^(1/3) + d^(1/3)) / 3)³  "true", the power mean
 
   Args:
     balance: one minus the difference of the players' win rates, in [0, 1].
-    completion: share of games that somebody won.
+    completion: share of games with a winner.
     drawishness: one minus the share of draws.
-    power_mean: "code" is what the authors ran; without the outer power it
-      hardly leans to the least of the three.
+    power_mean: "code" is what the authors ran; without the outer power it is
+      hardly drawn to the least of the three.
 
   Returns:
     A number in [0, 1]; NaN becomes 0, and infinity 1.
@@ -100,13 +99,13 @@ def quality(
   max_plies: int,
   power_mean: Literal["code", "true"] = "true",
 ) -> float:
-  """How good a game is that was played at random.
+  """Computes how good a game is, from games played at random.
 
     q = sqrt(b d) M(e, a, l),   each of e, a, l at least 0.01
     l = clip((n - 4)/8, 0, 1) clip(3 (T - n)/T, 0, 1)
 
-  with M of `ladder_mean`. Under the root a game that one side always wins, or
-  nobody, is worth nothing, however it does otherwise.
+  with M of `ladder_mean`. By the root a game that one side always wins, or no
+  side, is worth 0.
 
   Args:
     balance: b, one minus the difference of the players' win rates.
@@ -129,7 +128,7 @@ def quality(
 
 
 def unread(stage: str) -> dict[str, Any]:
-  """What is said of a response of which nothing is known yet."""
+  """Returns the parts of a response of which nothing is known yet."""
   return {
     "stage": stage,
     "game": None,
@@ -160,11 +159,11 @@ def judge(
   power_mean: Literal["code", "true"],
   min_plies: float,
 ) -> None:
-  """Adds to the parts of a game what was measured of it.
+  """Adds the measurements of a game to its parts.
 
   Args:
     parts: of `unread`; changed.
-    measurement: of `game_pool.measure`.
+    measurement: of `pool.measure`.
     max_plies: where a game was stopped.
     power_mean: of `quality`.
     min_plies: mean length below which a game cannot be played.

@@ -1,15 +1,15 @@
-"""Text of board games in the language of ludax: how far it is right.
+"""Text of board games in the language of ludax: form, grammar and checks.
 
   (game "Tic-Tac-Toe" (players 2) (equipment (board (square 3)) ...
 
-Everything here works on text alone, in this process and in less than a
-millisecond a text: the canonical form, how much of a text follows the grammar,
-what can be said of its meaning without playing it, how far it is from known
-games, and the records with a part cut out that a model learns to fill in.
+Everything here works on text, in less than a millisecond per text: the
+canonical form, how much of a text follows the grammar, checks of its meaning
+without playing it, its distance from known games, and texts with a gap that a
+model learns to fill in.
 
-The grammar and seventeen games are files of ludax, and are read from where it
-is installed. It is not imported, because it imports jax: `game_play` does so,
-in a process of its own.
+The grammar and seventeen games are files of ludax, read from where it is
+installed. It is not imported, because it imports jax: `play` does so, in a
+process of its own.
 
 Sources:
   Todd, Padula, Soemers and Togelius (2025), "Ludax: A GPU-Accelerated Domain
@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
-# In front of what stands before the gap, behind it, and in it. The blanks are
-# part of them.
+# Markers of the text before the gap, after it, and in it. The blanks are part
+# of them.
 MARKERS = ("### PRE:", "### SUF: ", "### MID:")
 
 MAX_CHARACTERS = 1500  # Of a canonical text.
-MAX_SITES = 121  # Of a board: time and memory grow with its square.
+MAX_SITES = 121  # Of a board: time and memory grow with their square.
 MAX_SLIDE_SITES = 64  # With slides there is an action for each pair of sites.
 MAX_PIECES = 5
 MAX_REGIONS = 5
@@ -41,7 +41,7 @@ GAME = '"game"'
 PIECES = tuple(f'"piece_{i + 1}"' for i in range(MAX_PIECES))
 REGIONS = tuple(f'"region_{i + 1}"' for i in range(MAX_REGIONS))
 
-MAX_READ = 2**14  # Characters of a text; blanks aside, it is far too long.
+MAX_READ = 2**14  # Characters of a text, blanks included; more are too long.
 _NUM_INTEGERS = 225  # Sites of the largest board that a shipped game indexes.
 # Bounded repetition: an unmatched quote costs a hundred steps.
 _LEXEME = re.compile(
@@ -59,7 +59,7 @@ Tree = list  # Of words and trees: an expression in round brackets.
 
 
 def shipped() -> dict[str, str]:
-  """Canonical texts of the games that ludax ships, by their names.
+  """Returns canonical texts of the games that ludax ships, by name.
 
   Raises:
     ValueError: if ludax is not installed.
@@ -68,7 +68,7 @@ def shipped() -> dict[str, str]:
 
 
 def notice() -> str:
-  """Whose games these are and under which licence, for a file made of them.
+  """Writes whose games these are, and their licence, for a file of them.
 
   Raises:
     ValueError: if ludax is not installed.
@@ -92,24 +92,24 @@ def notice() -> str:
 
 
 def words(text: str) -> list[str]:
-  """The words, numbers, names and brackets of a text."""
+  """Splits a text into words, numbers, names and brackets."""
   return _LEXEME.findall(text)
 
 
 def placed_words(text: str) -> list[tuple[str, int]]:
-  """The words of a text with where they begin."""
+  """Splits a text into words with the places where they begin."""
   return [(match[0], match.start()) for match in _LEXEME.finditer(text)]
 
 
 def tree(text: str) -> Tree:
-  """The outermost expression of a text whose brackets match."""
+  """Returns the outermost expression of a text whose brackets match."""
   return _tree(words(text))
 
 
 def join(lexemes: Sequence[str]) -> str:
-  """One line of what `words` gave, with no blank inside brackets."""
+  """Joins words to one line, without blanks inside brackets."""
   text = " ".join(lexemes)
-  # A blank in a name is no blank between words: they are joined first.
+  # A blank in a name does not separate words, so names are joined first.
   if '"' in text and any(" " in lexeme for lexeme in lexemes):
     pieces, glued = [], True
     for lexeme in lexemes:
@@ -122,7 +122,7 @@ def join(lexemes: Sequence[str]) -> str:
 
 
 def canonical(text: str) -> str | None:
-  """The one form of a description that differs in its blanks alone.
+  """Returns the canonical form of a description, with normal blanks.
 
   Args:
     text: anything.
@@ -137,7 +137,7 @@ def canonical(text: str) -> str | None:
 
 
 def neutral(text: str) -> str:
-  """A game with placeholders for its names, and nothing on how it looks.
+  """Replaces a game's names by placeholders, and drops its looks.
 
   The game is "game", its pieces are "piece_1", ..., its regions "region_1",
   ..., in the order of their definitions. Names without a definition stay.
@@ -176,16 +176,16 @@ def neutral(text: str) -> str:
 
 
 def progress(text: str) -> tuple[int, bool]:
-  """How far a text follows the grammar.
+  """Measures how far a text follows the grammar.
 
-  A name has a hundred characters at most, though the grammar knows no limit.
+  A name has a hundred characters at most, though the grammar has no limit.
 
   Args:
     text: canonical.
 
   Returns:
-    Characters up to the end of the last word that fits to those before it;
-    and whether the text is a whole description.
+    Characters up to the end of the last word that the grammar allows; and
+    whether the text is a whole description.
 
   Raises:
     ValueError: if ludax is not installed.
@@ -200,7 +200,7 @@ def progress(text: str) -> tuple[int, bool]:
     if error.token.type == "$END":
       return len(text), False
     return len(text[: error.token.start_pos].rstrip()), False
-  # Longer names than `words` knows of: nothing here could say what they are.
+  # Names longer than `words` allows: nothing here can read them.
   if "\\" in text or max(map(len, text.split('"'))) > 100:
     for word, start in placed_words(text):
       if word == '"':
@@ -210,7 +210,7 @@ def progress(text: str) -> tuple[int, bool]:
 
 @functools.cache
 def _parser() -> Any:
-  """A parser of the language that is fast enough for every sample."""
+  """Makes a parser of the language that is fast enough for every sample."""
   import lark
 
   grammar = (_folder() / "grammar.lark").read_text()
@@ -222,8 +222,8 @@ def _parser() -> Any:
   )
   if num != 1:
     raise ValueError(
-      "The grammar of the installed ludax is not the one that this was written "
-      "for: it has no alternative multi_mask_corners; ludax 1.0.0 has."
+      "The grammar of the installed ludax is not supported: it has no "
+      "alternative multi_mask_corners; ludax 1.0.0 has."
     )
   return lark.Lark(changed, start="game", parser="lalr")
 
@@ -232,17 +232,17 @@ def _parser() -> Any:
 
 
 def checks(text: str, *, max_sites: int = MAX_SITES) -> dict[str, bool]:
-  """What can be said of a game without playing it.
+  """Checks a game without playing it.
 
-  Each of these lets a description compile, or fail late, that cannot be
-  played, or costs more than it is worth. The compiler checks few of them.
+  A description that fails one of these may compile, or fail late, but cannot be
+  played or costs too much. The compiler checks few of them.
 
   Args:
     text: canonical, and following the grammar.
     max_sites: of the board.
 
   Returns:
-    Sixteen statements, True where there is nothing wrong.
+    Sixteen statements, True where nothing is wrong.
   """
   lexemes = words(text)
   known = set(lexemes)
@@ -304,8 +304,8 @@ def checks(text: str, *, max_sites: int = MAX_SITES) -> dict[str, bool]:
 
 
 def dimensions(shape: str, sizes: Sequence[int]) -> tuple[int, int, int]:
-  """Rows, columns and sites of a board."""
-  if shape == "hexagon":  # It has rows in three directions, and no columns.
+  """Returns rows, columns and sites of a board."""
+  if shape == "hexagon":  # It has rows in three directions, but no columns.
     rings = sizes[0] // 2
     return sizes[0], 0, 1 + 3 * rings * (rings + 1)
   rows, columns = sizes if len(sizes) == 2 else sizes * 2
@@ -313,8 +313,8 @@ def dimensions(shape: str, sizes: Sequence[int]) -> tuple[int, int, int]:
 
 
 def integer(word: str) -> int:
-  """A number of a text; the largest that matters for one of many digits."""
-  # The grammar knows no largest number, and Python may refuse to read one.
+  """Reads a number of a text; one of many digits as the largest that counts."""
+  # The grammar has no largest number, and Python may refuse to read one.
   return int(word) if len(word) <= 9 else 10**9
 
 
@@ -323,7 +323,7 @@ def _is_number(node: Tree | None) -> bool:
 
 
 def _tree(lexemes: Sequence[str]) -> Tree:
-  """The outermost expression. Brackets must match."""
+  """Returns the outermost expression. Brackets must match."""
   stack: list[Tree] = [[]]
   for lexeme in lexemes:
     if lexeme == "(":
@@ -338,7 +338,7 @@ def _tree(lexemes: Sequence[str]) -> Tree:
 
 
 def _nodes(tree: Tree) -> Iterator[tuple[Tree, Tree | None]]:
-  """All expressions with those that they stand in; no recursion, for depth."""
+  """Yields all expressions with their parents, without recursion."""
   stack: list[tuple[Tree, Tree | None]] = [(tree, None)]
   while stack:
     node, parent = stack.pop()
@@ -358,7 +358,7 @@ def _renamed(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:
 
 
 def _without_rendering(lexemes: list[str]) -> list[str]:
-  # It comes last in a game, and its word nowhere else.
+  # It comes last in a game, and its word is nowhere else.
   if "rendering" not in lexemes:
     return lexemes
   return [*lexemes[: lexemes.index("rendering") - 1], ")"]
@@ -368,10 +368,10 @@ def _without_rendering(lexemes: list[str]) -> list[str]:
 
 
 def trim(response: str) -> str:
-  """Keeps a response up to where its first expression is closed.
+  """Cuts a response after its first expression.
 
-  That is the first closing bracket behind which there are as many opening as
-  closing ones, round and curly each. All is kept if there is none.
+  That is after the first closing bracket up to which as many brackets were
+  opened as closed, round and curly each. Everything is kept if there is none.
   """
   num_round = num_curly = 0
   for match in _BRACKET.finditer(response):
@@ -387,7 +387,7 @@ _BRACKET = re.compile(r"[(){}]")
 
 
 def gap(prefix: str, suffix: str) -> str:
-  """A prompt that asks for what stands between two texts."""
+  """Makes a prompt that asks for the text between two texts."""
   return f"{MARKERS[0]}{prefix}{MARKERS[1]}{suffix}{MARKERS[2]}"
 
 
@@ -400,20 +400,20 @@ def compose(prompt: str, middle: str) -> str | None:
 
   Returns:
     prefix + middle + suffix, or None unless there is one marker of each kind,
-    in order. They count without their blanks.
+    in order, with or without its blanks.
   """
   parts = _split(prompt + middle)
   return parts and parts[0] + parts[2] + parts[1]
 
 
 def around(prompt: str) -> tuple[str, str] | None:
-  """What stands before and behind the gap of a prompt; None without a gap."""
+  """Returns the texts before and after the gap; None without a gap."""
   parts = _split(prompt)
   return parts and parts[:2]
 
 
 def _split(text: str) -> tuple[str, str, str] | None:
-  """What stands behind each of the markers."""
+  """Returns what follows each of the markers."""
   marks = [marker.strip() for marker in MARKERS]
   if any(text.count(mark) != 1 for mark in marks):
     return None
@@ -426,13 +426,13 @@ def _split(text: str) -> tuple[str, str, str] | None:
 
 
 def cuts(text: str) -> list[tuple[str, str, str]]:
-  """Every way to cut an expression out of a text, the outermost one excepted.
+  """Cuts every expression but the outermost one out of a text.
 
   Args:
     text: with matching round brackets outside of its names.
 
   Returns:
-    Triples of what stands before it, the expression, and what stands behind.
+    Triples of the text before, the expression, and the text after.
   """
   found, starts = [], []
   for match in _LEXEME.finditer(text):
@@ -449,14 +449,14 @@ def cuts(text: str) -> list[tuple[str, str, str]]:
 
 
 class Novelty:
-  """How far a game is from all of a corpus.
+  """Measures how far a game is from all of a corpus.
 
     min_c levenshtein(s, c) / max(|s|, |c|)
 
-  over words of the games, with placeholders for their names and nothing on how
-  they look: 0 for a copy, 1 if no word is shared. What changes nothing does not
-  count: (not (not x)) is x, as are (and x) and (or x), and a rule or condition
-  is not new for being written twice.
+  over words of the games, with placeholders for their names and without their
+  looks: 0 for a copy, 1 if no word is shared. What has no effect does not
+  count: (not (not x)) is x, as are (and x) and (or x), and a repeated rule or
+  condition is not new.
   """
 
   def __init__(self, corpus: Sequence[str]):
@@ -479,18 +479,18 @@ class Novelty:
     self._counts = np.stack([self._count(row) for row in rows])
 
   def __call__(self, text: str) -> float:
-    """The distance of a canonical text that follows the grammar, in [0, 1]."""
+    """Returns the distance of a canonical, grammatical text, in [0, 1]."""
     return self.closest(text)[0]
 
   def closest(self, text: str) -> tuple[float, int]:
-    """The distance, and which one of the different games is so near."""
+    """Returns the distance, and the index of the nearest different game."""
     row = self._encode(text)
     counts = self._count(row)
-    # Words that one has and the other lacks must be changed at least.
+    # A lower bound: words that one has and the other lacks must be changed.
     surplus = self._counts - counts
     bounds = np.maximum(
       np.maximum(surplus, 0).sum(1),
-      # Words that the corpus never has are in no count.
+      # Words that are not in the corpus are in no count.
       np.maximum(-surplus, 0).sum(1) + len(row) - counts.sum(),
     ) / np.maximum(self._lengths, len(row))
     best, closest = 1.0, 0
@@ -521,8 +521,8 @@ class Novelty:
 
 
 def _plain(node: Tree) -> list[str]:
-  """The words of an expression without what changes nothing."""
-  # A text is too short to be too deep for a recursion.
+  """Returns the words of an expression without what has no effect."""
+  # A text is too short to exceed the depth of recursion.
   head, *rest = [
     _plain(child) if isinstance(child, list) else [child] for child in node
   ] or [[]]
@@ -538,14 +538,14 @@ def _plain(node: Tree) -> list[str]:
 def _distances(
   row: np.ndarray, others: np.ndarray, lengths: np.ndarray
 ) -> np.ndarray:
-  """Edit distances of one word list to several, padded ones."""
+  """Computes edit distances of one word list to several, padded ones."""
   steps = np.arange(others.shape[1] + 1)
   costs = np.broadcast_to(steps, (len(others), len(steps)))
   for i, word in enumerate(row):
     new = np.empty_like(costs)
     new[:, 0] = i + 1
     new[:, 1:] = np.minimum(costs[:, 1:] + 1, costs[:, :-1] + (others != word))
-    # Insertions: the least over what stands to the left, a step each.
+    # Insertions: the least over the entries to the left, plus a step each.
     costs = np.minimum.accumulate(new - steps, axis=1) + steps
   return costs[np.arange(len(others)), lengths]
 
@@ -555,7 +555,7 @@ def _distances(
 
 @functools.cache
 def vocabulary() -> tuple[str, ...]:
-  """The words that games and prompts are made of.
+  """Returns the words that games and prompts are made of.
 
   Markers, brackets, the words of the grammar, the integers below 225, and
   placeholders of names.
@@ -579,11 +579,10 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def grammar_tokenizer():
-  """A fast tokenizer with one token a word of the language.
+  """Makes a fast tokenizer with one token a word of the language.
 
-  Texts begin with `<bos>`. Decoding gives canonical text. Names other than the
-  placeholders (see `neutral`), and integers from 225, are not in it: to encode
-  them is an error.
+  Texts begin with `<bos>`. Decoding gives canonical text. Encoding names other
+  than the placeholders (see `neutral`), or integers from 225 on, is an error.
 
   Raises:
     ValueError: if ludax is not installed.
@@ -593,7 +592,7 @@ def grammar_tokenizer():
   from rljax.tasks import tokenizers
 
   tokenizer = tokenizers.of_words(vocabulary(), _LEXEME.pattern)
-  # They hold a blank, and are found before the text is cut at blanks.
+  # They contain a blank, and are found before the text is split at blanks.
   tokenizer.add_tokens(
     [AddedToken(m.strip(), normalized=False) for m in MARKERS]
   )
@@ -606,7 +605,7 @@ def grammar_tokenizer():
   )
   backend.decoder = decoders.Sequence(
     [
-      # Joins with blanks: no word begins with its sign of continuation.
+      # Joins with blanks: no word begins with its continuation prefix.
       decoders.WordPiece(prefix="\0", cleanup=False),
       decoders.Fuse(),
       decoders.Replace("( ", "("),
@@ -625,8 +624,8 @@ def _folder() -> pathlib.Path:
   spec = importlib.util.find_spec("ludax")
   if spec is None or importlib.util.find_spec("lark") is None:
     raise ValueError(
-      "Games need the package ludax, which is not installed: pip install "
-      '"rljax[games]".'
+      "Games need the packages ludax and lark, which are not installed: pip "
+      "install ludax==1.0.0 lark."
     )
   return pathlib.Path(spec.origin).parent
 

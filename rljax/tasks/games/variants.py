@@ -1,4 +1,4 @@
-"""New board games, made by changing those that ludax ships."""
+"""Makes new board games by changing those that ludax ships."""
 
 import importlib.metadata
 import os
@@ -10,19 +10,17 @@ import numpy as np
 from absl import logging
 
 from rljax.tasks import games
-from rljax.tasks.games import boards as boards_lib
-from rljax.tasks.games import pool, rewards, rules
+from rljax.tasks.games import boards, pool, rewards, rules
 from rljax.text import files
 
 LICENCE = "Apache-2.0"
-# Most sites of a board for a study on a CPU: a hexagon with four sites a side
-# has as many.
+# Most sites of a board for a study on a CPU: those of a hexagon of side 4.
 MAX_SITES = 37
 
 _DRAWN_AT_ONCE = 32
 _MAX_CHANGES = 3
 _COURSE = ("first", "second", "timeouts", "plies", "decisions", "branching")
-# Words that may stand for each other.
+# Words that may replace each other.
 _GROUPS = (
   ("true", "false"),
   ("win", "lose"),
@@ -61,35 +59,35 @@ def expand(
   num_workers: int | None = None,
   progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-  """Makes new games from those that ludax ships, and keeps what can be played.
+  """Makes new games from those that ludax ships, and keeps playable ones.
 
   A game is changed in one to three places: an expression becomes another one
   with the same first word, from any game so far; the board becomes another one,
-  see `game_boards.on_board`; or an integer, a direction or the like becomes
-  another one. Those that pass all checks, are good in the sense of
-  `games.score_batch` and have at least the asked quality are kept, and may be
-  changed again. No two are the same, nor do two play the same: of changes that
-  have no effect, the first one counts. A shipped game whose board is too large
-  is changed first to one that is not.
+  see `boards.on_board`; or an integer, a direction or the like becomes another
+  one. Those that pass all checks, are good in the sense of `games.score_batch`
+  and have at least the given quality are kept, and may be changed again. No two
+  are the same or play the same: of changes without effect, the first one
+  counts. A shipped game whose board is too large is first moved to a smaller
+  one.
 
   Args:
     num: how many games, the shipped ones among them.
-    split: whose shipped games to begin with; see `games.prompts`.
+    split: whose shipped games to start from; see `games.prompts`.
     seed: of the changes, and of the games that are played.
-    min_quality: q of `game_rewards.quality` that a game must have.
+    min_quality: q of `rewards.quality` that a game must have.
     max_sites: see `games.score_batch`; likewise the others.
     num_games: see `games.score_batch`.
     max_plies: see `games.score_batch`.
-    max_tries: how many changed games to look at; None for 50 per asked game.
-    apart_from: games of other splits, of which none is to be made again, under
-      other names of its pieces either.
-    cache: see `games.score_batch`. Here it keeps limits that were hit, too: who
-      asks again is told the same.
+    max_tries: how many changed games to try; None for 50 per game of `num`.
+    apart_from: games of other splits, which are not made again, even under
+      other names of their pieces.
+    cache: see `games.score_batch`. Here it also keeps limits that were hit, so
+      that repeated calls agree.
     seconds: see `games.score_batch`.
     memory_gb: see `games.score_batch`.
     num_workers: see `games.score_batch`.
-    progress: called now and then with how many games there are, and how many
-      have been played for them.
+    progress: called now and then with the numbers of games kept and of games
+      played.
 
   Returns:
     Rows, shipped games first: `name`, `text`, `split`, `parents` (names of rows
@@ -127,25 +125,18 @@ def expand(
     )
   is_known = _known(apart_from)
   rows: list[dict[str, Any]] = []
-  # Those that may be changed: of the first ones also some that are not good.
+  # Games that may be changed, with some of the first that are not good.
   found: list[dict[str, Any]] = []
   seen = {row["text"] for row in drawn}
-  # The same moves are drawn in all games: those that go alike are alike.
+  # The same moves are drawn in all games: games with equal courses are alike.
   played: set[tuple] = set()
   donors, tries, num_played = _Donors(), 0, 0
   while True:
-    # The measured ones are kept, so that small parts cost nothing but waiting.
+    # Measurements are kept, so that small batches only cost waiting.
     measured = pool.measure([row["text"] for row in drawn], **options)
     num_played += len(drawn)
     for row, measurement in zip(drawn, measured, strict=True):
-      parts = rewards.unread("played")
-      rewards.judge(parts, measurement, max_plies, "true", games.MIN_PLIES)
-      kept = {
-        name: parts[name]
-        for name in ("quality", "balance", "decisive", "plies")
-      }
-      is_good = parts["is_playable"] and parts["is_good"]
-      is_good = is_good and parts["quality"] >= min_quality
+      quality, is_good = _quality(measurement, max_plies, min_quality)
       course = tuple(measurement.get(name) for name in _COURSE)
       is_good = is_good and course not in played
       played.add(course)
@@ -153,8 +144,8 @@ def expand(
       name = row["parents"][0]
       if is_kept:
         name = f"{split}_{len(rows)}"
-        rows.append({"name": name} | row | kept | fixed)
-      # Those that cost too much would have costly children.
+        rows.append({"name": name} | row | quality | fixed)
+      # Games that cost too much would have costly children.
       is_first = num_played == len(drawn) and measurement["stage"] == "played"
       if is_kept or is_first:
         donors.add(row["text"], len(found))
@@ -163,27 +154,10 @@ def expand(
       progress(min(len(rows), num), num_played)
     if len(rows) >= num or tries >= max_tries:
       break
-    drawn = []
-    while len(drawn) < _DRAWN_AT_ONCE and tries < max_tries:
-      tries += 1
-      index = int(rng.integers(len(found)))
-      text, changes, others = _changed(
-        found[index]["text"], donors, rng, max_sites
-      )
-      if text in seen or not _is_sound(text, max_sites):
-        continue
-      seen.add(text)
-      sources = [found[i] for i in dict.fromkeys([index, *others])]
-      roots = [root for source in sources for root in source["roots"]]
-      parents = [source["name"] for source in sources]
-      drawn.append(
-        {
-          "text": text,
-          "parents": list(dict.fromkeys(parents)),
-          "roots": list(dict.fromkeys(roots)),
-          "changes": changes,
-        }
-      )
+    drawn, tried = _draw(
+      found, donors, rng, seen, max_sites=max_sites, max_tries=max_tries - tries
+    )
+    tries += tried
   rows = rows[:num]
   if len(rows) < num:
     logging.warning(
@@ -197,9 +171,7 @@ def check_options(*, num: int, min_quality: float, max_sites: int) -> None:
   if num < 1:
     raise ValueError(f"num must be positive, got {num}.")
   if not 0 <= min_quality <= 1:
-    raise ValueError(
-      f"min_quality is of a number from 0 to 1, got {min_quality}."
-    )
+    raise ValueError(f"min_quality must be from 0 to 1, got {min_quality}.")
   if not 9 <= max_sites <= rules.MAX_SITES:
     raise ValueError(
       f"max_sites must be from 9 to {rules.MAX_SITES}, got {max_sites}."
@@ -207,19 +179,68 @@ def check_options(*, num: int, min_quality: float, max_sites: int) -> None:
 
 
 def write(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> None:
-  """Writes games of `expand`, and whose they are.
+  """Writes games of `expand`, with a notice of their source.
 
   Args:
-    path: of a file of JSON lines. A notice of where the games come from, and
-      their licence, are written next to it, in <path>.NOTICE.
+    path: of a file of JSON lines. A notice of the games' source and licence is
+      written beside it, to <path>.NOTICE.
     rows: of one split or several.
   """
   files.write_jsonl(path, rows)
   pathlib.Path(f"{path}.NOTICE").write_text(rules.notice())
 
 
+def _quality(
+  measurement: dict[str, Any], max_plies: int, min_quality: float
+) -> tuple[dict[str, Any], bool]:
+  """Returns a row's columns on the quality of a game, and if it is good."""
+  parts = rewards.unread("played")
+  rewards.judge(parts, measurement, max_plies, "true", games.MIN_PLIES)
+  names = ("quality", "balance", "decisive", "plies")
+  is_good = parts["is_playable"] and parts["is_good"]
+  is_good = is_good and parts["quality"] >= min_quality
+  return {name: parts[name] for name in names}, is_good
+
+
+def _draw(
+  found: Sequence[dict[str, Any]],
+  donors: "_Donors",
+  rng: np.random.Generator,
+  seen: set[str],
+  *,
+  max_sites: int,
+  max_tries: int,
+) -> tuple[list[dict[str, Any]], int]:
+  """Makes changed games that were not seen before, and counts the tries.
+
+  Their texts join `seen`.
+  """
+  drawn, tries = [], 0
+  while len(drawn) < _DRAWN_AT_ONCE and tries < max_tries:
+    tries += 1
+    index = int(rng.integers(len(found)))
+    text, changes, others = _changed(
+      found[index]["text"], donors, rng, max_sites
+    )
+    if text in seen or not _is_sound(text, max_sites):
+      continue
+    seen.add(text)
+    sources = [found[i] for i in dict.fromkeys([index, *others])]
+    roots = [root for source in sources for root in source["roots"]]
+    parents = [source["name"] for source in sources]
+    drawn.append(
+      {
+        "text": text,
+        "parents": list(dict.fromkeys(parents)),
+        "roots": list(dict.fromkeys(roots)),
+        "changes": changes,
+      }
+    )
+  return drawn, tries
+
+
 def _first(split: str, max_sites: int) -> list[dict[str, Any]]:
-  """The shipped games of a split, on boards that are small enough."""
+  """Returns the shipped games of a split, on boards that are small enough."""
   drawn: dict[str, dict[str, Any]] = {}
   shipped = games.shipped(split)
   for name, text in shipped.items():
@@ -227,7 +248,7 @@ def _first(split: str, max_sites: int) -> list[dict[str, Any]]:
       text, {"text": text, "parents": [name], "roots": [name], "changes": []}
     )
   for name, text in shipped.items():
-    for small in boards_lib.smaller(text, max_sites):
+    for small in boards.smaller(text, max_sites):
       drawn.setdefault(
         small,
         {
@@ -248,7 +269,7 @@ def _known(texts: Sequence[str]) -> Callable[[str], bool]:
 
 
 class _Donors:
-  """Expressions by their first words, each with a game that has it."""
+  """Holds expressions by their first words, each with a game that has it."""
 
   def __init__(self):
     self._found: dict[str, list[tuple[str, int]]] = {}
@@ -270,7 +291,7 @@ def _changed(
   rng: np.random.Generator,
   max_sites: int,
 ) -> tuple[str, list[str], list[int]]:
-  """A changed game, the kinds of its changes, and the games that gave to it."""
+  """Returns a changed game, the kinds of its changes, and their sources."""
   kinds, sources = [], []
   for _ in range(min(int(rng.geometric(0.7)), _MAX_CHANGES)):
     draw = rng.random()
@@ -279,18 +300,18 @@ def _changed(
       cuts = rules.cuts(text)
       prefix, middle, suffix = cuts[rng.integers(len(cuts))]
       others = donors.like(middle)
-      if others:  # A changed word may begin what no game has.
+      if others:  # A changed word may begin an expression that no game has.
         other, game = others[rng.integers(len(others))]
         sources.append(game)
         text = prefix + other + suffix
     elif draw < 0.55 and "(board (" in text:
       kinds.append("board")
-      boards = boards_lib.boards(max_sites)
-      shape, _ = boards_lib.board(text)
+      sizes_of = boards.boards(max_sites)
+      shape, _ = boards.board(text)
       if rng.random() < 0.5:
-        shape = str(rng.choice(boards_lib.SHAPES))
-      sizes = boards[shape][rng.integers(len(boards[shape]))]
-      text = boards_lib.on_board(text, shape, sizes)
+        shape = str(rng.choice(boards.SHAPES))
+      sizes = sizes_of[shape][rng.integers(len(sizes_of[shape]))]
+      text = boards.on_board(text, shape, sizes)
     else:
       lexemes = rules.words(text)
       places = [

@@ -13,13 +13,12 @@ from rljax.generation import decode, grammars
 from rljax.ops import sampling
 from rljax.tasks import games, tokenizers
 from rljax.tasks.games import rules
-from rljax.text import batches
-from rljax.text import tokens as tokens_lib
+from rljax.text import batches, tokens
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
 
@@ -63,16 +62,16 @@ class TablesTest(parameterized.TestCase):
     end = _tokenizer().eos_token_id
     for t in range(max(map(len, ids))):
       found = np.asarray(_allowed(constraint, place))
-      tokens = np.full(len(rows), end, np.int32)
+      drawn = np.full(len(rows), end, np.int32)
       for i, row in enumerate(ids):
         if t < len(row) - 1:
-          tokens[i] = row[t]
+          drawn[i] = row[t]
           self.assertFalse(found[i, end], (prompts[i], middles[i], t))
         if t < len(row):
-          self.assertTrue(found[i, tokens[i]], (prompts[i], middles[i], t))
+          self.assertTrue(found[i, drawn[i]], (prompts[i], middles[i], t))
         if t == len(row) - 1:
           self.assertEqual(found[i].sum(), 1)
-      place = _advance(constraint, place, tokens)
+      place = _advance(constraint, place, drawn)
 
   def test_allows_what_the_parser_of_texts_reads(self):
     # What `game_rules.progress` says of a text with one more word.
@@ -123,7 +122,7 @@ class TablesTest(parameterized.TestCase):
 class SampleTest(absltest.TestCase):
   def test_a_policy_without_a_notion_writes_games_that_parse(self):
     prompts = games.prompts("train", 0, num=23) + [games.WHOLE]
-    encoded = tokens_lib.encode_prompts(_tokenizer(), prompts, max_length=512)
+    encoded = tokens.encode_prompts(_tokenizer(), prompts, max_length=512)
     ids, mask = batches.pad_left(encoded)
     config = tiny.gpt2_config(vocab_size=384, max_positions=600)
     end = _tokenizer().eos_token_id
@@ -132,7 +131,7 @@ class SampleTest(absltest.TestCase):
       model=tiny.model(config),
       max_length=64,
       settings=sampling.Settings(),
-      allowed=jnp.asarray(tokens_lib.allowed_tokens(_tokenizer(), 384, (end,))),
+      allowed=jnp.asarray(tokens.allowed_tokens(_tokenizer(), 384, (end,))),
       stop_ids=(end,),
       num_samples=2,
     )
@@ -145,7 +144,7 @@ class SampleTest(absltest.TestCase):
         prompt_mask=jnp.asarray(mask),
         constraint=constraint,
       )
-      texts = tokens_lib.decode(
+      texts = tokens.decode(
         _tokenizer(),
         np.asarray(samples.response_ids),
         np.asarray(samples.response_mask),
@@ -169,12 +168,12 @@ class SampleTest(absltest.TestCase):
 class ErrorsTest(parameterized.TestCase):
   def test_tokenizer_without_the_words(self):
     other = tokenizers.of_words(["(", ")"], ".")
-    with self.assertRaisesRegex(ValueError, "this one has not game"):
+    with self.assertRaisesRegex(ValueError, "this one lacks game"):
       games.grammar(other, vocab_size=8)
     # As tokenizers of natural text have them.
     words = ["(", ")", "game", "players", "board", *map(str, range(10))]
     other = tokenizers.of_words(words, r"\w+|.")
-    with self.assertRaisesRegex(ValueError, "has not .*, <=, .* more"):
+    with self.assertRaisesRegex(ValueError, "lacks .*, <=, .* more"):
       games.grammar(other, vocab_size=20)
 
   @parameterized.named_parameters(

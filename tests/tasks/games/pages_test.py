@@ -12,12 +12,11 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
 from rljax.tasks import games
-from rljax.tasks.games import boards, pages
-from rljax.tasks.games import rules as rules_lib
+from rljax.tasks.games import boards, pages, rules
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
 
@@ -40,13 +39,13 @@ class PrettyTest(absltest.TestCase):
     )
 
   @hypothesis.given(
-    name=st.sampled_from(sorted(rules_lib.shipped())),
+    name=st.sampled_from(sorted(rules.shipped())),
     width=st.integers(1, 100),
   )
   def test_is_the_same_game(self, name, width):
-    text = rules_lib.shipped()[name]
+    text = rules.shipped()[name]
     lines = pages.pretty(text, width)
-    self.assertEqual(rules_lib.canonical(lines), text)
+    self.assertEqual(rules.canonical(lines), text)
     if width > 62:
       self.assertLess(max(map(len, lines.split("\n"))), width + 12)
 
@@ -101,7 +100,7 @@ class DrawTest(parameterized.TestCase):
 
 class WriteTest(absltest.TestCase):
   def test_page(self):
-    text = rules_lib.shipped()["tic_tac_toe"].replace("token", "<script>")
+    text = rules.shipped()["tic_tac_toe"].replace("token", "<script>")
     self.assertIn('"<script>"', text)
     game = pages.Game(
       text,
@@ -124,9 +123,9 @@ class WriteTest(absltest.TestCase):
     ):
       self.assertIn(piece, page)
     # What can be seen is the game, word for word.
-    rules = re.search(r"<section><pre>(.*?)</pre>", page, re.S)[1]
-    shown = re.sub(r"<[^>]+>", "", rules).replace("&quot;", '"')
-    self.assertEqual(rules_lib.canonical(shown), rules_lib.neutral(text))
+    listing = re.search(r"<section><pre>(.*?)</pre>", page, re.S)[1]
+    shown = re.sub(r"<[^>]+>", "", listing).replace("&quot;", '"')
+    self.assertEqual(rules.canonical(shown), rules.neutral(text))
 
   def test_no_game(self):
     with tempfile.TemporaryDirectory() as folder:

@@ -16,10 +16,10 @@ from rljax.tasks.games import play, rules
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 ME = "tests.tasks.games_play_test"
 BOARDS = (
   ("square_shape", 3),

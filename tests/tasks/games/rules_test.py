@@ -17,7 +17,7 @@ from rljax.text import tokens
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
 

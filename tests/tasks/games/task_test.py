@@ -17,16 +17,15 @@ from absl.testing import absltest, parameterized
 
 from rljax import tasks
 from rljax.tasks import games, sandbox
-from rljax.tasks.games import pool as pool_lib
-from rljax.tasks.games import rewards, rules
+from rljax.tasks.games import pool, rewards, rules
 from rljax.text import files, keywords
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 FAIR = {
   "stage": "played",
   "first": 0.5,
@@ -48,12 +47,12 @@ NEW = (
 @contextlib.contextmanager
 def measuring(measure):
   """Replaces the worker processes, and forgets what they said."""
-  pool = mock.Mock()
-  pool.map = lambda items: [measure(*item) for item in items]
-  pool_lib._MEASURED.clear()
-  with mock.patch.object(pool_lib, "_pool", lambda *unused: pool):
-    yield pool
-  pool_lib._MEASURED.clear()
+  fake = mock.Mock()
+  fake.map = lambda items: [measure(*item) for item in items]
+  pool._MEASURED.clear()
+  with mock.patch.object(pool, "_pool", lambda *unused: fake):
+    yield fake
+  pool._MEASURED.clear()
 
 
 def always(**changes):
@@ -167,9 +166,13 @@ class PromptsTest(parameterized.TestCase):
       self.assertEqual(near, 0)
       self.assertGreater(far, 0.1)
       for name, row, message in (
-        ("bad", {"text": "(", "split": "train"}, r"row 1: '\(' is no game"),
-        ("number", {"text": 7, "split": "train"}, "row 1: '7' is no game"),
-        ("split", {"text": NEW, "split": 7}, "row 1: the splits are .*not 7"),
+        ("bad", {"text": "(", "split": "train"}, r"row 1: '\(' is not a game"),
+        ("number", {"text": 7, "split": "train"}, "row 1: '7' is not a game"),
+        (
+          "split",
+          {"text": NEW, "split": 7},
+          "row 1: the split must be .*got 7",
+        ),
       ):
         path = path.with_name(f"{name}.jsonl")
         files.write_jsonl(path, [row])
@@ -393,7 +396,8 @@ class PlayedTest(parameterized.TestCase):
       "import signal, sys, threading, time\n"
       # A shell's background jobs are started deaf to it, and so are theirs.
       "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-      "from rljax.tasks import game_pool, games\n"
+      "from rljax.tasks import games\n"
+      "from rljax.tasks.games import pool as game_pool\n"
       "pool = game_pool._pool(90.0, 2.0, 2)\n"
       "pool._settings['setup'] = None\n"
       "def tell():\n"

@@ -12,11 +12,11 @@ from absl.testing import absltest, parameterized
 from rljax.tasks import games, sandbox
 from rljax.tasks.games import boards, rules, variants
 from rljax.text import files
-from tests.tasks import games_test
+from tests.tasks.games import task_test as games_test
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason="needs ludax: pip install ludax==1.0.0 lark",
 )
 
 

@@ -1,0 +1,67 @@
+"""Responses that are drawn and scored once, and kept with what they are of."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rljax.distributed import processes
+from rljax.generation import samplers
+from rljax.models import hf
+from rljax.scoring import cached, scorers
+from rljax.storage import stages
+from rljax.text import logged
+
+
+def collect(
+  path: str | os.PathLike[str],
+  responder: samplers.Responder,
+  policy: hf.LanguageModel,
+  encoded: logged.Encoded,
+  rows: Sequence[logged.Row],
+  score: scorers.Scorer,
+  *,
+  settings: samplers.Settings,
+  **more: Any,
+) -> None:
+  """Draws and scores what a file lacks of the responses to all prompts.
+
+  Beside the file stands what it was made of, with the suffix .json; samples of
+  another policy, of other prompts, scores or settings are drawn again.
+
+  Args:
+    path: the file, see `samplers.collect`; its folder is made.
+    responder: for N prompts, whose texts it holds.
+    policy: the model, with its parameters on the mesh.
+    encoded: the N prompts as the policy reads them.
+    rows: the N prompts as they were given, in any format; see
+      `logged.as_given`.
+    score: with the attribute `description`.
+    settings: of the sampler.
+    **more: what else the responses depend on, as `json` can write it.
+
+  Raises:
+    ValueError: as `samplers.collect`.
+  """
+  made_of = cached.describe(
+    encoded,
+    policy.params,
+    policy.tokenizer,
+    config=policy.model.config.to_hf(),
+    asked=logged.fingerprint(rows),
+    score=score.description,
+    has_tags=responder.has_forced,
+    **settings._asdict(),
+    **more,
+  )
+  # Of several processes, one looks, and all wait for it.
+  processes.from_first(functools.partial(stages.discard_unless, path, made_of))
+  samplers.collect(
+    path,
+    responder,
+    policy.params,
+    responder.texts,
+    score,
+    progress=samplers.Progress(pathlib.Path(path).stem, len(rows)),
+  )
