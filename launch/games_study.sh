@@ -23,7 +23,7 @@ NUM_TRAIN="${NUM_TRAIN:-140}"    # Games of the corpus.
 NUM_EVAL="${NUM_EVAL:-64}"       # Validation prompts.
 CORPUS="${CORPUS:-$RUNS/corpus.jsonl}"
 CONSTRAINTS="${CONSTRAINTS:-none grammar}"
-flags=experiments/flags
+flags=experiments/flags/padula
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 make_corpus() {
@@ -38,19 +38,19 @@ one_seed() {
   local seed="$1" base="$RUNS/$1" constraint
   local games="corpus=$CORPUS,max_sites=37,max_words=126"
   local task="$games,max_gap=63"
-  # What expand_games.py has measured need not be played again.
+  # What games/expand.py has measured need not be played again.
   local score="corpus=$CORPUS,cache=$CORPUS.cache,max_sites=37"
   score+=",num_games=32,seconds=8,num_workers=$WORKERS"
 
   # The start is a policy with random weights: an update of size 0.
   local whole=(experiments/sft.py "--seed=$seed"
-    "--flagfile=$flags/games_base.flags" "--task_options=$games,form=whole")
+    "--flagfile=$flags/games_cpu_base.flags" "--task_options=$games,form=whole")
   once "$base/start" "${whole[@]}" --steps=1 --warmup=0 --learning_rate=0
   once "$base/base" "${whole[@]}"
   once "$base/sft" experiments/sft.py "--seed=$seed" "--policy=$base/base" \
-    "--flagfile=$flags/games_sft.flags" "--task_options=$task,min_share=0"
+    "--flagfile=$flags/games_cpu_sft.flags" "--task_options=$task,min_share=0"
   local ppo=(experiments/ppo.py "--seed=$seed" "--policy=$base/sft"
-    "--flagfile=$flags/games_ppo.flags" "--task_options=$task"
+    "--flagfile=$flags/games_cpu_ppo.flags" "--task_options=$task"
     "--score_options=$score")
   once "$base/ppo" "${ppo[@]}"
   once "$base/ppo_grammar" "${ppo[@]}" --constraint=grammar

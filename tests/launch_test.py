@@ -312,7 +312,7 @@ class StudyTest(LaunchTest):
     # The same command repeats nothing.
     status, _, again = self.study(name)
     self.assertEqual(status, 0)
-    again = [call for call in again if "draw_games" not in call]
+    again = [call for call in again if "games/draw" not in call]
     self.assertEqual(again, calls[-1:])
 
   @parameterized.parameters("games", "rlmec")

@@ -231,8 +231,8 @@ class AloneTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("examples/ppo_pmap", "--workdir=x", "--policy=x"),
-    ("expand_games", "--output=x"),
-    ("draw_games", "--samples=x", "--output=x"),
+    ("games/expand", "--output=x"),
+    ("games/draw", "--samples=x", "--output=x"),
   )
   def test_refuses_to_be_one_of_several(self, name, *flags):
     done = subprocess.run(

@@ -16,6 +16,7 @@ from rljax.text import files
 LICENCE = "Apache-2.0"
 # Most sites of a board for a study on a CPU: those of a hexagon of side 4.
 MAX_SITES = 37
+MIN_SITES = 9  # A board with less has no room for a game.
 
 _DRAWN_AT_ONCE = 32
 _MAX_CHANGES = 3
@@ -172,9 +173,10 @@ def check_options(*, num: int, min_quality: float, max_sites: int) -> None:
     raise ValueError(f"num must be positive, got {num}.")
   if not 0 <= min_quality <= 1:
     raise ValueError(f"min_quality must be from 0 to 1, got {min_quality}.")
-  if not 9 <= max_sites <= rules.MAX_SITES:
+  if not MIN_SITES <= max_sites <= rules.MAX_SITES:
     raise ValueError(
-      f"max_sites must be from 9 to {rules.MAX_SITES}, got {max_sites}."
+      f"max_sites must be from {MIN_SITES} to {rules.MAX_SITES}, got "
+      f"{max_sites}."
     )
 
 

@@ -74,7 +74,7 @@ class TablesTest(parameterized.TestCase):
       place = _advance(constraint, place, drawn)
 
   def test_allows_what_the_parser_of_texts_reads(self):
-    # What `game_rules.progress` says of a text with one more word.
+    # What `rules.progress` says of a text with one more word.
     text = games.texts("train")[3]
     lexemes = rules.words(text)
     constraint = _constraint([games.WHOLE])

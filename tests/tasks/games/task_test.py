@@ -397,8 +397,8 @@ class PlayedTest(parameterized.TestCase):
       # A shell's background jobs are started deaf to it, and so are theirs.
       "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
       "from rljax.tasks import games\n"
-      "from rljax.tasks.games import pool as game_pool\n"
-      "pool = game_pool._pool(90.0, 2.0, 2)\n"
+      "from rljax.tasks.games import pool as pool_lib\n"
+      "pool = pool_lib._pool(90.0, 2.0, 2)\n"
       "pool._settings['setup'] = None\n"
       "def tell():\n"
       "  while len(pool._workers) < 2 or not all(\n"

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from rljax.tasks import games, sandbox
 from rljax.tasks.games import boards, rules, variants
 from rljax.text import files
-from tests.tasks.games import task_test as games_test
+from tests.tasks.games import task_test
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
@@ -23,15 +23,15 @@ pytestmark = pytest.mark.skipif(
 def _measure(text, *unused):
   """Some games are bad: those with an odd number of words. All differ."""
   if len(rules.words(text)) % 2:
-    return games_test.always(first=1.0, second=0.0)()
-  return games_test.always(branching=zlib.crc32(text.encode()) / 2**32)()
+    return task_test.always(first=1.0, second=0.0)()
+  return task_test.always(branching=zlib.crc32(text.encode()) / 2**32)()
 
 
 class ExpandTest(parameterized.TestCase):
   def _expand(self, measure=_measure, **options):
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / "games.jsonl"
-      with games_test.measuring(measure):
+      with task_test.measuring(measure):
         rows = variants.expand(**options)
       variants.write(path, rows)
       self.assertEqual(files.read_jsonl(path), rows)
@@ -88,7 +88,7 @@ class ExpandTest(parameterized.TestCase):
     self.assertEmpty(set(first) & set(test))
 
   def test_games_that_play_the_same_count_once(self):
-    rows = self._expand(games_test.always(), num=20, max_tries=100)
+    rows = self._expand(task_test.always(), num=20, max_tries=100)
     self.assertLen(rows, 1)
 
   def test_games_of_other_splits_are_not_made_again(self):
@@ -101,7 +101,7 @@ class ExpandTest(parameterized.TestCase):
 
   def test_games_that_are_large_are_changed_first(self):
     rows = self._expand(
-      lambda text, *_: games_test.always(plies=50.0 + len(text) / 100)(),
+      lambda text, *_: task_test.always(plies=50.0 + len(text) / 100)(),
       num=4,
       split="test",
     )
@@ -137,7 +137,7 @@ class ExpandTest(parameterized.TestCase):
       return _measure(text)
 
     def expand(cache):
-      with games_test.measuring(measure):
+      with task_test.measuring(measure):
         return variants.expand(num=30, cache=cache)
 
     with (
@@ -159,7 +159,7 @@ class ExpandTest(parameterized.TestCase):
 
   def test_no_game_is_good_enough(self):
     rows = self._expand(
-      games_test.always(first=1.0, second=0.0), num=20, max_tries=50
+      task_test.always(first=1.0, second=0.0), num=20, max_tries=50
     )
     self.assertEqual(
       [row["text"] for row in rows], games.texts("train", max_sites=37)
