@@ -162,7 +162,8 @@ class Run:
     Sets `first_step`, `meta` and `best`.
 
     Args:
-      params: what is trained, as it begins, by the names of its models.
+      params: what is trained, as it begins, by the names of its models: numpy
+        arrays, or copies, as a program that takes the state may delete it.
       rules: of `meshes.shardings`.
       optimizer: of all of `params`.
       **more: other arrays of the state.
