@@ -200,7 +200,7 @@ def main():
       train.prompts,
       score,
       batch_size=FLAGS.sample_batch_size,
-      should_stop=run.should_stop,
+      progress=run.progress,
       policy=rewriters.identity(loaded),
     )
     rewritten = pipeline.rewrite(
@@ -211,7 +211,7 @@ def main():
       rewriter,
       score,
       own=getattr(task, "rewrite", None),
-      should_stop=run.should_stop,
+      progress=run.progress,
     )
   if run.is_stopped:
     return run.exit_status

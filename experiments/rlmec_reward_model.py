@@ -168,7 +168,7 @@ def main():
       questions.prompts,
       score,
       batch_size=FLAGS.sample_batch_size,
-      should_stop=run.should_stop,
+      progress=run.progress,
       policy=rewriters.identity(loaded),
     )
     taught = pipeline.rewrite(
@@ -178,7 +178,7 @@ def main():
       solutions,
       teacher,
       score,
-      should_stop=run.should_stop,
+      progress=run.progress,
     )
   if run.is_stopped:
     return run.exit_status
@@ -306,7 +306,7 @@ def main():
         held_out,
         student,
         score,
-        should_stop=run.should_stop,
+        progress=run.progress,
       )
       run.finish(
         {

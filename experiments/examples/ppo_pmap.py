@@ -141,13 +141,12 @@ def main():
   )
 
   # The state is the same on every device; `replicate` adds a leading axis.
-  value_head = heads.ValueHead()
-  params = {
-    "policy": loaded.params,
-    "value_head": value_head.init(
-      jax.random.key(FLAGS.seed), jnp.zeros((1, policy.config.hidden_size))
-    )["params"],
-  }
+  # The names are those of ppo.py with --critic=shared.
+  head = heads.ValueHead()
+  head_params = head.init(
+    jax.random.key(FLAGS.seed), jnp.zeros((1, policy.config.hidden_size))
+  )["params"]
+  params = {"policy": loaded.params, "critic": {"head": head_params}}
   optimizer = optax.adam(FLAGS.learning_rate)
   replicate = lambda tree: jax.tree.map(
     lambda x: jnp.broadcast_to(x, (len(devices), *jnp.shape(x))), tree
@@ -162,7 +161,7 @@ def main():
       temperature=FLAGS.temperature,
       allowed=allowed,
     )
-    values = value_head.apply({"params": params["value_head"]}, hidden)
+    values = head.apply({"params": params["critic"]["head"]}, hidden)
     return statistics, hidden, values
 
   # Devices share the key of the step: a sample's own key is made of that and

@@ -14,6 +14,7 @@ processes, the first one writes.
 import hashlib
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,10 +46,6 @@ class Questions(NamedTuple):
 
   prompts: text_prompts.Prompts
   solutions: list[tuple[str, str]]
-
-
-def _never() -> bool:
-  return False
 
 
 def digest(values: Any) -> str:
@@ -88,7 +85,7 @@ def sample(
   score: Score,
   *,
   batch_size: int,
-  should_stop: Callable[[], bool] = _never,
+  progress: rewriters.Progress = samplers.Progress,
   **inputs: Any,
 ) -> stages.Stage:
   """Draws samples of a policy, with their verdicts.
@@ -102,15 +99,12 @@ def sample(
     prompts: N of them.
     score: `(prompts, responses) -> (scores, parts)`, with `description`.
     batch_size: prompts at the same time.
-    should_stop: asked after every batch.
+    progress: makes what is called after every batch, such as `Run.progress`.
     **inputs: what else the samples depend on, the policy's fingerprint among
       it, as values that `json` can write.
 
   Returns:
     The finished stage; its file is `samples.jsonl`, of `samplers.collect`.
-
-  Raises:
-    checkpoint.Stopped: if `should_stop` said so.
   """
   sampled = stage(
     workdir,
@@ -130,7 +124,7 @@ def sample(
       params,
       prompts.texts,
       score,
-      progress=rewriters.progress("samples", len(prompts), should_stop),
+      progress=progress("samples", len(prompts)),
     )
     sampled.finish(
       samples=len(rows),
@@ -149,7 +143,7 @@ def rewrite(
   score: Score,
   *,
   own: Callable[[str, str], str] | None = None,
-  should_stop: Callable[[], bool] = _never,
+  progress: rewriters.Progress = samplers.Progress,
 ) -> stages.Stage:
   """Rewrites the wrong ones of the different samples that have an end.
 
@@ -162,13 +156,10 @@ def rewrite(
     rewriter: who does it.
     score: decides whether a rewrite is right.
     own: the task's own rewrite, to compare with; see `metrics`.
-    should_stop: see `sample`.
+    progress: see `sample`.
 
   Returns:
     The finished stage; its file is `rewrites.jsonl`, of records with rewrites.
-
-  Raises:
-    checkpoint.Stopped: if `should_stop` said so.
   """
   rewritten = stage(
     workdir,
@@ -186,7 +177,7 @@ def rewrite(
       [row for row in samples if row["index"] < len(solutions)]
     )
     rows = records(rows, dict(solutions))
-    rows = rewriter.rewrite(rewritten.folder, rows, score, should_stop)
+    rows = rewriter.rewrite(rewritten.folder, rows, score, progress)
     _write(rewritten, "rewrites.jsonl", rows)
     rewritten.finish(**counts, **metrics(rows, own))
   return rewritten
@@ -349,7 +340,7 @@ def test(
   rewriter: rewriters.Rewriter,
   score: Score,
   *,
-  should_stop: Callable[[], bool] = _never,
+  progress: rewriters.Progress = samplers.Progress,
 ) -> dict[str, float]:
   """Compares how a model rewrites samples of unseen questions with a teacher.
 
@@ -362,13 +353,10 @@ def test(
     held_out: the questions.
     rewriter: the model.
     score: decides whether a rewrite is right.
-    should_stop: see `sample`.
+    progress: see `sample`.
 
   Returns:
     See `compare`.
-
-  Raises:
-    checkpoint.Stopped: if `should_stop` said so.
   """
   tested = stage(
     workdir,
@@ -378,7 +366,7 @@ def test(
   held_out = frozenset(held_out)
   rows = files.read_jsonl(taught.path("rewrites.jsonl"))
   rows = [row for row in rows if row["prompt"] in held_out]
-  answers = rewriter.rewrite(tested.folder, rows, score, should_stop)
+  answers = rewriter.rewrite(tested.folder, rows, score, progress)
   _write(tested, "rewrites.jsonl", answers)
   found = compare(answers, rows)
   tested.finish(**found)
@@ -493,8 +481,12 @@ def load_settings(name: str | os.PathLike[str]) -> Mapping[str, Any]:
   Returns:
     `template` and `locate`, or an empty mapping.
   """
-  path = os.path.join(name, _SETTINGS)
-  return files.read_jsonl(path)[0] if os.path.isfile(path) else {}
+  folder = pathlib.Path(name)
+  # The best parameters of a run were asked as the run was.
+  for place in (folder, *([folder.parent] if folder.name == "best" else [])):
+    if (place / _SETTINGS).is_file():
+      return files.read_jsonl(place / _SETTINGS)[0]
+  return {}
 
 
 def how_asked(
@@ -550,41 +542,18 @@ def questions(
     One `Questions` for each split.
 
   Raises:
-    ValueError: as `solved`, `check_solution` and `text.prompts.encode`.
+    ValueError: as `text.prompts.solved` and `encode`, and `check_solution`.
   """
   options = keywords.parse(task_options)
   pairs = [
-    solved(task, split, seed, num, options) for split, num in splits.items()
+    text_prompts.solved(task, split, num=num, seed=seed, task_options=options)
+    for split, num in splits.items()
   ]
   check_solution(score, *pairs[0][0])
   encoded = text_prompts.encode(
     tokenizer, *([q for q, _ in some] for some in pairs), **encode_options
   )
   return [Questions(*both) for both in zip(encoded, pairs, strict=True)]
-
-
-def solved(
-  task: Any, split: str, seed: int, num: int, options: Mapping[str, Any]
-) -> list[tuple[str, str]]:
-  """Draws questions of a task with their solutions.
-
-  Args:
-    task: a module of `rljax.tasks`.
-    split: of the task.
-    seed: of the draw.
-    num: how many.
-    options: keyword arguments of the task's `supervised`.
-
-  Raises:
-    ValueError: if the task has no solutions, or not such an option.
-  """
-  if not hasattr(task, "supervised"):
-    raise ValueError(
-      f"{task.__name__} has no solutions, which the reward model reads; choose "
-      "another --task."
-    )
-  keywords.check(task.supervised, options)
-  return task.supervised(split, seed, num=num, **options)
 
 
 def check_solution(score: Score, prompt: str, solution: str) -> None:

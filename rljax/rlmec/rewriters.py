@@ -34,13 +34,15 @@ from rljax.text import steps as steps_lib
 
 Rows = list[dict[str, Any]]
 Score = Callable[..., tuple[np.ndarray, list[dict[str, Any]]]]
+# (name of what is drawn, number of prompts) -> what `samplers.collect` calls.
+Progress = Callable[[str, int], Callable[[int, Rows], None]]
 
 
 class Rewriter(NamedTuple):
   """Who rewrites wrong samples, as `pipeline.rewrite` and `test` take it.
 
   Attributes:
-    rewrite: `(folder, rows, score, should_stop) -> rows`: adds `error_step`,
+    rewrite: `(folder, rows, score, progress) -> rows`: adds `error_step`,
       `rewrite` and `is_verified` to records, see `by_function`. In the folder
       it may leave files, to go on with after a stop.
     made_of: all that its rewrites depend on, but the records, as values that
@@ -80,8 +82,8 @@ def of_teacher(name: str, task: Any) -> Rewriter:
     teacher, source = _imported(name)
     made_of["source"] = hashlib.sha256(source).hexdigest()
 
-  def rewrite(folder, rows, score, should_stop):
-    del folder, should_stop  # A stop comes after it.
+  def rewrite(folder, rows, score, progress):
+    del folder, progress  # It is not divided into batches.
     return by_function(rows, teacher, score, locate=locate, step_ends=step_ends)
 
   return Rewriter(rewrite, made_of)
@@ -128,7 +130,7 @@ def of_model(
     **settings,
   }
 
-  def rewrite(folder, rows, score, should_stop):
+  def rewrite(folder, rows, score, progress):
     return by_model(
       folder,
       rows,
@@ -142,7 +144,7 @@ def of_model(
       render=lambda texts: logged.render_prompts(
         texts, loaded.source, loaded.tokenizer, prompt_format
       ),
-      should_stop=should_stop,
+      progress=progress,
       **settings,
     )
 
@@ -261,7 +263,7 @@ def by_model(
   locate: bool = True,
   step_ends: str = "\n",
   render: Callable[[list[str]], list[str]] = list,
-  should_stop: Callable[[], bool] = lambda: False,
+  progress: Progress = samplers.Progress,
 ) -> Rows:
   """Rewrites by a language model, greedily, in one call or in two.
 
@@ -287,13 +289,12 @@ def by_model(
     step_ends: characters that end a step.
     render: turns questions into texts as the model is asked, such as by a chat
       template.
-    should_stop: asked after every batch.
+    progress: makes what is called after every batch, such as `Run.progress`.
 
   Returns:
     The records in their order, with `error_step`, `rewrite`, `is_verified`.
 
   Raises:
-    checkpoint.Stopped: if `should_stop` said so.
     ValueError: if the folder holds answers to other questions.
   """
 
@@ -306,7 +307,7 @@ def by_model(
     mesh=mesh,
     batch_size=batch_size,
     max_prompt_length=max_prompt_length,
-    should_stop=should_stop,
+    progress=progress,
   )
   wrong = [row for row in rows if not row["is_right"]]
   if not wrong:
@@ -348,30 +349,6 @@ def by_model(
   return _in_order(rows, answered)
 
 
-def progress(
-  name: str, num_prompts: int, should_stop: Callable[[], bool]
-) -> Callable[[int, Rows], None]:
-  """Makes what `samplers.collect` calls after each batch.
-
-  Args:
-    name: of what is drawn.
-    num_prompts: how many prompts there are.
-    should_stop: asked after every batch.
-
-  Returns:
-    A function that prints how far it has come, and raises `checkpoint.Stopped`
-    if `should_stop` says so.
-  """
-  shown = samplers.Progress(name, num_prompts)
-
-  def call(done, batch):
-    shown(done, batch)
-    if should_stop():
-      raise checkpoint.Stopped
-
-  return call
-
-
 def _imported(name: str) -> tuple[prompts_lib.Teacher, bytes]:
   """A function by the name `module:function`, and the source of its module."""
   module, _, attribute = name.partition(":")
@@ -399,7 +376,7 @@ def _ask(
   batch_size: int,
   max_length: int,
   max_prompt_length: int,
-  should_stop: Callable[[], bool],
+  progress: Progress,
 ) -> list[dict[str, Any] | None]:
   """Asks a model greedily; files its replies in `<folder>/<name>.jsonl`.
 
@@ -431,7 +408,7 @@ def _ask(
     [questions[i] for i in fits],
     # The caller scores them all together: a reply is part of a rewrite.
     lambda prompts, replies: (np.zeros(len(replies)), [{} for _ in replies]),
-    progress=progress(name, len(fits), should_stop),
+    progress=progress(name, len(fits)),
   )
   for i, row in zip(fits, found, strict=True):
     replies[i] = row

@@ -162,7 +162,8 @@ class Run:
     Sets `first_step`, `meta` and `best`.
 
     Args:
-      params: what is trained, as it begins, by the names of its models.
+      params: what is trained, as it begins, by the names of its models: numpy
+        arrays, or copies, as a program that takes the state may delete it.
       rules: of `meshes.shardings`.
       optimizer: of all of `params`.
       **more: other arrays of the state.
@@ -184,9 +185,13 @@ class Run:
       self.best = self.meta.get("best")
     if self._keeps_best:
       self._best = checkpoint.Checkpoints(self._best_folder, keep=1)
-      self._best.forget_after((self.best or {}).get("kept") or 0)
-    for kept in filter(None, (self._checkpoints, self._best)):
-      for message in kept.messages:
+      kept = (self.best or {}).get("kept")
+      self._best.forget_after(kept or 0)
+      if kept is not None and kept not in self._best.all_steps():
+        # A better one of the steps that are repeated had taken its place.
+        self.best = self.best | {"kept": None}
+    for checkpoints in filter(None, (self._checkpoints, self._best)):
+      for message in checkpoints.messages:
         self.note(message)
     return state
 

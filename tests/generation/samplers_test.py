@@ -487,6 +487,34 @@ class SamplerTest(parameterized.TestCase):
     other = sampler.responder(_asked(), batch_size=7, num_samples=1, seed=5)
     self.assertLen(other(_params()), 7)
 
+  def test_every_draw_of_a_step_has_limits_of_its_own(self):
+    settings = samplers.Settings(
+      max_length=6, min_length=1, num_samples=4, stop_at_eos=False, seed=3
+    )
+    mesh = meshes.make("data:1")
+    sampler = samplers.Sampler(MODEL, WORDS, settings, mesh=mesh)
+    encoded = _asked()
+    found = []
+    for step, number in ((2, 0), (2, 1), (3, 0)):
+      samples = sampler.draw(
+        jax.random.key(0),
+        meshes.replicate(_params(), mesh),
+        encoded,
+        np.array([0, 3, 5]),
+        step=step,
+        number=number,
+      )
+      # The rows of a prompt lie next to each other.
+      asked = [PROMPTS[i] for i in (0, 3, 5) for _ in range(4)]
+      self.assertEqual(samples.prompts, asked)
+      self.assertEqual(samples.policy_step, step)
+      found.append(np.asarray(samples.rollout.response_mask).sum(axis=1))
+    np.testing.assert_array_equal(found[0], settings.lengths(12, 2, 1))
+    np.testing.assert_array_equal(found[1], settings.lengths(12, 2, 1, 1))
+    for other in found[1:]:
+      self.assertTrue(np.any(other != found[0]))
+    self.assertLen(sampler.compilations, 1)
+
   def test_greedy(self):
     found = _sampler(num_samples=3, temperature=2.0).greedy(
       _asked(), batch_size=3

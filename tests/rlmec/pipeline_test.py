@@ -1,6 +1,7 @@
 """Tests of RLMEC's stages, of what goes into them and what comes out."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -140,6 +141,11 @@ class RecordsTest(absltest.TestCase):
         pipeline.load_settings(folder),
         {"template": "compact", "locate": False},
       )
+      best = os.path.join(folder, "best")
+      self.assertEqual(
+        pipeline.load_settings(best), pipeline.load_settings(folder)
+      )
+      self.assertEmpty(pipeline.load_settings(os.path.join(folder, "other")))
     self.assertEmpty(pipeline.load_settings("some/hub-name"))
 
   def test_how_a_reward_model_is_asked(self):
@@ -180,8 +186,9 @@ class SampleTest(FolderTest):
 
   def test_a_signal_leaves_whole_batches(self):
     table = {QUESTION: RIGHT, OTHER: OTHER_GOLD, "Q7+2*2": "7+2=9;9*2=18;A18"}
+    stop = mock.Mock(side_effect=checkpoint.Stopped)
     with self.assertRaises(checkpoint.Stopped):
-      self.sample(table, should_stop=lambda: True)
+      self.sample(table, progress=lambda name, num: stop)
     self.assertLen(self.rows("samples/samples.jsonl"), 2)
     stage = self.sample(table)
     self.assertEqual(stage.facts["samples"], 3)
@@ -235,7 +242,7 @@ class RewriteTest(FolderTest):
     self.assertEqual(row["prompt"], QUESTION)
     with contextlib.redirect_stdout(io.StringIO()) as said:
       self.rewrite()
-    self.assertIn("teacher: gold changed; begun anew", said.getvalue())
+    self.assertIn("teacher: gold changed; it starts over", said.getvalue())
 
   def test_records_for_learning_and_for_a_test(self):
     stage = pipeline.record(
@@ -256,7 +263,7 @@ class RewriteTest(FolderTest):
     self.assertEqual((self.folder / "records/held_out.jsonl").read_text(), "")
 
   def test_a_model_is_tested_on_unseen_questions(self):
-    copies = lambda folder, rows, score, should_stop: [
+    copies = lambda folder, rows, score, progress: [
       row | {"rewrite": row["response"], "is_verified": False, "error_step": 0}
       for row in rows
     ]
@@ -373,12 +380,20 @@ class QuestionsTest(absltest.TestCase):
       )
 
   def test_tasks_must_have_solutions(self):
-    pairs = pipeline.solved(chains, "train", 0, 2, {"num_steps": 1})
-    self.assertEqual(pairs, chains.supervised("train", 0, num=2, num_steps=1))
+    ask = functools.partial(
+      pipeline.questions,
+      tokenizer=TOKENIZER,
+      score=SCORE,
+      splits={"train": 2},
+      seed=0,
+      max_length=99,
+    )
     with self.assertRaisesRegex(ValueError, "has no option 'style'"):
-      pipeline.solved(chains, "train", 0, 2, {"style": 1})
-    with self.assertRaisesRegex(ValueError, "tasks.diversity has no solutions"):
-      pipeline.solved(diversity, "train", 0, 2, {})
+      ask(chains, task_options=["style=1"])
+    with self.assertRaisesRegex(
+      ValueError, "--task=diversity has no solutions"
+    ):
+      ask(diversity)
 
   def test_solutions_of_the_task_must_be_right(self):
     pipeline.check_solution(SCORE, QUESTION, GOLD)

@@ -173,10 +173,13 @@ class ByModelTest(parameterized.TestCase):
 
     rows = [_row(f"12+5={n};3*{n}={3 * n}|A{3 * n}") for n in (18, 19, 20)]
     calls = iter(range(99))
+
+    def stop(done, batch):
+      if next(calls) + 1 == num_batches:
+        raise checkpoint.Stopped
+
     with self.assertRaises(checkpoint.Stopped):
-      self.rewrite(
-        table, rows, should_stop=lambda: next(calls) + 1 == num_batches
-      )
+      self.rewrite(table, rows, progress=lambda name, num: stop)
     done = len(FakeResponder.asked)
     found = self.rewrite(table, rows)
     # The three questions of either call are asked once each.
@@ -324,7 +327,9 @@ class RewriterTest(parameterized.TestCase):
       tempfile.TemporaryDirectory() as folder,
       mock.patch.object(samplers, "Responder", fake),
     ):
-      (row,) = rewriter.rewrite(folder, [_row(SECOND)], SCORE, lambda: False)
+      (row,) = rewriter.rewrite(
+        folder, [_row(SECOND)], SCORE, samplers.Progress
+      )
     self.assertEqual(row["rewrite"], RIGHT)
     self.assertLen(FakeResponder.asked, 2)
     self.assertEqual(rewriter.made_of["model"]["dtype"], "bfloat16")

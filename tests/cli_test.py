@@ -1,0 +1,282 @@
+"""Tests of the flags that scripts share, and of how scripts read them."""
+
+import functools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+from rljax import cli
+from tests import conftest
+
+SCRIPTS = sorted(
+  path.relative_to(conftest.REPOSITORY).as_posix()
+  for path in (conftest.REPOSITORY / "experiments").rglob("*.py")
+)
+# Runs each job of a list in a process of its own, which need not import
+# anything again, and prints what came of it.
+FORKS = """
+import json, os, runpy, sys, tempfile
+import rljax.cli
+
+def outcome(job):
+  files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+  child = os.fork()
+  if not child:
+    for file, number in zip(files, (1, 2)):
+      os.dup2(file.fileno(), number)
+    status = 1
+    try:
+      if job["kind"] == "run":
+        sys.argv = [job["script"], *job["words"]]
+        runpy.run_path(job["script"], run_name="__main__")
+      else:
+        sys.argv = [job["script"]]
+        runpy.run_path(job["script"], run_name="script")
+        from absl import flags
+        own = flags.FLAGS.get_key_flags_for_module(job["script"])
+        own += flags.FLAGS.get_key_flags_for_module("script")
+        print(json.dumps({
+          flag.name: {
+            "help": flag.help,
+            "type": type(flag.parser).__name__,
+            "default": flag.default,
+            "may_change": getattr(flag, "may_change", False),
+          }
+          for flag in own
+        }))
+      status = 0
+    except SystemExit as end:
+      status = end.code or 0
+    except BaseException:
+      import traceback
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  for file in files:
+    file.seek(0)
+  return {"status": status, "out": files[0].read(), "err": files[1].read()}
+
+for job in json.load(sys.stdin):
+  print(json.dumps(outcome(job)), flush=True)
+"""
+# A script of three groups, which prints what it is given.
+SCRIPT = '''"""A script that trains nothing."""
+
+import os
+
+from absl import flags
+
+from rljax import cli
+
+cli.define_run(steps=8, eval_every=2)
+cli.define_batches(16, minibatches=True)
+cli.define_sampler(max_length=4, online=True)
+cli.define_optimizer(1e-3)
+flags.DEFINE_float("discount", 1.0, "Discount of a token.", 0, 1)
+flags.DEFINE_string("data", "", "Rows that nobody reads.")
+FLAGS = flags.FLAGS
+
+
+def main():
+  if FLAGS.seed == 7:
+    raise ValueError("--seed=7 brings bad luck.")
+  if FLAGS.seed == 8:
+    raise KeyError("seed")
+  print(FLAGS.workdir, FLAGS.compilation_cache, FLAGS.data, sep="\\n")
+  return 3
+
+
+if __name__ == "__main__":
+  cli.run(main)
+'''
+
+
+def _forked(jobs):
+  """What each job printed, and its status."""
+  done = subprocess.run(
+    [sys.executable, "-c", FORKS],
+    cwd=conftest.REPOSITORY,
+    input=json.dumps(jobs),
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=True,
+  )
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# Words of a command line, and what is said of them.
+CASES = {
+  # What is no flag.
+  "file": (["rows.jsonl"], r"'rows.jsonl' on the command line is not a flag"),
+  "missing_dashes": (["steps=50"], "'steps=50' .*; write --steps=50"),
+  "word_behind_flags": (["--steps=5", "x"], "'x' .* is not a flag: flags begi"),
+  "unknown": (["--stepps=5"], "Unknown command line flag 'stepps'"),
+  "no_workdir": ([], "--workdir must have a value"),
+  # Numbers.
+  "steps_0": (["--steps=0"], "--steps=0: 0 is not a positive integer"),
+  "steps_text": (["--steps=many"], "--steps=many: "),
+  "rate_below_0": (["--learning_rate=-1"], "--learning_rate=-1: .*non-negativ"),
+  "rate_nan": (["--learning_rate=nan"], "learning_rate(=nan)? .*(finite|nan)"),
+  "rate_infinite": (["--learning_rate=inf"], "--learning_rate must be a finit"),
+  "rate_huge": (["--learning_rate=1e39"], "--learning_rate must be a finite n"),
+  "discount_above_1": (["--discount=1.5"], "--discount=1.5: .*1"),
+  "save_every_0": (["--save_every=0"], "--save_every=0: "),
+  "eval_every_0": (["--eval_every=0"], "--eval_every=0: "),
+  "batch_size_0": (["--batch_size=0"], "--batch_size=0: "),
+  "micro_batch_below_0": (["--micro_batch_size=-1"], "--micro_batch_size=-1: "),
+  "seed_below_0": (["--seed=-1"], "--seed=-1: "),
+  "temperature_0": (["--temperature=0"], "--temperature=0: "),
+  "top_p_0": (["--top_p=0"], "--top_p=0: "),
+  "warmup_below_0": (["--warmup=-1"], "--warmup=-1: "),
+  # Several flags together.
+  "min_length": (["--min_length=9"], "--min_length must not be more than --ma"),
+  "unfinished": (["--unfinished_score=0"], "--unfinished_score is for respons"),
+  "schedule": (["--schedule=cubic"], "--schedule=cubic: .*constant"),
+  # What a script finds.
+  "value_error": (["--seed=7"], "--seed=7 brings bad luck"),
+  # No errors.
+  "good": (["--steps=1", "--data=a~b"], None),
+  "home": (["--data=~/rows.jsonl", "--compilation_cache=~"], None),
+  "traceback": (["--seed=7", "--verbosity=1"], None),
+  "own_error": (["--seed=8"], None),
+  "help": (["--help"], None),
+}
+
+
+@functools.cache
+def _outcomes():
+  """What became of every case."""
+  with tempfile.TemporaryDirectory() as folder:
+    script = pathlib.Path(folder) / "script.py"
+    script.write_text(SCRIPT)
+    jobs = [
+      {
+        "kind": "run",
+        "script": str(script),
+        "words": words if name == "no_workdir" else ["--workdir=~/x", *words],
+      }
+      for name, (words, _) in CASES.items()
+    ]
+    return dict(zip(CASES, _forked(jobs), strict=True))
+
+
+class RunTest(parameterized.TestCase):
+  @parameterized.parameters(*(n for n, (_, error) in CASES.items() if error))
+  def test_error_is_one_line(self, name):
+    found = _outcomes()[name]
+    self.assertEqual(found["status"], 1, found)
+    self.assertEqual(found["err"].count("\n"), 1, found["err"])
+    self.assertRegex(found["err"], f"^script.py: .*{CASES[name][1]}")
+    self.assertEqual(found["out"], "")
+
+  def test_errors_of_a_script_tell_of_the_traceback(self):
+    self.assertEndsWith(
+      _outcomes()["value_error"]["err"],
+      "bad luck. (--verbosity=1 shows where.)\n",
+    )
+    shown = _outcomes()["traceback"]
+    self.assertNotEqual(shown["status"], 0)
+    self.assertIn("Traceback (most recent call last)", shown["err"])
+    self.assertRegex(shown["err"], "ValueError: --seed=7 brings bad luck.\n")
+
+  def test_other_errors_are_no_users_errors(self):
+    found = _outcomes()["own_error"]
+    self.assertNotEqual(found["status"], 0)
+    self.assertIn("Traceback (most recent call last)", found["err"])
+    self.assertIn("KeyError: 'seed'", found["err"])
+
+  def test_status_is_what_main_returns(self):
+    self.assertEqual(_outcomes()["good"]["status"], 3, _outcomes()["good"])
+
+  def test_home_is_expanded_at_the_front_of_a_path(self):
+    home = str(pathlib.Path.home())
+    lines = _outcomes()["home"]["out"].splitlines()
+    self.assertEqual(lines, [f"{home}/x", home, f"{home}/rows.jsonl"])
+    lines = _outcomes()["good"]["out"].splitlines()
+    self.assertEqual(lines, [f"{home}/x", f"{home}/.cache/rljax", "a~b"])
+
+  def test_help_shows_the_script_and_its_flags(self):
+    out = _outcomes()["help"]["out"]
+    self.assertIn("A script that trains nothing.", out)
+    for name in ("workdir", "learning_rate", "top_p", "discount"):
+      self.assertIn(f"--{name}:", out.replace("--[no]", "--"))
+
+
+# All scripts.
+
+
+@functools.cache
+def _flags_of_scripts():
+  """Script -> name of flag -> its help, type and default."""
+  jobs = [{"kind": "flags", "script": path} for path in SCRIPTS]
+  found = {}
+  for path, outcome in zip(SCRIPTS, _forked(jobs), strict=True):
+    if outcome["status"]:
+      raise AssertionError(f"{path}: {outcome['err']}")
+    found[path] = json.loads(outcome["out"].splitlines()[-1])
+  return found
+
+
+def _text(flag):
+  """Its help without the choices that absl puts in front."""
+  return re.sub(r"^<.*?>: ", "", flag["help"], flags=re.S)
+
+
+# Flags that scripts define by themselves and that share a name: the help of
+# each says what it is there.
+SAME_NAMES: dict[str, str] = {
+  "normalizer": "Losses differ in what they can be averaged over.",
+  "order": "Whether rewards rank replies differs from method to method.",
+}
+
+
+class HelpTest(parameterized.TestCase):
+  @parameterized.parameters(*SCRIPTS)
+  def test_each_is_a_sentence(self, path):
+    found = _flags_of_scripts()[path]
+    self.assertIn("workdir" if "draw" not in path else "seed", found)
+    for name, flag in found.items():
+      with self.subTest(name):
+        text = _text(flag)
+        self.assertGreater(len(text), 20, text)
+        self.assertEndsWith(text, ".")
+        first = text[0]
+        # Or a symbol such as λ, which has no capital of its own.
+        self.assertTrue(first.isupper() or not first.isascii(), text)
+        self.assertNotIn("\n", text)
+        self.assertNotIn("  ", text)
+
+  def test_one_name_has_one_meaning(self):
+    kinds = {}
+    for path, found in _flags_of_scripts().items():
+      for name, flag in found.items():
+        kinds.setdefault(name, {})[path] = flag
+    for name, flags_ in kinds.items():
+      if name in SAME_NAMES:
+        continue
+      with self.subTest(name):
+        parts = ["type", "may_change"]
+        if name not in cli.SCRIPTS_CHOOSE:
+          parts += ["help", "default"]
+        for part in parts:
+          values = {
+            path: json.dumps(flag[part]) for path, flag in flags_.items()
+          }
+          self.assertLen(set(values.values()), 1, values)
+
+  def test_names_that_differ_are_in_use(self):
+    names = {name for found in _flags_of_scripts().values() for name in found}
+    self.assertContainsSubset(cli.SCRIPTS_CHOOSE, names)
+    self.assertContainsSubset(SAME_NAMES, names)
+
+
+if __name__ == "__main__":
+  absltest.main()
