@@ -337,16 +337,17 @@ def finish(run, table, texts, *more):
 
 def check_flags(seeds):
   """Returns what is measured; raises ValueError for flags that do not fit."""
-  measured = FLAGS.metrics or ["text" if FLAGS.reward_model else "answers"]
-  if not FLAGS.metrics and FLAGS.num_samples > 1:
-    measured = ["reasoning"]
-  given, is_reasoning = ",".join(measured), measured == ["reasoning"]
+  several = FLAGS.num_samples > 1
+  default = "text" if FLAGS.reward_model else "answers"
+  measured = FLAGS.metrics or ["reasoning" if several else default]
+  unknown = ", ".join(sorted(set(measured) - set(METRICS)))
+  is_reasoning = measured == ["reasoning"]
   labels = dict.fromkeys(seed.label for seed in seeds)
   has_scorer = FLAGS.reward_model or not FLAGS["task"].using_default_value
   for is_wrong, message in (
     (
-      not set(measured) <= set(METRICS),
-      f"--metrics must be some of {', '.join(METRICS)}, got {given}.",
+      unknown,
+      f"--metrics must be some of {', '.join(METRICS)}, got {unknown}.",
     ),
     (
       "perplexity" in measured and not FLAGS.reference,
@@ -358,10 +359,9 @@ def check_flags(seeds):
       "--task or --reward_model.",
     ),
     (
-      ("reasoning" in measured or FLAGS.num_samples > 1)
-      and not (is_reasoning and FLAGS.num_samples > 1),
+      (several or "reasoning" in measured) and not (several and is_reasoning),
       "--metrics=reasoning stands alone and needs several --num_samples, which "
-      f"are for it: got --metrics={given}, --num_samples={FLAGS.num_samples}.",
+      f"are for it; got {FLAGS.num_samples} and --metrics={','.join(measured)}.",
     ),
     (
       is_reasoning and not (FLAGS.stop_at_eos or FLAGS.stop_strings),

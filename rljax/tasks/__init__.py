@@ -126,15 +126,3 @@ def score_all(
         f"{prompt[-200:]!r} and the response {response[:200]!r}."
       )
   return np.asarray(scores, np.float32), list(parts)
-
-
-def mean_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """Averages every part that is a number or a truth value everywhere."""
-  if not parts:
-    return {}
-  kinds = (bool, int, float, np.bool_, np.integer, np.floating)
-  return {
-    name: float(np.mean([part[name] for part in parts]))
-    for name in parts[0]
-    if all(isinstance(part.get(name), kinds) for part in parts)
-  }

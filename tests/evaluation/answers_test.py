@@ -154,6 +154,16 @@ class MeansTest(absltest.TestCase):
     )
     self.assertEqual(answers.mean_parts([]), {})
 
+  def test_mean_parts_that_are_numbers_everywhere(self):
+    parts = [
+      {"is_correct": True, "error": 1.0, "answer": 7, "text": "a"},
+      {"is_correct": False, "error": 4, "answer": None, "text": "b"},
+    ]
+    # Answers are not all numbers, texts never are.
+    self.assertEqual(
+      answers.mean_parts(parts), {"is_correct": 0.5, "error": 2.5}
+    )
+
   def test_wording(self):
     # 2 and 3 words; of the pairs owl-duck, owl-duck and duck-hawk two differ.
     found = answers.wording(self.ROWS, prefix="dev/")

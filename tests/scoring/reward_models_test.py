@@ -14,6 +14,7 @@ from absl.testing import parameterized
 
 from rljax import tasks
 from rljax.distributed import meshes
+from rljax.evaluation import answers
 from rljax.models import classifier, encoder, hf
 from rljax.scoring import reward_models
 from tests import tiny
@@ -141,7 +142,7 @@ class ScoreTest(RewardModelTestCase):
       np.testing.assert_allclose(parts[i]["logit"], logit, rtol=1e-5)
       np.testing.assert_allclose(scores[i], 1 / (1 + np.exp(-logit)), rtol=1e-5)
     self.assertEqual(scores.dtype, np.float32)
-    self.assertEqual(tasks.mean_parts(parts).keys(), {"logit"})
+    self.assertEqual(answers.mean_parts(parts).keys(), {"logit"})
 
   def test_special_tokens_are_not_doubled(self):
     path, logits = self._causal(start=True)

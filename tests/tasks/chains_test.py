@@ -13,6 +13,7 @@ import transformers
 from absl.testing import parameterized
 
 from rljax import tasks
+from rljax.evaluation import answers
 from rljax.tasks import chains
 from rljax.text import alignment, batches, keywords, tokens
 from rljax.text import steps as steps_lib
@@ -432,7 +433,7 @@ class ScoreTest(parameterized.TestCase):
       task, [PROMPT, PROMPT], ["12+5=17;3*17=51|A51", "A17"]
     )
     np.testing.assert_array_equal(scores, [1, 0])
-    self.assertEqual(tasks.mean_parts(parts)["is_correct"], 0.5)
+    self.assertEqual(answers.mean_parts(parts)["is_correct"], 0.5)
     keywords.check(task.prompts, {"num": 3, "num_steps": 3})
     keywords.check(task.supervised, {"corpus": "pretraining"})
 

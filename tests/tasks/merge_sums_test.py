@@ -13,6 +13,7 @@ import transformers
 from absl.testing import parameterized
 
 from rljax import tasks
+from rljax.evaluation import answers
 from rljax.tasks import merge_sums
 from rljax.text import batches, tokens
 
@@ -590,7 +591,7 @@ class ScoreTest(parameterized.TestCase):
       tasks.load("merge_sums"), [PROMPT, PROMPT], ["#23", "#24"]
     )
     np.testing.assert_array_equal(scores, [1, 0])
-    self.assertEqual(tasks.mean_parts(parts)["is_correct"], 0.5)
+    self.assertEqual(answers.mean_parts(parts)["is_correct"], 0.5)
 
 
 class TokenizerTest(parameterized.TestCase):

@@ -11,6 +11,7 @@ import pytest
 from absl.testing import parameterized
 
 from rljax import tasks
+from rljax.evaluation import answers
 from rljax.tasks import reasoning_gym
 from rljax.text import keywords, tokens
 
@@ -470,10 +471,10 @@ class ScoreTest(parameterized.TestCase):
   def test_contract(self):
     task = tasks.load("reasoning_gym")
     prompts = task.prompts("train", 0, num=2)
-    answers = [_entry(prompts[0])["answer"], "?"]
-    scores, parts = tasks.score_all(task, prompts, answers)
+    responses = [_entry(prompts[0])["answer"], "?"]
+    scores, parts = tasks.score_all(task, prompts, responses)
     np.testing.assert_array_equal(scores, [1, 0])
-    self.assertEqual(tasks.mean_parts(parts), {"is_correct": 0.5})
+    self.assertEqual(answers.mean_parts(parts), {"is_correct": 0.5})
     keywords.check(task.prompts, {"max_terms": 3})
     keywords.check(task.score, {"answer_after": "#"})
 

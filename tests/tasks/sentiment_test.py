@@ -15,6 +15,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from rljax import tasks
+from rljax.evaluation import answers
 from rljax.tasks import sentiment, tokenizers
 from rljax.text import files, tokens
 from tests import conftest
@@ -432,7 +433,7 @@ class ScoreTest(parameterized.TestCase):
     scores, parts = tasks.score_all(task, ["a", "a"], [" good", " bad"])
     self.assertGreater(scores[0], 0)
     self.assertLess(scores[1], 0)
-    means = tasks.mean_parts(parts)
+    means = answers.mean_parts(parts)
     self.assertAlmostEqual(means["compound"], scores.mean(), places=6)
     self.assertEqual(means["is_cut"], 0)
 

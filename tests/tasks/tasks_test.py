@@ -86,17 +86,6 @@ class ScoreAllTest(parameterized.TestCase):
       tasks.score_all(arithmetic, ["3+4="], ["7", "8"])
 
 
-class MeanPartsTest(parameterized.TestCase):
-  def test_hand_computed(self):
-    parts = [
-      {"is_correct": True, "error": 1.0, "answer": 7, "text": "a"},
-      {"is_correct": False, "error": 4, "answer": None, "text": "b"},
-    ]
-    # Answers are not all numbers, texts never are.
-    self.assertEqual(tasks.mean_parts(parts), {"is_correct": 0.5, "error": 2.5})
-    self.assertEqual(tasks.mean_parts([]), {})
-
-
 class CheckOptionsTest(parameterized.TestCase):
   def test_unknown_option_is_named_with_those_there_are(self):
     keywords.check(arithmetic.prompts, {"style": "last", "num": 3})

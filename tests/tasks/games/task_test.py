@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from absl.testing import absltest, parameterized
 
-from rljax import tasks
+from rljax.evaluation import answers
 from rljax.tasks import games, sandbox
 from rljax.tasks.games import pool, rewards, rules
 from rljax.text import files, keywords
@@ -255,7 +255,7 @@ class ScoreTest(parameterized.TestCase):
     for part in parts:
       self.assertEqual(set(part), set(parts[0]))
     self.assertTrue(parts[0]["is_good"])
-    self.assertEqual(tasks.mean_parts(parts)["is_good"], 0.25)
+    self.assertEqual(answers.mean_parts(parts)["is_good"], 0.25)
 
   @parameterized.parameters('"token"', '"Tic-Tac-Toe"')
   def test_long_names(self, name):
