@@ -360,8 +360,8 @@ def check_flags(seeds):
     ),
     (
       (several or "reasoning" in measured) and not (several and is_reasoning),
-      "--metrics=reasoning stands alone and needs several --num_samples, which "
-      f"are for it; got {FLAGS.num_samples} and --metrics={','.join(measured)}.",
+      "--metrics=reasoning stands alone and needs several --num_samples, only "
+      f"for it; got {FLAGS.num_samples} and --metrics={','.join(measured)}.",
     ),
     (
       is_reasoning and not (FLAGS.stop_at_eos or FLAGS.stop_strings),

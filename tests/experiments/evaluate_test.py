@@ -417,7 +417,7 @@ class ReasoningTest(absltest.TestCase):
         ["--metrics=reasoning", "--num_samples=1", "--k="],
         "several --num_sampl",
       ),
-      (["--metrics=text"], "are for it; got 6 and --metrics=text"),
+      (["--metrics=text"], "for it; got 6 and --metrics=text"),
       (["--metrics=reasoning,text"], "--metrics=reasoning stands alone"),
       (["--nostop_at_eos"], "give --stop_at_eos or --stop_strings"),
       (["--k=1,7"], "'7'.*: --k must be whole numbers from 1 to --num_samples"),
