@@ -12,29 +12,77 @@ played for a while, at random, in a worker process with limits.
 
 import os
 
-from absl import app, flags
+from absl import flags
 
+from rljax import cli
 from rljax.distributed import processes
 from rljax.tasks import games
 from rljax.tasks.games import pages, pool, rewards, rules
 from rljax.text import files
 
-flags.DEFINE_list("samples", None, "Files of samples.", required=True)
-flags.DEFINE_string("output", None, "An HTML file.", required=True)
-flags.DEFINE_string("corpus", "", "Known games, see expand_games.py.")
-flags.DEFINE_string("arm", "", "Of an evaluation; empty: all policies.")
-flags.DEFINE_string("title", "The best new games", "Of the page.")
-flags.DEFINE_integer("num", 12, "Games that are drawn.", lower_bound=1)
-flags.DEFINE_float("min_novelty", 0.05, "Distance to all known games.", 0, 1)
-flags.DEFINE_float("apart", 0.1, "Distance between two that are drawn.", 0, 1)
-flags.DEFINE_integer("max_sites", rules.MAX_SITES, "Of a board.", 1)
-flags.DEFINE_integer("seed", 0, "Of the moves.", lower_bound=0)
-flags.DEFINE_float("seconds", 20.0, "Of computing that a game may take.")
-flags.DEFINE_integer("num_workers", 0, "Processes; 0: one per core.", 0)
+flags.DEFINE_list(
+  "samples",
+  None,
+  "Files of samples whose games are drawn, separated by commas: samples.jsonl "
+  "of runs or evaluations.",
+  required=True,
+)
+flags.DEFINE_string(
+  "output", None, "File of the page that is written, in HTML.", required=True
+)
+flags.DEFINE_string(
+  "corpus",
+  "",
+  "File of known games, of experiments/games/expand.py; empty: those of ludax "
+  "alone are known.",
+)
+flags.DEFINE_string(
+  "arm",
+  "",
+  "Policy of an evaluation whose samples are taken; empty takes those of all.",
+)
+flags.DEFINE_string(
+  "title", "The best new games", "Title at the head of the page."
+)
+flags.DEFINE_integer("num", 12, "Most games that are drawn.", lower_bound=1)
+flags.DEFINE_float(
+  "min_novelty",
+  0.05,
+  "Least share of words in which a game differs from all known ones.",
+  lower_bound=0,
+  upper_bound=1,
+)
+flags.DEFINE_float(
+  "apart",
+  0.1,
+  "Least share of words in which two games that are drawn differ.",
+  lower_bound=0,
+  upper_bound=1,
+)
+flags.DEFINE_integer(
+  "max_sites",
+  rules.MAX_SITES,
+  "Most sites of a board; games with more are not drawn.",
+  lower_bound=1,
+)
+flags.DEFINE_integer(
+  "seed", 0, "Seed of every source of randomness.", lower_bound=0
+)
+flags.DEFINE_float(
+  "seconds",
+  20.0,
+  "Seconds of computing that the moves of a drawn game may take; above 0.",
+)
+flags.DEFINE_integer(
+  "num_workers",
+  0,
+  "Processes in which games are played; 0 takes one for each core.",
+  lower_bound=0,
+)
 FLAGS = flags.FLAGS
 
 
-def main(_):
+def main():
   processes.check_joined()
   if not FLAGS.seconds > 0:
     raise ValueError(f"--seconds must be positive, got {FLAGS.seconds}.")
@@ -149,4 +197,4 @@ def names_of_known():
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -16,33 +16,73 @@ import os
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from rljax import cli
 from rljax.distributed import processes
 from rljax.tasks import games
 from rljax.tasks.games import rules, variants
 
-flags.DEFINE_string("output", None, "A file of JSON lines.", required=True)
+flags.DEFINE_string(
+  "output",
+  None,
+  "File of the games that are made, in JSON lines.",
+  required=True,
+)
 for split, number in (("train", 250), ("validation", 24), ("test", 0)):
   flags.DEFINE_integer(
-    f"num_{split}", number, f"Games of the split {split}.", lower_bound=0
+    f"num_{split}",
+    number,
+    f"Games of the split {split}; 0 makes none.",
+    lower_bound=0,
   )
-flags.DEFINE_integer("seed", 0, "Of the changes, and of the games played.")
 flags.DEFINE_integer(
-  "max_sites", variants.MAX_SITES, "Of a board; larger games are shrunk."
+  "seed", 0, "Seed of every source of randomness.", lower_bound=0
 )
-flags.DEFINE_float("min_quality", 0.1, "Of a game that is kept, 0 to 1.")
-flags.DEFINE_integer("num_games", 32, "Played to measure a game.", 2)
-flags.DEFINE_integer("max_plies", 300, "Where a game is stopped.", 2)
-flags.DEFINE_integer("max_tries", 0, "Changed games a split; 0: 50 a game.", 0)
-flags.DEFINE_float("seconds", 10.0, "Of computing that a game may take.")
-flags.DEFINE_float("memory_gb", 2.0, "That a game may take.")
-flags.DEFINE_integer("num_workers", 0, "Processes; 0: one per core.", 0)
-flags.DEFINE_string("cache", "", "Folder of what was measured; <output>.cache.")
+flags.DEFINE_integer(
+  "max_sites",
+  variants.MAX_SITES,
+  "Most sites of a board; games with more are shrunk.",
+)
+flags.DEFINE_float(
+  "min_quality", 0.1, "Least quality of a game that is kept, in [0, 1]."
+)
+flags.DEFINE_integer(
+  "num_games", 32, "Games that are played to measure one.", lower_bound=2
+)
+flags.DEFINE_integer(
+  "max_plies", 300, "Moves after which a game is stopped.", lower_bound=2
+)
+flags.DEFINE_integer(
+  "max_tries",
+  0,
+  "Changed games that are tried for a split; 0: 50 for each that is wanted.",
+  lower_bound=0,
+)
+flags.DEFINE_float(
+  "seconds",
+  10.0,
+  "Seconds of computing that measuring a game may take; above 0.",
+)
+flags.DEFINE_float(
+  "memory_gb", 2.0, "Gigabytes of memory that a game may take; above 0."
+)
+flags.DEFINE_integer(
+  "num_workers",
+  0,
+  "Processes in which games are played; 0 takes one for each core.",
+  lower_bound=0,
+)
+flags.DEFINE_string(
+  "cache",
+  "",
+  "Folder of what was measured, for a run that is started again; empty: that "
+  "of --output, with .cache behind its name.",
+)
 FLAGS = flags.FLAGS
 
 
-def main(_):
+def main():
   processes.check_joined()
   numbers = {
     split: FLAGS[f"num_{split}"].value
@@ -115,4 +155,4 @@ def check(numbers):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)
