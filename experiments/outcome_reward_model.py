@@ -45,8 +45,14 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import hf
-from rljax.scoring import cached
-from rljax.text import batches, keywords, rankings, solutions, tokens
+from rljax.text import (
+  batches,
+  keywords,
+  logged,
+  rankings,
+  solutions,
+  tokens,
+)
 from rljax.training import frozen, microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -166,7 +172,7 @@ def main():
       f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
       f"{unit}."
     )
-  lengths = np.max([cached.lengths(part) for part in (train, held_out)], 0)
+  lengths = np.max([logged.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
   if is_bce:
     batch_of = functools.partial(solutions.batch, lengths=lengths)

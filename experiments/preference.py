@@ -176,9 +176,10 @@ def main():
     rows, candidates = at = compared.rows[drawn, None], compared.ranks[drawn]
     batch = log.batch(*at) | {name: x[at] for name, x in known.items()}
     if is_kto:
-      is_best = np.broadcast_to([True, False], candidates.shape)
       batch["is_desirable"] = (
-        is_best if threshold is None else batch["rewards"] >= threshold
+        np.broadcast_to([True, False], candidates.shape)
+        if threshold is None
+        else batch["rewards"] >= threshold
       )
       # Behind each prompt the replies of the next one, if it is another.
       following = np.roll(np.arange(len(drawn)), -1)

@@ -29,7 +29,6 @@ from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import fresh, hf
 from rljax.ops import log_probs
-from rljax.scoring import cached
 from rljax.text import batches, keywords, logged, tokens
 from rljax.training import microbatch, optimizers, runs
 
@@ -119,7 +118,7 @@ def main():
       "examples."
     )
   # One shape for all batches, so that the update compiles once.
-  lengths = np.max([cached.lengths(part) for part in (train, held_out)], 0)
+  lengths = np.max([logged.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
 
   def batch_of(part, rows):

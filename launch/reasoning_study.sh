@@ -36,7 +36,7 @@ judge() {
   measure "$base/${name}_samples" "$label=$policy" --seed="${base##*/}" \
     --split=train --num_prompts=4000 --num_samples=4 --temperature=1.0
   once "$base/$name" experiments/outcome_reward_model.py \
-    --flagfile=$flags/merge_sums_orm.flags --seed="${base##*/}" \
+    --flagfile=$flags/havrilla/merge_sums_orm.flags --seed="${base##*/}" \
     --policy="$base/sft_8" \
     --data="$base/${name}_samples/samples/$label-0-sampled.jsonl"
 }
@@ -48,17 +48,17 @@ one_seed() {
 
   # The base model, and supervised learning for ever longer: claim 4.
   once "$base/base" experiments/sft.py "${seeded[@]}" \
-    --flagfile=$flags/merge_sums_base.flags
+    --flagfile=$flags/havrilla/merge_sums_base.flags
   for epochs in 4 8 16 40 100; do
     once "$base/sft_$epochs" experiments/sft.py "${seeded[@]}" \
-      --flagfile=$flags/merge_sums_sft.flags --policy="$base/base" \
+      --flagfile=$flags/havrilla/merge_sums_sft.flags --policy="$base/base" \
       --steps=$(((300 * epochs + 63) / 64)) --save_every=1000
     policies+=",sft_$epochs=$base/sft_$epochs"
   done
 
   # Expert iteration: from the supervised start, going on instead of starting
   # anew (claim 6), and from the base model without any supervised pair.
-  local ei=("${seeded[@]}" --flagfile="$flags/merge_sums_ei.flags"
+  local ei=("${seeded[@]}" --flagfile="$flags/havrilla/merge_sums_ei.flags"
     --base="$base/base")
   once "$base/ei" experiments/expert_iteration.py "${ei[@]}" \
     --policy="$sft" --num_examples=300
@@ -76,7 +76,7 @@ one_seed() {
 
   # PPO with each reward, from the supervised start and from the base, and
   # GRPO, with as many samples as three rounds of expert iteration.
-  local rl=("${seeded[@]}" --flagfile="$flags/merge_sums_ppo.flags")
+  local rl=("${seeded[@]}" --flagfile="$flags/havrilla/merge_sums_ppo.flags")
   once "$base/ppo" experiments/ppo.py "${rl[@]}" --policy="$sft"
   once "$base/ppo_steps" experiments/ppo.py "${rl[@]}" --policy="$sft" \
     --reward_terms=score,steps
@@ -91,11 +91,11 @@ one_seed() {
     policies+=",$arm=$base/$arm/best"
   done
   once "$base/grpo" experiments/grpo.py "${seeded[@]}" \
-    --flagfile=$flags/merge_sums_grpo.flags --policy="$sft"
+    --flagfile=$flags/grpo/merge_sums_grpo.flags --policy="$sft"
   policies+=",grpo=$base/grpo"
 
   # Return-conditioned RL with three mixes of right and wrong solutions.
-  local rcrl=("${seeded[@]}" --flagfile="$flags/merge_sums_rcrl.flags"
+  local rcrl=("${seeded[@]}" --flagfile="$flags/havrilla/merge_sums_rcrl.flags"
     --policy="$base/ei/best" --base="$base/base") labels=()
   for share in 50 75 100; do
     once "$base/rcrl_$share" experiments/return_conditioned.py "${rcrl[@]}" \

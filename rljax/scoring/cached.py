@@ -43,9 +43,6 @@ _PARTS = {
 _DECIDE_IDS = set(_PARTS) - {"ids", "reference", "dtype"}
 
 
-lengths = logged.lengths
-
-
 def known(
   log: logged.Log,
   loaded: hf.LanguageModel,

@@ -36,7 +36,7 @@ def of_replies(
     ValueError: if prompts and candidates are longer than the model's context.
   """
   tokens.check_positions(
-    sum(cached.lengths(encoded)), loaded.model.config.max_positions
+    sum(logged.lengths(encoded)), loaded.model.config.max_positions
   )
   found = cached.response_log_probs(
     loaded.model, loaded.params, encoded, batch_size=batch_size, mesh=mesh

@@ -191,8 +191,11 @@ class OfSamplesTest(absltest.TestCase):
     self.assertEqual(found["answers/distinct"], 2)
     np.testing.assert_allclose(found["task/ok"], 2 / 3)
     self.assertNotIn("task/answer", found)
-    found = answers.of_samples(samples, 2.0, num_tokens=10)
-    self.assertEqual(found["tokens_per_second"], 5.0)
+    # A choice among what was drawn: of that are the tokens and the parts.
+    found = answers.of_samples(samples.take([1]), 2.0, drawn=samples)
+    self.assertEqual(found["tokens_per_second"], 4.0)
+    self.assertEqual(found["answers/distinct"], 1)
+    np.testing.assert_allclose(found["task/ok"], 2 / 3)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from absl.testing import absltest
 
 from rljax.models import hf
 from rljax.scoring import reward_models
+from rljax.storage import locks
 from rljax.tasks import merge_sums
 from rljax.text import files as files_lib
 from rljax.text import tokens
@@ -416,20 +417,23 @@ class ReasoningTest(absltest.TestCase):
         ["--metrics=reasoning", "--num_samples=1", "--k="],
         "several --num_sampl",
       ),
-      (["--metrics=text"], "num_samples=6 is for --metrics=reasoning"),
-      (["--metrics=reasoning,text"], "which stands alone"),
+      (["--metrics=text"], "got --metrics=text, --num_samples=6"),
+      (["--metrics=reasoning,text"], "--metrics=reasoning stands alone"),
       (["--nostop_at_eos"], "give --stop_at_eos or --stop_strings"),
-      (["--k=1,7"], "from 1 to --num_samples=6, got '7'"),
-      (["--k=0"], "got '0'"),
-      (["--k=all"], "got 'all'"),
+      (["--k=1,7"], "'7'.*: --k must be whole numbers from 1 to --num_samples"),
+      (["--k=0"], "'0'.*: --k must be"),
+      (["--k=all"], "'all'.*: --k must be"),
       (["--new_vs=b"], "--new_vs must be one of a, got b"),
       (["--new_vs=a", f"--new_vs_samples={several}"], "not both"),
       ([f"--reward_model={_classifier()}"], "give --rerank_model"),
       (["--reference=x,y"], "--reference names 2 models, and a has 1 seeds"),
       ([policy + f",a/b={_policy()},a_b={_policy()}"], "would share files"),
-      (["--num_samples=0"], "num_samples must be positive"),
-      (["--task=word_lists", "--task_options="], "says is_correct and answer"),
+      (["--num_samples=0"], "--num_samples=0: .*a positive integer"),
+      (["--task=word_lists", "--task_options="], "score has the parts answer"),
       ([f"--new_vs_samples={several}"], "holds several policies"),
+      (["--task_options=num_term=3"], "no option 'num_term'; it has "),
+      (["--policies=a"], "a is neither"),
+      (["--policies=a="], "got 'a=' without a label or without a model"),
     ]
     runs = [
       (scripts.scratch() / f"bad-{i}", *TINY, policy, *flags)
@@ -438,7 +442,75 @@ class ReasoningTest(absltest.TestCase):
     errors = scripts.drive(EVALUATE, runs)
     for (flags, message), error in zip(cases, errors, strict=True):
       with self.subTest(" ".join(map(str, flags))):
-        self.assertRegex(str(error), f"^ValueError: .*{message}")
+        self.assertRegex(
+          str(error), f"(?s)^(IllegalFlag)?ValueError: .*{message}"
+        )
+
+
+class WorkdirTest(absltest.TestCase):
+  FLAGS = (
+    "--task=merge_sums",
+    f"--task_options={SUMS}",
+    "--split=train",
+    "--num_prompts=6",
+    "--batch_size=6",
+    "--max_length=10",
+    "--stop_at_eos",
+  )
+
+  def test_another_evaluation_is_refused_as_another_run_is(self):
+    workdir, _ = _evaluation()
+    texts = scripts.scratch() / "texts"
+    flags = (*self.FLAGS, f"--policies=start={_policy()}")
+
+    def content(folder):
+      return {
+        path: path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+      }
+
+    # A mistake leaves nothing behind that would keep the right flags out.
+    gone = scripts.scratch() / "gone"
+    done = scripts.run(
+      EVALUATE, texts, *self.FLAGS, f"--policies=a={gone}", ok=False
+    )
+    self.assertRegex(done.stderr, f"^evaluate.py: .*{gone}")
+    self.assertEqual(done.returncode, 1)
+    self.assertEqual(content(texts), {})
+    scripts.run(EVALUATE, texts, *flags)
+    before = content(texts)
+    names = {path.name for path in before}
+    self.assertContainsSubset(("flags.json", "summary.json"), names)
+    # Nothing is logged step by step, and no folder is made for it.
+    self.assertFalse((texts / "tensorboard").exists())
+    scripts.run(EVALUATE, texts, *flags)
+    self.assertEqual(content(texts), before)
+    for folder, other, messages in (
+      (texts, (*flags, "--nogreedy"), ["greedy: was true, now false"]),
+      (
+        workdir,
+        (*_flags(), "--temperature=2", "--ties=first_seen"),
+        ["temperature: was 1.0, now 2.0", "ties: was"],
+      ),
+    ):
+      before = content(folder)
+      done = scripts.run(EVALUATE, folder, *other, ok=False)
+      self.assertEqual(done.returncode, 1)
+      self.assertNotIn("Traceback", done.stderr)
+      for message in ("belongs to a run with other flags", *messages):
+        self.assertIn(message, done.stderr)
+      self.assertEqual(content(folder), before)
+
+  def test_two_at_once_are_refused(self):
+    workdir = scripts.scratch() / "held"
+    workdir.mkdir()
+    with locks.take(workdir):
+      (error,) = scripts.drive(
+        EVALUATE, [(workdir, *self.FLAGS, f"--policies=a={_policy()}")]
+      )
+    self.assertRegex(error, "^ValueError: .*is being written by process")
+    self.assertEqual([path.name for path in workdir.iterdir()], [".lock"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""PPO and evaluation within the grammar of a task, run as a user runs them."""
+"""PPO, GRPO and evaluation within the grammar of a task."""
 
 import functools
 import importlib.util
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 PPO = "experiments/ppo.py"
+GRPO = "experiments/grpo.py"
 EVALUATE = "experiments/evaluate.py"
 SHORT = (
   "--task=games",
@@ -77,6 +78,26 @@ class ConstraintTest(absltest.TestCase):
     rows = scripts.rows(workdir, "metrics.jsonl")
     self.assertLess(rows[0]["sampler/log_prob_gap"], 1e-4)
     self.assertGreater(rows[-1]["eval/parses"], 0)
+
+  @pytest.mark.slow
+  def test_grpo(self):
+    workdir = scripts.scratch() / "grpo"
+    # Groups of several rounds, each token with those that it was drawn from.
+    scripts.run(
+      *(GRPO, workdir, *SHORT, f"--policy={policy()}", "--algorithm=dapo"),
+      *("--task_options=max_words=126,max_gap=23", "--num_prompts=32"),
+      *("--num_eval_prompts=4", "--batch_size=4", "--num_samples=4"),
+      *("--max_sampling_rounds=2", "--overlong_buffer=8", "--steps=2"),
+      *("--micro_batch_size=8", "--samples_every=1", "--learning_rate=1e-3"),
+      devices=2,
+    )
+    rows = scripts.rows(workdir, "metrics.jsonl")
+    self.assertLess(rows[0]["sampler/log_prob_gap"], 1e-4)
+    samples = scripts.rows(workdir, "samples.jsonl")
+    finished = [row for row in samples if row["finished"]]
+    self.assertNotEmpty(finished)
+    for row in finished:
+      self.assertTrue(row["parts"]["parses"], row)
 
   def test_evaluation(self):
     # What a policy that knows nothing reaches, with the grammar and without.

@@ -225,6 +225,11 @@ class OfflineTest(parameterized.TestCase):
     steps = [int(p.name) for p in (_finished() / "best/checkpoints").iterdir()]
     # If nothing beats the reference, the last parameters are kept.
     self.assertEqual(steps, [best or rows[-1]["step"]])
+    # It says which step its parameters are of.
+    path = _finished() / "best/checkpoints" / str(steps[0]) / "meta/data.json"
+    meta = json.loads(path.read_text())
+    self.assertEqual(meta["kept"], steps[0])
+    self.assertEqual(meta["value"], judged[best])
     loaded = hf.load(_finished() / "best")
     jax.tree.map(
       np.testing.assert_array_equal,
