@@ -211,7 +211,7 @@ class TrainingTest(absltest.TestCase):
     folder = scripts.scratch()
     short = (
       *("--num_examples=16", "--num_eval_prompts=4", "--batch_size=8"),
-      *("--steps=2", "--warmup_steps=0", "--schedule=linear"),
+      *("--steps=2", "--warmup=0", "--schedule=linear"),
     )
     scripts.run(
       "experiments/sft.py",

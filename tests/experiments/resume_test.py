@@ -217,7 +217,7 @@ class ResumeTest(parameterized.TestCase):
       "--kl=initial",
       "--kl_target=0.1",
       "--schedule=linear",
-      "--warmup_steps=3",
+      "--warmup=3",
       "--max_grad_norm=1",
       "--top_p=0.9",
       "--steps=4",
