@@ -75,7 +75,7 @@ cli.define_kl(
   kl_coef=0.04,
   estimator="",
 )
-cli.define_batches(16, epochs=1, text="Prompts of a step.", minibatches=True)
+cli.define_batches(16, epochs=1, text="Prompts of each step.", minibatches=True)
 cli.define_optimizer(1e-6)
 
 # Flags of GRPO and its kin.

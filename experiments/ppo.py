@@ -50,7 +50,9 @@ cli.define_kl(
   kl_coef=0.2,
 )
 cli.define_adaptive_kl()
-cli.define_batches(128, epochs=4, text="Prompts of a step.", minibatches=True)
+cli.define_batches(
+  128, epochs=4, text="Prompts of each step.", minibatches=True
+)
 cli.define_optimizer(1.41e-5)
 
 # Flags of PPO.
@@ -63,7 +65,11 @@ flags.DEFINE_string(
 )
 flags.DEFINE_float("discount", 1.0, "Discount γ of a response token.", 0, 1)
 flags.DEFINE_float(
-  "gae_lambda", 0.95, "λ of GAE; 1: Monte Carlo returns, 0: one-step TD.", 0, 1
+  "gae_lambda",
+  0.95,
+  "λ of GAE in [0, 1]; 1 gives Monte Carlo returns, 0 one-step TD.",
+  0,
+  1,
 )
 flags.DEFINE_bool(
   "whiten_advantages",

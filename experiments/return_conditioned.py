@@ -72,7 +72,7 @@ flags.DEFINE_list(
 flags.DEFINE_string(
   "labels",
   "",
-  "labels.jsonl of another run, instead of all sampling; or empty.",
+  "File labels.jsonl of another run, instead of all sampling; or empty.",
 )
 flags.DEFINE_integer(
   "num_solutions", 16, "Solutions that --policy writes to each prompt.", 1

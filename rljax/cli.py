@@ -56,6 +56,7 @@ SCRIPTS_CHOOSE = frozenset(
     *("num_samples", "temperature", "top_p", "sample_batch_size"),
     *("reward_model", "kl", "kl_coef", "kl_estimator", "batch_size", "epochs"),
     *("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
+    *("template", "locate"),
   )
 )
 
@@ -990,7 +991,7 @@ def define_batches(
   batch_size: int,
   *,
   epochs: int | None = None,
-  text: str = "Rows of an update.",
+  text: str = "Rows of every update.",
   minibatches: bool = False,
   micro_batches: bool = True,
 ) -> None:

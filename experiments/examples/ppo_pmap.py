@@ -65,7 +65,8 @@ flags.DEFINE_string(
 flags.DEFINE_list(
   "task_options",
   ["style=last"],
-  "Options of the task's prompts, name=value, separated by commas.",
+  "Options of the task's prompts, name=value, separated by commas; "
+  "docs/tasks.md lists them. Those of the quickstart, unless given.",
 )
 flags.DEFINE_integer(
   "num_prompts", 32_768, "Training prompts that the task draws.", 1
@@ -97,7 +98,9 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float("value_coef", 0.1, "Weight of the value loss.", 0)
 flags.DEFINE_float(
-  "batch_entropy_coef", 0.3, "Weight of the batch entropy bonus."
+  "batch_entropy_coef",
+  0.3,
+  "Weight of the batch entropy bonus, which this example has by default.",
 )
 flags.DEFINE_float(
   "ratio_guard", 10.0, "Mean ratio above which an update is skipped; above 0."

@@ -12,6 +12,7 @@ PAGE = (ROOT / "docs" / "metrics.md").read_text()
 # Rooms whose names with a slash are paths.
 NO_METRICS = ("distributed", "models", "storage", "tasks", "text")
 NOT_LOGGED = {"max_grad_norm", "every_seconds"}
+PATHS = ("rounds/*",)
 NAME = re.compile(r"[a-z*]\w*\*?(?:/[\w*]+)+")
 
 
@@ -24,7 +25,10 @@ def sources():
 
 
 def names_in(path):
-  """Texts that look like metrics, with a star for what is put in."""
+  """Texts that look like metrics, with a star for what is put in.
+
+  Functions take the first part of a name as `prefix="dev/"`.
+  """
   tree = ast.parse(path.read_text())
   pieces = set()
   for node in ast.walk(tree):
@@ -35,10 +39,21 @@ def names_in(path):
         piece.value if isinstance(piece, ast.Constant) else "*"
         for piece in node.values
       )
+      if getattr(getattr(node.values[0], "value", 0), "id", "") == "prefix":
+        text = f"*/{text[1:]}"
+    elif isinstance(node, ast.keyword) and node.arg == "prefix":
+      text = f"{getattr(node.value, 'value', '')}*"
+    elif isinstance(node, ast.arguments):
+      for argument, default in zip(
+        node.kwonlyargs, node.kw_defaults, strict=True
+      ):
+        if argument.arg == "prefix":
+          text = f"{getattr(default, 'value', '')}*"
     elif isinstance(node, ast.Constant) and id(node) not in pieces:
       text = node.value if isinstance(node.value, str) else None
-    if text and NAME.fullmatch(text) and re.search(r"\w", text):
-      yield text, node.lineno
+    is_name = text and NAME.fullmatch(text) and re.search(r"\w", text)
+    if is_name and text not in PATHS:
+      yield text, getattr(node, "lineno", 0)
 
 
 def logged():

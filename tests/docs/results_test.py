@@ -11,7 +11,7 @@ from tests.docs import markdown
 
 class ResultsTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("reasoning", [], "reasoning", 30),
+    ("reasoning", ["--from_results"], "reasoning", 30),
     ("rlmec", ["--from_results"], "rlmec", 60),
     ("games_study", ["--from_results"], "ppo_programmed_rewards", 4),
   )

@@ -217,7 +217,7 @@ class ResumeTest(parameterized.TestCase):
       "--kl=initial",
       "--kl_target=0.1",
       "--schedule=linear",
-      "--warmup_steps=3",
+      "--warmup=3",
       "--max_grad_norm=1",
       "--top_p=0.9",
       "--steps=4",
@@ -283,6 +283,133 @@ class ResumeTest(parameterized.TestCase):
     self.assertEqual(
       scripts.steady(scripts.rows(_finished())), scripts.steady(before)
     )
+
+
+class SupervisedTest(parameterized.TestCase):
+  """Warm starts: parts of a batch, the best, and going on."""
+
+  FLAGS = (
+    *TINY_SFT,
+    "--num_examples=96",
+    "--batch_size=16",
+    "--steps=6",
+    "--eval_every=2",
+    "--save_every=2",
+    "--learning_rate=3e-3",
+    "--warmup=2",
+  )
+
+  @classmethod
+  @functools.cache
+  def _runs(cls):
+    """Workdirs of runs in one process, by their names."""
+    # The responses of chains have all lengths.
+    chains = "--task_options=style=chain,whole=false"
+    flags = {
+      "whole": (),
+      "parts": ("--micro_batch_size=4",),
+      "chains": (chains,),
+      "chains_in_parts": (chains, "--micro_batch_size=4"),
+      "sequences": (chains, "--normalizer=sequence_mean"),
+      "sequences_in_parts": (
+        *(chains, "--normalizer=sequence_mean", "--micro_batch_size=4"),
+      ),
+      "best": ("--keep_best", "--learning_rate=1", "--max_grad_norm=0"),
+      "improves": ("--keep_best",),
+    }
+    found = {name: scripts.scratch() / f"sft-{name}" for name in flags}
+    errors = scripts.drive(
+      SFT, [(found[name], *cls.FLAGS, *more) for name, more in flags.items()]
+    )
+    if any(errors):
+      raise AssertionError(errors)
+    return found
+
+  def test_rows_are_about_the_policy_after_so_many_updates(self):
+    rows = scripts.rows(self._runs()["whole"])
+    self.assertEqual([row["step"] for row in rows], list(range(7)))
+    evaluated = [row["step"] for row in rows if "eval/loss" in row]
+    self.assertEqual(evaluated, [0, 2, 4, 6])
+    summary = json.loads((self._runs()["whole"] / "summary.json").read_text())
+    self.assertEqual(
+      summary["eval/loss"],
+      {"before": rows[0]["eval/loss"], "after": rows[6]["eval/loss"]},
+    )
+    self.assertLess(rows[6]["eval/loss"], rows[0]["eval/loss"])
+
+  @parameterized.parameters(
+    ("whole", "parts"),
+    ("chains", "chains_in_parts"),
+    ("sequences", "sequences_in_parts"),
+  )
+  def test_parts_of_a_batch_make_the_same_updates(self, whole, parts):
+    runs = self._runs()
+    gap = scripts.largest_gap(runs[whole], runs[parts])
+    self.assertLess(gap, 10 * scripts.ROUNDING)  # The steps are large.
+    rows = [scripts.rows(runs[name]) for name in (whole, parts)]
+    for a, b in zip(*map(scripts.steady, rows), strict=True):
+      self.assertEqual(a.keys(), b.keys())
+      for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
+
+  def test_normalizers_differ(self):
+    runs = self._runs()
+    gap = scripts.largest_gap(runs["chains"], runs["sequences"])
+    self.assertGreater(gap, 50 * scripts.ROUNDING)
+
+  def test_the_lowest_loss_is_kept(self):
+    # A rate of 1 spoils everything, and the last parameters stand in.
+    spoilt, improves = (self._runs()[x] for x in ("best", "improves"))
+    losses = {
+      row["step"]: row["eval/loss"]
+      for row in scripts.rows(improves)
+      if "eval/loss" in row
+    }
+    best = min(losses, key=losses.get)
+    self.assertTrue((improves / "best" / "checkpoints" / str(best)).exists())
+    self.assertTrue((improves / "best" / "model" / "config.json").exists())
+    self.assertTrue((spoilt / "best" / "checkpoints" / "6").exists())
+    self.assertEqual(
+      scripts.fingerprint(spoilt / "best"), scripts.fingerprint(spoilt)
+    )
+
+  def test_killed_run_ends_with_the_same_bits(self):
+    whole, killed = self._runs()["improves"], scripts.scratch() / "sft-killed"
+    flags = (*self.FLAGS, "--keep_best")
+    scripts.run_until_killed(SFT, killed, *flags, num_rows=4)
+    scripts.run(SFT, killed, *flags)
+    for folder in (".", "best"):
+      self.assertEqual(
+        scripts.fingerprint(killed / folder),
+        scripts.fingerprint(whole / folder),
+      )
+    self.assertEqual(
+      scripts.steady(scripts.rows(killed)), scripts.steady(scripts.rows(whole))
+    )
+
+  def test_rows_of_a_file(self):
+    rows = scripts.scratch() / "sums.jsonl"
+    lines = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(40)]
+    lines.insert(3, {"prompt": "1+1="})
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    workdir = scripts.scratch() / "sft-file"
+    (error,) = scripts.drive(
+      SFT,
+      [
+        (
+          *(workdir, f"--policy={_policy()}", f"--data={rows}", "--steps=2"),
+          *("--batch_size=8", "--num_eval_prompts=10", "--first_row=2"),
+          *("--num_rows=20", "--eval_every=2"),
+        )
+      ],
+    )
+    self.assertIsNone(error)
+    # The row without a reply is named; of the others 20 are used, 10 held out.
+    skipped = (workdir / "skipped.txt").read_text()
+    self.assertRegex(skipped, r"sums.jsonl:4: .*\n$")
+    filed = json.loads((workdir / "models.json").read_text())
+    start = checkpoint.restore_params(_policy())["policy"]
+    self.assertEqual(filed["policy"], checkpoint.fingerprint(start))
 
 
 class DevicesTest(parameterized.TestCase):
@@ -400,7 +527,7 @@ class BadInputTest(absltest.TestCase):
     for (flags, message), error in zip(cases, errors, strict=True):
       with self.subTest(flags[-1]):
         self.assertIsNotNone(error, flags)
-        self.assertRegex(error, f"^ValueError: .*{message}")
+        self.assertRegex(error, f"^(IllegalFlag)?ValueError: .*{message}")
 
   def test_evaluation_does_not_write_over_a_run(self):
     before = (_finished() / "metrics.jsonl").read_text()
@@ -436,14 +563,23 @@ class BadInputTest(absltest.TestCase):
       ([f"--data={rows}"], r"No row is left: 2 of 2 .*rows.jsonl:1: .*empty"),
       (["--data=/no/such.jsonl"], "no/such.jsonl"),
       (["--num_examples=10"], "batch_size=64 is more than the 10 examples"),
-      (["--max_response_length=2"], "the limit is 2"),
+      (["--max_response_length=2"], "the limits are 512 and 2"),
+      (
+        ["--tokenizer=grammar"],
+        "arithmetic has no tokenizer 'grammar'; it has",
+      ),
+      (["--task_options=stlye=last"], "no option 'stlye'"),
+      (["--vocab_size=5"], "vocab_size must be [0-9]+, the size of the token"),
+      (["--micro_batch_size=7"], "micro_batch_size=7 does not divide the 64"),
+      (["--steps=9", "--schedule_steps=8"], "--schedule_steps must not be few"),
+      (["--steps=0"], "--steps=0"),
     ]
     errors = scripts.drive(
       SFT, [[workdir, *TINY_SFT, *flags] for flags, _ in cases]
     )
     for (flags, message), error in zip(cases, errors, strict=True):
       with self.subTest(flags[-1]):
-        self.assertRegex(str(error), f"^ValueError: .*{message}")
+        self.assertRegex(str(error), f"^(IllegalFlag)?ValueError: .*{message}")
 
 
 class LearningTest(absltest.TestCase):
