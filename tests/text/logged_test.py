@@ -849,7 +849,7 @@ class ReadTest(parameterized.TestCase):
       log.encoded.response_ids,
       [[[2, 104], [1, 100, 2, 104]], [[3, 104]]],
     )
-    self.assertRegex(log.skipped[0], "log.jsonl:3: none of")
+    self.assertRegex(log.skipped[0], "log.jsonl:3: it has none of")
     self.assertRegex(log.skipped[1], "log.jsonl:4: the prompt has 7 tokens")
     self.assertLen(log.skipped, 2)
     self.assertEqual(log.settings, self.LIMITS)
