@@ -276,8 +276,8 @@ def main():
     updates, optimizer_state = transform.update(
       grads, state["optimizer"], params
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
     params = optax.apply_updates(params, updates)
+    metrics |= {"gradient_norm": optax.global_norm(grads)}
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
