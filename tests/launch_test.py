@@ -1,12 +1,14 @@
 """Tests of the launchers, with stand-ins for the cloud and the cluster."""
 
-import ast
 import contextlib
+import copy
+import functools
 import io
 import json
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -24,7 +26,7 @@ import pytest
 from absl import flags
 from absl.testing import absltest, parameterized
 
-from rljax.distributed import doctor
+from rljax.distributed import doctor, launchers
 from rljax.models import hf
 from rljax.tasks import arithmetic
 from tests import conftest, tiny
@@ -204,25 +206,28 @@ def shown_commands(path):
     text = text[: text.index("\nset -euo")]
     text = "".join(re.findall(r"(?m)^# ? ?(.*\n)", text))
   lines = text.replace("\\\n", " ").splitlines()
-  pattern = r"(experiments/\w+\.py|-m rljax\.doctor)\b(.*)"
+  pattern = r"(experiments/[\w/]+\.py|-m rljax\.distributed\.doctor)\b(.*)"
   return [
     found.groups() for line in lines if (found := re.search(pattern, line))
   ]
 
 
+@functools.cache
+def _flags_of(script):
+  """The flags that a script defines, by itself or by groups of rljax.cli."""
+  before = set(flags.FLAGS)
+  runpy.run_path(str(ROOT / script), run_name="script")  # No further than them.
+  own = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
+  for name in own:
+    delattr(flags.FLAGS, name)
+  return own
+
+
 def parse_flags(script, words):
   """Parses a command as the script does, by the flags that it defines."""
   values = flags.FlagValues()
-  module = {"flags": flags}
-  for node in ast.parse((ROOT / script).read_text()).body:
-    call = getattr(node, "value", None)
-    if isinstance(call, ast.Call) and "DEFINE_" in ast.unparse(call.func):
-      call.keywords.append(
-        ast.keyword("flag_values", ast.Name("values", ast.Load()))
-      )
-      definition = ast.fix_missing_locations(ast.Expression(call))
-      module["values"] = values
-      eval(compile(definition, script, "eval"), module)
+  for name, flag in _flags_of(script).items():
+    values[name] = copy.deepcopy(flag)
   with contextlib.chdir(ROOT):
     return values([script, *words])
 
@@ -242,7 +247,7 @@ class ShownCommandsTest(parameterized.TestCase):
       words = shlex.split(words, comments=True)
       if script.startswith("-m"):
         # Through its flags, and no further.
-        with mock.patch.object(doctor, "place", side_effect=ValueError("x")):
+        with mock.patch.object(launchers, "place", side_effect=ValueError("x")):
           self.assertEqual(doctor.main(words), 1)
       else:
         self.assertLen(parse_flags(script, words), 1, words)
@@ -1200,9 +1205,9 @@ class DoctorTest(LaunchTest):
     names = ("RLJAX_COORDINATOR", "RLJAX_NUM_PROCESSES", "RLJAX_PROCESS_ID")
 
     def place(*values):
-      return doctor.place(dict(zip(names, values, strict=True)))
+      return launchers.place(dict(zip(names, values, strict=True)))
 
-    self.assertEqual(doctor.place({}), (None, 1, 0))
+    self.assertEqual(launchers.place({}), (None, 1, 0))
     self.assertEqual(place("a:8476", "2", "1"), ("a:8476", 2, 1))
     for values, words in (
       (("a:8476", "", ""), "RLJAX_NUM_PROCESSES is not set"),
