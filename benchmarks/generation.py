@@ -9,7 +9,7 @@ and the ratio is the median over pairs. The last columns count a decode step's
 FLOPs and bytes, and say how close prompts and steps together come to what
 `machine.py` measures.
 
-torch is an optional extra (`pip install rljax[bench]`); without it the columns
+torch is an optional extra (`pip install -e ".[bench]"`); without it the columns
 of Hugging Face are left out.
 """
 

@@ -21,7 +21,7 @@ from rljax.generation import rollouts
 from rljax.models import hf
 from rljax.ops import log_probs
 from rljax.scoring import scorers
-from rljax.storage import checkpoint
+from rljax.storage import checkpoint, paths
 from rljax.text import batches, logged, tokens
 
 ARRAYS, MANIFEST = "reference.npz", "manifest.json"
@@ -318,20 +318,16 @@ def save(
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   (directory / MANIFEST).unlink(missing_ok=True)
-  partial = directory / f".{ARRAYS}.partial"
-  with partial.open("wb") as file:
-    np.savez(file, **arrays)
-    file.flush()
-    os.fsync(file.fileno())
+  with paths.whole(directory / ARRAYS, fsync=True) as partial:
+    with partial.open("wb") as file:  # Of a name, numpy would add ".npz".
+      np.savez(file, **arrays)
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
   manifest = {
     "made_of": dict(made_of),
     "notes": dict(notes),
-    "sha256": hashlib.sha256(partial.read_bytes()).hexdigest(),
+    "sha256": digest,
   }
-  os.replace(partial, directory / ARRAYS)
-  partial = directory / f".{MANIFEST}.partial"
-  partial.write_text(json.dumps(manifest, indent=2) + "\n")
-  os.replace(partial, directory / MANIFEST)
+  paths.write_whole(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def load(

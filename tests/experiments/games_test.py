@@ -21,7 +21,7 @@ from tests import scripts
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason='needs ludax: pip install -e ".[games]"',
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

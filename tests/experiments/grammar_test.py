@@ -12,7 +12,7 @@ from tests import scripts, tiny
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("ludax") is None,
-  reason='needs ludax: pip install "rljax[games]"',
+  reason='needs ludax: pip install -e ".[games]"',
 )
 
 PPO = "experiments/ppo.py"

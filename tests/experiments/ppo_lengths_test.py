@@ -199,7 +199,7 @@ class LengthsTest(absltest.TestCase):
 
 @pytest.mark.skipif(
   importlib.util.find_spec("vaderSentiment") is None,
-  reason='needs vaderSentiment: pip install "rljax[sentiment]"',
+  reason='needs vaderSentiment: pip install -e ".[sentiment]"',
 )
 class SentimentTest(absltest.TestCase):
   @pytest.mark.slow
