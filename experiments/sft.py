@@ -175,18 +175,19 @@ def main():
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
   held_out_loss = run.compile(
-    lambda params, batch: loss_fn(params, batch)[1], name="held-out loss"
+    lambda params, batch: (loss_fn(params, batch)[0], weight(batch)),
+    name="held-out loss",
   )
 
   def evaluate(step):
-    """Mean loss over the held-out rows; batches weigh by their tokens."""
-    losses, num_tokens = [], []
+    """Mean loss over the held-out rows, in parts that weigh as in training."""
+    losses, weights = [], []
     for start in range(0, len(held_out.rows), sizes.micro_batch):
       rows = np.arange(start, start + sizes.micro_batch)
-      metrics = held_out_loss(state["params"], batch_of(held_out, rows))
-      losses.append(float(metrics["nll/loss"]))
-      num_tokens.append(float(metrics["nll/tokens"]))
-    loss = np.average(losses, weights=num_tokens)
+      loss, of = held_out_loss(state["params"], batch_of(held_out, rows))
+      losses.append(float(loss))
+      weights.append(float(of))
+    loss = np.average(losses, weights=weights)
     run.keep_best(step, -loss, state["params"])
     return {"eval/loss": loss}
 

@@ -303,16 +303,16 @@ class SupervisedTest(parameterized.TestCase):
   @functools.cache
   def _runs(cls):
     """Workdirs of runs in one process, by their names."""
-    # The responses of chains have all lengths.
-    chains = "--task_options=style=chain,whole=false"
+    # Lists of words have all lengths.
+    lists = ("--task=word_lists", "--task_options=", "--vocab_size=0")
     flags = {
       "whole": (),
       "parts": ("--micro_batch_size=4",),
-      "chains": (chains,),
-      "chains_in_parts": (chains, "--micro_batch_size=4"),
-      "sequences": (chains, "--normalizer=sequence_mean"),
+      "lists": lists,
+      "lists_in_parts": (*lists, "--micro_batch_size=4"),
+      "sequences": (*lists, "--normalizer=sequence_mean"),
       "sequences_in_parts": (
-        *(chains, "--normalizer=sequence_mean", "--micro_batch_size=4"),
+        *(*lists, "--normalizer=sequence_mean", "--micro_batch_size=4"),
       ),
       "best": ("--keep_best", "--learning_rate=1", "--max_grad_norm=0"),
       "improves": ("--keep_best",),
@@ -339,7 +339,7 @@ class SupervisedTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("whole", "parts"),
-    ("chains", "chains_in_parts"),
+    ("lists", "lists_in_parts"),
     ("sequences", "sequences_in_parts"),
   )
   def test_parts_of_a_batch_make_the_same_updates(self, whole, parts):
@@ -354,7 +354,7 @@ class SupervisedTest(parameterized.TestCase):
 
   def test_normalizers_differ(self):
     runs = self._runs()
-    gap = scripts.largest_gap(runs["chains"], runs["sequences"])
+    gap = scripts.largest_gap(runs["lists"], runs["sequences"])
     self.assertGreater(gap, 50 * scripts.ROUNDING)
 
   def test_the_lowest_loss_is_kept(self):

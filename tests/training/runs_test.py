@@ -203,7 +203,9 @@ class StartTest(_RunTest):
       self.assertEqual(connect.call_args.args, ("127.0.0.1:1", 2, 0))
       self.assertFalse(self.workdir.exists())
       # A script for one process refuses to be one of several.
-      with self.assertRaisesRegex(ValueError, "PROCESSES=2, but .* in one process"):
+      with self.assertRaisesRegex(
+        ValueError, "PROCESSES=2, but .* in one process"
+      ):
         processes.check_joined()
     with mock.patch.dict(os.environ, place, RLJAX_NUM_PROCESSES="1"):
       self.start()
