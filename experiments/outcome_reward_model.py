@@ -60,9 +60,7 @@ cli.define_run(steps=200, save_every=500, eval_every=100)
 cli.define_task("", scores=False)
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
-cli.define_models(
-  policy="Language model that the reward model starts as.", logits=False
-)
+cli.define_models(policy="Model that the reward model starts as.", logits=False)
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
 cli.define_optimizer(1e-4, schedule="cosine", max_grad_norm=1.0)
 
@@ -74,10 +72,7 @@ flags.DEFINE_string(
   "validation split, or --eval_share of --data.",
 )
 flags.DEFINE_integer(
-  "num_eval_rows",
-  256,
-  "Most held-out rows of an evaluation, the first ones.",
-  lower_bound=1,
+  "num_eval_rows", 256, "Most held-out rows of an evaluation, the first.", 1
 )
 flags.DEFINE_string(
   "frozen",
@@ -103,15 +98,15 @@ flags.DEFINE_float(
   "margin",
   0.0,
   "Score by which the better reply is to lead, for --loss=pairwise; 0: none.",
-  lower_bound=0.0,
+  0,
 )
 flags.DEFINE_float(
   "eval_share",
   0.0,
   "Share of the prompts of --data that are held out, in place of --eval_data, "
   "for --loss=bce; 0 holds out none.",
-  lower_bound=0.0,
-  upper_bound=1.0,
+  0,
+  1,
 )
 flags.DEFINE_enum(
   "labels",

@@ -1,14 +1,11 @@
 """Tests of the launchers, with stand-ins for the cloud and the cluster."""
 
 import contextlib
-import copy
-import functools
 import io
 import json
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -29,7 +26,7 @@ from absl.testing import absltest, parameterized
 from rljax.distributed import doctor, launchers
 from rljax.models import hf
 from rljax.tasks import arithmetic
-from tests import conftest, tiny
+from tests import conftest, scripts, tiny
 
 ROOT = conftest.REPOSITORY
 LAUNCH = ROOT / "launch"
@@ -212,26 +209,6 @@ def shown_commands(path):
   ]
 
 
-@functools.cache
-def _flags_of(script):
-  """The flags that a script defines, by itself or by groups of rljax.cli."""
-  before = set(flags.FLAGS)
-  runpy.run_path(str(ROOT / script), run_name="script")  # No further than them.
-  own = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
-  for name in own:
-    delattr(flags.FLAGS, name)
-  return own
-
-
-def parse_flags(script, words):
-  """Parses a command as the script does, by the flags that it defines."""
-  values = flags.FlagValues()
-  for name, flag in _flags_of(script).items():
-    values[name] = copy.deepcopy(flag)
-  with contextlib.chdir(ROOT):
-    return values([script, *words])
-
-
 class ShownCommandsTest(parameterized.TestCase):
   @parameterized.parameters(
     ("README.md", 8),
@@ -250,15 +227,15 @@ class ShownCommandsTest(parameterized.TestCase):
         with mock.patch.object(launchers, "place", side_effect=ValueError("x")):
           self.assertEqual(doctor.main(words), 1)
       else:
-        self.assertLen(parse_flags(script, words), 1, words)
+        self.assertLen(scripts.parse_flags(script, words), 1, words)
 
   def test_what_a_script_does_not_take_is_found(self):
     ppo = "experiments/ppo.py"
     with self.assertRaisesRegex(flags.IllegalFlagValueError, "--policy"):
-      parse_flags(ppo, ["--workdir=x"])
+      scripts.parse_flags(ppo, ["--workdir=x"])
     for words in (["--stepps=3"], ["--steps=x"], ["--flagfile=none.flags"]):
       with self.assertRaises(flags.Error):
-        parse_flags(ppo, ["--workdir=x", "--policy=x", *words])
+        scripts.parse_flags(ppo, ["--workdir=x", "--policy=x", *words])
 
 
 # Stands in for Python: notes what it is called with, and finishes.

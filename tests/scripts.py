@@ -1,9 +1,11 @@
 """Runs experiment scripts as a user does, for tests."""
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from absl import flags
 
 from rljax.storage import checkpoint
 from tests import conftest
@@ -170,3 +173,30 @@ def largest_gap(workdir, other):
     checkpoint.restore_params(other),
   )
   return max(jax.tree.leaves(gaps))
+
+
+@functools.cache
+def flags_of(script):
+  """The flags that a script defines, by itself or by groups of rljax.cli."""
+  before = set(flags.FLAGS)
+  runpy.run_path(
+    str(conftest.REPOSITORY / script), run_name="script"
+  )  # No further than them.
+  own = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
+  for name in own:
+    delattr(flags.FLAGS, name)
+  return own
+
+
+def parse_flags(script, words):
+  """Parses a command as the script does, by the flags that it defines."""
+  own = flags_of(script)
+  for name, flag in own.items():
+    flag.unparse()
+    flags.FLAGS[name] = flag  # Where conditions over several look for them.
+  try:
+    with contextlib.chdir(conftest.REPOSITORY):
+      return flags.FLAGS([script, *words])
+  finally:
+    for name in own:
+      delattr(flags.FLAGS, name)
