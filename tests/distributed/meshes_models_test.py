@@ -355,7 +355,7 @@ class FlagfilesTest(parameterized.TestCase):
 
   @parameterized.parameters(*CONFIGS)
   def test_estimates(self, name):
-    path = conftest.REPOSITORY / f"experiments/flags/{name}_gsm8k.flags"
+    path = conftest.REPOSITORY / f"experiments/flags/grpo/{name}_gsm8k.flags"
     text = path.read_text()
     flags = dict(re.findall(r"^--(\w+)=(.*)$", text, re.M))
     numbers = dict(re.findall(r"^#   (.*?),.* = ([\d.]+)$", text, re.M))

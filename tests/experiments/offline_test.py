@@ -543,7 +543,7 @@ class EvaluateTest(absltest.TestCase):
         "The task arithmetic has no logged replies",
       ),
       (["--reference=a,b"], "--reference names 2 models"),
-      (["--clip_epsilon=1.5"], r"--clip_epsilon=1.5: .*\[0, 1\]"),
+      (["--clip_epsilon=1.5"], r"--clip_epsilon=1.5: .*range \[0.0, 1.0\]"),
     ]
     errors = scripts.drive(
       EVALUATE,
