@@ -95,9 +95,9 @@ def grad(
   what the mean divides by: rows (all parts alike, the default), or tokens.
 
   Metrics are combined by their names: the largest of `..._max`, the least of
-  `..._min`, the sum of `.../tokens` and `.../count`, the perplexity of all
-  tokens for `<loss>/perplexity` (with `<loss>/tokens`). Of the others it is the
-  mean, weighed by `<loss>/count` where the loss counts what its means are over
+  `..._min`, the sum of `.../tokens` and `.../count`, the exponential of
+  the mean logarithm for `<loss>/perplexity`, weighed by `<loss>/tokens` or
+  `<loss>/count`. Of the others it is the mean, weighed by `<loss>/count` where the loss counts what its means are over
   (a subset, say), else by w.
 
   Args:
@@ -161,9 +161,10 @@ def combine(
     ):
       found[name] = values.sum()
     elif quantity == "perplexity":
-      tokens = metrics[f"{loss}/tokens"]
-      total = jnp.maximum(tokens.sum(), 1.0)
-      found[name] = jnp.exp((jnp.log(values) * tokens).sum() / total)
+      counts = metrics.get(f"{loss}/tokens", metrics.get(f"{loss}/count"))
+      counts = (weights if counts is None else counts).astype(jnp.float32)
+      mean = (jnp.log(values) * counts).sum() / _not_zero(counts.sum())
+      found[name] = jnp.exp(mean)
     elif f"{loss}/count" in metrics:
       counts = metrics[f"{loss}/count"].astype(jnp.float32)
       found[name] = (values * counts).sum() / _not_zero(counts.sum())

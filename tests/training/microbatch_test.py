@@ -230,6 +230,23 @@ class CombineTest(absltest.TestCase):
     self.assertEqual(found["bce/logit_max"], 4.0)
     self.assertEqual(found["kto/accuracy"], 0.5)
 
+  def test_a_perplexity_is_that_of_all_tokens(self):
+    # 2 of one token and 8 of two: (2 · 8 · 8) ^ (1/3) = 5.04.
+    perplexity, counts = jnp.array([2.0, 8.0]), jnp.array([1.0, 2.0])
+    for name in ("tokens", "count"):
+      found = microbatch.combine(
+        {"nll/perplexity": perplexity, f"nll/{name}": counts},
+        jnp.array([0.5, 0.5]),
+      )
+      np.testing.assert_allclose(
+        found["nll/perplexity"], 128 ** (1 / 3), rtol=1e-6
+      )
+    # Without a count the weights decide: (2 · 8) ^ (1/2).
+    found = microbatch.combine(
+      {"nll/perplexity": perplexity}, jnp.array([0.5, 0.5])
+    )
+    np.testing.assert_allclose(found["nll/perplexity"], 4.0, rtol=1e-6)
+
   def test_an_empty_subset_is_0(self):
     metrics = {
       "bce/count": jnp.array([0, 0]),
