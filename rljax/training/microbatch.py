@@ -95,10 +95,10 @@ def grad(
   what the mean divides by: rows (all parts alike, the default), or tokens.
 
   Metrics are combined by their names: the largest of `..._max`, the least of
-  `..._min`, the sum of `.../tokens` and `.../count`, the exponential of
-  the mean logarithm for `<loss>/perplexity`, weighed by `<loss>/tokens` or
-  `<loss>/count`. Of the others it is the mean, weighed by `<loss>/count` where the loss counts what its means are over
-  (a subset, say), else by w.
+  `..._min`, the sum of `.../tokens` and `.../count`. A `<loss>/perplexity` is
+  the exponential of the mean logarithm, weighed by `<loss>/tokens` or
+  `<loss>/count`. Of the others it is the mean, weighed by `<loss>/count` where
+  the loss counts what its means are over (a subset, say), else by w.
 
   Args:
     loss_fn: `(params, batch, *more) -> (loss, metrics)`.
