@@ -132,16 +132,16 @@ def main():
     microbatch.map_rows, num_parts=sizes.num_passes, sharding=run.rows_sharding
   )
 
-  # Text: prompts, what writes responses, and what scores them.
+  # Text: prompts, what scores responses, and what writes them.
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
+  score = scorers.of_task(task, FLAGS.score_options)
+  terms = cli.load_reward_terms(FLAGS, loaded, run.mesh, map_rows=in_parts)
+  terms.check(task, score, held_out.texts[0])
   sampler = samplers.Sampler(
     policy, tokenizer, cli.sampler_settings(FLAGS), mesh=run.mesh, task=task
   )
   answer = sampler.greedy(held_out, batch_size=FLAGS.batch_size)
-  score = scorers.of_task(task, FLAGS.score_options)
-  terms = cli.load_reward_terms(FLAGS, loaded, run.mesh, map_rows=in_parts)
-  terms.check(task, score, held_out.texts[0])
   critic.check_positions(train.ids.shape[1] + FLAGS.max_length)
 
   # What is differentiated.

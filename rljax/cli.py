@@ -1372,7 +1372,12 @@ def load_reward_terms(
     ValueError: if the terms do not fit each other, their reward model or
       --unfinished_score.
   """
-  terms = reward_terms.load(
+  if values.unfinished_score and "score" not in values.reward_terms:
+    raise ValueError(
+      f"--unfinished_score={values.unfinished_score} stands in for the score, "
+      "which is none of the --reward_terms: give 0, or the term."
+    )
+  return reward_terms.load(
     loaded,
     names=values.reward_terms,
     mesh=mesh,
@@ -1386,12 +1391,6 @@ def load_reward_terms(
     **reward_model_options(values),
     **options,
   )
-  if values.unfinished_score and "score" not in values.reward_terms:
-    raise ValueError(
-      f"--unfinished_score={values.unfinished_score} stands in for the score, "
-      "which is none of the --reward_terms: give 0, or the term."
-    )
-  return terms
 
 
 def check_read(
