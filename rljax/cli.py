@@ -32,7 +32,7 @@ from absl import app, flags
 
 from rljax import tasks
 from rljax.distributed import meshes
-from rljax.generation import samplers
+from rljax.generation import grammars, samplers
 from rljax.models import hf
 from rljax.ops import sampling
 from rljax.rlmec import prompts as rewriting
@@ -1100,7 +1100,10 @@ def load_task(values: flags.FlagValues) -> types.ModuleType | None:
   """Returns the module that --task names; None where it may be empty and is."""
   if not (values.task or values["task"].default):
     return None
-  return tasks.load(values.task)
+  task = tasks.load(values.task)
+  if "constraint" in values and values.constraint == "grammar":
+    grammars.check_task(task)
+  return task
 
 
 def prompt_options(values: flags.FlagValues) -> dict[str, Any]:

@@ -73,12 +73,17 @@ def of_task(task: Any, tokenizer: Any, vocab_size: int) -> Tables:
   Raises:
     ValueError: if the task has no grammar, or the tokenizer does not fit it.
   """
+  check_task(task)
+  return Tables(**task.grammar(tokenizer, vocab_size))
+
+
+def check_task(task: Any) -> None:
+  """Raises ValueError for a task without a grammar."""
   if not hasattr(task, "grammar"):
     raise ValueError(
       f"The task {task.__name__.rpartition('.')[2]} has no grammar for its "
       "responses; the task games has one."
     )
-  return Tables(**task.grammar(tokenizer, vocab_size))
 
 
 class Place(NamedTuple):
