@@ -157,7 +157,7 @@ class AllowedTest(parameterized.TestCase):
     ("empty_rule", {}, "has no symbols"),
     ("seconds", {"seconds": np.ones((2, 6), bool)}, "V = 7 tokens"),
     ("stack", {"stack": np.full((2, 24), 10, np.int32)}, "10 states"),
-    ("size", {"size": np.zeros(2, np.int32)}, "at least one"),
+    ("size", {"size": np.zeros(2, np.int32)}, "one or more of the 10"),
   )
   def test_errors(self, options, message):
     with self.assertRaisesRegex(ValueError, message):
