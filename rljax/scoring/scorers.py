@@ -51,16 +51,13 @@ def scorer(
       "fingerprint": scored_by.fingerprint,
     }
   elif task:
-    scored_by = tasks.load(task)
-    keywords.check(scored_by.score, score_options)
-    description = {"task": task, **score_options}
+    return _of_task(tasks.load(task), score_options)
   else:
     raise ValueError(
       "Nothing scores the responses: name a --reward_model or a --task."
     )
-  function = functools.partial(tasks.score_all, scored_by, **score_options)
-  if not reward_model:  # The devices share the texts for a model.
-    function = divided(function)
+  # The devices share the texts of a model, so that all processes call it alike.
+  function = functools.partial(tasks.score_all, scored_by)
   function.description = description
   return function
 
@@ -78,10 +75,17 @@ def of_task(task: Any, options: Sequence[str] = ()) -> Scorer:
   Raises:
     ValueError: if the task has no such option.
   """
-  parsed = keywords.parse(options)
-  keywords.check(task.score, parsed)
-  function = divided(functools.partial(tasks.score_all, task, **parsed))
-  function.description = {"task": task.__name__.rpartition(".")[2], **parsed}
+  return _of_task(task, keywords.parse(options))
+
+
+def _of_task(task: Any, options: Mapping[str, Any]) -> Scorer:
+  """Makes the scorer of a task from parsed options."""
+  keywords.check(task.score, options)
+  function = divided(functools.partial(tasks.score_all, task, **options))
+  function.description = {
+    "task": task.__name__.rpartition(".")[2],
+    **options,
+  }
   return function
 
 
