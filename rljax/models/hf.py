@@ -31,6 +31,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from rljax.models import classifier, encoder, gguf, gpt2, heads, llama
+from rljax.storage import paths
 
 Params = dict[str, Any]
 
@@ -490,6 +491,7 @@ def _find(
   name: str | os.PathLike, *, weights: bool
 ) -> tuple[str, pathlib.Path]:
   """Tells what kind of thing `name` is, and where; cheap checks come first."""
+  paths.check_local(name, "The model")
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     if (path / "config.json").is_file():
@@ -977,6 +979,7 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 @contextlib.contextmanager
 def _staged(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a folder to write to; its files then move to `directory` at once."""
+  paths.check_local(directory, "directory")
   directory = pathlib.Path(directory).expanduser().absolute()
   directory.parent.mkdir(parents=True, exist_ok=True)
   stage = pathlib.Path(

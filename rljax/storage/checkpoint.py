@@ -356,8 +356,10 @@ def prepare_workdir(workdir: Workdir) -> None:
     workdir: the folder, which may exist.
 
   Raises:
-    ValueError: if it cannot be made or written to, with the system's reason.
+    ValueError: if it cannot be made or written to, with the system's reason, or
+      is no path of this machine.
   """
+  paths.check_local(workdir, "workdir")
   try:
     os.makedirs(workdir, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir) as file:

@@ -54,6 +54,7 @@ class Stage:
     Raises:
       ValueError: if the folder holds files that no stage has written.
     """
+    paths.check_local(workdir, "The folder of stages")
     self.name = name
     self.folder = pathlib.Path(workdir, name)
     self._once = once
