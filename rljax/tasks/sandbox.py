@@ -9,17 +9,18 @@ returns for every call its value or why there is none:
       print(outcome.value, outcome.failure)  # 6 None, then None timeout
 
 A worker serves many calls; it is killed and replaced when a call runs out of
-time or memory, or ends the process. A call is not blamed for the memory of
-earlier ones: if it runs out of memory or dies in a worker that has served
-others, it is made once more, in a new worker. Workers are new interpreters,
-never forks: a fork of a process that runs jax may hang. They import only the
-function's module, not the script that made the pool. POSIX systems only.
+time or memory, or ends the process. A call is not blamed for what earlier ones
+left: if it runs out of memory, dies or has a bad reply in a worker that has
+served others, it is made once more, in a new worker. Workers are new
+interpreters, never forks: a fork of a process that runs jax may hang. They
+import only the function's module, not the script that made the pool. POSIX
+systems only.
 
 Arguments and values travel as JSON: nothing that a worker sends is executed
 here, whatever has become of it. A reply that is not JSON, that is cut or too
 large, or that answers another call, is a failure of its call.
 
-Beside each worker waits a shell that reads a pipe of this process. When this
+For each worker waits a shell that reads a pipe of this process. When this
 process ends, however that happens, the pipe closes, and the shell kills the
 worker with its children, also in the midst of an operation that no thread of
 the worker's could interrupt.
@@ -56,11 +57,8 @@ _PROGRAM = (
   "sandbox._serve(**settings)"
 )
 # Waits for the end of its input, which only the parent can write to, and kills
-# the session; the worker itself takes the place of the outer shell.
-_GUARDED = (
-  "exec 3<&0; { read -r line <&3; kill -9 0; } >/dev/null 2>&1 & "
-  'exec 3<&-; exec "$@" </dev/null'
-)
+# the group of a worker.
+_GUARD = 'read -r line; kill -s KILL -- "-$1"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +84,10 @@ class Pool:
 
   Workers start at the first `map`, live until `close` (or the end of the `with`
   block, of the pool or of the program) and end with their children within a
-  second if this process is killed. A Ctrl-C only reaches this process, and stops the
-  calls under way; workers ignore the SIGTERM that a scheduler sends to all
-  processes of a job. Threads may share a pool; their calls of `map` wait for
-  each other.
+  second if this process is killed. A Ctrl-C only reaches this process, and
+  stops the calls under way; workers ignore the SIGTERM that a scheduler sends
+  to all processes of a job. Threads may share a pool; their calls of `map`
+  wait for each other.
   """
 
   def __init__(
@@ -240,7 +238,7 @@ class Pool:
         if worker.is_broken or outcome.failure in ("timeout", "memory", "died"):
           self._drop(worker)
           if (
-            outcome.failure in ("memory", "died")
+            outcome.failure != "timeout"
             and worker.num_given > 1
             and index not in again
           ):
@@ -276,18 +274,24 @@ class _Worker:
       "parent": os.getpid(),
       "channel": theirs.fileno(),
     }
-    program = [sys.executable, "-c", _PROGRAM, json.dumps(settings)]
     try:
       # In its own session no Ctrl-C reaches it, and its children die with it.
       self._process = subprocess.Popen(
-        ["/bin/sh", "-c", _GUARDED, "worker", *program],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-c", _PROGRAM, json.dumps(settings)],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
         start_new_session=True,
       )
     finally:
       theirs.close()
+    self._guard = subprocess.Popen(
+      ["/bin/sh", "-c", _GUARD, "guard", str(self._process.pid)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+      start_new_session=True,
+    )
     self.is_idle = False
     self.is_broken = False  # What it sends cannot be understood.
     self.item: int | None = None
@@ -333,8 +337,10 @@ class _Worker:
         os.killpg(self._process.pid, signal.SIGKILL)
       except (ProcessLookupError, PermissionError):
         self._process.kill()
+    self._guard.kill()
+    self._guard.wait()
+    self._guard.stdin.close()
     self._process.wait()
-    self._process.stdin.close()
     self.channel.close()
 
 
