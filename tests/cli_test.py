@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -213,6 +214,30 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(lines, [f"{home}/x", home, f"{home}/rows.jsonl"])
     lines = _outcomes()["good"]["out"].splitlines()
     self.assertEqual(lines, [f"{home}/x", f"{home}/.cache/rljax", "a~b"])
+
+  @parameterized.parameters("reader", "disk")
+  def test_a_run_does_not_end_with_its_terminal(self, which):
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    program = (
+      "import sys\nfrom rljax.cli import terminal\n"
+      "terminal.keep_printing()\n"
+      "for i in range(3):\n  print('x' * 10**5, flush=True)\n"
+      "print('last')\nopen(sys.argv[1], 'w').close()\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full:
+      done = subprocess.run(
+        [sys.executable, "-c", program, folder / "done"],
+        cwd=conftest.REPOSITORY,
+        stdout=writing if which == "reader" else full,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+      )
+    os.close(writing)
+    self.assertEqual((done.returncode, done.stderr), (0, ""))
+    self.assertTrue((folder / "done").exists())
 
   def test_help_shows_the_script_and_its_flags(self):
     out = _outcomes()["help"]["out"]

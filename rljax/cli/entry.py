@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from rljax.cli import terminal
 from rljax.storage import paths
 from rljax.training import preflight
 
@@ -55,6 +56,7 @@ def run(main: Callable[[], int | None]) -> None:
         os._exit(1)  # The other processes would wait for this one.
       return 1
 
+  terminal.keep_printing()
   app.run(checked, flags_parser=_parse)
 
 
@@ -110,6 +112,17 @@ def may_change(*names: str) -> None:
   """Marks flags that may differ when a run is started again."""
   for name in names:
     flags.FLAGS[name].may_change = True
+
+
+def may_grow(*names: str, kind: str = "steps") -> None:
+  """Marks flags that may be larger when a run is started again.
+
+  Args:
+    *names: of the flags.
+    kind: "steps" or "parts", see `training.longer.check`.
+  """
+  for name in names:
+    flags.FLAGS[name].may_grow = kind
 
 
 def require(names, holds, message):

@@ -9,6 +9,7 @@ import errno
 import os
 import pathlib
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 
@@ -29,6 +30,8 @@ class DiskError(OSError):
     """Takes the file or folder, and what the system said."""
     number = getattr(error, "errno", None)
     reason = getattr(error, "strerror", None) or _first_line(error)
+    if number is None and "No space left" in str(error):
+      number = errno.ENOSPC  # As a library says it.
     if number in _FULL:
       advice = "Free some space on its disk"
     elif number in _CLOSED:
@@ -155,12 +158,34 @@ def set_aside(path: str | os.PathLike[str]) -> pathlib.Path:
   Returns:
     Where it is now.
   """
+  aside = _free_name(pathlib.Path(path))
+  with writing(path):
+    os.replace(path, aside)
+  return aside
+
+
+def keep_copy(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Keeps a file that is about to be replaced, as `<path>.old<n>`.
+
+  Returns:
+    Where it is kept.
+  """
   path = pathlib.Path(path)
+  aside = _free_name(path)
+  with writing(aside):
+    try:
+      os.link(path, aside)
+    except OSError:  # Some disks know no second name of a file.
+      with whole(aside) as partial:
+        shutil.copyfile(path, partial)
+  return aside
+
+
+def _free_name(path: pathlib.Path) -> pathlib.Path:
+  """Returns the first of `<path>.old1`, `<path>.old2`, ... that is free."""
   number = 1
   while os.path.lexists(aside := path.with_name(f"{path.name}.old{number}")):
     number += 1
-  with writing(path):
-    os.replace(path, aside)
   return aside
 
 
