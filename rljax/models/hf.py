@@ -31,7 +31,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from rljax.models import classifier, encoder, gguf, gpt2, heads, llama
-from rljax.storage import paths
+from rljax.storage import locks, paths
 
 Params = dict[str, Any]
 
@@ -371,7 +371,8 @@ def save(
     max_shard_bytes: size above which the weights are split into several files.
 
   Raises:
-    ValueError: if `params` are not exactly those of `model`.
+    ValueError: if `params` are not exactly those of `model`, or another process
+      is writing there.
   """
   if _is_classifier(model):
     raise ValueError(
@@ -982,6 +983,7 @@ def _staged(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
   paths.check_local(directory, "directory")
   directory = pathlib.Path(directory).expanduser().absolute()
   directory.parent.mkdir(parents=True, exist_ok=True)
+  lock = locks.beside(directory)
   stage = pathlib.Path(
     tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent)
   )
@@ -1000,3 +1002,4 @@ def _staged(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
       os.replace(path, directory / path.name)
   finally:
     shutil.rmtree(stage, ignore_errors=True)
+    lock.close()
