@@ -131,7 +131,7 @@ def main():
   # Text: prompts, supervised pairs, and what scores responses.
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = scorers.of_task(task, FLAGS.score_options, FLAGS.score_seconds)
   _, parts = score(held_out.texts[:1], [""])
   tasks.check_parts(FLAGS.task, parts, "is_correct", *NEEDED[FLAGS.filter])
   trust = cli.load_reward_model(FLAGS, run.mesh, batch_size=FLAGS.batch_size)

@@ -151,7 +151,7 @@ def main():
     policy, tokenizer, cli.sampler_settings(FLAGS), mesh=run.mesh, task=task
   )
   answer = sampler.greedy(held_out, batch_size=FLAGS.batch_size)
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = scorers.of_task(task, FLAGS.score_options, FLAGS.score_seconds)
   score(held_out.texts[:1], [""])  # Bad options show here, not after a rollout.
 
   # What is differentiated.

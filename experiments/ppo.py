@@ -135,7 +135,7 @@ def main():
   # Text: prompts, what scores responses, and what writes them.
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = scorers.of_task(task, FLAGS.score_options, FLAGS.score_seconds)
   terms = cli.load_reward_terms(FLAGS, loaded, run.mesh, map_rows=in_parts)
   terms.check(task, score, held_out.texts[0])
   sampler = samplers.Sampler(

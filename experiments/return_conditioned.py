@@ -136,7 +136,7 @@ def main():
   # Text: prompts, what scores responses, and tags.
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = scorers.of_task(task, FLAGS.score_options, FLAGS.score_seconds)
   _, parts = score(held_out.texts[:1], [""])
   tasks.check_parts(FLAGS.task, parts, "is_correct")
   tags = (FLAGS.good_tag, FLAGS.bad_tag)

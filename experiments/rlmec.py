@@ -158,7 +158,7 @@ def main():
 
   # Questions with their solutions, and what samples, scores and rewrites.
   task = cli.load_task(FLAGS)
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = scorers.of_task(task, FLAGS.score_options, FLAGS.score_seconds)
   train, held_out = pipeline.questions(
     task,
     tokenizer,

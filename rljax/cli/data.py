@@ -55,6 +55,14 @@ def define_task(
       "Options of the task's score, name=value, separated by commas; "
       "docs/tasks.md lists them.",
     )
+    flags.DEFINE_float(
+      "score_seconds",
+      120.0,
+      "Seconds that scoring a response may take, and a batch that is scored "
+      "at once that many times its responses; 0: no limit.",
+      lower_bound=0.0,
+    )
+    entry.may_change("score_seconds")
   if num_prompts is not None:
     flags.DEFINE_integer(
       "num_prompts",

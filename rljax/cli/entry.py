@@ -9,7 +9,7 @@ import numpy as np
 from absl import app, flags
 
 from rljax.cli import terminal
-from rljax.storage import paths
+from rljax.storage import calls, paths
 from rljax.training import preflight
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -44,6 +44,9 @@ def run(main: Callable[[], int | None]) -> None:
     try:
       check(values, argv[1:])
       return main()
+    except calls.Ended as error:
+      print("Stopped by a signal; everything so far is saved.", flush=True)
+      return error.exit_status
     except (ValueError, OSError, preflight.Refused) as error:
       if isinstance(error, OSError) and not isinstance(error, paths.DiskError):
         if not paths.is_full_or_closed(error):

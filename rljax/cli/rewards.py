@@ -8,7 +8,7 @@ from absl import flags
 from rljax.cli import entry
 from rljax.models import hf
 from rljax.rlmec import prompts as rewriting
-from rljax.scoring import reward_terms, scorers
+from rljax.scoring import kept, reward_terms, scorers
 from rljax.text import keywords, steps
 
 # Flags that are defined below belong to the script that calls the group.
@@ -90,6 +90,8 @@ def load_scorer(
 ) -> scorers.Scorer:
   """Returns what scores responses: --reward_model, or --task.
 
+  In scripts without checkpoints it keeps what it was told; see `kept.scorer`.
+
   Args:
     values: parsed flags.
     mesh: from `meshes.make`.
@@ -98,14 +100,18 @@ def load_scorer(
   Raises:
     ValueError: if neither is named, or an option does not fit.
   """
-  return scorers.scorer(
+  score = scorers.scorer(
     values.task,
     keywords.parse(values.score_options),
     values.reward_model,
+    seconds=values.score_seconds,
     **reward_model_options(values),
     batch_size=batch_size,
     mesh=mesh,
   )
+  if "save_every" in values:
+    return score
+  return kept.scorer(score, values.workdir)
 
 
 def define_reward_terms() -> None:
@@ -222,13 +228,25 @@ def define_reasoning() -> None:
   )
 
 
-def define_rewriting(template: str, *, locate: bool | None) -> None:
+def define_rewriting(
+  template: str, *, locate: bool | None, teacher: bool = False
+) -> None:
   """Defines how a generative reward model is asked for rewrites.
 
   Args:
     template: default of --template; "": as the model was trained.
     locate: default of --locate; None: likewise.
+    teacher: whether a teacher is asked, too.
   """
+  if teacher:
+    flags.DEFINE_float(
+      "teacher_seconds",
+      600.0,
+      "Seconds that a rewrite by --teacher may take, if that is a function; 0: "
+      "no limit.",
+      lower_bound=0.0,
+    )
+    entry.may_change("teacher_seconds")
   flags.DEFINE_string(
     "stages",
     "",

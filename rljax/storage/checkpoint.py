@@ -577,11 +577,13 @@ class Preemption:
       ):
         continue
       self._previous[number] = signal.signal(number, self._handle)
-    calls.CATCHERS.append(self)
+    if jax.process_count() == 1:  # Several have to end together.
+      calls.CATCHERS.append(self)
     return self
 
   def __exit__(self, *error):
-    calls.CATCHERS.remove(self)
+    if self in calls.CATCHERS:
+      calls.CATCHERS.remove(self)
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 

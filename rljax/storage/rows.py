@@ -17,6 +17,8 @@ from rljax.storage import paths
 
 Row = dict[str, Any]
 
+# What scores are kept in until the work that asked for them is done.
+SCORES = "scores.jsonl"
 _BOM = b"\xef\xbb\xbf"
 
 

@@ -1,5 +1,6 @@
 """Tasks: `prompts(split, seed)` and `score(prompt, response)`."""
 
+import functools
 import importlib
 import math
 import types
@@ -7,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from rljax.storage import calls
 
 _MODULES = {
   "arithmetic": "rljax.tasks.arithmetic",
@@ -99,20 +102,50 @@ def score_all(
     ValueError: if a score is not a finite number, naming its prompt; or if
       there are not N of them.
   """
+  return score_rows(task, prompts, responses, options)
+
+
+def score_rows(
+  task: Any,
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  options: Mapping[str, Any],
+  *,
+  seconds: float = 0.0,
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+  """Does what `score_all` does, and limits the time that it takes.
+
+  Args:
+    task: see `score_all`; likewise `prompts` and `responses`.
+    prompts: N texts.
+    responses: N texts.
+    options: passed on to the task.
+    seconds: that one response may take, and a batch that many times its
+      responses; 0: no limit.
+
+  Returns:
+    As `score_all`.
+
+  Raises:
+    ValueError: as `score_all`; `calls.CallError` if the task fails or takes too
+      long, naming the prompt and the response.
+    Exception: `checkpoint.Stopped`, if a signal asked for the end meanwhile.
+  """
   if len(prompts) != len(responses):
     raise ValueError(
       f"There are {len(prompts)} prompts, but {len(responses)} responses."
     )
   if hasattr(task, "score_batch"):
-    scores, parts = task.score_batch(prompts, responses, **options)
+    scores, parts = _scored(
+      task, prompts, responses, options, len(prompts) * seconds
+    )
     if len(scores) != len(prompts) or len(parts) != len(prompts):
       raise ValueError(
         f"score_batch was given {len(prompts)} responses and returned "
         f"{len(scores)} scores and {len(parts)} parts."
       )
   else:
-    pairs = zip(prompts, responses, strict=True)
-    outcomes = [task.score(p, r, **options) for p, r in pairs]
+    outcomes = _scored(task, prompts, responses, options, seconds)
     scores = [score for score, _ in outcomes]
     parts = [part for _, part in outcomes]
   for prompt, response, score in zip(prompts, responses, scores, strict=True):
@@ -126,3 +159,38 @@ def score_all(
         f"{prompt[-200:]!r} and the response {response[:200]!r}."
       )
   return np.asarray(scores, np.float32), list(parts)
+
+
+def _scored(task, prompts, responses, options, seconds):
+  """Calls what a task scores with; an error carries what was asked."""
+  name = getattr(task, "__name__", type(task).__name__).rpartition(".")[2]
+  what = f"The score of {name}"
+  about = lambda i: (
+    f"for the prompt {calls.shown(prompts[i])} and the response "
+    f"{calls.shown(responses[i])}"
+  )
+  try:
+    if hasattr(task, "score_batch"):
+      return calls.guard(
+        lambda: task.score_batch(prompts, responses, **options),
+        what=what,
+        about=lambda: (
+          f"{about(0)}, the first of {len(prompts)}" if prompts else "for none"
+        ),
+        seconds=seconds,
+      )
+    return calls.one_by_one(
+      functools.partial(task.score, **options),
+      list(zip(prompts, responses, strict=True)),
+      what=what,
+      about=about,
+      seconds=seconds,
+    )
+  except (calls.CallError, calls.Ended) as error:
+    error.rows = [
+      {"prompt": prompt, "response": response}
+      for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    for row, outcome in zip(error.rows, error.done, strict=False):
+      row["reward"], row["parts"] = outcome
+    raise

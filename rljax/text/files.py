@@ -39,7 +39,7 @@ def read_jsonl(
   """
   return [
     _checked(_raised(row), place, required, optional)
-    for place, row in _placed_lines(path)
+    for place, row in placed_lines(path)
   ]
 
 
@@ -84,6 +84,15 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
       file.truncate(kept)
       logging.warning("%s: cut off a half-written last line.", path)
     file.write(content)
+
+
+def keep_aside(path: str | os.PathLike) -> str:
+  """Keeps a file that is about to be replaced under another name.
+
+  Returns:
+    Where it is kept.
+  """
+  return os.fspath(paths.keep_copy(path))
 
 
 def load_rows(
@@ -157,7 +166,7 @@ def load_placed_rows(
     raise ValueError(f"{path}: no such file or folder.")
   stem = path.name.removesuffix(".gz")
   if stem.endswith(".jsonl"):
-    yield from _placed_lines(path)
+    yield from placed_lines(path)
   elif stem.endswith(".json"):
     yield from _placed_items(path)
   else:
@@ -178,10 +187,14 @@ def _read_bytes(path: str | os.PathLike) -> bytes:
     raise ValueError(f"{path}: not a gzip file ({error}).") from error
 
 
-def _placed_lines(
+def placed_lines(
   path: str | os.PathLike,
 ) -> Iterator[tuple[str, Row | ValueError]]:
-  """Yields the rows of a .jsonl file, see `load_placed_rows`."""
+  """Yields the rows of a file of JSON lines, as `load_placed_rows` does.
+
+  Args:
+    path: the file; a name ending in `.gz` is unpacked.
+  """
   place = None
   for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
     if not line.strip():

@@ -1,0 +1,108 @@
+"""Scores that are kept on disk until the work that asked for them is done."""
+
+import collections
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rljax.distributed import processes
+from rljax.scoring import scorers
+from rljax.storage import calls, checkpoint, paths, rows, stages
+from rljax.text import files
+
+_AT_A_TIME = 32  # Responses, between which a kill loses nothing.
+
+
+def scorer(
+  score: scorers.Scorer, workdir: str | os.PathLike[str]
+) -> scorers.Scorer:
+  """Makes a scorer that keeps what it has been told, in `scores.jsonl`.
+
+  For scripts without checkpoints: a task that asks a service, and fails or is
+  stopped after hours, is not asked again about what it has answered. Scores of
+  a task that has changed meanwhile are set aside.
+
+  Args:
+    score: the scorer; one that scores responses together is only kept from
+      losing what it was asked.
+    workdir: of the run, which exists when it is called.
+
+  Returns:
+    The same scorer, with the same description.
+  """
+  path = pathlib.Path(workdir, rows.SCORES)
+  source = getattr(score, "source", None)
+  known: dict[tuple[str, str], list[Any]] | None = None
+
+  def keep(found):
+    # All wait for it.
+    processes.from_first(lambda: files.append_jsonl(path, found))
+
+  def ask(prompts, responses):
+    """Scores some, and files what was answered before an error, too."""
+    try:
+      if jax.process_count() > 1 or calls.CATCHERS:
+        return score(prompts, responses)
+      with checkpoint.Preemption():
+        return score(prompts, responses)
+    except (calls.CallError, calls.Ended) as error:
+      if jax.process_count() == 1 and error.rows:
+        keep(error.rows)
+        if error.args:
+          error.args = (f"{error.args[0]} What was answered is in {path}.",)
+      raise
+
+  def kept(prompts: Sequence[str], responses: Sequence[str]):
+    nonlocal known
+    if source is None:
+      return ask(prompts, responses)
+    if known is None:
+      made_of = {"score": score.description, "source": source}
+      known = processes.from_first(lambda: _known(path, made_of))
+      known = {tuple(pair): found for pair, found in known}
+    used, missing = collections.Counter(), []
+    pairs = list(zip(prompts, responses, strict=True))
+    for pair in pairs:  # A text that stands twice is scored twice.
+      used[pair] += 1
+      if used[pair] > len(known.get(pair, [])):
+        missing.append(pair)
+    for start in range(0, len(missing), _AT_A_TIME):
+      asked = missing[start : start + _AT_A_TIME]
+      scores, parts = ask([p for p, _ in asked], [r for _, r in asked])
+      found = [
+        {"prompt": p, "response": r, "reward": float(x), "parts": part}
+        for (p, r), x, part in zip(asked, scores, parts, strict=True)
+      ]
+      keep(found)
+      for pair, row in zip(asked, found, strict=True):
+        known.setdefault(pair, []).append([row["reward"], row["parts"]])
+    used, outcomes = collections.Counter(), []
+    for pair in pairs:
+      outcomes.append(known[pair][used[pair]])
+      used[pair] += 1
+    scores = np.asarray([x for x, _ in outcomes], np.float32)
+    return scores, [dict(parts) for _, parts in outcomes]
+
+  kept.description = score.description
+  return kept
+
+
+def _known(path, made_of):
+  """Reads what a file holds of this scorer, as pairs with their outcomes."""
+  if stages.is_of(path, made_of):
+    files.append_jsonl(path, [])  # Cuts off what a killed writer left behind.
+  elif path.exists():
+    aside = paths.set_aside(path)
+    print(f"{path} is of another score, and now {aside.name}.", flush=True)
+  stages.describe(path, made_of)
+  found = collections.defaultdict(list)
+  if path.exists() and path.stat().st_size:
+    for row in files.read_jsonl(path):
+      if "reward" in row:
+        pair = row["prompt"], row["response"]
+        found[pair].append([row["reward"], row["parts"]])
+  return list(found.items())
