@@ -31,6 +31,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from rljax.models import classifier, encoder, gguf, gpt2, heads, llama
+from rljax.storage import locks, paths
 
 Params = dict[str, Any]
 
@@ -370,7 +371,8 @@ def save(
     max_shard_bytes: size above which the weights are split into several files.
 
   Raises:
-    ValueError: if `params` are not exactly those of `model`.
+    ValueError: if `params` are not exactly those of `model`, or another process
+      is writing there.
   """
   if _is_classifier(model):
     raise ValueError(
@@ -490,6 +492,7 @@ def _find(
   name: str | os.PathLike, *, weights: bool
 ) -> tuple[str, pathlib.Path]:
   """Tells what kind of thing `name` is, and where; cheap checks come first."""
+  paths.check_local(name, "The model")
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     if (path / "config.json").is_file():
@@ -977,8 +980,10 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 @contextlib.contextmanager
 def _staged(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a folder to write to; its files then move to `directory` at once."""
+  paths.check_local(directory, "directory")
   directory = pathlib.Path(directory).expanduser().absolute()
   directory.parent.mkdir(parents=True, exist_ok=True)
+  lock = locks.beside(directory)
   stage = pathlib.Path(
     tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent)
   )
@@ -997,3 +1002,4 @@ def _staged(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
       os.replace(path, directory / path.name)
   finally:
     shutil.rmtree(stage, ignore_errors=True)
+    lock.close()

@@ -51,6 +51,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
       in `.gz` is packed.
     rows: mappings of JSON values and numpy scalars or arrays.
   """
+  paths.check_local(path, "The path")
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   content = "".join(map(_json_line, rows)).encode("utf-8")
@@ -69,12 +70,13 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
     path: uncompressed file to add to.
     rows: as for `write_jsonl`.
   """
+  paths.check_local(path, "The path")
   path = pathlib.Path(path)
   if path.suffix == ".gz":
     raise ValueError(f"append_jsonl writes uncompressed files, got {path}.")
   path.parent.mkdir(parents=True, exist_ok=True)
   content = "".join(map(_json_line, rows)).encode("utf-8")
-  with path.open("a+b") as file:
+  with paths.writing(path), path.open("a+b") as file:
     end = file.seek(0, os.SEEK_END)
     if end and _last_byte(file) != b"\n":
       file.seek(0)
@@ -139,6 +141,7 @@ def load_placed_rows(
   if name.startswith("tfds:"):
     yield from _placed_tfds(name.removeprefix("tfds:"), split, data_dir)
     return
+  paths.check_local(name, "The file of rows")
   path = pathlib.Path(data_dir or "") / name.replace("{split}", split)
   if path.is_dir():
     endings = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
