@@ -266,9 +266,9 @@ def save(
 ) -> None:
   """Writes a language model as a Hugging Face directory.
 
-  It is written beside `directory` first and moved file by file, config.json
-  last: until a write is complete, the directory does not load. Weights that an
-  earlier save left there are removed, other files are kept.
+  It is written aside first. Whatever happens at any moment, `directory` loads
+  as it was before, or as it is afterwards. No file of an earlier save is left
+  there; files of others are kept.
 
   Args:
     directory: created if need be.
@@ -322,7 +322,7 @@ def _save(directory, model, params, tokenizer, dtype, max_shard_bytes) -> None:
     tokenizers.check_vocabulary(tokenizer, model, directory)
   arrays = export.by_name(params, model)
 
-  with export.staged(directory) as stage:
+  with export.staged(directory, weights=True) as stage:
     shards = export.shards(arrays, dtype, max_shard_bytes)
     stored = export.write_weights(stage, arrays, shards, dtype)
     export.write_config(stage, model, tokenizer, stored)
@@ -339,7 +339,7 @@ def save_config(
     tokenizers.check_vocabulary(tokenizer, model, directory)
   if jax.process_index():
     return
-  with export.staged(directory) as stage:
+  with export.staged(directory, weights=False) as stage:
     stored = np.dtype(model.config.param_dtype).name
     export.write_config(stage, model, tokenizer, stored)
 

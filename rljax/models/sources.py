@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from rljax.models import weights
+from rljax.storage import folders
 
 
 class _Package(NamedTuple):
@@ -41,9 +42,10 @@ def find(name: str | os.PathLike, *, weights: bool) -> tuple[str, pathlib.Path]:
   """Tells what kind of thing `name` is, and where; cheap checks come first."""
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
-    if (path / "config.json").is_file():
-      return "Hugging Face directory", path
-    if (path / "model" / "config.json").is_file():
+    whole = folders.current(path)
+    if (whole / "config.json").is_file():
+      return "Hugging Face directory", whole
+    if (model_folder("workdir", path) / "config.json").is_file():
       return "workdir", path
     raise ValueError(
       f"{name} has no config.json. A Hugging Face directory holds config.json "
@@ -64,7 +66,7 @@ def find(name: str | os.PathLike, *, weights: bool) -> tuple[str, pathlib.Path]:
 
 def model_folder(kind: str, path: pathlib.Path) -> pathlib.Path:
   """Returns the folder of config and tokenizer, given the result of `find`."""
-  return path / "model" if kind == "workdir" else path
+  return folders.current(path / "model") if kind == "workdir" else path
 
 
 def _packaged_file(name: str) -> pathlib.Path:

@@ -31,7 +31,6 @@ _OLD_NAMES = {
 }
 _EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class _Slot(NamedTuple):
