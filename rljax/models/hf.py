@@ -30,7 +30,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from rljax.models import classifier, encoder, gguf, gpt2, heads, llama
+from rljax.models import classifier, decoder, encoder, gguf, gpt2, heads, llama
 
 Params = dict[str, Any]
 
@@ -45,8 +45,8 @@ class _Family(NamedTuple):
 _LLAMA = _Family(
   llama.LlamaConfig,
   llama.Llama,
-  llama.parameter_names,
-  llama.PARTITION_RULES,
+  decoder.parameter_names,
+  decoder.PARTITION_RULES,
 )
 _GPT2 = _Family(
   gpt2.GPT2Config, gpt2.GPT2, gpt2.parameter_names, gpt2.PARTITION_RULES
