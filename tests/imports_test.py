@@ -103,7 +103,10 @@ class ImportsTest(absltest.TestCase):
     for module, path in _modules():
       if path.name == "__init__.py" and module in MAY_IMPORT:
         allowed = ["text.keywords"] if module == "tasks" else []
-        self.assertLessEqual(set(_own(path)), set(allowed), path)
+        own = set(_own(path))
+        if module == "cli":  # Scripts write cli.define_run, whatever its file.
+          own = {name for name in own if not name.startswith("cli.")}
+        self.assertLessEqual(own, set(allowed), path)
 
   def test_text_side_has_no_jax(self):
     for module, path in _modules():

