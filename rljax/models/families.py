@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 
-from rljax.models import classifier, encoder, gpt2, llama
+from rljax.models import classifier, decoder, encoder, gpt2, llama
 
 
 class Family(NamedTuple):
@@ -27,8 +27,8 @@ class Family(NamedTuple):
 _LLAMA = Family(
   llama.LlamaConfig,
   llama.Llama,
-  llama.parameter_names,
-  llama.PARTITION_RULES,
+  decoder.parameter_names,
+  decoder.PARTITION_RULES,
 )
 _GPT2 = Family(
   gpt2.GPT2Config, gpt2.GPT2, gpt2.parameter_names, gpt2.PARTITION_RULES
