@@ -586,6 +586,17 @@ class Run:
     """Names rows that were left out, in `skipped.txt`, and counts them."""
     self._log.skipped(messages)
 
+  def has_read(self, *parts: Any) -> None:
+    """Says what data holds, and names the rows of it that were left out.
+
+    Args:
+      *parts: with `notes`, lines, and `skipped`, messages; see `text.logged`.
+    """
+    for note in dict.fromkeys(note for part in parts for note in part.notes):
+      self.note(note)
+    if self._log is not None:
+      self.skipped([message for part in parts for message in part.skipped])
+
   def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to `samples.jsonl`."""
     self._log.samples(step, rows)
