@@ -1,6 +1,7 @@
 """Scores that are kept on disk until the work that asked for them is done."""
 
 import collections
+import contextlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -45,10 +46,7 @@ def scorer(
   def ask(prompts, responses):
     """Scores some, and files what was answered before an error, too."""
     try:
-      if jax.process_count() > 1 or calls.CATCHERS:
-        return score(prompts, responses)
-      with checkpoint.Preemption():
-        return score(prompts, responses)
+      return score(prompts, responses)
     except (calls.CallError, calls.Ended) as error:
       if jax.process_count() == 1 and error.rows:
         keep(error.rows)
@@ -57,9 +55,16 @@ def scorer(
       raise
 
   def kept(prompts: Sequence[str], responses: Sequence[str]):
-    nonlocal known
     if source is None:
       return ask(prompts, responses)
+    with contextlib.ExitStack() as stack:
+      if not calls.CATCHERS and jax.process_count() == 1:
+        stack.enter_context(checkpoint.Preemption())
+      return look_up(prompts, responses)
+
+  def look_up(prompts, responses):
+    """Asks for what is not known yet, and files it."""
+    nonlocal known
     if known is None:
       made_of = {"score": score.description, "source": source}
       known = processes.from_first(lambda: _known(path, made_of))
@@ -78,6 +83,7 @@ def scorer(
         for (p, r), x, part in zip(asked, scores, parts, strict=True)
       ]
       keep(found)
+      calls.check_stop()
       for pair, row in zip(asked, found, strict=True):
         known.setdefault(pair, []).append([row["reward"], row["parts"]])
     used, outcomes = collections.Counter(), []

@@ -55,7 +55,8 @@ def start(
   Joins the processes, sets the compilation cache, takes the workdir with its
   lock, holds the flags against those that the run there began with, and makes
   the mesh. Reads flags that `cli.define_run` defines. Flags that may differ
-  when a run is started again carry the attribute `may_change`.
+  when a run is started again carry the attribute `may_change`, those that may
+  only grow `may_grow`; see `longer.check`.
 
   Args:
     values: the absl flags of the script.

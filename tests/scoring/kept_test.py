@@ -71,6 +71,14 @@ class KeptTest(parameterized.TestCase):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 
+  def test_a_signal_ends_it_behind_what_is_on_disk(self):
+    self.task.fail = "ccc", lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with self.assertRaises(checkpoint.Stopped):
+      self.scorer()(PROMPTS, RESPONSES)
+    self.assertLen(files.read_jsonl(self.path), 7)
+    self._check(self.scorer()(PROMPTS, RESPONSES))
+    self.assertEqual(self.task.asked, RESPONSES)
+
   @parameterized.parameters("fails", "hangs", "stops")
   def test_what_was_answered_is_on_disk(self, how):
     self.enter_context(mock.patch.object(calls, "SECONDS_TO_GIVE_UP", 0.3))
