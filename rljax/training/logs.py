@@ -300,10 +300,8 @@ class Logs:
 
 
 def read_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Returns the rows of a run's `metrics.jsonl`, in their order."""
-  path = pathlib.Path(workdir, "metrics.jsonl")
-  with path.open(encoding="utf-8") as file:
-    return [json.loads(line) for line in file]
+  """Returns the rows of a run's `metrics.jsonl` that can be read, by step."""
+  return rows_lib.readable(pathlib.Path(workdir, "metrics.jsonl"))
 
 
 class _Lines:
