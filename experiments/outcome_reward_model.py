@@ -55,6 +55,7 @@ cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_models(policy="Model that the reward model starts as.", logits=False)
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
+cli.define_pairwise()
 cli.define_optimizer(1e-4, schedule="cosine", max_grad_norm=1.0)
 
 # Flags of reward models.
@@ -86,12 +87,6 @@ flags.DEFINE_enum(
   rankings.ORDERS,
   "What ranks the replies of a row, for --loss=pairwise: its order in the log "
   "or their rewards; empty: rewards where a row has them, else the order.",
-)
-flags.DEFINE_float(
-  "margin",
-  0.0,
-  "Score by which the better reply is to lead, for --loss=pairwise; 0: none.",
-  0,
 )
 flags.DEFINE_float(
   "eval_share",
@@ -132,7 +127,7 @@ FLAGS = flags.FLAGS
 
 # Flags that one of the losses has no use for.
 BELONG = {
-  "pairwise": ("order", "margin"),
+  "pairwise": ("order", "margin", "reward_margin", "center_coef"),
   "bce": ("eval_share", "labels", "targets", "balance", "normalizer"),
 }
 
@@ -192,7 +187,10 @@ def main():
         normalizer=FLAGS.normalizer,
       )
     return supervised.pairwise_loss(
-      scores, batch["present"], rewards=batch["rewards"], margin=FLAGS.margin
+      scores,
+      batch["present"],
+      rewards=batch["rewards"],
+      **cli.pairwise_options(FLAGS),
     )
 
   # A micro-batch weighs by its share of what the loss divides by.

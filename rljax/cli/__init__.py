@@ -62,6 +62,7 @@ from rljax.cli.models import (
 from rljax.cli.rewards import (
   define_adaptive_kl,
   define_kl,
+  define_pairwise,
   define_reasoning,
   define_reward_model,
   define_reward_terms,
@@ -69,6 +70,7 @@ from rljax.cli.rewards import (
   load_reward_model,
   load_reward_terms,
   load_scorer,
+  pairwise_options,
   reward_model_options,
 )
 from rljax.cli.running import (
@@ -120,6 +122,7 @@ __all__ = (
   "define_log",
   "define_models",
   "define_optimizer",
+  "define_pairwise",
   "define_overlong_penalty",
   "define_preflight",
   "define_presets",
@@ -147,6 +150,7 @@ __all__ = (
   "may_grow",
   "model_options",
   "optimizer_options",
+  "pairwise_options",
   "preset",
   "prompt_options",
   "random_model_options",

@@ -260,6 +260,30 @@ def define_rewriting(template: str, *, locate: bool | None) -> None:
   )
 
 
+def define_pairwise() -> None:
+  """Defines the margins and the centre of a loss of comparisons."""
+  for name, text in (
+    ("margin", "Score by which the better of two replies is to lead; 0: none."),
+    (
+      "reward_margin",
+      "Further score by which it is to lead, for each unit of the difference "
+      "of the replies' rewards; 0: none.",
+    ),
+    (
+      "center_coef",
+      "Weight of the squared sum of the two scores, which draws them to a mean "
+      "of 0, such as 0.01; 0: the loss leaves their level open.",
+    ),
+  ):
+    flags.DEFINE_float(name, 0.0, f"{text} For --loss=pairwise.", 0)
+
+
+def pairwise_options(values: flags.FlagValues) -> dict[str, float]:
+  """Returns keyword arguments of `supervised.pairwise_loss`."""
+  names = ("margin", "reward_margin", "center_coef")
+  return {name: values[name].value for name in names}
+
+
 def define_kl(
   kl: str,
   choices: Sequence[str],
