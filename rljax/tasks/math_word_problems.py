@@ -72,9 +72,7 @@ class _Problem:
 
 
 # Bounded blanks: two unbounded runs next to each other take quadratic time.
-_RESULT = re.compile(
-  r"=[ ]{0,4}([-−]?[ ]?(?:\\?[$£€¥₹])?[0-9.][0-9.,/]{0,99})"
-)
+_RESULT = re.compile(r"=[ ]{0,4}([-−]?[ ]?(?:\\?[$£€¥₹])?[0-9.][0-9.,/]{0,99})")
 _NOTE = re.compile(r"<<.*?>>")
 
 # Prompt -> problem, for all prompts of `prompts` and `supervised`.
@@ -281,15 +279,17 @@ def score_batch(
         f"`supervised`, got {prompt[-60:]!r}."
       )
     is_number = numbers.number(problem.truth) == problem.truth
-    part = extraction.extract(
+    said = extraction.extract(
       response,
       question=problem.question,
       turn=problem.turn,
       is_strict=extract == "strict",
       is_number=is_number,
     )
-    rule = part.rule
-    found, verdict = comparison.compare(problem.truth, part.text, rule or "")
+    rule = said.rule
+    found, verdict = comparison.compare(problem.truth, said.text, rule or "")
+    if found is None and verdict == "none" and rule in ("number", "line"):
+      rule = None
     if verdict == "unsettled":
       unsettled.setdefault((problem.truth, found), []).append(len(parts))
     is_correct = verdict == "exact" and found == problem.truth
@@ -535,6 +535,7 @@ def _written(row: _Row, notes: str) -> str:
 def _results(solution: str) -> tuple[str, ...]:
   """Returns the results of a solution's calculator notes, in order."""
   found = (
-    numbers.number(note[2:-2].rpartition("=")[2]) for note in _NOTE.findall(solution)
+    numbers.number(note[2:-2].rpartition("=")[2])
+    for note in _NOTE.findall(solution)
   )
   return tuple(result for result in found if result is not None)

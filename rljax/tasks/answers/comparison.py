@@ -32,6 +32,7 @@ _ARITHMETIC = re.compile(
   rf"(?:\\(?:{_COMMANDS})(?![A-Za-z])|[-+*/^!|()\[\]{{}}0-9.\s]|(?<![A-Za-z])e"
   r"(?![A-Za-z])|\\[{}]|,)*"
 )
+_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|[=,]")
 _OPERATION = re.compile(r"[-+*/^!|()\\]")
 _SUM = re.compile(r"[0-9.)}%]\s*[-+]")
 _PLAIN_ARITHMETIC = re.compile(
@@ -55,7 +56,7 @@ def true_answer(text: str) -> str:
   """
   bare = " ".join(normalisation.normalise(text).split())
   begins = re.match(r"[-+(\s$£€\\]*(?:frac)?[{\s-]*[0-9.]", bare)
-  if begins and "=" not in bare and not words.has_number_word(bare):
+  if begins and not re.search("[=!]", bare) and not words.has_number_word(bare):
     value = numbers.number(text)
     if value is not None:
       return value
@@ -68,9 +69,10 @@ def is_word(truth: str) -> bool:
   if _LETTERS.search(truth):
     return _MATHEMATICS.search(truth) is None
   return (
-    re.fullmatch(r"[A-Z]", truth) is not None
+    re.fullmatch(r"[A-Za-z]", truth) is not None
     or re.search(r"[0-9]\s*:\s*[0-9]", truth) is not None
-    or re.fullmatch(r"[-0-9A-Fa-f.]+\s*_\s*\{?\s*[0-9]+\s*\}?", truth) is not None
+    or re.fullmatch(r"[-0-9A-Fa-f.]+\s*_\s*\{?\s*[0-9]+\s*\}?", truth)
+    is not None
   )
 
 
@@ -111,11 +113,14 @@ def compare(truth: str, text: str | None, rule: str) -> tuple[str | None, str]:
   if not bare:
     return None, "none"
   if is_word(truth):
-    return _compare_word(truth, bare)
+    return _compare_word(truth, bare.rstrip("!"))
   if bare == truth or "".join(bare.split()) == "".join(truth.split()):
     return truth, "exact"
   if bare.count("{") != bare.count("}"):
     return None, "none"
+  value = numbers.number(text)
+  if value is not None and not _VARIABLE.search(truth + bare):
+    return value, "unsettled"  # 1 million is 10^6.
   if rule in _PROSE + ("line", "number") and not _is_expression(bare):
     return None, "none"
   return bare, "unsettled"
@@ -140,7 +145,7 @@ def _beginning(text: str, rule: str) -> str | None:
 def _compare_number(text: str, rule: str) -> tuple[str | None, str]:
   """Reads a number, or an expression that has one value."""
   value = numbers.number(text)
-  if value is None and rule in _PROSE:
+  if value is None and rule in _PROSE and len(text.split()) > 4:
     clause = extraction.last_clause(text)
     value = None if clause is None else numbers.number(clause)
   if value is not None:
@@ -157,7 +162,8 @@ def _compare_number(text: str, rule: str) -> tuple[str | None, str]:
   ):
     bare = bare[: unit.start()].strip()
   if (
-    not _DIGIT.search(bare) and "\\pi" not in bare
+    not _DIGIT.search(bare)
+    and "\\pi" not in bare
     or not _ARITHMETIC.fullmatch(bare)
     or not _OPERATION.search(bare)
     or bare.count("{") != bare.count("}")
@@ -179,7 +185,7 @@ def _compare_word(truth: str, text: str) -> tuple[str, str]:
     "".join(re.sub(r"[_{}]", lambda m: "_" if m[0] == "_" else "", t).split())
     for t in (text, truth)
   )
-  is_shouted = truth.isupper()
+  is_shouted = truth.isupper() or len(truth) == 1
   if plain == known or (
     not is_shouted
     and " ".join(text.split()).casefold() == " ".join(truth.split()).casefold()

@@ -8,15 +8,22 @@ import re
 from typing import Any
 
 _OPENING, _CLOSING = "([{", ")]}"
-_PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=\()")
-_RELATION = re.compile(r"<=?|>=?|\\(?:leq?|geq?|lt|gt|leqslant|geqslant)(?![A-Za-z])|\\neq?(?![A-Za-z])")
+_PRODUCT = re.compile(r"(?<=[0-9)])(?<![\^_][0-9])\s*(?=\()")
+_RELATION = re.compile(
+  r"<=?|>=?|\\(?:leq?|geq?|lt|gt|leqslant|geqslant)(?![A-Za-z])|\\neq?(?![A-Za-z])"
+)
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
-_AND = re.compile(r"\s*(?:,?\s*\b(?:and|or)\b\s*|[;,]|\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\})\s*")
+_AND = re.compile(
+  r"\s*(?:,?\s*\b(?:and|or)\b\s*|[;,]|\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\})\s*"
+)
 _MATRIX = re.compile(
   r"\\begin\s*\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*?)\\end\s*\{\1\}",
   re.DOTALL,
 )
-_LEFT = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:'|\s*\([A-Za-z, ]+\))?|\\[a-z]+")
+_LEFT = re.compile(
+  r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:'|\s*\([A-Za-z, ]+\))?|\\[a-z]+"
+  r"|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)"
+)
 _MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])")
 _MAX_DEPTH = 8
 _MAX_DECIMALS = 15  # Of a floating-point number.
@@ -40,9 +47,9 @@ def _equal(truth: str, text: str, depth: int) -> bool | None:
   """Compares the parts of two texts."""
   if depth > _MAX_DEPTH or not text:
     return None
-  truth, text = _MEMBER.sub("", truth).strip(), _MEMBER.sub("", text).strip()
+  truth, text = (_unnamed(_MEMBER.sub("", t).strip()) for t in (truth, text))
   if "".join(truth.split()) == "".join(text.split()):
-    return True if depth else _is_defined(text)
+    return True
   if _RELATION.search(truth) or _RELATION.search(text):
     return _equal_relations(truth, text, depth)
   if _EQUALS.search(truth) or _EQUALS.search(text):
@@ -53,17 +60,29 @@ def _equal(truth: str, text: str, depth: int) -> bool | None:
   if any(matrices):
     return all(matrices) and _in_order(*matrices, depth)
   mine, yours = _parts(truth), _parts(text)
+  if "\\pm" in truth or "\\pm" in text:
+    return _any_order(
+      mine[1] if mine else _signs(truth),
+      yours[1] if yours else _signs(text),
+      depth,
+    )
   if mine or yours:
     return _equal_lists(mine, yours, depth)
-  if "\\pm" in truth or "\\pm" in text:
-    return _any_order(_signs(truth), _signs(text), depth)
   if re.search(r"[0-9]_", truth) or re.search(r"[0-9]_", text):
     return re.sub(r"[{}\s]", "", truth) == re.sub(r"[{}\s]", "", text)
   return _same(truth, text)
 
 
-def _is_defined(text: str) -> bool | None:
-  return True
+def _unnamed(text: str) -> str:
+  """Writes x = 1 or x = -2 as 1, -2."""
+  parts = _parts(text)
+  if not parts or parts[0]:
+    return text
+  sides = [_EQUALS.split(part) for part in parts[1]]
+  names = {_name(side[0]) for side in sides}
+  if any(len(side) != 2 for side in sides) or len(names) > 1 or None in names:
+    return text
+  return ", ".join(side[1] for side in sides)
 
 
 def _signs(text: str) -> list[str]:
@@ -96,10 +115,15 @@ def _parts(text: str) -> tuple[str, list[str], str] | None:
   elif text[:1] in ("(", "[") and text[-1:] in (")", "]"):
     if not _closes_early(text):
       inner, opening, closing = text[1:-1], text[0], text[-1]
-  items = _top_level(re.sub(r",(?=[0-9]{3}(?![0-9]))", "", inner) if not opening else inner)
+  items = _top_level(
+    re.sub(r",(?=[0-9]{3}(?![0-9]))", "", inner) if not opening else inner
+  )
   if opening != "(" and opening != "[":
     items = [
-      part for item in items for part in re.split(r"\s+(?:and|or)\s+|;", item)
+      part
+      for item in items
+      for part in re.split(r"\s+(?:and|or)\s+|;", item)
+      if part.strip()
     ]
     items = [re.sub(r"^\s*(?:and|or)\s+", "", item) for item in items]
   items = [item.strip() for item in items]
@@ -173,9 +197,11 @@ def _equal_equations(truth: str, text: str, depth: int) -> bool | None:
   named = _name(mine[0]), _name(yours[0])
   if len(mine) == 1:
     # A chain, or a name that the truth does without.
-    return _equal(truth, yours[-1], depth + 1) if named[1] or _closed(
-      yours[0]
-    ) else False
+    return (
+      _equal(truth, yours[-1], depth + 1)
+      if named[1] or _closed(yours[0])
+      else False
+    )
   if len(yours) == 1:
     return _equal(mine[-1], text, depth + 1) if named[0] else False
   if named[0] and named[1]:
@@ -253,13 +279,17 @@ def _interval(text: str) -> tuple[str, str, list[str]] | None:
     brackets = ("(" if kinds[0][1] else "[") + (")" if kinds[1][1] else "]")
     return _name(sides[1]), brackets, [sides[0], sides[2]]
   if len(sides) == 2 and _name(sides[0]):
-    return _name(sides[0]), "(" + (")" if kinds[0][1] else "]"), [
-      "-\\infty", sides[1]
-    ]
+    return (
+      _name(sides[0]),
+      "(" + (")" if kinds[0][1] else "]"),
+      ["-\\infty", sides[1]],
+    )
   if len(sides) == 2 and _name(sides[1]):
-    return _name(sides[1]), ("(" if kinds[0][1] else "[") + ")", [
-      sides[0], "\\infty"
-    ]
+    return (
+      _name(sides[1]),
+      ("(" if kinds[0][1] else "[") + ")",
+      [sides[0], "\\infty"],
+    )
   return None
 
 
@@ -297,7 +327,9 @@ def _parsed(text: str) -> Any:
   import sympy
 
   text = text.replace("\\%", "").replace("%", "")
-  if re.search(rf"\.[0-9]{{{_MAX_DECIMALS},}}|[0-9]{{{_MAX_DECIMALS},}}\.[0-9]", text):
+  if re.search(
+    rf"\.[0-9]{{{_MAX_DECIMALS},}}|[0-9]{{{_MAX_DECIMALS},}}\.[0-9]", text
+  ):
     return None
   # Its reader of plain expressions evaluates them in Python; that of LaTeX has
   # a grammar. Without the dot, 6(7) would be a mixed number.

@@ -1,5 +1,6 @@
 r"""Finds where a response says its final answer."""
 
+import collections
 import dataclasses
 import re
 
@@ -70,7 +71,8 @@ _CONNECTORS = re.compile(
   re.IGNORECASE,
 )
 _HEDGE = re.compile(
-  r"\b(?:or|maybe|perhaps|possibly|alternatively|might|could be|may be|oder|ou)"
+  r"\b(?:or|maybe|perhaps|possibly|alternatively|might|could be|may be|oder|ou"
+  r"|guess|candidate|alternative)"
   r"\b",
   re.IGNORECASE,
 )
@@ -93,7 +95,18 @@ _MARKER = re.compile(
   r"|[共有是为為]",
   re.IGNORECASE,
 )
+_CHOICE = re.compile(
+  r"^\W*(?:[A-Za-z]|(?:option|choice|answer|case|guess)\s*\w{1,2})\s*[).:]\s*",
+  re.IGNORECASE,
+)
 _BARE = re.compile(r"[\W\d_]*[0-9][\W\d_]*")
+# A minus, but not a bullet.
+_OPERATOR_BEFORE = re.compile(
+  r"(?:(?<![\s*])-|\S[ ]+-|^-|[+/^_×÷<>≤≥≠]"
+  r"|\\(?:cdot|times|div|pm|sqrt|neq?|[lg]eq?|leqslant|geqslant|ll|gg))$"
+)
+# x = 41 and y = 42.
+_NAMED = re.compile(r"(?:[,;&]|\band\b)\s*\\?[A-Za-z]\w?\s*=", re.IGNORECASE)
 _BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
 
 
@@ -174,7 +187,7 @@ def _own(response: str, question: str, turn: str) -> str:
   if len(question) >= _MIN_QUESTION:
     start, place = 0, response.find(question)
     while place >= 0:  # Each time, `start` moves on by the question's length.
-      if _has_answer(response[start:place]):
+      if _has_answer(response[start:place], turn):
         response = response[:place]
         break
       start = place + len(question)
@@ -187,15 +200,27 @@ def _own(response: str, question: str, turn: str) -> str:
   return response
 
 
-def _has_answer(text: str) -> bool:
+def _has_answer(text: str, turn: str) -> bool:
   """Tells whether a text before the question has answered it."""
-  if "####" in text or "\\boxed{" in text or "<answer>" in text:
-    return any(c in "0123456789" for c in text[text.find("####") :])
+  if "\\boxed{" in text or "<answer>" in text:
+    return True
+  place = text.find("####")
+  if place >= 0 and re.search("[0-9]", text[place:]):
+    return True
+  text = text.strip().removesuffix(turn)
   last = text[-numbers.MAX_ANSWER :]
   match = _ANSWER_IS.search(last)
   if match and re.search("[0-9]", last[match.end() :]):
     return True
   return len(text) <= numbers.MAX_ANSWER and _BARE.fullmatch(text) is not None
+
+
+def _last_match(pattern: re.Pattern, text: str) -> re.Match | None:
+  return (
+    collections.deque(pattern.finditer(text), maxlen=1).pop()
+    if (pattern.search(text))
+    else None
+  )
 
 
 def _line(text: str, start: int) -> str:
@@ -231,14 +256,12 @@ def _after_hashes(
         return Extract(None, "hashes")
       return Extract(line.strip(), "hashes")
     below = text[place + 4 + len(line) :]
-    if not is_strict and (
-      not line.strip() or _ANSWER_HEADING.match(line)
-    ):
+    if not is_strict and (not line.strip() or _ANSWER_HEADING.match(line)):
       if below.strip():
         found = _marked(below, is_number)
         if found.rule is not None:
           return found
-      elif not line.strip():
+      elif not line.strip() and text.rfind("####", 0, place) < 0:
         return Extract(None, "hashes")
     place = text.rfind("####", 0, place)
   return None
@@ -252,15 +275,21 @@ def _is_heading(
     return _HEADING.match(line) is not None
   below = place + 4 + len(line)
   if not line.strip():
-    return bool(text[below:].strip())
+    return bool(text[below:].strip()) or text.rfind("####", 0, place) >= 0
   if _HEADING.match(line):
     return True
-  has_digit = re.search("[0-9\\\\½-¾]", normalisation.characters(line)) is not None
+  has_digit = (
+    re.search("[0-9\\\\½-¾]", normalisation.characters(line)) is not None
+  )
   if _ANSWER_HEADING.match(line) and not has_digit:
     return not words.has_number_word(line) and (
-      is_number or line.rstrip(" *_").endswith(":") or bool(_ANSWER_HEADING.fullmatch(line.rstrip(" *_:")))
+      is_number
+      or line.rstrip(" *_").endswith(":")
+      or bool(_ANSWER_HEADING.fullmatch(line.rstrip(" *_:")))
     )
-  if numbers.number(line) is not None:
+  is_said = re.search("answer|result|total|[:=]", line, re.IGNORECASE)
+  begins_with_word = re.match(r"[\s*_]*[A-Za-z]", line)
+  if numbers.number(line) is not None and (is_said or not begins_with_word):
     return False
   if has_digit or not is_number:
     behind = text[below:]
@@ -350,6 +379,10 @@ def _is_taken_back(behind: str) -> bool:
 
 def _is_changed_before(before: str) -> bool:
   """Tells whether the words before a marked answer change it."""
+  if _OPERATOR_BEFORE.search(re.sub(r"[\s{$]+$", "", before)) or re.search(
+    r"[0-9)}][\s{]*$", before
+  ):
+    return True
   before = _BEFORE_WORD.sub("", before)
   before = re.split(r"[.!?;:,\n=]", before)[-1]
   last = " ".join(before.split()[-3:])
@@ -383,10 +416,14 @@ def _in_box(text: str) -> Extract | None:
     place, width = other, 5
   if place < 0:
     return None
-  inner = braced(text[place + width : place + width + 2 * numbers.MAX_ANSWER + 9])
+  inner = braced(
+    text[place + width : place + width + 2 * numbers.MAX_ANSWER + 9]
+  )
   start = text.find("{", place)
   end = start + len(inner) + 2
-  previous = max(text.rfind("\\boxed", 0, place), text.rfind("\\fbox", 0, place))
+  previous = max(
+    text.rfind("\\boxed", 0, place), text.rfind("\\fbox", 0, place)
+  )
   if previous >= 0 and place - previous < 3 * numbers.MAX_ANSWER:
     opening = text.find("{", previous)
     earlier = braced(text[opening : opening + 2 * numbers.MAX_ANSWER + 9])
@@ -414,16 +451,16 @@ def _answer_is(text: str, is_number: bool = True) -> Extract | None:
       break
     match = _ANSWER_IS.match(text, place - 1)
     if not match and is_number:
-      match = re.compile(r"answer[*_]*\s+(?=\$?-?[0-9])", re.I).match(text, place - 1)
+      match = re.compile(r"answer[*_]*\s+(?=\$?-?[0-9])", re.I).match(
+        text, place - 1
+      )
     if match:
       found = _announced(text, place - 1, match.end(), is_number)
       if found is not None:
         return found
       return None
   tail = text[-MAX_READ:]
-  last = None
-  for last in _ANSWER_ELSEWHERE.finditer(tail):
-    pass
+  last = _last_match(_ANSWER_ELSEWHERE, tail)
   if last is None:
     return None
   return _announced(tail, last.start(), last.end(), is_number)
@@ -435,7 +472,7 @@ def _announced(
   """Reads the sentence behind a mark; None if it has no answer."""
   behind = text[end : end + 2 * _WINDOW]
   behind = re.sub(r"^(?:[\s*_:$\"']|\\[\[(](?!\w))+", "", behind)
-  behind = re.sub(r"\b(Rs|approx|ca|No)\.\s", r"\1 ", behind)
+  behind = re.sub(r"\b(Rs|approx|ca|No|i\.e|e\.g)\.\s", r"\1 ", behind)
   line = behind.partition("\n")[0]
   match = _SENTENCE_END.search(line)
   sentence = line[: match.start()] if match else line
@@ -449,9 +486,7 @@ def _announced(
     return None
   before = text[max(0, start - 100) : start]
   before = _SENTENCE_START.split(before)[-1] + text[start:end]
-  turned = None
-  for turned in _TURNED.finditer(before):
-    pass
+  turned = _last_match(_TURNED, before)
   if _DENIED.search(before[turned.end() if turned else 0 :]) or _OR.search(
     before[: len(before) - (end - start)]
   ):
@@ -483,7 +518,12 @@ def last_clause(tail: str) -> str | None:
   for boundary in _SENTENCE_START.finditer(window):
     start = boundary.end()
   previous, sentence = window[:start], window[start:] + tail[first:stop]
-  sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+|\|\s*)+", "", sentence)
+  if sentence.lstrip().startswith("|"):
+    cells = [cell for cell in sentence.split("|") if re.search("[0-9]", cell)]
+    if len(cells) > 1:
+      return None
+    sentence = cells[0]
+  sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
   rest = tail[stop:].lstrip(".!?\"'*_ ")
   if _DOUBT.search(window + tail[first : stop + 80]):
     return None
@@ -494,8 +534,10 @@ def last_clause(tail: str) -> str | None:
   if len(sentence) > numbers.MAX_ANSWER:
     kept = sentence[first - max(0, first - _WINDOW) - start :]
     if len(kept) > numbers.MAX_ANSWER:
-      return kept if len(tail[first:stop].split()[0]) > numbers.MAX_ANSWER else (
-        _cut(sentence, kept)
+      return (
+        kept
+        if len(tail[first:stop].split()[0]) > numbers.MAX_ANSWER
+        else (_cut(sentence, kept))
       )
     sentence = sentence[-numbers.MAX_ANSWER :].partition(" ")[2]
   return _last_of_several(sentence)
@@ -510,6 +552,8 @@ def _may_follow(previous: str, sentence: str) -> bool:
   above = previous.rstrip(" \n*_$\"'.!?")
   if not above:
     return True
+  if _OR.search(previous):
+    return False
   joined = _JOINED.search(previous.rstrip())
   if joined and not re.fullmatch(
     r"[-*_,\s]*", _SENTENCE_START.split(above)[-1]
@@ -517,7 +561,10 @@ def _may_follow(previous: str, sentence: str) -> bool:
     if joined[0][0] != "," or re.search(r"[0-9][^\w]*$", previous):
       return False
   last = _SENTENCE_START.split(above)[-1]
-  if _BARE.fullmatch(last) and _BARE.fullmatch(sentence) and "=" not in sentence:
+  last, sentence = (_CHOICE.sub("", one) for one in (last, sentence))
+  if (
+    _BARE.fullmatch(last) and _BARE.fullmatch(sentence) and "=" not in sentence
+  ):
     return numbers.number(last) == numbers.number(sentence)
   return not (_HEDGE.search(sentence) and re.search("[0-9]", previous))
 
@@ -529,10 +576,10 @@ def _last_of_several(sentence: str) -> str | None:
   if len(found) < 2:
     return sentence
   gap = text[found[-2].end : found[-1].start]
-  marker = None
-  for marker in _MARKER.finditer(gap):
-    pass
-  if marker is None or words.REFUSED.search(gap):
+  marker = _last_match(_MARKER, gap)
+  if _HEDGE.search(sentence):
+    return None
+  if marker is None or words.REFUSED.search(gap) or _NAMED.search(gap):
     return sentence  # For `number`, which refuses most.
   rest = text[found[-2].end + marker.start() :]
   return re.sub(r"^\W*=*", "", rest) if "=" in marker[0] else rest

@@ -76,7 +76,9 @@ _TAGS = re.compile(
   re.IGNORECASE,
 )
 _POWER_OF_CODE = re.compile(r"(?<=[0-9)])\*\*(?=[0-9(-])")
-_EMPHASIS = re.compile(r"\*\*|__|`|(?<![\w*)\\])\*(?=[^\s*])|(?<=[^\s*])\*(?![\w*(])")
+_EMPHASIS = re.compile(
+  r"\*\*|__|`|(?<![\w*)\\])\*(?=[^\s*])|(?<=[^\s*])\*(?![\w*(])"
+)
 _STYLED = re.compile(
   r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb|cal)"
   r"|mbox|hbox|fbox|boxed|operatorname|bm|boldsymbol|emph|underline|ensuremath)"
@@ -94,11 +96,17 @@ _SPACE = re.compile(
 _WIDE = re.compile(
   r"\\q?quad(?![A-Za-z])|\\[hm]space\*?\s*\{[^{}]*\}|(?<!\\)\\\\(?!begin|end)"
 )
-_DEGREES = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?|\s*\\(?:degree|textdegree)\b|°")
+_DEGREES = re.compile(
+  r"\s*\^\s*\{?\s*\\circ\s*\}?|\s*\\(?:degree|textdegree)\b|°"
+)
 _DELIMITERS = re.compile(
   r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\[\[\]()]"
 )
-_PAIRS = (("(", ")"), ("{", "}"))
+_ROOT = re.compile(r"(?<![\\\w])sqrt\s*\(([^()]*)\)")
+_ARROW = re.compile(
+  r"[-=]+>|\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])"
+)
+_PAIRS = (("(", ")"), ("{", "}"), ("[", "]"), ("\\{", "\\}"), ("<", ">"))
 
 
 def cut_at_end_token(text: str) -> str:
@@ -180,6 +188,10 @@ def normalise(text: str) -> str:
     text = _latex(text)
   if "°" in text:
     text = _DEGREES.sub(" ", text)
+  if "sqrt" in text:
+    text = _ROOT.sub(r"\\sqrt{\1}", text)
+  if ">" in text or "\\" in text:
+    text = _ARROW.sub(" = ", text)
   return _outer(text)
 
 
@@ -190,6 +202,7 @@ def _latex(text: str) -> str:
   )
   text = text.replace("\\$", "$").replace("\\%", "%").replace("\\#", "#")
   text = text.replace("\\&", "&")
+  text = text.replace("\\langle", "(").replace("\\rangle", ")")
   text = _SPACE.sub(" ", text)
   if "\\begin" not in text:  # The rows of a matrix.
     text = _WIDE.sub("  ", text)
@@ -209,16 +222,15 @@ def _outer(text: str) -> str:
   for _ in range(4):
     before = text
     text = text.strip(" \t\r\n_`\"'#&").lstrip("=:,;!?")
-    if text.endswith((",", ";", ":", "!", "?", ".", "。")):
-      text = text.rstrip(",;:!?.。")
-    if "$" in text:
-      text = text.strip("$") if text.count("$") > 1 else text
+    if not text.endswith(".."):
+      text = text.rstrip(",;:?.")
+    text = text.strip("$")
     for opening, closing in _PAIRS:
-      inner = text[1:-1]
+      inner = text[len(opening) : -len(closing)]
       if (
-        len(text) > 2
-        and text[0] == opening
-        and text[-1] == closing
+        len(text) > len(opening + closing)
+        and text.startswith(opening)
+        and text.endswith(closing)
         and opening not in inner
         and closing not in inner
         and "," not in inner

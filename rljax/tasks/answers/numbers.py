@@ -51,8 +51,9 @@ _TIMES = re.compile(r"\\(?:times|cdot)(?![A-Za-z])")
 _UNIT_POWER = re.compile(
   r"(?<=[^\W\d_]) ?\^ ?(?:\{ ?-?[123] ?\}|-?[123](?![0-9.]))"
 )
-_ARROW = re.compile(
-  r"[-=]+>|\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])"
+_CLOCK = re.compile(r"\bo'clock\b|\b[ap]\.m\b\.?", re.IGNORECASE)
+_UNIT_FRACTION = re.compile(
+  r"\\frac\s*\{\s*([A-Za-z]{1,12})\s*\}\s*\{\s*([A-Za-z]{1,12})\s*\}"
 )
 _ABOUT = re.compile(r"\\(?:approx|simeq|cong|sim)(?![A-Za-z])|^\s*~")
 _MONEY_MILLIONS = re.compile(
@@ -60,7 +61,9 @@ _MONEY_MILLIONS = re.compile(
 )
 _MONEY = re.compile(f"[{normalisation._MONEY}]")
 _ALIGNMENT = re.compile(r"&|\\\\|\\(?:begin|end)\s*\{[a-z*]+\}")
-_ABBREVIATED = re.compile(r"\b(rs|approx|ca|no|fr|nr|incl|resp)\.\s*", re.IGNORECASE)
+_ABBREVIATED = re.compile(
+  r"\b(rs|approx|ca|no|fr|nr|incl|resp)\.\s*", re.IGNORECASE
+)
 _LABEL = re.compile(
   r"\b(?:step|part|case|problem|question|method|example|exercise|option|choice"
   r"|week|day|month|year|line|no|number|number of|round|team|group|answer)"
@@ -68,9 +71,13 @@ _LABEL = re.compile(
   re.IGNORECASE,
 )
 _CHOICE = re.compile(r"\(?[A-Ja-j]\)(?:[.:])?\s+|[A-J][.:]\s+")
+# five (5); 5, i.e. five.
+_SAME_AGAIN = re.compile(
+  r"[^()]*(?:\(\s*|,\s*(?:i\.?e\.?|namely|meaning),?\s+)", re.IGNORECASE
+)
 _PER = re.compile(r"\b(?:per|pro|por|par)\s+[0-9]+\b", re.IGNORECASE)
 _BELOW_ZERO = re.compile(
-  r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below (?:0|zero)\b",
+  r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below\s+(?:0|zero)\b",
   re.IGNORECASE,
 )
 _CORRECTION = re.compile(
@@ -91,14 +98,18 @@ _IS_THE_ANSWER = re.compile(
   r"\W*(?:(?:the|my|our|your|a|indeed|thus|therefore|clearly|final|correct|right"
   r"|answer|result|solution|total|sum|number|amount|value|of|clips|here|true"
   r"|what|we|want|wanted|need|needed|he|she|they|has|have|left|sold|asked|for"
-  r"|how|many|much)\b\W*)*",
+  r"|how|many|much|that|it)\b\W*)*",
   re.IGNORECASE,
 )
-_SEPARATED = re.compile(r"[;,&](?!\s*(?:so|thus|hence|then|therefore|which|giving)\b)|\band\b|\bor\b|\n")
-_ATTACHED = frozenset(
-  "a g h l m s t A C F G J K L N V W Hz hp hr hrs ft km kg mg nd rd st th".split()
+_SEPARATED = re.compile(
+  r"[;,&](?!\s*(?:so|thus|hence|then|therefore|which|giving)\b)|\band\b|\bor\b|\n"
 )
-_LETTERS = frozenset("aghlmst")  # One-letter words: "5 a day", "5 m".
+# What may be attached to a number, of one or two letters: 5m, but not 5x.
+_ATTACHED = re.compile(
+  "[ghlmsACFJKLNVW]|Hz|hp|hr|ft|nd|rd|st|th|(?:am|cm|dm|gb|GB|ha|in|kb|kB|KB"
+  "|km|KM|kg|Kg|KG|kw|kW|lb|mb|MB|mg|mi|mL|ml|mm|ms|oz|pm|PM|AM|sq|yd)"
+)
+_LETTERS = frozenset("aghlmsCFJLNVW")  # One-letter words: "5 a day", "5 m".
 _CODES = re.compile(
   r"(?:US|USD|EUR|GBP|INR|JPY|CNY|RMB|AUD|CAD|CHF|SGD|HKD|Rs|R|A|C|HK|S|NT|MX"
   r"|kr|K|N|No|nr|x)",
@@ -145,16 +156,17 @@ def plain(text: str) -> str:
   text = _MONEY_MILLIONS.sub(r"\1M", text)
   text = normalisation.normalise(text)
   text = _MONEY.sub(" ", text)
-  text = _ARROW.sub(" = ", text)
+  text = _CLOCK.sub("hours", text)
   if "\\" in text:
     text = _ABOUT.sub(" ", text)
+    text = _UNIT_FRACTION.sub(r" \1/\2", text)
     text = _FRACTION.sub(_written_fraction, text)
     text = _TIMES.sub("*", text)
     text = _ALIGNMENT.sub(" ", text)
   elif text.startswith("~"):
     text = text[1:]
   text = _ABBREVIATED.sub(r"\1 ", text)
-  text = _UNIT_POWER.sub("", text)
+  text = _UNIT_POWER.sub("", text).replace("/-", "")
   text = words.with_digits(text)
   return _PER.sub(" ", text)
 
@@ -214,7 +226,7 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   other = single(before) if _NUMBER_ALONE.fullmatch(before) else None
   if other is not None and other != value:
     return None  # 5 = 6.
-  if last and words.CHANGES_BEFORE.search(sides[last - 1].rpartition(" ")[2]):
+  if last and words.CHANGES_BEFORE.search(sides[last - 1].split(",")[-1][-12:]):
     return None
   return value
 
@@ -345,11 +357,12 @@ def _without_repetition(
   between, rest = text[first.end : second.start], text[second.end :]
   if (
     first.value == second.value
-    and re.fullmatch(r"[^()]*\(\s*", between)
-    and re.match(r"[^()]*\)", rest)
+    and _SAME_AGAIN.fullmatch(between)
+    and ("(" not in between or re.match(r"[^()]*\)", rest))
     and not words.CHANGES_BEHIND.search(between)
   ):
-    text = text[: second.start].rstrip(" (") + " " + rest.partition(")")[2]
+    behind = rest.partition(")")[2] if "(" in between else rest
+    text = text[: second.start].rstrip(" (") + " " + behind
     return text, quantities(text)
   return text, found
 
@@ -393,18 +406,24 @@ def _may_precede(before: str) -> bool:
   if re.search(r"[\\^_|%+*/√]|\.\.\s*$", before):
     return False
   last = before[-1]
+  if re.search(r"\w\s?[(\[{]$", before) and not before[-2].isspace():
+    return False  # f(7).
+  named = re.search(r"(\w+)\s+(of|to)\s*$", before, re.IGNORECASE)
+  if named and not words.NAMES[named[2].lower()].fullmatch(named[1]):
+    return False
   if last.isspace() or last in "([{\"':,;!?":
-    stripped = before.rstrip(" ([{\"'")
-    word = stripped.split()[-1] if stripped.split() else ""
+    word = (before.rstrip(" ([{\"'").split() or [""])[-1]
     if last.isspace() and len(word) == 1 and word.isascii() and word.isalpha():
       return _CODES.fullmatch(word) is not None and word not in "xXCKN"
-    return not (stripped.endswith(("(", "[")) and before != stripped)
+    return True
   if last == "." or last == "#":
     return last == "#" or before.endswith(". ")
   word = re.search(r"[^\W\d_]+$", before)
   if word:  # Attached letters: USD5, but not v1.5.
-    return not word[0].isascii() or _CODES.fullmatch(word[0]) is not None and (
-      len(word[0]) > 1 or word[0] in "R"
+    return (
+      not word[0].isascii()
+      or _CODES.fullmatch(word[0]) is not None
+      and (len(word[0]) > 1 or word[0] in "R")
     )
   return last in ")>"
 
@@ -453,15 +472,14 @@ def _may_follow(behind: str) -> bool:
   head = behind[0]
   if head.isalpha() and head.isascii():
     word = re.match(r"[A-Za-z]+", behind)[0]
-    if len(word) < 3 and word not in _ATTACHED and word.lower() not in (
-      "am", "cm", "in", "kb", "km", "lb", "mb", "mi", "ml", "mm", "oz", "pm",
-      "sq", "yd", "gb", "dm", "kw", "ms", "ha",
-    ):
+    if len(word) < 3 and not _ATTACHED.fullmatch(word):
       return False
     if re.match(r"[A-Za-z]+[0-9]", behind):
       return False
   body = behind.lstrip(" .,;:!?()[]{}\"'%#")
-  if re.match(r"\s*[-+*^_:]", behind) and not re.match(r"\s*[:]\s|\s+-\s+[a-z]", behind):
+  if re.match(r"\s*[-+*^_:]", behind) and not re.match(
+    r"\s*[:]\s|\s+-\s+[a-z]", behind
+  ):
     return False
   if re.match(r"\s*/(?!\s*[^\W\d_])", behind):
     return False
@@ -471,5 +489,7 @@ def _may_follow(behind: str) -> bool:
     return False
   word = re.match(r"[^\W\d_]+", body)
   if word and len(word[0]) == 1 and not head.isalpha():
-    return not word[0].isascii() or word[0] in _LETTERS or word[0] in "CF"
+    if word[0] == "a" and not re.match(r"a\s+\w", body):
+      return False
+    return not word[0].isascii() or word[0] in _LETTERS
   return True

@@ -2,12 +2,25 @@
 
 import re
 
-_UNITS = "one two three four five six seven eight nine".split()
-_TEENS = (
+_UNITS = (
+  "one",
+  "two",
+  "three",
+  "four",
+  "five",
+  "six",
+  "seven",
+  "eight",
+  "nine",
+)
+_TEENS = re.findall(
+  "[a-z]+",
   "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-  "nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+  "nineteen",
+)
+_TENS = re.findall(
+  "[a-z]+", "twenty thirty forty fifty sixty seventy eighty ninety"
+)
 _VALUES = {
   "zero": 0,
   **{word: i + 1 for i, word in enumerate(_UNITS)},
@@ -60,6 +73,11 @@ _RUN = re.compile(
 _ANY = re.compile(
   rf"\b(?:{'|'.join(_VALUES)}|a[ -](?:hundred|{_big}))", re.IGNORECASE
 )
+_DIGIT_WORD = rf"(?:zero|{'|'.join(_UNITS)})"
+_DECIMAL = re.compile(
+  rf"\b({_cardinal}) point ({_DIGIT_WORD}(?: {_DIGIT_WORD}){{0,20}})\b",
+  re.IGNORECASE,
+)
 _ALONE = re.compile(r"\W*(?:a |one )?half\W*", re.IGNORECASE)
 _AND_A_HALF = re.compile(r"(?<=[0-9]) and (?:a|one) half\b", re.IGNORECASE)
 _PRONOUN = re.compile(r"[0-9]|\b(?:each|every|no|any|this|that|the|only) one\b")
@@ -96,6 +114,7 @@ def with_digits(text: str) -> str:
   | a million                 | 1000000 |
   | two thirds, one half      | 2/3, 1/2 |
   | two and a half, 2 and a half | 2 1/2 |
+  | zero point nine           | 0.9    |
   | half, and nothing else    | 1/2    |
   | each one, 12 or one       | as they are: "one" may be no number |
   """
@@ -105,6 +124,15 @@ def with_digits(text: str) -> str:
   if not _ANY.search(text):
     return text
   is_pronoun = _PRONOUN.search(text) is not None
+
+  text = _DECIMAL.sub(
+    lambda match: (
+      f"  {_cardinal_value(match[1])}."
+      + "".join(str(_VALUES[word]) for word in match[2].lower().split())
+      + "  "
+    ),
+    text,
+  )
 
   def written(match: re.Match) -> str:
     cardinal, part, half = match.groups()
@@ -127,11 +155,11 @@ REFUSED = re.compile(
   r"|untrue|mistaken|invalid|impossible|unknown|undefined|unclear|unlikely"
   r"|except|excluding|versus|vs|instead|too|insufficient|unsure|uncertain"
   r"|anything|everything|mod|modulo|dozens?|gross|factorial|squared|cubed"
-  r"|halves|pi|nan|inf"
+  r"|halves|pi|nan|inf|halved|doubled|tripled|quadrupled|twice|divisible"
   # Other languages.
   r"|oder|ou|oppure|veya|eller|albo|nebo|atau|nicht|kein|keine|nunca|nein"
   r"|falsch|falso|faux|incorrecto|errado|sbagliato"
-  r"|или|либо|не|нет|неверно|неправильно)\b"
+  r"|pas|niet|geen|inte|ikke|или|либо|не|нет|неверно|неправильно)\b"
   r"|\w(?:n't|n’t)\b"
   r"|(?<=[0-9]) +(?:[oóeyu]|et|und|и) +(?=-?[0-9])"
   r"|[或不非没沒無无]|还是|或者|または|もしくは|あるいは|じゃない|ではな|ではあり"
@@ -144,7 +172,7 @@ REFUSED = re.compile(
 # Before a number.
 CHANGES_BEFORE = re.compile(
   r"\b(?:than|least|most|under|over|below|above|beyond|exceed(?:s|ing)?|within"
-  r"|nearly|almost|barely|hardly|maximum|minimum|max|min|up to|until|but"
+  r"|near|nearly|almost|barely|hardly|maximum|minimum|max|min|up to|until|but"
   r"|no(?! ?[.:])|without|minus|negative|plus|times|divided|multiplied|point"
   r"|square|cube|root|log|logarithm|ln|lg|sine?|cosine|cos|tan(?:gent)?|exp"
   r"|sqrt|reciprocal|inverse|opposite|negation|complement|absolute|modulus"
@@ -161,14 +189,32 @@ CHANGES_BEFORE = re.compile(
   r"|接近|负|負|平方根|之间|최소|최대|마이너스",
   re.IGNORECASE,
 )
+# What a number may be of, or come to: "a total of 5", but not "a factor of 5".
+NAMES = {
+  "of": re.compile(
+    "total|sum|loss|gain|profit|average|mean|cost|price|amount|number|savings"
+    "|change|balance|distance|length|width|height|speed|age|weight|score|value"
+    "|result|answer|payment|fee|bill|income|debt|deposit|tip|discount|increase"
+    "|decrease|remainder|group|rate|refund|revenue|salary|wage|volume|area"
+    "|perimeter|quantity|count|set|difference|product|quotient|time|duration"
+    "|temperature|grade|tax|budget|expenses?|earnings|probability",
+    re.IGNORECASE,
+  ),
+  "to": re.compile(
+    "equals?|equivalent|comes?|amounts?|adds?|up|sums?|rises|increases|drops"
+    "|rounds|simplifies|reduces|evaluates|works|leads|boils|according|thanks",
+    re.IGNORECASE,
+  ),
+}
 # Behind a number, before another word.
 CHANGES_BEHIND = re.compile(
   r"\b(?:plus|minus|point|(?:and|or) (?:up|above|over|more|under|below|less"
   r"|fewer|counting|change)|at (?:least|most)|minimum|maximum|max|min"
+  r"|upwards?|onwards?|if|unless|else|otherwise|assuming|provided"
   r"|to the|power|raised|root|scores?"
   r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
   r"|thousandth|millionth|billionth|trillionth)s"
-  r"|hundreds|thousands|millions|billions|trillions|lakhs|crores)\b",
+  r"|tens|hundreds|thousands|millions|billions|trillions|lakhs|crores)\b",
   re.IGNORECASE,
 )
 # Right behind a number.
