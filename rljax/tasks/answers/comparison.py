@@ -136,7 +136,7 @@ def _beginning(text: str, rule: str) -> str | None:
   end = text.rfind(" ", 0, numbers.MAX_ANSWER)
   if rule not in _PROSE or end < 0:
     return None
-  rest = text[end:]
+  rest = text[end : end + extraction.MAX_READ]
   if re.search(r"[0-9\\=]", rest) or words.has_number_word(rest):
     return None
   return None if words.REFUSED.search(rest) else text[:end]

@@ -53,6 +53,15 @@ _JOINED = re.compile(
   r"|或|[-+*/×÷√,^])[\s*_$\"'(\\[]*$",
   re.IGNORECASE,
 )
+_DIGIT = re.compile("[0-9]")
+# A whole reply whose words change nothing.
+_SIMPLE = re.compile(
+  r"\s?(?:(?:so|thus|hence|therefore|then|now|that|this|it|she|he|they|we|there"
+  r"|the|total|result|is|are|has|have|was|were|makes|equals)[ ,]{1,2}){0,8}"
+  r"\$?(-?[0-9]{1,15})[.!]?\s?",
+  re.IGNORECASE,
+)
+_ENDS = frozenset([*".!?;)>0123456789", ""])  # No "or" ends so.
 _OR = re.compile(
   r"(?:\b(?:or|oder|ou|nor)(?:\s+(?:maybe|perhaps|possibly|else|that|even))?"
   r"(?:\s+(?:the|a|my|it|is))*|或)[\s*_$\"'(\\[:#,]*$",
@@ -64,6 +73,8 @@ _DENIED = re.compile(
   re.IGNORECASE,
 )
 _TURNED = re.compile(r"\b(?:but|however|no|wait|so|anyway)\b", re.IGNORECASE)
+_MARKUP = re.compile(r"^(?:[\s*_:$\"']|\\[\[(](?!\w))+")
+_ABBREVIATED = re.compile(r"\b(Rs|approx|ca|No|i\.e|e\.g)\.\s")
 _CONNECTORS = re.compile(
   r"(?:[\s.,;:!?$*_()\[\]|/&~-]|\\[\[\]()]|\\text\{|\}|\\quad|\\qquad"
   r"|\b(?:or|and|maybe|perhaps|possibly|also|either|else|then|is|it|the|answer"
@@ -205,12 +216,12 @@ def _has_answer(text: str, turn: str) -> bool:
   if "\\boxed{" in text or "<answer>" in text:
     return True
   place = text.find("####")
-  if place >= 0 and re.search("[0-9]", text[place:]):
+  if place >= 0 and _DIGIT.search(text[place:]):
     return True
   text = text.strip().removesuffix(turn)
   last = text[-numbers.MAX_ANSWER :]
   match = _ANSWER_IS.search(last)
-  if match and re.search("[0-9]", last[match.end() :]):
+  if match and _DIGIT.search(last[match.end() :]):
     return True
   return len(text) <= numbers.MAX_ANSWER and _BARE.fullmatch(text) is not None
 
@@ -221,6 +232,12 @@ def _last_match(pattern: re.Pattern, text: str) -> re.Match | None:
     if (pattern.search(text))
     else None
   )
+
+
+def _is_offered(text: str, place: int) -> bool:
+  """Tells whether what stands before a place ends in "or"."""
+  before = text[max(0, place - 40) : place].rstrip()
+  return before[-1:] not in _ENDS and _OR.search(before) is not None
 
 
 def _line(text: str, start: int) -> str:
@@ -238,9 +255,9 @@ def _after_hashes(
       return None
     line = _line(text, place + 4)
     if numbers.PLAINEST.fullmatch(line):  # The most common case.
-      if place and _OR.search(text[max(0, place - 40) : place]):
+      if place and _is_offered(text, place):
         return Extract(None, "hashes")
-      return Extract(line, "hashes")
+      return Extract(line.strip(), "hashes")
     if not line.strip(" #*_:"):
       above = text.rfind("\n", 0, place) + 1
       opening = text.find("####", above)
@@ -252,7 +269,7 @@ def _after_hashes(
         inner = _inner(line, is_number)
         if inner is not None:
           return inner
-      if _OR.search(text[max(0, place - 40) : place]):
+      if _is_offered(text, place):
         return Extract(None, "hashes")
       return Extract(line.strip(), "hashes")
     below = text[place + 4 + len(line) :]
@@ -434,11 +451,13 @@ def _in_box(text: str) -> Extract | None:
       and _is_gap_of_hedge(text[closing:place])
     ):
       return Extract(None, "boxed")
-  if inner and (
-    _is_taken_back(text[end : end + 80])
-    or _is_changed_before(text[max(0, place - 80) : place])
-  ):
-    return Extract(None, "boxed")
+  if inner:
+    behind, before = text[end : end + 80], text[max(0, place - 80) : place]
+    if (behind.strip(" .$\n") and _is_taken_back(behind)) or (
+      not before.rstrip(" $").endswith(("is", "are", ":", "\n", "= "))
+      and _is_changed_before(before)
+    ):
+      return Extract(None, "boxed")
   return Extract(inner, "boxed")
 
 
@@ -471,14 +490,15 @@ def _announced(
 ) -> Extract | None:
   """Reads the sentence behind a mark; None if it has no answer."""
   behind = text[end : end + 2 * _WINDOW]
-  behind = re.sub(r"^(?:[\s*_:$\"']|\\[\[(](?!\w))+", "", behind)
-  behind = re.sub(r"\b(Rs|approx|ca|No|i\.e|e\.g)\.\s", r"\1 ", behind)
+  behind = _MARKUP.sub("", behind, count=1)
+  if ". " in behind:
+    behind = _ABBREVIATED.sub(r"\1 ", behind)
   line = behind.partition("\n")[0]
   match = _SENTENCE_END.search(line)
   sentence = line[: match.start()] if match else line
   rest = line[match.end() :] if match else behind[len(line) :]
   has_number = (
-    re.search("[0-9]", normalisation.characters(sentence)) is not None
+    _DIGIT.search(normalisation.characters(sentence)) is not None
     or "\\" in sentence
     or words.has_number_word(sentence)
   )
@@ -498,6 +518,9 @@ def _announced(
 
 def last_clause(tail: str) -> str | None:
   """Returns the clause with the last number of a text; None if it is unclear."""
+  match = _SIMPLE.fullmatch(tail)  # Most short replies.
+  if match:
+    return match[1]
   tail = tail.rstrip()
   if not tail.isascii():
     tail = tail[: -2 * _WINDOW] + normalisation.characters(tail[-2 * _WINDOW :])
@@ -519,7 +542,7 @@ def last_clause(tail: str) -> str | None:
     start = boundary.end()
   previous, sentence = window[:start], window[start:] + tail[first:stop]
   if sentence.lstrip().startswith("|"):
-    cells = [cell for cell in sentence.split("|") if re.search("[0-9]", cell)]
+    cells = [cell for cell in sentence.split("|") if _DIGIT.search(cell)]
     if len(cells) > 1:
       return None
     sentence = cells[0]
@@ -566,7 +589,7 @@ def _may_follow(previous: str, sentence: str) -> bool:
     _BARE.fullmatch(last) and _BARE.fullmatch(sentence) and "=" not in sentence
   ):
     return numbers.number(last) == numbers.number(sentence)
-  return not (_HEDGE.search(sentence) and re.search("[0-9]", previous))
+  return not (_HEDGE.search(sentence) and _DIGIT.search(previous))
 
 
 def _last_of_several(sentence: str) -> str | None:

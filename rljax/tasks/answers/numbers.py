@@ -153,10 +153,10 @@ def number(text: str) -> str | None:
 
 def plain(text: str) -> str:
   """Writes a text in words, digits and few signs, for the readers below."""
-  text = _MONEY_MILLIONS.sub(r"\1M", text)
+  if "m" in text:
+    text = _MONEY_MILLIONS.sub(r"\1M", text)
   text = normalisation.normalise(text)
   text = _MONEY.sub(" ", text)
-  text = _CLOCK.sub("hours", text)
   if "\\" in text:
     text = _ABOUT.sub(" ", text)
     text = _UNIT_FRACTION.sub(r" \1/\2", text)
@@ -165,10 +165,15 @@ def plain(text: str) -> str:
     text = _ALIGNMENT.sub(" ", text)
   elif text.startswith("~"):
     text = text[1:]
-  text = _ABBREVIATED.sub(r"\1 ", text)
-  text = _UNIT_POWER.sub("", text).replace("/-", "")
+  if "." in text or "'" in text:
+    text = _CLOCK.sub("hours", text)
+    text = _ABBREVIATED.sub(r"\1 ", text)
+  if "^" in text:
+    text = _UNIT_POWER.sub("", text)
+  if "/-" in text:
+    text = text.replace("/-", "")
   text = words.with_digits(text)
-  return _PER.sub(" ", text)
+  return _PER.sub(" ", text) if "p" in text.lower() else text
 
 
 def without_labels(text: str) -> str:
@@ -300,6 +305,9 @@ def _integer(text: str) -> int | None:
 
 
 def _literal(text: str) -> fractions.Fraction | None:
+  """Returns the value of a literal; None if it has too many digits."""
+  if text.isdigit():
+    return fractions.Fraction(int(text)) if len(text) <= _MAX_DIGITS else None
   match = _REPEATED.fullmatch(text)
   if match:
     return _repeated(*match.groups())
