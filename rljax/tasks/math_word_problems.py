@@ -8,7 +8,7 @@ r"""Word problems with a known answer: GSM8K, SVAMP, and problems of MATH.
 
 A response is right if its final answer equals the known one. Numbers are
 compared exactly, by integer arithmetic; anything else (6\times 7, \sqrt{4}) by
-math-verify, in worker processes with limits, because a model's expression may
+math-verify and sympy, in worker processes with limits, because a model's expression may
 take forever: 9^{9^{9^9}}. No text of a model is ever executed.
 
 Sources:
@@ -188,35 +188,19 @@ def score(
 ) -> tuple[float, dict[str, Any]]:
   r"""Scores 1 for the right final answer, else 0.
 
-  How the answer is found: the first rule that finds its mark decides, even if
-  nothing usable follows it (a truncated "#### " has no answer):
-    "hashes": the line after the last "####"; the only rule of "strict". A
-    heading ("#### Step 3: done") is not an answer; nor is a line other than a
-    number if one of the next two marks follows it. "boxed": the braces of the
-    last \boxed{...}. "answer_is": the sentence after the last "answer is" or
-    "answer:", if it has a digit or a backslash. "number": the last word with a
-    digit, if it is a plain number.
-  Of several marks of a kind the last one counts. A reply that begins with the
-  question is read from there on. One that asks the question again, or a next
-  one (in the words before the template's question), is read up to there. Only
-  the last 16384 characters are searched.
+  Three functions decide, each with a table of what it does: where the answer
+  stands (`answers.extraction.extract`: "####", <answer>, \boxed{}, "answer
+  is", else the last number), what it means (`answers.numbers.number`, over
+  `answers.normalisation.normalise`: 1,560.0, 3/4, $5, forty-two) and whether it
+  is the truth (`answers.comparison.compare`). Numbers are compared as exact
+  rationals: 0.333333 is not 1/3. An answer that hedges ("42 or 43", two boxes),
+  or whose words change it ("not 42", "less than 42", "42 dozen", "10 times
+  42"), is none: to accept a wrong answer is worse than to refuse a right one.
 
-  How answers are compared: plain numbers are integers, decimals, a/b, mixed
-  numbers, \frac{a}{b}, 0.\overline{6} and 1e3, of ASCII digits, compared as
-  exact
-  rationals: 1,560 is 1560, 156.0 is 156, 007 is 7, 1/2 is 0.5, but 0.333333 is
-  not 1/3. Commas must stand between groups of three digits. A minus may be
-  U+2212. Currency signs, units ("72 clips", "5 cm^2") and percent signs do not
-  count: 50% is 50, and not 0.5. "3 million" is 3000000. Of several answers ("42
-    or 43", "42, 43", "x=42, y=43") none is taken; nor is a number that words
-    change ("minus 42", "not 42", "42 dozen"), or, where the truth is a number,
-    a sum without its result ("48+24"). 1/0, nan and inf are not numbers, and 5!
-    is an exclamation.
-
-  Other expressions of at most 200 characters are compared by math-verify, with
-  3 seconds and a gigabyte each, and are wrong if that is not enough. So are
-  numbers where the truth is not a number (2^{10}); but a truth in words is
-  compared as text, since math-verify takes a word for a product of letters.
+  Other expressions of at most 200 characters are read by math-verify and
+  compared by sympy, with 3 seconds and a gigabyte each, and are wrong if that
+  is not enough, or not enough for a proof. A truth in words is compared as
+  text.
 
   Args:
     prompt: one of `prompts`, drawn in this process.

@@ -125,7 +125,7 @@ GROUPS = (
       "The answer is 12. We did not need the 3 hours.",
       "(C) 12",
       "The answer is C) 12",
-      "Let me restate: How many clips has Natalia? She has 5 + 7 = 12.\n#### 12",
+      "Let me restate: How many clips has Natalia? 5 + 7 = 12.\n#### 12",
       "We are asked: How many clips has Natalia?\n\n#### 12",
       'The problem says "How many clips has Natalia?" so the answer is 12.',
       "Sure! How many clips has Natalia?\n5 + 7 = \\boxed{12}",

@@ -363,11 +363,13 @@ class BoundsTest(parameterized.TestCase):
       task = tasks.load(task)
       with (
         mock.patch.object(task, "_cell", return_value="another"),
+        mock.patch.object(task, "_MAX_REJECTED", 1000),
         self.assertRaisesRegex(ValueError, message),
       ):
         task.prompts("train", 0, num=1, **options)
     with (
-      mock.patch.object(tasks.load("chains"), "_cell", return_value="another"),
+      mock.patch.object(task, "_cell", return_value="another"),
+      mock.patch.object(task, "_MAX_REJECTED", 1000),
       self.assertRaisesRegex(ValueError, "no prompt of the corpus"),
     ):
-      tasks.load("chains").supervised("train", 0, num=1, corpus="pretraining")
+      task.supervised("train", 0, num=1, corpus="pretraining")

@@ -10,7 +10,13 @@ import importlib.util
 import re
 
 from rljax.tasks import sandbox
-from rljax.tasks.answers import extraction, normalisation, numbers, words
+from rljax.tasks.answers import (
+  clauses,
+  extraction,
+  normalisation,
+  numbers,
+  words,
+)
 
 # Of one verdict by math-verify, which usually takes 1 to 10 ms.
 _SECONDS = 3.0
@@ -80,16 +86,20 @@ def is_word(truth: str) -> bool:
 def compare(truth: str, text: str | None, rule: str) -> tuple[str | None, str]:
   r"""Compares an answer with the truth, as far as arithmetic goes.
 
-  | truth       | an answer is right if                      | but not           |
-  |-------------|--------------------------------------------|-------------------|
-  | a number    | it means the same number, exactly          | 0.333 for 1/3     |
-  | a number    | it is worked out to it by math-verify: 6*7 | 48+24 for 72      |
-  | words, a letter, a time, a ratio, a base | its text is the same | c for C, 5 for 101_2 |
-  | an expression | sympy proves that they are equal         | 1.414 for \sqrt2  |
-  | (a, b), a matrix | the parts are equal, in order         | (b, a)            |
-  | [a, b)      | brackets and ends are equal                | (a, b)            |
-  | a, b; {a, b} | the parts are equal, in any order         | one of them       |
-  | an equation | it is a multiple of it                     | another variable  |
+  | truth                   | a right answer           | a wrong one         |
+  |-------------------------|--------------------------|---------------------|
+  | a number: 1/3           | means it exactly: 2/6    | 0.333               |
+  | a number: 42            | is worked out to it: 6*7 | 48-6, an open sum   |
+  | a word: Evelyn, June 20 | has its letters: evelyn  | July 20             |
+  | a letter: C             | C, (C), (C) 42           | c                   |
+  | time, ratio, base: 12_5 | has its text: 12_{5}     | 7                   |
+  | an expression: \sqrt{8} | is equal by proof        | 2.828               |
+  | a pair or matrix: (1,2) | has its parts in order   | (2,1)               |
+  | an interval: [0,1)      | 0 \le x < 1              | (0,1)               |
+  | a list: 1,2 or \{1,2\}  | has its parts: 2,1       | 1                   |
+  | an equation: x+y=3      | is a multiple: 2x+2y=6   | x+y                 |
+
+  The last five, and 6*7, are for `verify_all`.
 
   Args:
     truth: of `true_answer`.
@@ -146,7 +156,7 @@ def _compare_number(text: str, rule: str) -> tuple[str | None, str]:
   """Reads a number, or an expression that has one value."""
   value = numbers.number(text)
   if value is None and rule in _PROSE and len(text.split()) > 4:
-    clause = extraction.last_clause(text)
+    clause = clauses.last_clause(text)
     value = None if clause is None else numbers.number(clause)
   if value is not None:
     return value, "exact"

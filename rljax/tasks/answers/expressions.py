@@ -112,9 +112,12 @@ def _parts(text: str) -> tuple[str, list[str], str] | None:
   inner, opening, closing = text, "", ""
   if text.startswith("\\{") and text.endswith("\\}"):
     inner, opening, closing = text[2:-2], "{", "}"
-  elif text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-    if not _closes_early(text):
-      inner, opening, closing = text[1:-1], text[0], text[-1]
+  elif (
+    text[:1] in ("(", "[")
+    and text[-1:] in (")", "]")
+    and not _closes_early(text)
+  ):
+    inner, opening, closing = text[1:-1], text[0], text[-1]
   items = _top_level(
     re.sub(r",(?=[0-9]{3}(?![0-9]))", "", inner) if not opening else inner
   )
@@ -145,8 +148,7 @@ def _closes_early(text: str) -> bool:
 def _equal_lists(mine: Any, yours: Any, depth: int) -> bool:
   """Compares pairs, intervals, sets and lists, as they are written."""
   if not mine or not yours:
-    single = mine or yours
-    return False if len(single[1]) != 1 else False
+    return False
   (opening, items, closing), (other, others, end) = mine, yours
   if len(items) != len(others):
     return False

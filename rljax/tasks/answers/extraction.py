@@ -1,28 +1,26 @@
 r"""Finds where a response says its final answer."""
 
-import collections
 import dataclasses
 import re
 
-from rljax.tasks.answers import normalisation, numbers, words
+from rljax.tasks.answers import clauses, normalisation, numbers, words
 
 # Bounds on what is searched of a response; its marks are found anywhere.
 MAX_READ = 2**14
 _MAX_MARKS = 32  # Headings, tried from the last one back.
 _MAX_LINE = 2**13
-_WINDOW = 320
 _MIN_QUESTION = 10  # A shorter one may stand in any text.
 
-_BOXED = re.compile(r"\\f?boxed|\\fbox")
 _TAG = re.compile(r"<(?:final[_ ]?)?answer>", re.IGNORECASE)
 _CLOSED = re.compile(r"</(?:final[_ ]?)?answer>", re.IGNORECASE)
 _ANSWER = re.compile(r"answer", re.IGNORECASE)
 _ANSWER_IS = re.compile(
   r"answer(?:[*_\"'}\])]*\s*(?::|=|\s-\s)"
-  r"|[^.\n:=?!]{0,60}?\b(?:is|was|are|would be|should be|will be|equals|comes to)"
-  r"\b)",
+  r"|[^.\n:=?!]{0,60}?\b(?:is|was|are|would be|should be|will be|equals"
+  r"|comes to)\b)",
   re.IGNORECASE,
 )
+_ANSWER_NUMBER = re.compile(r"answer[*_]*\s+(?=\$?-?[0-9])", re.IGNORECASE)
 _ANSWER_ELSEWHERE = re.compile(
   r"(?:\b(?:respuesta|resposta|risposta|r[ée]ponse|antwort|antwoord|svaret"
   r"|cevap|jawabannya|jawaban|ответ|відповідь)\b(?: finale?)?"
@@ -41,32 +39,6 @@ _ANSWER_HEADING = re.compile(
   r"|respuesta|antwort|r[ée]ponse|答案|答)",
   re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"[.!?。！？]+[\"'*_)\]$]*(?:\s|$)|[。！？]")
-_SENTENCE_START = re.compile(r"[.!?]+[\"'*_)\]$]*\s+|[。！？]|\n")
-_TAKEN_UP = re.compile(
-  r"[\s*_$(\\)\]]*(?:or|no|wait|actually|sorry|correction|alternatively|hmm|oops"
-  r"|and also|perhaps|maybe|nein|或|oder|ou)\b",
-  re.IGNORECASE,
-)
-_JOINED = re.compile(
-  r"(?:\b(?:or|and|nor|to|plus|minus|times|than|not|oder|ou|y|between|by)"
-  r"|或|[-+*/×÷√,^])[\s*_$\"'(\\[]*$",
-  re.IGNORECASE,
-)
-_DIGIT = re.compile("[0-9]")
-# A whole reply whose words change nothing.
-_SIMPLE = re.compile(
-  r"\s?(?:(?:so|thus|hence|therefore|then|now|that|this|it|she|he|they|we|there"
-  r"|the|total|result|is|are|has|have|was|were|makes|equals)[ ,]{1,2}){0,8}"
-  r"\$?(-?[0-9]{1,15})[.!]?\s?",
-  re.IGNORECASE,
-)
-_ENDS = frozenset([*".!?;)>0123456789", ""])  # No "or" ends so.
-_OR = re.compile(
-  r"(?:\b(?:or|oder|ou|nor)(?:\s+(?:maybe|perhaps|possibly|else|that|even))?"
-  r"(?:\s+(?:the|a|my|it|is))*|或)[\s*_$\"'(\\[:#,]*$",
-  re.IGNORECASE,
-)
 _DENIED = re.compile(
   r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|suppose"
   r"|cannot)\b|n't\b",
@@ -81,43 +53,12 @@ _CONNECTORS = re.compile(
   r"|could|may|might|be|another|alternatively|oder|und|ou|et|y|o|vs)\b)*",
   re.IGNORECASE,
 )
-_HEDGE = re.compile(
-  r"\b(?:or|maybe|perhaps|possibly|alternatively|might|could be|may be|oder|ou"
-  r"|guess|candidate|alternative)"
-  r"\b",
-  re.IGNORECASE,
-)
-_DOUBT = re.compile(
-  r"\b(?:do|does|did|could|can|am|is|are|was)(?: ?not|n't|n’t)"
-  r" (?:really |quite |exactly )?(?:know|sure|certain|tell|say|determine|clear)\b"
-  r"|\bno (?:idea|answer|solution|clue)\b|\bunsure\b|\buncertain\b"
-  r"|\bnot (?:sure|certain|enough)\b|\bcannot (?:be |say|tell|determine|know)"
-  r"|\bimpossible\b|\brandom(?:ly)? guess",
-  re.IGNORECASE,
-)
-_MARKER = re.compile(
-  r"(?<![<>!=:])=+(?!=)"
-  r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
-  r"|giving|gave|gets?|got|leaves?|leaving|left with|yields?|totals?|total of"
-  r"|total|becomes?|so|thus|hence|therefore|then|altogether|in all|overall"
-  r"|she|he|they|we|it|you|sold|needs?|earns?|earned|pays?|paid|costs?|comes to"
-  r"|takes?|took|spends?|spent|ends? up with"
-  r"|es|son|ist|sind|est|sont|são|tiene|hat|a un total de|共有|一共)\b"
-  r"|[共有是为為]",
-  re.IGNORECASE,
-)
-_CHOICE = re.compile(
-  r"^\W*(?:[A-Za-z]|(?:option|choice|answer|case|guess)\s*\w{1,2})\s*[).:]\s*",
-  re.IGNORECASE,
-)
-_BARE = re.compile(r"[\W\d_]*[0-9][\W\d_]*")
 # A minus, but not a bullet.
 _OPERATOR_BEFORE = re.compile(
-  r"(?:(?<![\s*])-|\S[ ]+-|^-|[+/^_×÷<>≤≥≠]"
-  r"|\\(?:cdot|times|div|pm|sqrt|neq?|[lg]eq?|leqslant|geqslant|ll|gg))$"
+  r"(?:(?:(?<![\s*])|^|(?<=\s))-|\S[ ]+-\s*)[{$]*$"
+  r"|(?:[0-9)}+/^_×÷<>≤≥≠]"
+  r"|\\(?:cdot|times|div|pm|sqrt|neq?|[lg]eq?|leqslant|geqslant|ll|gg))[\s{$]*$"
 )
-# x = 41 and y = 42.
-_NAMED = re.compile(r"(?:[,;&]|\band\b)\s*\\?[A-Za-z]\w?\s*=", re.IGNORECASE)
 _BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
 
 
@@ -152,7 +93,7 @@ def extract(
   | hashes    | "####"                        | the rest of its line     |
   | tag       | <answer>                      | up to </answer>          |
   | boxed     | \boxed{ or \fbox{             | up to its closing brace  |
-  | answer_is | "answer is", "Answer:", "答案" | the sentence behind it, or the next line |
+  | answer_is | "answer is", "Answer:", "答案" | the sentence behind it   |
   | number    | none: the last digit          | its clause               |
   | line      | none, and no number is asked  | a short last line        |
 
@@ -216,28 +157,16 @@ def _has_answer(text: str, turn: str) -> bool:
   if "\\boxed{" in text or "<answer>" in text:
     return True
   place = text.find("####")
-  if place >= 0 and _DIGIT.search(text[place:]):
+  if place >= 0 and clauses.DIGIT.search(text[place:]):
     return True
   text = text.strip().removesuffix(turn)
   last = text[-numbers.MAX_ANSWER :]
   match = _ANSWER_IS.search(last)
-  if match and _DIGIT.search(last[match.end() :]):
+  if match and clauses.DIGIT.search(last[match.end() :]):
     return True
-  return len(text) <= numbers.MAX_ANSWER and _BARE.fullmatch(text) is not None
-
-
-def _last_match(pattern: re.Pattern, text: str) -> re.Match | None:
   return (
-    collections.deque(pattern.finditer(text), maxlen=1).pop()
-    if (pattern.search(text))
-    else None
+    len(text) <= numbers.MAX_ANSWER and clauses.BARE.fullmatch(text) is not None
   )
-
-
-def _is_offered(text: str, place: int) -> bool:
-  """Tells whether what stands before a place ends in "or"."""
-  before = text[max(0, place - 40) : place].rstrip()
-  return before[-1:] not in _ENDS and _OR.search(before) is not None
 
 
 def _line(text: str, start: int) -> str:
@@ -255,9 +184,8 @@ def _after_hashes(
       return None
     line = _line(text, place + 4)
     if numbers.PLAINEST.fullmatch(line):  # The most common case.
-      if place and _is_offered(text, place):
-        return Extract(None, "hashes")
-      return Extract(line.strip(), "hashes")
+      is_offered = place and clauses.is_offered(text, place)
+      return Extract(None if is_offered else line.strip(), "hashes")
     if not line.strip(" #*_:"):
       above = text.rfind("\n", 0, place) + 1
       opening = text.find("####", above)
@@ -269,9 +197,8 @@ def _after_hashes(
         inner = _inner(line, is_number)
         if inner is not None:
           return inner
-      if _is_offered(text, place):
-        return Extract(None, "hashes")
-      return Extract(line.strip(), "hashes")
+      is_offered = clauses.is_offered(text, place)
+      return Extract(None if is_offered else line.strip() or None, "hashes")
     below = text[place + 4 + len(line) :]
     if not is_strict and (not line.strip() or _ANSWER_HEADING.match(line)):
       if below.strip():
@@ -341,7 +268,7 @@ def _marked(text: str, is_number: bool) -> Extract:
     line = text.strip().rpartition("\n")[2]
     if 0 < len(line) <= 60:
       return Extract(line, "line")
-  clause = last_clause(text[-MAX_READ:])
+  clause = clauses.last_clause(text[-MAX_READ:])
   return Extract(clause, None if clause is None else "number")
 
 
@@ -364,7 +291,7 @@ def _in_tag(text: str, is_number: bool) -> Extract | None:
   if len(content) > numbers.MAX_ANSWER or "\n" in content:
     found = _in_box(content) or _answer_is(content, is_number)
     if found is None:
-      found = Extract(last_clause(content[-MAX_READ:]), "tag")
+      found = Extract(clauses.last_clause(content[-MAX_READ:]), "tag")
     return dataclasses.replace(found, rule="tag")
   inner = _inner(content, is_number)
   return Extract(content if inner is None else inner.text, "tag")
@@ -373,17 +300,18 @@ def _in_tag(text: str, is_number: bool) -> Extract | None:
 def _is_gap_of_hedge(gap: str) -> bool:
   """Tells whether what stands between two answers offers both."""
   return len(gap) <= 80 and (
-    _CONNECTORS.fullmatch(gap) is not None or _HEDGE.search(gap) is not None
+    _CONNECTORS.fullmatch(gap) is not None
+    or clauses.HEDGE.search(gap) is not None
   )
 
 
 def _is_taken_back(behind: str) -> bool:
   """Tells whether the words behind a marked answer change it."""
   behind = re.sub(r"^(?:[\s$}*_)]|\\[\])]|\\\))+", " ", behind)
-  behind = _SENTENCE_END.split(behind, maxsplit=1)[0].partition("\n")[0]
+  behind = clauses.SENTENCE_END.split(behind, maxsplit=1)[0].partition("\n")[0]
   return (
     re.match(
-      r"[\s,(]*(?:or\b|oder\b|ou\b|或|is (?:not|wrong|incorrect|false|only)|isn't"
+      r"[\s,(]*(?:or\b|oder\b|ou\b|或|isn't|is (?:not|wrong|incorrect|false)"
       r"|wrong|incorrect|not\b|squared|cubed|dozen|hundred|thousand|million"
       r"|billion|trillion|or more|and a half|plus|minus|times \d|to \d"
       r"|[-+^*/]\s*[\d(\\{]|!)",
@@ -396,9 +324,7 @@ def _is_taken_back(behind: str) -> bool:
 
 def _is_changed_before(before: str) -> bool:
   """Tells whether the words before a marked answer change it."""
-  if _OPERATOR_BEFORE.search(re.sub(r"[\s{$]+$", "", before)) or re.search(
-    r"[0-9)}][\s{]*$", before
-  ):
+  if _OPERATOR_BEFORE.search(before):
     return True
   before = _BEFORE_WORD.sub("", before)
   before = re.split(r"[.!?;:,\n=]", before)[-1]
@@ -406,8 +332,8 @@ def _is_changed_before(before: str) -> bool:
   return (
     re.search(
       r"\b(?:not|never|than|at least|at most|except|minus|negative|twice"
-      r"|double|half of|or|times|over|under|isn't|cannot be|can't be|but|without"
-      r"|plus|square root of|square of|to|oder|ou)$|n't(?: be)?$|或$",
+      r"|double|half of|or|times|over|under|cannot be|but|without|plus"
+      r"|square root of|square of|to|oder|ou)$|n't(?: be)?$|或$",
       last,
       re.IGNORECASE,
     )
@@ -470,16 +396,11 @@ def _answer_is(text: str, is_number: bool = True) -> Extract | None:
       break
     match = _ANSWER_IS.match(text, place - 1)
     if not match and is_number:
-      match = re.compile(r"answer[*_]*\s+(?=\$?-?[0-9])", re.I).match(
-        text, place - 1
-      )
+      match = _ANSWER_NUMBER.match(text, place - 1)
     if match:
-      found = _announced(text, place - 1, match.end(), is_number)
-      if found is not None:
-        return found
-      return None
+      return _announced(text, place - 1, match.end(), is_number)
   tail = text[-MAX_READ:]
-  last = _last_match(_ANSWER_ELSEWHERE, tail)
+  last = clauses.last_match(_ANSWER_ELSEWHERE, tail)
   if last is None:
     return None
   return _announced(tail, last.start(), last.end(), is_number)
@@ -489,120 +410,28 @@ def _announced(
   text: str, start: int, end: int, is_number: bool
 ) -> Extract | None:
   """Reads the sentence behind a mark; None if it has no answer."""
-  behind = text[end : end + 2 * _WINDOW]
+  behind = text[end : end + 2 * clauses.WINDOW]
   behind = _MARKUP.sub("", behind, count=1)
   if ". " in behind:
     behind = _ABBREVIATED.sub(r"\1 ", behind)
   line = behind.partition("\n")[0]
-  match = _SENTENCE_END.search(line)
+  match = clauses.SENTENCE_END.search(line)
   sentence = line[: match.start()] if match else line
   rest = line[match.end() :] if match else behind[len(line) :]
   has_number = (
-    _DIGIT.search(normalisation.characters(sentence)) is not None
+    clauses.DIGIT.search(normalisation.characters(sentence)) is not None
     or "\\" in sentence
     or words.has_number_word(sentence)
   )
   if not has_number and (is_number or len(sentence.split()) > 4):
     return None
   before = text[max(0, start - 100) : start]
-  before = _SENTENCE_START.split(before)[-1] + text[start:end]
-  turned = _last_match(_TURNED, before)
-  if _DENIED.search(before[turned.end() if turned else 0 :]) or _OR.search(
-    before[: len(before) - (end - start)]
-  ):
+  before = clauses.SENTENCE_START.split(before)[-1] + text[start:end]
+  turned = clauses.last_match(_TURNED, before)
+  if _DENIED.search(
+    before[turned.end() if turned else 0 :]
+  ) or clauses.OR.search(before[: len(before) - (end - start)]):
     return Extract(None, "answer_is")
-  if _TAKEN_UP.match(rest):
+  if clauses.TAKEN_UP.match(rest):
     sentence = f"{sentence}. {rest.strip()[:80]}"
   return Extract(sentence, "answer_is")
-
-
-def last_clause(tail: str) -> str | None:
-  """Returns the clause with the last number of a text; None if it is unclear."""
-  match = _SIMPLE.fullmatch(tail)  # Most short replies.
-  if match:
-    return match[1]
-  tail = tail.rstrip()
-  if not tail.isascii():
-    tail = tail[: -2 * _WINDOW] + normalisation.characters(tail[-2 * _WINDOW :])
-  place = max(tail.rfind(digit) for digit in "0123456789")
-  if place < 0:
-    sentence = _SENTENCE_START.split(tail.rstrip(" .!?*_$")[-_WINDOW:])[-1]
-    return sentence if words.has_number_word(sentence) else None
-  first = place
-  while first > 0 and place - first < _WINDOW and tail[first - 1] not in " \n":
-    first -= 1
-  end = _SENTENCE_END.search(tail, place + 1)
-  line_end = tail.find("\n", place)
-  stop = min(
-    end.start() if end else len(tail), line_end if line_end >= 0 else len(tail)
-  )
-  window = tail[max(0, first - _WINDOW) : first]
-  start = 0
-  for boundary in _SENTENCE_START.finditer(window):
-    start = boundary.end()
-  previous, sentence = window[:start], window[start:] + tail[first:stop]
-  if sentence.lstrip().startswith("|"):
-    cells = [cell for cell in sentence.split("|") if _DIGIT.search(cell)]
-    if len(cells) > 1:
-      return None
-    sentence = cells[0]
-  sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
-  rest = tail[stop:].lstrip(".!?\"'*_ ")
-  if _DOUBT.search(window + tail[first : stop + 80]):
-    return None
-  if _TAKEN_UP.match(rest):
-    sentence = f"{sentence}. {rest[:80]}"
-  if not _may_follow(previous, sentence):
-    return None
-  if len(sentence) > numbers.MAX_ANSWER:
-    kept = sentence[first - max(0, first - _WINDOW) - start :]
-    if len(kept) > numbers.MAX_ANSWER:
-      return (
-        kept
-        if len(tail[first:stop].split()[0]) > numbers.MAX_ANSWER
-        else (_cut(sentence, kept))
-      )
-    sentence = sentence[-numbers.MAX_ANSWER :].partition(" ")[2]
-  return _last_of_several(sentence)
-
-
-def _cut(sentence: str, kept: str) -> str:
-  return kept[: numbers.MAX_ANSWER].rpartition(" ")[0]
-
-
-def _may_follow(previous: str, sentence: str) -> bool:
-  """Tells whether a sentence stands alone, rather than in a list of numbers."""
-  above = previous.rstrip(" \n*_$\"'.!?")
-  if not above:
-    return True
-  if _OR.search(previous):
-    return False
-  joined = _JOINED.search(previous.rstrip())
-  if joined and not re.fullmatch(
-    r"[-*_,\s]*", _SENTENCE_START.split(above)[-1]
-  ):
-    if joined[0][0] != "," or re.search(r"[0-9][^\w]*$", previous):
-      return False
-  last = _SENTENCE_START.split(above)[-1]
-  last, sentence = (_CHOICE.sub("", one) for one in (last, sentence))
-  if (
-    _BARE.fullmatch(last) and _BARE.fullmatch(sentence) and "=" not in sentence
-  ):
-    return numbers.number(last) == numbers.number(sentence)
-  return not (_HEDGE.search(sentence) and _DIGIT.search(previous))
-
-
-def _last_of_several(sentence: str) -> str | None:
-  """Cuts a sentence down to what it says of its last number."""
-  text = numbers.without_labels(numbers.plain(sentence))
-  found = numbers.quantities(text)
-  if len(found) < 2:
-    return sentence
-  gap = text[found[-2].end : found[-1].start]
-  marker = _last_match(_MARKER, gap)
-  if _HEDGE.search(sentence):
-    return None
-  if marker is None or words.REFUSED.search(gap) or _NAMED.search(gap):
-    return sentence  # For `number`, which refuses most.
-  rest = text[found[-2].end + marker.start() :]
-  return re.sub(r"^\W*=*", "", rest) if "=" in marker[0] else rest

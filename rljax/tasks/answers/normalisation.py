@@ -158,18 +158,20 @@ def characters(text: str) -> str:
 def normalise(text: str) -> str:
   r"""Strips a short text of markup, down to its words and mathematics.
 
-  | written                                    | becomes              |
-  |--------------------------------------------|----------------------|
-  | full-width digits, other minuses and blanks | ASCII               |
-  | x², x₂, ½, ×, √, π, ≤, …                   | ^{2}, _{2}, 1/2, *, \sqrt, \pi, \leq, ... |
-  | zero-width characters, pictures            | nothing (a cross: wrong) |
-  | **bold**, `code`, <b>, </s>                | what is inside       |
-  | 2**3                                       | 2^3                  |
-  | $x$, \(x\), \[x\], \boxed{x}, \text{x}     | x                    |
-  | \left(, \, \quad 1{,}560 1\,560            | (, blanks, 1,560     |
-  | \dfrac, \tfrac, \cfrac                     | \frac                |
-  | 90^\circ, 50\%                             | 90, 50%              |
-  | blanks, quotes, full stops around it       | nothing              |
+  | written                                | becomes                  |
+  |----------------------------------------|--------------------------|
+  | full-width digits, odd minuses, blanks | ASCII                    |
+  | x², x₂, ½, ×                           | x^{2}, x_{2}, 1/2, *     |
+  | √, π, ≤, sqrt(2)                       | \sqrt, \pi, \leq, \sqrt{2} |
+  | zero-width characters, pictures        | nothing; a cross: wrong  |
+  | **bold**, `code`, <b>, </s>            | what is inside           |
+  | 2**3                                   | 2^3                      |
+  | $x$, \(x\), \[x\], \text{x}            | x                        |
+  | \left(, \quad, 1{,}560, 1\,560         | (, blanks, 1,560, 1 560  |
+  | \dfrac, \tfrac, \cfrac                 | \frac                    |
+  | 90^\circ, 50\%                         | 90, 50%                  |
+  | ->, \Rightarrow                        | =                        |
+  | blanks, quotes, full stops around it   | nothing                  |
 
   Args:
     text: an answer of at most a few hundred characters.

@@ -4,48 +4,21 @@ A text is refused if it may mean more than one number, or none: it is worse to
 accept a wrong answer than to refuse a right one.
 """
 
-import dataclasses
 import fractions
 import functools
 import re
 
-from rljax.tasks.answers import normalisation, words
+from rljax.tasks.answers import literals, normalisation, words
 
 MAX_ANSWER = 200  # Characters.
-_MAX_DIGITS = 100
-_MAX_EXPONENT = 100
 _CACHE_SIZE = 2**16
 
 PLAINEST = re.compile(r" ?\$?(-?[0-9]{1,15})[.,!]? ?")  # Nearly all there are.
 
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-_LITERAL = r"""(?:
-  [0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?                  # 1,234.50
-  |[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]*)?        # 12,34,567
-  |[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]{1,2}                  # 1.234,50
-  |[0-9]{1,3}(?:\.[0-9]{3}){2,}                          # 1.234.567
-  |[1-9][0-9]{0,2}(?:[ '_][0-9]{3})+(?:[.][0-9]*)?       # 1 234.50
-  |[0-9]*\.[0-9]*(?:\\(?:overline|bar|dot)\s*\{?[0-9]+\}?|\([0-9]+\))
-  |[0-9]+(?:\.[0-9]*)?|\.[0-9]+
-)(?:[eE][-+]?[0-9]{1,9}(?![0-9.]))?"""
-_QUANTITY = re.compile(
-  rf"""(?P<literal>{_LITERAL})(?![0-9])
-  (?:
-    \s*/\s*(?P<bottom>{_INTEGER})(?![0-9]|\.[0-9])
-    |(?:[ ]+|[ ]+and[ ]+)(?P<top>[0-9]+)\s*/\s*(?P<under>[0-9]+)(?![0-9])
-  )?
-  (?:\s*[x*]\s*10\s*\^\s*(?:\{{\s*)?(?P<power>[-+]?[0-9]{{1,3}})(?:\s*\}})?)?
-  """,
-  re.VERBOSE,
-)
 _DIGITS = re.compile("[0-9]+")
-_REPEATED = re.compile(
-  r"([0-9]{0,30})\.([0-9]{0,30})(?:\\[a-z]+\s*\{?|\()([0-9]{1,30})[})]?"
-)
-_DOTTED = re.compile(r"([0-9]{0,30})\.([0-9]{0,29}?)([0-9])\3\3+")
 _FRACTION = re.compile(
-  rf"\\frac\s*(?:\{{\s*(-?)\s*({_INTEGER})\s*\}}|([0-9]))\s*"
-  rf"(?:\{{\s*({_INTEGER})\s*\}}|([0-9]))"
+  rf"\\frac\s*(?:\{{\s*(-?)\s*({literals.INTEGER})\s*\}}|([0-9]))\s*"
+  rf"(?:\{{\s*({literals.INTEGER})\s*\}}|([0-9]))"
 )
 _TIMES = re.compile(r"\\(?:times|cdot)(?![A-Za-z])")
 _UNIT_POWER = re.compile(
@@ -77,7 +50,8 @@ _SAME_AGAIN = re.compile(
 )
 _PER = re.compile(r"\b(?:per|pro|por|par)\s+[0-9]+\b", re.IGNORECASE)
 _BELOW_ZERO = re.compile(
-  r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below\s+(?:0|zero)\b",
+  r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below\s+"
+  r"(?:0|zero)\b",
   re.IGNORECASE,
 )
 _CORRECTION = re.compile(
@@ -104,6 +78,8 @@ _IS_THE_ANSWER = re.compile(
 _SEPARATED = re.compile(
   r"[;,&](?!\s*(?:so|thus|hence|then|therefore|which|giving)\b)|\band\b|\bor\b|\n"
 )
+_SUM = re.compile(r"[-+0-9., ]+")
+_NUMBER_ALONE = re.compile(r"[-0-9., ]+")
 # What may be attached to a number, of one or two letters: 5m, but not 5x.
 _ATTACHED = re.compile(
   "[ghlmsACFJKLNVW]|Hz|hp|hr|ft|nd|rd|st|th|(?:am|cm|dm|gb|GB|ha|in|kb|kB|KB"
@@ -121,20 +97,22 @@ _CODES = re.compile(
 def number(text: str) -> str | None:
   r"""Writes the number that a text means in its one normal form.
 
-  | text                                        | number |
-  |---------------------------------------------|--------|
-  | 1,560  1 560  1'560  1.560.000  12,34,567   | 1560 ... |
-  | 007  156.0  .5  1e3  3 x 10^2               | 7, 156, 1/2, 1000, 300 |
-  | 1/2  \frac12  1 1/2  2\frac{1}{2}  0.\overline{6} | 1/2, 1/2, 3/2, 5/2, 2/3 |
-  | minus 5, -$5, 5 degrees below zero          | -5 |
-  | forty-two, two thirds, 3 million, 12k, $5M  | 42, 2/3, 3000000, 12000, 5000000 |
-  | $50, 50%, 50 clips, 50cm, 50 km/h, Rs. 50   | 50 |
-  | x = 5, 2+3 = 5, 5 = 2+3, half of 10 is 5    | 5 |
-  | five (5), 5 per two, 6, no, 5               | 5 |
-  | 5 or 6, 5, 6, 5-6, between 5 and 6, x=5, y=6 | none: several |
-  | not 5, 5 is wrong, less than 5, twice 5, 5 dozen, 5 squared, 5x | none: changed |
-  | 48+24, 10 times 5                           | none: not worked out |
-  | 5:30, 1,56, 1.2.3, v1.5, 5-day, 1/0, nan, 1e999 | none |
+  | text                                          | number         |
+  |-----------------------------------------------|----------------|
+  | 1,560  1 560  1'560  1_560  1,560.00          | 1560           |
+  | 12,34,567  1.234.567  1.234.567,0             | 1234567        |
+  | 007  156.0  .5  1e3  3 x 10^2                 | 7 156 1/2 1000 300 |
+  | \frac12  1 1/2  2\frac{1}{2}  0.\overline{6}  | 1/2 3/2 5/2 2/3 |
+  | minus 5  -$5  5 degrees below zero            | -5             |
+  | forty-two  two thirds  3 million  12k         | 42 2/3 3000000 12000 |
+  | $50  50%  50 clips  50cm  50 km/h  Rs. 50     | 50             |
+  | x = 5  2+3 = 5  5 = 2+3  half of 10 is 5      | 5              |
+  | five (5)  5 per two  6, no, 5                 | 5              |
+  | 5 or 6  5, 6  5-6  between 5 and 6  x=5, y=6  | none: several  |
+  | not 5  5 is wrong  less than 5  twice 5       | none: changed  |
+  | 5 dozen  5 squared  5x  a factor of 5         | none: changed  |
+  | 48+24  10 times 5                             | none: not worked out |
+  | 5:30  1,56  1.2.3  v1.5  5-day  1/0  nan  1e999 | none         |
 
   Args:
     text: at most 200 characters, with markup or without.
@@ -190,7 +168,7 @@ def _value(text: str) -> fractions.Fraction | None:
   """Reads a plain text: what is said last, of what it says is equal."""
   parts = _CORRECTION.split(text)
   if len(parts) > 1:
-    if not _QUANTITY.search(parts[-1]) or not _DIGITS.search(parts[0]):
+    if not literals.QUANTITY.search(parts[-1]) or not _DIGITS.search(parts[0]):
       return None
     text = parts[-1]
   text, num_below = _BELOW_ZERO.subn(" ", text)
@@ -231,13 +209,11 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   other = single(before) if _NUMBER_ALONE.fullmatch(before) else None
   if other is not None and other != value:
     return None  # 5 = 6.
-  if last and words.CHANGES_BEFORE.search(sides[last - 1].split(",")[-1][-12:]):
+  if not _DIGITS.search(before) and words.CHANGES_BEFORE.search(
+    before.split(",")[-1][-12:]
+  ):
     return None
   return value
-
-
-_SUM = re.compile(r"[-+0-9., ]+")
-_NUMBER_ALONE = re.compile(r"[-0-9., ]+")
 
 
 def _sum(text: str) -> fractions.Fraction | None:
@@ -256,92 +232,10 @@ def _grouped_away(text: str) -> str:
   return re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantity:
-  """Holds a number in a text.
-
-  Attributes:
-    start: where it starts.
-    end: where it ends.
-    value: None if the digits are no number.
-  """
-
-  start: int
-  end: int
-  value: fractions.Fraction | None
-
-
-def quantities(text: str) -> list[Quantity]:
-  """Finds the numbers of a plain text, without signs and magnitudes."""
-  return [
-    Quantity(m.start(), m.end(), _magnitude_free(m))
-    for m in _QUANTITY.finditer(text)
-  ]
-
-
-def _magnitude_free(match: re.Match) -> fractions.Fraction | None:
-  """Returns the value of a match of `_QUANTITY`."""
-  value = _literal(match["literal"])
-  if value is None:
-    return None
-  if match["bottom"]:
-    bottom = _integer(match["bottom"])
-    value = value / bottom if bottom else None
-  elif match["top"]:
-    top, under = _integer(match["top"]), _integer(match["under"])
-    if not under or not top or top >= under or value.denominator != 1:
-      return None
-    value += fractions.Fraction(top, under)
-  if match["power"] and value is not None:
-    if abs(int(match["power"])) > _MAX_EXPONENT:
-      return None
-    value *= fractions.Fraction(10) ** int(match["power"])
-  return value
-
-
-def _integer(text: str) -> int | None:
-  digits = text.replace(",", "")
-  return int(digits) if len(digits) <= _MAX_DIGITS else None
-
-
-def _literal(text: str) -> fractions.Fraction | None:
-  """Returns the value of a literal; None if it has too many digits."""
-  if text.isdigit():
-    return fractions.Fraction(int(text)) if len(text) <= _MAX_DIGITS else None
-  match = _REPEATED.fullmatch(text)
-  if match:
-    return _repeated(*match.groups())
-  mantissa, _, exponent = text.lower().partition("e")
-  if not exponent.lstrip("+-").isdigit() and exponent:
-    return None
-  mantissa = re.sub("[ '_]", "", mantissa)
-  if mantissa.count(".") > 1 or re.search(r"\.[0-9]+,", mantissa):
-    mantissa = mantissa.replace(".", "").replace(",", ".")
-  mantissa = mantissa.replace(",", "")
-  whole, _, decimals = mantissa.partition(".")
-  if max(len(whole), len(decimals)) > _MAX_DIGITS:
-    return None
-  if not (whole + decimals).isdigit():
-    return None
-  power = int(exponent or 0)
-  if abs(power) > _MAX_EXPONENT:
-    return None
-  value = fractions.Fraction(int(whole + decimals), 10 ** len(decimals))
-  return value * fractions.Fraction(10) ** power
-
-
-def _repeated(whole: str, once: str, often: str) -> fractions.Fraction:
-  """Returns 1/6 for "0", "1", "6"."""
-  return fractions.Fraction(
-    int(whole + once + often) - int(whole + once or 0),
-    10 ** len(once) * (10 ** len(often) - 1),
-  )
-
-
 def single(text: str) -> fractions.Fraction | None:
   """Reads a plain text without equality signs that has one number."""
   text = text.strip()
-  found = quantities(text)
+  found = literals.quantities(text)
   if len(found) == 2:
     text, found = _without_repetition(text, found)
   if len(found) != 1 or found[0].value is None:
@@ -358,8 +252,8 @@ def single(text: str) -> fractions.Fraction | None:
 
 
 def _without_repetition(
-  text: str, found: list[Quantity]
-) -> tuple[str, list[Quantity]]:
+  text: str, found: list[literals.Quantity]
+) -> tuple[str, list[literals.Quantity]]:
   """Takes "5 (5)" for one number."""
   first, second = found
   between, rest = text[first.end : second.start], text[second.end :]
@@ -371,7 +265,7 @@ def _without_repetition(
   ):
     behind = rest.partition(")")[2] if "(" in between else rest
     text = text[: second.start].rstrip(" (") + " " + behind
-    return text, quantities(text)
+    return text, literals.quantities(text)
   return text, found
 
 
@@ -445,10 +339,10 @@ def _factor(
     if text[: len(text) - len(behind)].endswith("."):
       behind = behind[dots:]
       return 1, value, behind
-    match = _DOTTED.match(text)
+    match = literals.DOTTED.match(text)
     if not match:
       return None, value, behind
-    value = _repeated(match[1], match[2], match[3])
+    value = literals.repeated(match[1], match[2], match[3])
     return 1, value, behind[dots:]
   match = re.match(r"([A-Za-z]{1,3})(?![A-Za-z])", behind)
   if match and match[1] in words.SUFFIXES:
