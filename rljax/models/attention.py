@@ -20,6 +20,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rljax.models import products
+
 Array = jax.Array
 Cache = dict[str, Any]
 
@@ -224,20 +226,12 @@ def _by_row(x: Array) -> Array:
 
 def _scores(equation: str, queries: Array, keys: Array) -> Array:
   """Scaled products of queries and keys, float32."""
-  products = jnp.einsum(
-    equation, queries, keys, preferred_element_type=jnp.float32
-  )
-  return products / math.sqrt(queries.shape[-1])
+  return products.einsum(equation, queries, keys) / math.sqrt(queries.shape[-1])
 
 
 def _mix(equation: str, weights: Array, values: Array) -> Array:
   """Weighted sums of values, float32."""
-  return jnp.einsum(
-    equation,
-    weights.astype(values.dtype),
-    values,
-    preferred_element_type=jnp.float32,
-  )
+  return products.einsum(equation, weights.astype(values.dtype), values)
 
 
 def _masked(scores: Array, mask: Array) -> Array:

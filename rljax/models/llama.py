@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention
+from rljax.models import attention, products
 from rljax.models import rope as rope_lib
 
 Array = jax.Array
@@ -410,11 +410,8 @@ class OutputLayer(nn.Module):
       (c.hidden_size, c.vocab_size),
       c.param_dtype,
     )
-    return jnp.einsum(
-      "...d,dv->...v",
-      hidden.astype(c.dtype),
-      kernel.astype(c.dtype),
-      preferred_element_type=jnp.float32,
+    return products.einsum(
+      "...d,dv->...v", hidden.astype(c.dtype), kernel.astype(c.dtype)
     )
 
 
@@ -532,11 +529,10 @@ class Llama(nn.Module):
     c = self.config
     if not c.tie_word_embeddings:
       return self.lm_head(hidden)
-    return jnp.einsum(
+    return products.einsum(
       "...d,vd->...v",
       hidden.astype(c.dtype),
       self.embed_tokens.embedding.astype(c.dtype),
-      preferred_element_type=jnp.float32,
     )
 
 
