@@ -30,6 +30,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from rljax.distributed import planning
 from rljax.models import classifier, encoder, gguf, gpt2, heads, llama
 
 Params = dict[str, Any]
@@ -457,7 +458,8 @@ def _load(
   Returns:
     Model, parameters, tokenizer, source and directory.
   """
-  kind, path = _find(name, weights=True)
+  plan = planning.current()  # It needs no weights.
+  kind, path = _find(name, weights=plan is None)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "GGUF file":
@@ -465,7 +467,8 @@ def _load(
     config = gguf.config(reader)
     _check_kind(config, path, entry)
     model = _build(config, path, settings)
-    params = _from_arrays(gguf.tensors(reader), model, path)
+    if plan is None:
+      params = _from_arrays(gguf.tensors(reader), model, path)
     text = gguf.tokenizer(reader) if tokenizer else None
   else:
     folder = _model_folder(kind, path)
@@ -473,10 +476,14 @@ def _load(
     _check_kind(config, folder, entry)
     model = _build(config, folder, settings)
     text = _read_tokenizer(folder) if tokenizer else None
-    if kind == "workdir":
+    if plan is not None:
+      pass
+    elif kind == "workdir":
       params = _from_checkpoint(path, model, step, entry)
     else:
       params = _from_safetensors(path, model)
+  if plan is not None:
+    params = planning.shapes(_shapes(model))
   if text is not None:
     _check_vocabulary(text, model, path)
   directory = None if kind == "GGUF file" else str(path)
@@ -611,6 +618,8 @@ def _build(
     sizes = family.config.from_hf(config)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  depth = getattr(sizes, "backbone", sizes).num_layers
+  settings = {**settings, "num_layers": planning.num_layers(depth)}
   if isinstance(sizes, classifier.CausalClassifierConfig):
     settings = {"backbone": dataclasses.replace(sizes.backbone, **settings)}
   return family.model(dataclasses.replace(sizes, **settings))
@@ -634,6 +643,9 @@ def _read_tokenizer(folder: pathlib.Path) -> Any:
   """Reads the folder's tokenizer, by the class it names."""
   settings = folder / "tokenizer_config.json"
   found = settings.is_file() or (folder / "tokenizer.json").is_file()
+  plan = planning.current()
+  if not found and plan and plan.tokenizer:
+    return load_tokenizer(plan.tokenizer)
   if not found:
     raise ValueError(
       f"{folder} has no tokenizer (tokenizer.json or tokenizer_config.json); "
@@ -672,16 +684,20 @@ class _Slot(NamedTuple):
   shape: tuple[int, ...]
 
 
-def _slots(model: nn.Module) -> dict[str, _Slot]:
+def _shapes(model: nn.Module) -> Params:
+  """Returns shapes and dtypes of a model's parameters."""
+
   def init(key):
     ids = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, ids, jnp.ones((1, 1), bool))["params"]
 
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def _slots(model: nn.Module) -> dict[str, _Slot]:
   shapes = {
     path: leaf.shape
-    for path, leaf in traverse_util.flatten_dict(
-      jax.eval_shape(init, jax.random.key(0))
-    ).items()
+    for path, leaf in traverse_util.flatten_dict(_shapes(model)).items()
   }
   names = _family(model).parameter_names(model.config)
   return {
