@@ -393,8 +393,8 @@ class DryRunTest(LaunchTest):
       "bash", LAUNCH / "tpu_vm.sh", *words, **(variables | {"PATH": path})
     )
     self.assertEqual(status, 1)
-    want = "python -m rljax.plan --target=v6e-16 -- experiments/ppo.py --steps=2"
-    self.assertStartsWith(output, want)
+    want = "python -m rljax.plan --target=v6e-16 -- experiments/ppo.py"
+    self.assertStartsWith(output, f"{want} --steps=2\n")
     self.assertIn("The plan for a v6e-16 failed or does not fit", output)
     self.assertFalse(asked.exists())
 
@@ -1294,6 +1294,13 @@ class DoctorTest(LaunchTest):
     (self.folder / "file").touch()
     finding = doctor.check_workdir(str(self.folder / "file" / "a"), "x")
     self.assertIn("is not one folder", finding.text)
+
+  def test_a_bucket_is_no_folder(self):
+    with contextlib.chdir(self.folder):
+      finding = doctor.check_workdir("gs://bucket/run", "x")
+      self.assertIn("is not a path of this machine", finding.text)
+      self.assertNotEmpty(finding.fix)
+      self.assertEmpty(os.listdir())
 
   def test_one_process(self):
     variables = environment(JAX_PLATFORMS="cpu")

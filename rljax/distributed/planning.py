@@ -287,6 +287,12 @@ def plan(
     _plans.pop()
 
 
+def platform() -> str:
+  """Returns the kind of machine that programs are compiled for, as JAX does."""
+  devices = _plans[-1].devices if _plans else None
+  return devices[0].platform if devices else jax.default_backend()
+
+
 def num_layers(own: int) -> int:
   """Returns how many layers a model is made with: its own, unless planned."""
   if not _plans:

@@ -16,7 +16,7 @@ class Row:
 
   Attributes:
     name: of the program.
-    seconds: that it took to compile.
+    seconds: that it took to compile, at all depths together.
     memory: part -> bytes.
     beside: bytes that lie beside it.
     peak: bytes while it runs.
@@ -137,6 +137,7 @@ def extrapolate(
   names = ("name", "rounds", "calls", "error", "warnings")
   fixed = {name: getattr(deep, name) for name in names}
   fixed["error"] = shallow.error or deep.error
+  fixed["seconds"] = shallow.seconds + deep.seconds
   return Row(
     **fixed,
     **{
