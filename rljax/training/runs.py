@@ -32,7 +32,7 @@ import jax
 import optax
 from absl import flags, logging
 
-from rljax.distributed import compiled, meshes, processes
+from rljax.distributed import compiled, meshes, planning, processes
 from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
@@ -180,10 +180,16 @@ class Run:
       ValueError: if the checkpoint is of another model or optimizer, or of a
         later step than the last one.
     """
-    params = self.place(params, rules)
-    state = {"params": params, "optimizer": optimizer.init(params), **more}
-    self._state_shardings = meshes.shardings(state, rules, self.mesh)
-    state = meshes.place(state, self._state_shardings)
+    self.expect(params, rules, optimizer=optimizer, **more)
+    shardings = self._state_shardings
+    params = meshes.place(params, shardings["params"])
+    # Made where it will lie: whole, it need not fit a device or the host.
+    start = compiled.Compiled(
+      "optimizer", optimizer.init, out_shardings=shardings["optimizer"]
+    )
+    state = {"params": params, "optimizer": start(params)}
+    for name, tree in more.items():
+      state[name] = meshes.place(tree, shardings[name])
     if self._checkpoints is None:  # A part has its own already.
       self._checkpoints = checkpoint.Checkpoints(self.workdir)
     if restored := self._checkpoints.restore_latest(state):
@@ -451,7 +457,7 @@ class Run:
         keep=bool(damaged),
       )
     )
-    if has_metrics:
+    if has_metrics and not planning.current():
       self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
     for text in self._notes:
       self._log.note(text)
@@ -466,14 +472,19 @@ class Run:
     Yields:
       Each step, from `first_step`. The loop calls `save` in every one of them.
     """
-    for step in range(self.first_step, self.total_steps):
+    plan, stop = planning.current(), self.total_steps
+    if plan is not None:
+      stop = min(stop, self.first_step + planning.STEPS)
+    for step in range(self.first_step, stop):
+      if plan is not None:
+        plan.begins(step)
       yield step
       if self._stopped:
         self.note(f"Stopped by a signal after step {step + 1}; all is saved.")
         return
       for program in freeze:
         program.freeze()
-    self.is_complete = True
+    self.is_complete = plan is None
 
   @property
   def is_stopped(self) -> bool:
@@ -493,6 +504,8 @@ class Run:
       state: as `restore` returned it.
       **meta: what is not an array; comes back in `meta`.
     """
+    if planning.current():
+      return
     stop = self.should_stop()
     is_due = done % self._values.save_every == 0 or done == self.total_steps
     rows = {} if self._log is None else dict(self._log.num_rows)
@@ -542,7 +555,7 @@ class Run:
       value: the larger, the better.
       params: what is kept in `<workdir>/best`.
     """
-    if not self._keeps_best:
+    if not self._keeps_best or planning.current():
       return
     value = float(value)
     if self.best is None:
