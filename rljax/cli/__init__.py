@@ -25,14 +25,19 @@ from rljax.cli.data import (
   define_dev,
   define_lengths,
   define_log,
+  define_prompts,
   define_task,
   encode_options,
+  file_options,
   length_options,
   load_known,
   load_task,
+  prompt_format,
   prompt_options,
   read_dev,
   read_log,
+  require_examples,
+  require_prompts,
   solved_options,
 )
 from rljax.cli.entry import (
@@ -69,6 +74,7 @@ from rljax.cli.rewards import (
   load_reward_terms,
   load_scorer,
   reward_model_options,
+  task_scorer,
 )
 from rljax.cli.running import (
   define_preflight,
@@ -98,7 +104,7 @@ SCRIPTS_CHOOSE = frozenset(
     *("num_samples", "temperature", "top_p", "sample_batch_size"),
     *("reward_model", "kl", "kl_coef", "kl_estimator", "batch_size", "epochs"),
     *("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
-    *("template", "locate"),
+    *("template", "locate", "data", "eval_data", "eval_share"),
   )
 )
 
@@ -121,6 +127,7 @@ __all__ = (
   "define_optimizer",
   "define_overlong_penalty",
   "define_preflight",
+  "define_prompts",
   "define_presets",
   "define_random_model",
   "define_reasoning",
@@ -133,6 +140,7 @@ __all__ = (
   "define_stop_strings",
   "define_task",
   "encode_options",
+  "file_options",
   "length_options",
   "load_known",
   "load_like",
@@ -146,14 +154,18 @@ __all__ = (
   "model_options",
   "optimizer_options",
   "preset",
+  "prompt_format",
   "prompt_options",
   "random_model_options",
   "read_dev",
   "read_log",
   "require",
+  "require_examples",
+  "require_prompts",
   "reward_model_options",
   "run",
   "sampler_settings",
   "schedule_options",
   "solved_options",
+  "task_scorer",
 )

@@ -300,6 +300,16 @@ def load_config(
   return _build(config, path, settings).config
 
 
+def load_module(name: str | os.PathLike) -> nn.Module:
+  """Makes the module of the model that a name leads to, without weights."""
+  settings = _settings("float32", "float32", False)
+  kind, path = _find(name, weights=False)
+  if kind == "GGUF file":
+    return _build(gguf.config(gguf.open_reader(path)), path, settings)
+  path = _model_folder(kind, path)
+  return _build(_read_json(path / "config.json"), path, settings)
+
+
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """Reads the tokenizer of the model that a name leads to, but no weights."""
   kind, path = _find(name, weights=False)

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rljax.text import batches, files, keywords, tokens
+from rljax.text import asked, batches, chat, files, keywords, tokens
 
 Message = Mapping[str, str]
 
@@ -48,6 +48,7 @@ class Row:
     advantage: of the first reply, or None.
     place: where the row comes from, such as "logged.jsonl:17".
     response_ids: the tokens of the first reply as they were drawn, or None.
+    columns: the row's other columns, which reward functions are given.
   """
 
   prompt: str | tuple[Message, ...]
@@ -57,6 +58,9 @@ class Row:
   advantage: float | None
   place: str
   response_ids: tuple[int, ...] | None
+  columns: Mapping[str, Any] = dataclasses.field(
+    default_factory=dict, kw_only=True, compare=False
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,9 +368,11 @@ def load_prompts(
     try:
       if isinstance(row, ValueError):
         raise row
-      if "prompt" not in row:
-        row = {"prompt": parse(row, place).prompt}
-      rows.append(_unanswered(row["prompt"], place))
+      prompt = row.get("prompt")
+      if prompt is None:
+        prompt = parse(row, place).prompt
+      columns = {name: row[name] for name in row if name != "prompt"}
+      rows.append(_unanswered(prompt, place, columns))
     except ValueError as error:
       skipped.append(str(error))
   _report(skipped, len(rows), f"prompts of {name} cannot be used")
@@ -423,6 +429,7 @@ def parse(row: Mapping[str, Any], place: str) -> Row:
       advantage=_number(row, "advantage") if "advantage" in row else None,
       place=place,
       response_ids=_response_ids(row),
+      columns={name: row[name] for name in row if name != "prompt"},
     )
   except ValueError as error:
     raise ValueError(f"{place}: {error}.") from error
@@ -460,7 +467,7 @@ def turns(transcript: str) -> list[dict[str, str]]:
 
 
 def render(
-  rows: Sequence[Row], tokenizer, prompt_format: Literal["plain", "chat"]
+  rows: Sequence[Row], tokenizer, prompt_format: str
 ) -> tuple[list[Row], list[str]]:
   """Renders prompts as a model is asked.
 
@@ -470,7 +477,7 @@ def render(
     prompt_format: "plain" leaves texts as they are. "chat" puts messages, the
       turns of a transcript, or a plain text as the user's one turn into the
       chat template, up to where the assistant begins, and strips replies of the
-      blanks around them.
+      blanks around them; `chat.describe` adds a system prompt and variables.
 
   Returns:
     Rows whose prompts are texts, and a message for each that the template
@@ -481,34 +488,25 @@ def render(
     ValueError: if a "plain" prompt is a list of messages; if the tokenizer
       has no chat template; or if no row is left.
   """
-  if prompt_format not in ("plain", "chat"):
-    raise ValueError(
-      f'--prompt_format must be "plain" or "chat", got {prompt_format!r}.'
-    )
-  if prompt_format == "chat" and not getattr(tokenizer, "chat_template", None):
-    raise ValueError(
-      "The tokenizer has no chat template; use --prompt_format=plain."
-    )
+  template = chat.parse(prompt_format, tokenizer)
   rendered, skipped = [], []
   for row in rows:
-    if prompt_format == "plain":
+    if template is None:
       if not isinstance(row.prompt, str):
         raise ValueError(
           f"{row.place}: the prompt is a list of messages; use "
           "--prompt_format=chat."
         )
-      rendered.append(row)
+      prompt = asked.Prompt(row.prompt, row.prompt, row.columns)
+      rendered.append(dataclasses.replace(row, prompt=prompt))
       continue
     try:
-      prompt = tokenizer.apply_chat_template(
-        _messages(row.prompt, tokenizer),
-        tokenize=False,
-        add_generation_prompt=True,
-      )
-    except Exception as error:  # Templates may raise anything.
+      prompt = chat.render(_messages(row.prompt, tokenizer), template)
+    except ValueError as error:
       reason = str(error).rstrip(".")
       skipped.append(f"{row.place}: no chat prompt ({reason}).")
       continue
+    prompt = asked.Prompt(prompt, row.prompt, row.columns)
     candidates = tuple(candidate.strip() for candidate in row.candidates)
     rendered.append(
       dataclasses.replace(row, prompt=prompt, candidates=candidates)
@@ -521,7 +519,7 @@ def render_prompts(
   prompts: Sequence[str],
   name: str,
   tokenizer,
-  prompt_format: Literal["plain", "chat"],
+  prompt_format: str,
 ) -> list[str]:
   """Renders the prompts of a task as a model is asked.
 
@@ -732,7 +730,7 @@ def prepare(
   tokenizer,
   rows: Sequence[Row],
   *,
-  prompt_format: Literal["plain", "chat"],
+  prompt_format: str,
   **limits: Any,
 ) -> Encoded:
   """Renders rows and turns them into ids; see `render` and `encode`.
@@ -864,12 +862,16 @@ def _encode_prompts(tokenizer, rows, skipped):
   return kept, prompts
 
 
-def _unanswered(prompt: Any, place: str) -> Row:
+def _unanswered(
+  prompt: Any, place: str, columns: Mapping[str, Any] | None = None
+) -> Row:
+  if isinstance(prompt, asked.Prompt):
+    prompt, columns = prompt.given, prompt.columns
   try:
     prompt = _prompt(prompt)
   except ValueError as error:
     raise ValueError(f"{place}: {error}.") from error
-  return Row(prompt, (), None, None, None, place, None)
+  return Row(prompt, (), None, None, None, place, None, columns=columns or {})
 
 
 def _report(skipped: Sequence[str], num_left: int, what: str) -> None:

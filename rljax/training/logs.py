@@ -3,6 +3,7 @@
   metrics.jsonl   one JSON object a line: {"step": 3, "reward/mean": 0.5, ...}
   metrics.csv     the same as a table
   samples.jsonl   prompts, responses and scores
+  evaluations.jsonl  what each evaluation said of each held-out prompt
   histograms.jsonl  how often each answer was given
   skipped.txt     the rows of the data that could not be used, and why
   tensorboard/    the same curves for TensorBoard
@@ -31,6 +32,10 @@ import numpy as np
 from rljax.storage import paths
 
 _SECONDS_BETWEEN_LINES = 5.0
+# Columns of the tables of samples that wandb and TensorBoard show, and the rows
+# of TensorBoard's.
+_TABLE = ("prompt", "response", "reward", "parts")
+_MOST_ROWS = 8
 # The picture may take one part in this many of a core's time.
 _SHARE_OF_DRAWING = 20
 
@@ -47,6 +52,9 @@ class Logs:
     columns: Sequence[str] | Mapping[str, str] = (),
     wandb_project: str | None = None,
     tensorboard: bool = True,
+    name: str = "",
+    tags: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
   ):
     """Opens the files; a run that is resumed goes on in them.
 
@@ -62,12 +70,18 @@ class Logs:
         to shorter names for them.
       wandb_project: Weights & Biases project to log to as well; None for none.
       tensorboard: whether to write TensorBoard files.
+      name: of the run, for wandb, TensorBoard and pictures; "": that of the
+        folder.
+      tags: of the run, likewise.
+      flags: in force, likewise.
 
     Raises:
       ValueError: if wandb is asked for and not installed.
     """
     self._on = jax.process_index() == 0
     self._workdir = pathlib.Path(workdir)
+    self.name = name or self._workdir.resolve().name
+    self._about = {"tags": list(tags), "flags": dict(flags or {})}
     self._metrics_path = self._workdir / "metrics.jsonl"
     self._num_not_finite = {}
     self._curves = None
@@ -81,7 +95,8 @@ class Logs:
 
     rows = self._keep_before(self._metrics_path, first_step)
     self._keep_before(self._workdir / "samples.jsonl", first_step)
-    self._keep_before(self._workdir / "histograms.jsonl", first_step)
+    for file in ("histograms.jsonl", "evaluations.jsonl"):
+      self._keep_before(self._workdir / file, first_step)
     self._csv_names = ["step"]
     for row in rows:
       self._csv_names += [name for name in row if name not in self._csv_names]
@@ -136,11 +151,30 @@ class Logs:
     """Records samples, each a mapping such as prompt, response and score."""
     if not self._on:
       return
+    rows = [_strict({"step": int(step), **row}) for row in rows]
     for row in rows:
-      row = _strict({"step": int(step), **row})
       line = json.dumps(row, allow_nan=False, ensure_ascii=False)
       self._samples.write(line + "\n")
     self._samples.flush()
+    shown = [[_shown(row.get(name, "")) for name in _TABLE] for row in rows]
+    if self._wandb is not None and rows:
+      import wandb
+
+      table = wandb.Table(columns=list(_TABLE), data=shown)
+      self._wandb.log({"samples": table}, step=int(step))
+    if self._tensorboard is not None and rows:
+      text = _markdown(_TABLE, shown[:_MOST_ROWS])
+      self._tensorboard.add_text("samples", text, int(step))
+
+  def evaluations(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Records what an evaluation said of each held-out prompt."""
+    if not self._on:
+      return
+    path = self._workdir / "evaluations.jsonl"
+    with open(path, "a", encoding="utf-8") as file:
+      for row in rows:
+        row = _strict({"step": int(step), **row})
+        file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
 
   def histograms(self, step: int, counts: Mapping[str, Mapping]) -> None:
     """Records histograms: name to a mapping from value to count."""
@@ -209,7 +243,7 @@ class Logs:
     text = json.dumps(_strict(dict(values)), indent=2, ensure_ascii=False)
     paths.write_whole(path, text + "\n")
     self._progress.stop()
-    _print_table(values, title)
+    print_table(values, title)
 
   def close(self) -> None:
     """Draws the last picture and closes the files."""
@@ -303,16 +337,21 @@ class Logs:
     finally:
       if hide_torch:
         del sys.modules["torch"]
-    return tensorboardX.SummaryWriter(
+    writer = tensorboardX.SummaryWriter(
       str(self._workdir / "tensorboard"), purge_step=first_step or None
     )
+    if not first_step:
+      flags = [[k, _shown(v)] for k, v in self._about["flags"].items()]
+      writer.add_text("run", f"{self.name} {' '.join(self._about['tags'])}", 0)
+      writer.add_text("flags", _markdown(("flag", "value"), flags), 0)
+    return writer
 
   def _start_wandb(self, project):
     try:
       import wandb
     except ImportError as error:
       raise ValueError(
-        "--wandb_project needs wandb: `pip install wandb`."
+        "--wandb_project needs the package wandb, which is not installed."
       ) from error
     # The same name after a restart makes it the same run over there.
     path = self._workdir / "wandb_run"
@@ -322,8 +361,25 @@ class Logs:
       project=project,
       id=path.read_text(),
       resume="allow",
+      name=self.name,
+      tags=self._about["tags"] or None,
+      config=self._about["flags"],
       dir=str(self._workdir),
     )
+
+
+def _shown(value):
+  """A value as a cell of a table of samples or flags."""
+  if isinstance(value, (int, float)) and not isinstance(value, bool):
+    return value
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def _markdown(columns, rows):
+  """A table in Markdown, as TensorBoard shows it."""
+  cell = lambda x: str(x).replace("|", "\\|").replace("\n", "<br>")
+  lines = [columns, ["---"] * len(columns), *rows]
+  return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
 def read_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -545,7 +601,8 @@ def _csv_row(row):
   }
 
 
-def _print_table(values, title):
+def print_table(values: Mapping[str, Any], title: str) -> None:
+  """Prints a table, see `Logs.summary`, in parts that fit the terminal."""
   from rich import console, table, text
 
   terminal = console.Console()

@@ -38,7 +38,7 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.storage import checkpoint, locks, paths
-from rljax.training import logs
+from rljax.training import announce, logs, preflight
 
 Tree = Any
 
@@ -97,6 +97,8 @@ def start(
   lock = locks.take(values.workdir) if processes.is_first() else None
   checkpoint.check_flags(values.workdir, in_force, may_change)
   mesh = meshes.make(values.mesh)
+  if trains and processes.is_first():
+    print("\n".join(announce.lines(values, mesh)), flush=True)
   return Run(values, in_force, may_change, mesh, lock, total_steps)
 
 
@@ -133,6 +135,8 @@ class Run:
     self._log = self._checkpoints = self._signals = self._best = None
     self._state_shardings = None
     self._stopped = False
+    self._memory: dict[str, Tree] = {}
+    self._has_shown: list[bool] = []  # Of programs; shared with parts.
 
   # State.
 
@@ -178,6 +182,10 @@ class Run:
     state = {"params": params, "optimizer": optimizer.init(params), **more}
     self._state_shardings = meshes.shardings(state, rules, self.mesh)
     state = meshes.place(state, self._state_shardings)
+    shape = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding
+    )
+    self._memory = jax.tree.map(shape, state)
     if self._checkpoints is None:  # A part has its own already.
       self._checkpoints = checkpoint.Checkpoints(self.workdir)
     if restored := self._checkpoints.restore_latest(state):
@@ -432,10 +440,16 @@ class Run:
         columns=columns,
         wandb_project=has_metrics and self._values.wandb_project,
         tensorboard=has_metrics,
+        name=has_metrics and self._values.run_name,
+        tags=self._values.run_tags if has_metrics else (),
+        flags=self._in_force,
       )
     )
     if has_metrics:
-      self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+      draw = functools.partial(
+        curves.curves, panels=curves.PANELS, title=self._log.name
+      )
+      self._log.curves(draw)
     for text in self._notes:
       self._log.note(text)
     self._notes = []
@@ -451,12 +465,33 @@ class Run:
     """
     for step in range(self.first_step, self.total_steps):
       yield step
+      freeze = list(freeze)
+      if step == self.first_step:
+        self._show_programs(freeze)
       if self._stopped:
         self.note(f"Stopped by a signal after step {step + 1}; all is saved.")
         return
       for program in freeze:
         program.freeze()
     self.is_complete = True
+
+  def _show_programs(self, programs: Sequence[Any]) -> None:
+    """Shows once what was compiled, and the memory that a device has of it."""
+    has_preflight = "preflight" in self._values
+    if has_preflight and self._values.preflight != "off":
+      self._has_shown.append(True)  # The preflight has done so.
+    if programs and not self._has_shown:
+      found = (getattr(x, "program", x) for x in programs)
+      rows = [row for x in found for row in getattr(x, "compilations", ())]
+      preflight.show([], rows, self._memory)
+      self._has_shown.append(True)
+
+  @property
+  def _about(self) -> str:
+    """What the prompts are of: the data, or the task."""
+    names = [x for x in ("data", "task") if x in self._values]
+    found = [str(self._values[x].value) for x in names if self._values[x].value]
+    return found[0] if found else self.workdir
 
   @property
   def is_stopped(self) -> bool:
@@ -534,6 +569,23 @@ class Run:
     """Names rows that were left out, in `skipped.txt`, and counts them."""
     self._log.skipped(messages)
 
+  def evaluated(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds what an evaluation said of each prompt to `evaluations.jsonl`.
+
+    Args:
+      step: of the evaluation.
+      rows: of `answers.evaluate`.
+    """
+    names = ("prompt", "response", "reward", "finished")
+    self._log.evaluations(
+      step,
+      [
+        {name: row[name] for name in names if name in row}
+        | {k: v for k, v in row["parts"].items() if k == "is_correct"}
+        for row in rows
+      ],
+    )
+
   def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to `samples.jsonl`."""
     self._log.samples(step, rows)
@@ -575,7 +627,7 @@ class Run:
     )
     facts = zip(samples.scores.tolist(), samples.parts, strict=True)
     self.page(
-      f"{self._values.task}: a rollout after {step} steps",
+      f"{self._about}: a rollout after {step} steps",
       lambda limit: token_pages.from_arrays(
         samples.tokenizer,
         samples.prompts,
