@@ -106,6 +106,7 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
   "max_per_prompt", 0, "Solutions of a prompt that are kept; 0: no limit.", 0
 )
+cli.may_grow("rounds", kind="parts")
 FLAGS = flags.FLAGS
 
 COLUMNS = ("samples/is_correct", "data/new", "data/size", "eval/is_correct")
@@ -250,8 +251,7 @@ def main():
     sampled = time.perf_counter()
     data = [{"prompt": p, "response": r} for p, r in examples]
     if number > 1:
-      path = rounds.path(number - 1, "data.jsonl")
-      data = train.attach(files.read_jsonl(path))
+      data = train.read(rounds.path(number - 1, "data.jsonl"))
     data, counts = steps.add_distinct(
       data,
       samples,

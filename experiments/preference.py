@@ -94,7 +94,7 @@ flags.DEFINE_bool(
   "reference_free", False, "Whether dpo takes the reference for uniform."
 )
 flags.DEFINE_bool(
-  "ipo_per_token", False, "Whether ipo takes means over tokens, not sums."
+  "ipo_per_token", True, "Whether ipo takes means over tokens, not sums."
 )
 flags.DEFINE_float(
   "kto_threshold",
@@ -296,7 +296,7 @@ def main():
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note("\n".join(compared.notes))
-    run.skipped([*log.skipped, *dev.skipped])
+    run.has_read(log, dev)
     for step in run.steps(freeze=[update, answer]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}

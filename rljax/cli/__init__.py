@@ -44,6 +44,7 @@ from rljax.cli.entry import (
   check,
   check_read,
   may_change,
+  may_grow,
   require,
   run,
 )
@@ -151,6 +152,7 @@ __all__ = (
   "load_scorer",
   "load_task",
   "may_change",
+  "may_grow",
   "model_options",
   "optimizer_options",
   "preset",

@@ -9,10 +9,11 @@ from absl import flags
 
 from rljax import tasks
 from rljax.cli import entry, rewards
+from rljax.distributed import processes
 from rljax.generation import grammars
 from rljax.models import hf
 from rljax.scoring import cached
-from rljax.text import chat, keywords, logged, prompts
+from rljax.text import chat, encoding, keywords, prompts
 from rljax.training import runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -226,6 +227,7 @@ def prompt_options(values: flags.FlagValues) -> dict[str, Any]:
     "eos": "stop_at_eos" not in values or values.stop_at_eos,
     # Of each step, where a step asks so many.
     "at_least": values.batch_size if "minibatch_size" in values else 1,
+    "note": print if processes.is_first() else lambda line: None,
     **file_options(values),
   }
 
@@ -265,7 +267,7 @@ def define_lengths(*, max_response_length: int, too_long: str) -> None:
 
 
 def length_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `logged.prepare`."""
+  """Returns keyword arguments of `encoding.prepare`."""
   return {
     "max_prompt_length": values.max_prompt_length,
     "max_response_length": values.max_response_length,
@@ -296,13 +298,13 @@ def define_log() -> None:
   )
 
 
-def read_log(values: flags.FlagValues, tokenizer: Any) -> logged.Log:
+def read_log(values: flags.FlagValues, tokenizer: Any) -> encoding.Log:
   """Reads --data, or the log of --task.
 
   Raises:
-    ValueError: as `logged.read`.
+    ValueError: as `encoding.read`.
   """
-  return logged.read(
+  return encoding.read(
     tokenizer,
     name=values.data,
     task=values.task and load_task(values),
@@ -343,7 +345,7 @@ def define_cache() -> None:
 
 def load_known(
   values: flags.FlagValues,
-  log: logged.Log,
+  log: encoding.Log,
   loaded: hf.LanguageModel,
   needed: Sequence[str],
   mesh: Any,

@@ -12,12 +12,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from rljax.models import gpt2, heads, llama
+from rljax.models import decoder, gpt2, heads, llama
 
 Array = jax.Array
 
 # Where parameters live on a mesh: the first pattern that a path contains.
-PARTITION_RULES = (*gpt2.PARTITION_RULES[:-1], *llama.PARTITION_RULES)
+PARTITION_RULES = (*gpt2.PARTITION_RULES[:-1], *decoder.PARTITION_RULES)
 
 _ARCHITECTURES = {
   "gpt2": "GPT2ForSequenceClassification",
@@ -39,7 +39,7 @@ class CausalClassifierConfig:
     problem_type: kept for `to_hf`; what transformers trains it for.
   """
 
-  backbone: gpt2.GPT2Config | llama.LlamaConfig
+  backbone: gpt2.GPT2Config | decoder.DecoderConfig
   labels: tuple[str, ...] = ("LABEL_0",)
   problem_type: str | None = None
 
@@ -153,7 +153,7 @@ def parameter_names(
     parameter of the model.
   """
   is_gpt2 = isinstance(config.backbone, gpt2.GPT2Config)
-  family = gpt2 if is_gpt2 else llama
+  family = gpt2 if is_gpt2 else decoder
   names = {
     name: (("backbone", *path), transpose)
     for name, (path, transpose) in family.parameter_names(
@@ -172,7 +172,7 @@ class CausalClassifier(nn.Module):
   def setup(self):
     c = self.config
     is_gpt2 = isinstance(c.backbone, gpt2.GPT2Config)
-    family = gpt2.GPT2 if is_gpt2 else llama.Llama
+    family = gpt2.GPT2 if is_gpt2 else decoder.Decoder
     self.backbone = family(c.backbone)
     self.score = heads.LabelHead(len(c.labels), c.param_dtype)
 

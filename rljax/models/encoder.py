@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, classifier, gpt2
+from rljax.models import attention, classifier, norms
 
 Array = jax.Array
 
@@ -459,8 +459,8 @@ def _embedding(config: EncoderConfig, rows: int) -> nn.Embed:
   )
 
 
-def _norm(config: EncoderConfig) -> gpt2.LayerNorm:
-  return gpt2.LayerNorm(config.layer_norm_eps, config.param_dtype)
+def _norm(config: EncoderConfig) -> norms.LayerNorm:
+  return norms.LayerNorm(config.layer_norm_eps, config.param_dtype)
 
 
 def _dense(config: EncoderConfig, features: int) -> nn.Dense:

@@ -26,7 +26,7 @@ from rljax.generation import samplers
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters, targets
 from rljax.storage import stages
-from rljax.text import asked, files, keywords, logged, tokens
+from rljax.text import asked, chats, files, keywords, tokens
 from rljax.text import prompts as text_prompts
 
 Rows = list[dict[str, Any]]
@@ -284,7 +284,7 @@ def supervise(
   rows = files.read_jsonl(rewritten.path("rewrites.jsonl"))
   verified = [row for row in rows if row["is_verified"]]
   kept = prompts_lib.at_most_right(verified, max_right, seed)
-  rendered = logged.render_prompts(
+  rendered = chats.render_prompts(
     [row["prompt"] for row in kept],
     "samples",
     policy.tokenizer,
@@ -584,11 +584,11 @@ def questions(
 
 def _of_file(data, eval_data, splits, *, column, **options):
   """Pairs of a question and its solution of the rows of files, by split."""
-  *sides, _ = text_prompts.split_rows(data, eval_data, **options)
+  sides = text_prompts.split_rows(data, eval_data, **options)
   found = {}
-  for (split, num), rows in zip(splits.items(), sides, strict=False):
+  for (split, num), loaded in zip(splits.items(), sides, strict=False):
     found[split] = []
-    for row in rows[:num]:
+    for row in loaded.rows[:num]:
       solution = row.columns.get(column)
       if not isinstance(row.prompt, str):
         raise ValueError(

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import asked, batches, keywords, logged, tokens
+from rljax.text import (
+  asked,
+  batches,
+  chats,
+  encoding,
+  files,
+  forms,
+  keywords,
+  logged,
+  tokens,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +32,7 @@ class Prompts:
     ids: `[N, P]` int32, left-padded.
     mask: `[N, P]` bool.
     skipped: one message per prompt that was left out.
+    notes: what their file holds, in lines.
   """
 
   texts: list[str]
@@ -29,6 +40,7 @@ class Prompts:
   ids: np.ndarray
   mask: np.ndarray
   skipped: list[str] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
 
   def __len__(self) -> int:
     return len(self.texts)
@@ -36,6 +48,10 @@ class Prompts:
   def attach(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Gives rows of a file their prompts back; see `asked.attach`."""
     return asked.attach(rows, self.texts)
+
+  def read(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a file of rows with some of these prompts; see `attach`."""
+    return self.attach(files.read_jsonl(path))
 
   def rows(self, batch_size: int, step: int, *, seed: int) -> np.ndarray:
     """Returns the prompts of a step, `[batch_size]`; see `batch_indices`."""
@@ -65,7 +81,7 @@ def encode(
     ValueError: if a prompt is too long, or cannot be encoded.
   """
   texts = [text for some in several for text in some]
-  rendered = logged.render_prompts(texts, name, tokenizer, prompt_format)
+  rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
   ids, mask = batches.pad_left(encoded, length=max(map(len, encoded)))
   found, first = [], 0
@@ -100,7 +116,7 @@ def encode_pairs(
     ValueError: if a prompt is too long, or a text cannot be encoded.
   """
   texts = [prompt for prompt, _ in pairs]
-  rendered = logged.render_prompts(texts, name, tokenizer, prompt_format)
+  rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
   return [
     (ids, tokens.encode_response(tokenizer, text, ids, response)[0])
@@ -170,7 +186,7 @@ def encode_prefixes(
   rendered = dict(
     zip(
       prompts,
-      logged.render_prompts(prompts, name, tokenizer, prompt_format),
+      chats.render_prompts(prompts, name, tokenizer, prompt_format),
       strict=True,
     )
   )
@@ -216,9 +232,9 @@ def solved(
 
 
 def of_rows(
-  rows: Sequence[logged.Row], encoded: logged.Encoded, *, templated: bool
+  rows: Sequence[forms.Row], encoded: encoding.Encoded, *, templated: bool
 ) -> Prompts:
-  """Makes prompts of rows that `logged.prepare` has encoded.
+  """Makes prompts of rows that `encoding.prepare` has encoded.
 
   Args:
     rows: what it was given.
@@ -228,7 +244,7 @@ def of_rows(
       of the rows; where one of these is a list of messages, all of them are in
       the template.
   """
-  given = logged.as_given(rows, encoded)
+  given = encoding.as_given(rows, encoded)
   is_text = all(isinstance(row.prompt, str) for row in given)
   scored = given if is_text and not templated else encoded.rows
   ids, mask = batches.pad_left(encoded.prompt_ids)
@@ -255,6 +271,7 @@ def load(
   eval_data: str = "",
   eval_share: float = 0.1,
   at_least: int = 1,
+  note: Callable[[str], None] = lambda line: None,
 ) -> tuple[Prompts, Prompts]:
   """Draws prompts for training and held-out ones, of a task or of files.
 
@@ -275,6 +292,7 @@ def load(
     eval_data: file of the held-out ones; empty: see `split_rows`.
     eval_share: share of the prompts of one file that is held out.
     at_least: training prompts that there must be.
+    note: is told what files hold.
 
   Returns:
     The training prompts and the held-out ones, padded to one length.
@@ -295,6 +313,7 @@ def load(
       eos=eos,
       at_least=at_least,
       name=data,
+      note=note,
     )
   options = dict(task_options or {})
   keywords.check(task.prompts, options)
@@ -316,7 +335,7 @@ def load(
 
 def split_rows(
   data: str, eval_data: str = "", *, eval_split: str, share: float, seed: int
-) -> tuple[list[logged.Row], list[logged.Row], list[str]]:
+) -> tuple[logged.Loaded, logged.Loaded]:
   """Reads the prompts of files, and holds some of them out.
 
   The held-out ones are those of `eval_data`; without it, those of the split
@@ -332,17 +351,18 @@ def split_rows(
     seed: of the shuffle.
 
   Returns:
-    Rows to learn from, held-out rows, and a message for each unusable one.
+    Rows to learn from, and held-out rows.
 
   Raises:
     ValueError: as `logged.load_prompts`; or if one side would be empty.
   """
   has_splits = "{split}" in data or data.startswith("tfds:")
   if eval_data or has_splits or os.path.isdir(data):
-    train, unusable = logged.load_prompts(data, "train")
-    held_out, more = logged.load_prompts(eval_data or data, eval_split)
-    return train, held_out, [*unusable, *more]
-  rows, unusable = logged.load_prompts(data, "train")
+    train = logged.load_prompts(data, "train")
+    held_out = logged.load_prompts(eval_data or data, eval_split)
+    return train, held_out
+  loaded = logged.load_prompts(data, "train")
+  rows = loaded.rows
   different = list(dict.fromkeys(asked.key(row.prompt) for row in rows))
   if len(different) < 2:
     raise ValueError(
@@ -355,38 +375,52 @@ def split_rows(
   sides = [], []
   for row in rows:
     sides[asked.key(row.prompt) in chosen].append(row)
-  return *sides, unusable
+  train, held_out = sides
+  return loaded._replace(rows=train), logged.Loaded(held_out, [], [])
 
 
 def _load_files(
-  tokenizer, found, limits, *, max_length, prompt_format, eos, at_least, name
+  tokenizer,
+  found,
+  limits,
+  *,
+  max_length,
+  prompt_format,
+  eos,
+  at_least,
+  name,
+  note,
 ):
   """Encodes the rows of `split_rows`, to one length; see `load`."""
-  *several, unusable = found
   made = []
-  for rows, limit in zip(several, limits, strict=True):
-    encoded = logged.prepare(
+  for loaded, limit in zip(found, limits, strict=True):
+    rows = loaded.rows[:limit]
+    encoded = encoding.prepare(
       tokenizer,
-      rows[:limit],
+      rows,
       prompt_format=prompt_format,
       max_prompt_length=max_length,
       max_response_length=1,
       too_long="skip",
     )
-    made.append(of_rows(rows, encoded, templated=False))
+    one = of_rows(rows, encoded, templated=False)
+    skipped = [*loaded.skipped, *one.skipped]
+    made.append(dataclasses.replace(one, skipped=skipped, notes=loaded.notes))
   if len(made[0]) < at_least:
     raise ValueError(
       f"{name} leaves {len(made[0])} prompts to learn from, and a step asks "
       f"{at_least}: take a smaller --batch_size, or more prompts."
     )
-  length = max(found.ids.shape[1] for found in made)
+  length = max(one.ids.shape[1] for one in made)
   train, held_out = (
-    dataclasses.replace(found, ids=ids, mask=mask)
-    for found in made
-    for ids, mask in [batches.pad_left(found.encoded, length=length)]
+    dataclasses.replace(one, ids=ids, mask=mask)
+    for one in made
+    for ids, mask in [batches.pad_left(one.encoded, length=length)]
   )
-  skipped = [*unusable, *train.skipped]
-  return dataclasses.replace(train, skipped=skipped), held_out
+  for line in dict.fromkeys([*train.notes, *held_out.notes]):
+    note(line)
+  note(f"{len(train)} prompts to learn from, {len(held_out)} held out.")
+  return train, held_out
 
 
 def read(
@@ -410,22 +444,24 @@ def read(
     seed: of the task's draw.
     num_prompts: how many are taken, the first ones.
     split: of the file or the task.
-    **settings: of `logged.prepare`: `prompt_format`, `max_prompt_length`,
+    **settings: of `encoding.prepare`: `prompt_format`, `max_prompt_length`,
       `max_response_length` and `too_long`.
 
   Returns:
     The prompts; their texts are in the chat template, if there is one.
 
   Raises:
-    ValueError: as `logged.load_prompts` and `logged.prepare`.
+    ValueError: as `logged.load_prompts` and `encoding.prepare`.
   """
-  unusable = []
   if name:
-    rows, unusable = logged.load_prompts(name, split)
+    loaded = logged.load_prompts(name, split)
   else:
     rows = logged.task_prompts(task, split, seed, num_prompts)
-  rows = rows[:num_prompts]
+    loaded = logged.Loaded(rows, [], [])
+  rows = loaded.rows[:num_prompts]
   found = of_rows(
-    rows, logged.prepare(tokenizer, rows, **settings), templated=True
+    rows, encoding.prepare(tokenizer, rows, **settings), templated=True
   )
-  return dataclasses.replace(found, skipped=[*unusable, *found.skipped])
+  return dataclasses.replace(
+    found, skipped=[*loaded.skipped, *found.skipped], notes=loaded.notes
+  )

