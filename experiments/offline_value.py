@@ -37,7 +37,7 @@ from rljax.training import optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(save_every=None)
-cli.define_task("")
+cli.define_task()
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_dev("value", "Prompts whose replies the value is fitted to")

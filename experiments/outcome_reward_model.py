@@ -50,13 +50,13 @@ from rljax.training import frozen, microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=200, save_every=500, eval_every=100)
-cli.define_task("", scores=False)
+cli.define_task(scores=False)
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_models(policy="Model that the reward model starts as.", logits=False)
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
 cli.define_pairwise()
-cli.define_optimizer(1e-4, schedule="cosine", max_grad_norm=1.0)
+cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of reward models.
 flags.DEFINE_string(

@@ -34,17 +34,14 @@ from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=8, save_every=500, eval_every=50)
-cli.define_task(
-  "arithmetic", num_eval_prompts=256, eval_split=None, scores=False
-)
+cli.define_task(num_eval_prompts=256, eval_split=None, scores=False)
 cli.define_log()
 cli.define_lengths(max_response_length=512, too_long="error")
 cli.define_models(required=False)
+cli.require_examples()
 cli.define_random_model(hidden_size=96, num_layers=2, max_positions=64)
 cli.define_batches(64)
-cli.define_optimizer(
-  1e-3, schedule="cosine", weight_decay=0.1, max_grad_norm=1.0
-)
+cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of supervised fine-tuning.
 flags.DEFINE_integer(

@@ -392,7 +392,7 @@ case "$verb" in
     ;;
   doctor)
     need NAME ZONE
-    on_hosts all run python -m rljax.distributed.doctor --platform=tpu --workdir=runs \
+    on_hosts all run python -m rljax.doctor --platform=tpu --workdir=runs \
       "$@"
     ;;
   run)

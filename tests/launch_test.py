@@ -951,7 +951,7 @@ class CloudPpoTest(Cloud):
     self.well("sync")
     flags = "--num_prompts=256 --num_eval_prompts=24 --batch_size=8 --steps=40"
     flags += " --save_every=1 --eval_every=40 --num_page_samples=0"
-    flags += " --task_options=style=last --preflight=off"
+    flags += f" {' '.join(scripts.SUMS)} --preflight=off"
     _, finish = self.start(
       *["bash", self.checkout / "launch" / "tpu_vm.sh", "run", "--"],
       *["python", "experiments/ppo.py", *flags.split()],
@@ -1108,7 +1108,7 @@ class GpuTest(LaunchTest):
     self.assertEqual(status, 0, output)
     self.assertStartsWith(output, "H, 80 MiB, 550\n")
     self.assertEndsWith(
-      output, "cuda -m rljax.distributed.doctor --platform=gpu --devices=2\n"
+      output, "cuda -m rljax.doctor --platform=gpu --devices=2\n"
     )
 
   def test_counts_visible_devices(self):
@@ -1327,7 +1327,7 @@ class DoctorTest(LaunchTest):
       *["bash", LAUNCH / "local_processes.sh", 2, "--", sys.executable],
       *[
         "-m",
-        "rljax.distributed.doctor",
+        "rljax.doctor",
         "--devices=2",
         f"--workdir={self.folder}",
       ],
@@ -1342,8 +1342,7 @@ class DoctorTest(LaunchTest):
 
   def test_two_processes_that_differ(self):
     program = (
-      'export JAX_X="$RLJAX_PROCESS_ID"; '
-      'exec "$0" -m rljax.distributed.doctor --seconds=30'
+      'export JAX_X="$RLJAX_PROCESS_ID"; exec "$0" -m rljax.doctor --seconds=30'
     )
     status, output = call(
       *["bash", LAUNCH / "local_processes.sh", 2, "--"],

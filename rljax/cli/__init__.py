@@ -25,14 +25,19 @@ from rljax.cli.data import (
   define_dev,
   define_lengths,
   define_log,
+  define_prompts,
   define_task,
   encode_options,
+  file_options,
   length_options,
   load_known,
   load_task,
+  prompt_format,
   prompt_options,
   read_dev,
   read_log,
+  require_examples,
+  require_prompts,
   solved_options,
 )
 from rljax.cli.entry import (
@@ -72,6 +77,7 @@ from rljax.cli.rewards import (
   load_scorer,
   pairwise_options,
   reward_model_options,
+  task_scorer,
 )
 from rljax.cli.running import (
   define_preflight,
@@ -101,7 +107,7 @@ SCRIPTS_CHOOSE = frozenset(
     *("num_samples", "temperature", "top_p", "sample_batch_size"),
     *("reward_model", "kl", "kl_coef", "kl_estimator", "batch_size", "epochs"),
     *("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
-    *("template", "locate"),
+    *("template", "locate", "data", "eval_data", "eval_share"),
   )
 )
 
@@ -125,6 +131,7 @@ __all__ = (
   "define_pairwise",
   "define_overlong_penalty",
   "define_preflight",
+  "define_prompts",
   "define_presets",
   "define_random_model",
   "define_reasoning",
@@ -137,6 +144,7 @@ __all__ = (
   "define_stop_strings",
   "define_task",
   "encode_options",
+  "file_options",
   "length_options",
   "load_known",
   "load_like",
@@ -152,14 +160,18 @@ __all__ = (
   "optimizer_options",
   "pairwise_options",
   "preset",
+  "prompt_format",
   "prompt_options",
   "random_model_options",
   "read_dev",
   "read_log",
   "require",
+  "require_examples",
+  "require_prompts",
   "reward_model_options",
   "run",
   "sampler_settings",
   "schedule_options",
   "solved_options",
+  "task_scorer",
 )

@@ -194,14 +194,24 @@ def classifier_from(
   )
 
 
-def load_config(
+def load_config(name: str | os.PathLike, **options: Any) -> Any:
+  """Reads the config of the model that a name leads to, but no weights.
+
+  Args:
+    name: see `load`.
+    **options: of `load_module`.
+  """
+  return load_module(name, **options).config
+
+
+def load_module(
   name: str | os.PathLike,
   *,
   dtype: str = "float32",
   param_dtype: str = "float32",
   remat: bool = False,
-) -> Any:
-  """Reads the config of the model that a name leads to, but no weights."""
+) -> nn.Module:
+  """Makes the module of the model that a name leads to, without weights."""
   settings = configs.settings(dtype, param_dtype, remat)
   kind, path = sources.find(name, weights=False)
   if kind == "GGUF file":
@@ -209,7 +219,7 @@ def load_config(
   else:
     path = sources.model_folder(kind, path)
     config = configs.read_json(path / "config.json")
-  return configs.build(config, path, settings).config
+  return configs.build(config, path, settings)
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:

@@ -38,7 +38,7 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.storage import calls, checkpoint, locks, paths
-from rljax.training import logs, longer
+from rljax.training import announce, logs, longer, preflight, trackers
 
 Tree = Any
 
@@ -100,6 +100,8 @@ def start(
   checkpoint.check_flags(values.workdir, in_force, may_change)
   longer.check(values, growing)
   mesh = meshes.make(values.mesh)
+  if trains and processes.is_first():
+    print("\n".join(announce.lines(values, mesh)), flush=True)
   return Run(values, in_force, may_change, mesh, lock, total_steps)
 
 
@@ -138,6 +140,8 @@ class Run:
     self._state_shardings = None
     self._stopped = self._lacks_page = False
     self._latest: tuple[Any, ...] | None = None  # What `save` was last given.
+    self._memory: dict[str, Tree] = {}
+    self._has_shown: list[bool] = []  # Of programs; shared with parts.
 
   # State.
 
@@ -190,6 +194,10 @@ class Run:
     state = {"params": params, "optimizer": start(params)}
     for name, tree in more.items():
       state[name] = meshes.place(tree, shardings[name])
+    shape = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding
+    )
+    self._memory = jax.tree.map(shape, state)
     if self._checkpoints is None:  # A part has its own already.
       self._checkpoints = checkpoint.Checkpoints(self.workdir)
     if restored := self._checkpoints.restore_latest(state):
@@ -455,10 +463,21 @@ class Run:
         num_rows=self.meta.get("rows"),
         repeats=repeats,
         keep=bool(damaged),
+        about=trackers.About(
+          has_metrics and self._values.run_name,
+          self._values.run_tags if has_metrics else (),
+          self._in_force,
+        ),
       )
     )
     if has_metrics and not planning.current():
-      self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+      draw = functools.partial(
+        curves.curves,
+        panels=curves.PANELS,
+        title=self._values.run_name
+        or pathlib.Path(self.workdir).resolve().name,
+      )
+      self._log.curves(draw)
     for text in self._notes:
       self._log.note(text)
     self._notes = []
@@ -479,12 +498,33 @@ class Run:
       if plan is not None:
         plan.begins(step)
       yield step
+      freeze = list(freeze)
+      if step == self.first_step:
+        self._show_programs(freeze)
       if self._stopped:
         self.note(f"Stopped by a signal after step {step + 1}; all is saved.")
         return
       for program in freeze:
         program.freeze()
     self.is_complete = plan is None
+
+  def _show_programs(self, programs: Sequence[Any]) -> None:
+    """Shows once what was compiled, and the memory that a device has of it."""
+    has_preflight = "preflight" in self._values
+    if has_preflight and self._values.preflight != "off":
+      self._has_shown.append(True)  # The preflight has done so.
+    if programs and not self._has_shown:
+      found = (getattr(x, "program", x) for x in programs)
+      rows = [row for x in found for row in getattr(x, "compilations", ())]
+      preflight.show([], rows, self._memory)
+      self._has_shown.append(True)
+
+  @property
+  def _about(self) -> str:
+    """What the prompts are of: the data, or the task."""
+    names = [x for x in ("data", "task") if x in self._values]
+    found = [str(self._values[x].value) for x in names if self._values[x].value]
+    return found[0] if found else self.workdir
 
   @property
   def is_stopped(self) -> bool:
@@ -589,6 +629,23 @@ class Run:
     """Names rows that were left out, in `skipped.txt`, and counts them."""
     self._log.skipped(messages)
 
+  def evaluated(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds what an evaluation said of each prompt to `evaluations.jsonl`.
+
+    Args:
+      step: of the evaluation.
+      rows: of `answers.evaluate`.
+    """
+    names = ("prompt", "response", "reward", "finished")
+    self._log.evaluations(
+      step,
+      [
+        {name: row[name] for name in names if name in row}
+        | {k: v for k, v in row["parts"].items() if k == "is_correct"}
+        for row in rows
+      ],
+    )
+
   def has_read(self, *parts: Any) -> None:
     """Says what data holds, and names the rows of it that were left out.
 
@@ -641,7 +698,7 @@ class Run:
     )
     facts = zip(samples.scores.tolist(), samples.parts, strict=True)
     self.page(
-      f"{self._values.task}: a rollout after {step} steps",
+      f"{self._about}: a rollout after {step} steps",
       lambda limit: token_pages.from_arrays(
         samples.tokenizer,
         samples.prompts,
