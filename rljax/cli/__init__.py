@@ -45,6 +45,7 @@ from rljax.cli.entry import (
 from rljax.cli.learning import (
   batch_sizes,
   define_batches,
+  define_max_skipped,
   define_optimizer,
   optimizer_options,
   schedule_options,
@@ -118,6 +119,7 @@ __all__ = (
   "define_lengths",
   "define_log",
   "define_models",
+  "define_max_skipped",
   "define_optimizer",
   "define_overlong_penalty",
   "define_preflight",

@@ -8,18 +8,19 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from rljax.training import preflight
+from rljax.training import guards, preflight
 
 _LARGEST = float(np.finfo(np.float32).max)
+_STOPPED = (ValueError, preflight.Refused, guards.NotFinite, guards.Stale)
 
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a script's main function, and exits.
 
   A flag that cannot be parsed, a word that is no flag, a number that is not
-  finite, and a ValueError of the script are one line on standard error, and the
-  exit status is 1; `--verbosity=1` shows where the error came from. A path that
-  begins with ~ is expanded.
+  finite, a ValueError of the script, and a run that its checks have ended, are
+  one line on standard error, and the exit status is 1; `--verbosity=1` shows
+  where the error came from. A path that begins with ~ is expanded.
 
   Args:
     main: takes nothing, and returns the exit status.
@@ -30,7 +31,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
       check(values, argv[1:])
       return main()
-    except (ValueError, preflight.Refused) as error:
+    except _STOPPED as error:
       if values.verbosity >= 1:
         raise
       _print_error(argv[0], f"{error} (--verbosity=1 shows where.)")
