@@ -24,7 +24,6 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
@@ -167,11 +166,13 @@ def main():
 
     def update(state, batch, targets, key):
       head_params, optimizer_state = state
-      grads = jax.grad(loss_fn)(head_params, batch, targets, key)
-      updates, optimizer_state = transform.update(
-        grads, optimizer_state, head_params
+      loss, grads = jax.value_and_grad(loss_fn)(
+        head_params, batch, targets, key
       )
-      return optax.apply_updates(head_params, updates), optimizer_state
+      head_params, optimizer_state, metrics = optimizers.step(
+        transform, grads, optimizer_state, head_params, {"loss": loss}
+      )
+      return (head_params, optimizer_state), metrics
 
     update, values_of = run.compile(update), run.compile(values_of)
     best = (np.inf, None, None)
@@ -184,7 +185,8 @@ def main():
         ]
         batch = run.shard((hidden[rows], mask[rows]))
         step_key = jax.random.fold_in(key, step)
-        state = update(state, batch, targets[rows], step_key)
+        state, learnt = update(state, batch, targets[rows], step_key)
+        run.watch(step, learnt)
       # In batches, for the states of all prompts may fill the memory.
       values = in_batches(
         functools.partial(values_of, state[0]),
@@ -193,6 +195,7 @@ def main():
       )
       errors = np.square(values - targets)
       quality = {
+        "updates/skipped": learnt["updates/skipped"],
         "value/mse": np.mean(errors[fitted]),
         "value/heldout_mse": np.mean(errors[heldout]),
         "value/heldout_correlation": metrics.correlation(

@@ -208,9 +208,10 @@ def main():
   def update(state, batch):
     learnt, others = split(state["params"])
     grads, metrics = gradients(learnt, batch, others)
-    updates, optimizer_state = adamw.update(grads, state["optimizer"], learnt)
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = frozen.join(optax.apply_updates(learnt, updates), others)
+    learnt, optimizer_state, metrics = optimizers.step(
+      adamw, grads, state["optimizer"], learnt, metrics
+    )
+    params = frozen.join(learnt, others)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.

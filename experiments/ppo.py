@@ -21,7 +21,6 @@ import functools
 import time
 
 import jax
-import optax
 from absl import flags
 
 from rljax import cli
@@ -279,11 +278,10 @@ def main():
       grads, metrics = gradients(sizes.num_parts)(
         params, minibatch, state["kl"].coef
       )
-      updates, optimizer_state = transform.update(
-        grads, optimizer_state, params
+      params, optimizer_state, metrics = optimizers.step(
+        transform, grads, optimizer_state, params, metrics
       )
-      metrics["gradient_norm"] = optax.global_norm(grads)
-      return (optax.apply_updates(params, updates), optimizer_state), metrics
+      return (params, optimizer_state), metrics
 
     (params, optimizer_state), history = jax.lax.scan(
       update,
@@ -298,7 +296,8 @@ def main():
         target=FLAGS.kl_target,
         horizon=FLAGS.kl_horizon,
       )
-    metrics |= microbatch.over_updates(history)
+      metrics["kl/ignored"] = controller.num_ignored
+    metrics |= microbatch.over_updates(history, FLAGS.epochs)
     state = {"params": params, "optimizer": optimizer_state, "kl": controller}
     return state, (metrics, batch["advantages"])
 

@@ -20,7 +20,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli, tasks
@@ -161,11 +160,9 @@ def main():
   def update(state, batch):
     params = state["params"]
     grads, metrics = gradients(params, batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], params, metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(params, updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.

@@ -51,6 +51,7 @@ from rljax.cli.entry import (
 from rljax.cli.learning import (
   batch_sizes,
   define_batches,
+  define_max_skipped,
   define_optimizer,
   optimizer_options,
   schedule_options,
@@ -127,6 +128,7 @@ __all__ = (
   "define_lengths",
   "define_log",
   "define_models",
+  "define_max_skipped",
   "define_optimizer",
   "define_pairwise",
   "define_overlong_penalty",
