@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from rljax.models import gpt2, heads, llama
+from rljax.models import fields, gpt2, heads, llama
 
 Array = jax.Array
 
@@ -100,9 +100,9 @@ class CausalClassifierConfig:
     Returns:
       JSON-serialisable fields.
     """
-    fields = self.backbone.to_hf()
-    fields["architectures"] = [_ARCHITECTURES[fields["model_type"]]]
-    return {**fields, **labels_to_hf(self.labels, self.problem_type)}
+    config = self.backbone.to_hf()
+    config["architectures"] = [_ARCHITECTURES[config["model_type"]]]
+    return {**config, **labels_to_hf(self.labels, self.problem_type)}
 
 
 def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -115,11 +115,21 @@ def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
   if not names:
     # What transformers leaves out of the file is its default: two labels.
     return default_labels(config.get("num_labels", 2))
-  by_id = {int(id_): str(name) for id_, name in names.items()}
-  if sorted(by_id) != list(range(len(by_id))):
+  if not isinstance(names, Mapping):
+    raise ValueError(
+      f'config field "id2label" must be a JSON object, got '
+      f"{fields.shown(names)}."
+    )
+  ids = [str(id_) for id_ in names]
+  by_id = {
+    int(id_): str(name)
+    for id_, name in zip(ids, names.values(), strict=True)
+    if id_.isdecimal() and len(id_) < 10
+  }
+  if len(by_id) < len(ids) or sorted(by_id) != list(range(len(by_id))):
     raise ValueError(
       'config field "id2label" must number the labels 0, 1, 2, ..., got '
-      f"{', '.join(str(id_) for id_ in names)}."
+      f"{', '.join(ids[:20])}."
     )
   return tuple(by_id[id_] for id_ in range(len(by_id)))
 

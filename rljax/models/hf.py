@@ -201,18 +201,18 @@ def load_config(
 ) -> Any:
   """Reads the config of the model that a name leads to, but no weights."""
   settings = configs.settings(dtype, param_dtype, remat)
-  kind, path = sources.find(name, weights=False)
+  kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     config = gguf.config(gguf.open_reader(path))
   else:
     path = sources.model_folder(kind, path)
-    config = configs.read_json(path / "config.json")
+    config = configs.read_config(path)
   return configs.build(config, path, settings).config
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """Reads the tokenizer of the model that a name leads to, but no weights."""
-  kind, path = sources.find(name, weights=False)
+  kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
   return tokenizers.read(sources.model_folder(kind, path))
@@ -367,7 +367,7 @@ def _load(
   Returns:
     Model, parameters, tokenizer, source and directory.
   """
-  kind, path = sources.find(name, weights=True)
+  kind, path = sources.find(name, with_weights=True)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "GGUF file":
@@ -379,7 +379,7 @@ def _load(
     text = gguf.tokenizer(reader) if tokenizer else None
   else:
     folder = sources.model_folder(kind, path)
-    config = configs.read_json(folder / "config.json")
+    config = configs.read_config(folder)
     configs.check_kind(config, folder, entry)
     model = configs.build(config, folder, settings)
     text = tokenizers.read(folder) if tokenizer else None

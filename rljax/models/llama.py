@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention
+from rljax.models import attention, fields
 from rljax.models import rope as rope_lib
 
 Array = jax.Array
@@ -147,6 +147,7 @@ class LlamaConfig:
       ValueError: if a field is missing or asks for what is not implemented;
         the message names the field.
     """
+    config = fields.checked(config)
     model_type = config.get("model_type")
     if model_type not in _ARCHITECTURES:
       raise ValueError(
@@ -164,17 +165,12 @@ class LlamaConfig:
         'config field "hidden_act" must be "silu", got '
         f'"{config["hidden_act"]}".'
       )
-    if config.get("quantization_config"):
-      raise ValueError(
-        'config field "quantization_config": quantised weights are not '
-        "supported."
-      )
     _check_sliding_window(config)
 
     hidden_size = required("hidden_size")
     num_heads = required("num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads")
-    if num_kv_heads is None and model_type != "llama":
+    if "num_key_value_heads" not in config and model_type != "llama":
       required("num_key_value_heads")
     head_dim = config.get("head_dim")
     if head_dim is None and model_type == "qwen3":
@@ -209,13 +205,13 @@ class LlamaConfig:
     """Returns the content of a config.json that describes this model.
 
     Returns:
-      JSON-serialisable fields. RoPE settings stand in `rope_parameters` and
-      once more in the older fields, for readers of either.
+      JSON-serialisable config. RoPE settings stand in `rope_parameters` and
+      once more in the older config, for readers of either.
     """
     eos_token_id = self.eos_token_id
     if isinstance(eos_token_id, tuple):
       eos_token_id = list(eos_token_id)
-    fields = {
+    config = {
       "architectures": [_ARCHITECTURES[self.model_type]],
       "model_type": self.model_type,
       "vocab_size": self.vocab_size,
@@ -239,14 +235,14 @@ class LlamaConfig:
       "dtype": jnp.dtype(self.param_dtype).name,
     }
     if self.model_type in ("llama", "qwen3"):
-      fields["attention_bias"] = self.attention_bias
+      config["attention_bias"] = self.attention_bias
     if self.model_type == "llama":
-      fields["mlp_bias"] = self.mlp_bias
+      config["mlp_bias"] = self.mlp_bias
     if self.model_type in ("qwen2", "qwen3"):
-      fields["use_sliding_window"] = False
+      config["use_sliding_window"] = False
     if self.model_type != "llama":
-      fields["sliding_window"] = None
-    return fields
+      config["sliding_window"] = None
+    return config
 
 
 def parameter_names(

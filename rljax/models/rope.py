@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.models import fields
+
 Array = jax.Array
 
 _FIELDS = {
@@ -28,6 +30,12 @@ _FIELDS = {
     "truncate",
     "original_max_position_embeddings",
   ),
+}
+
+
+_KNOWN = {name for names in _FIELDS.values() for name in names} | {
+  *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+  *("mscale", "mscale_all_dim", "finetuned", "max_position_embeddings"),
 }
 
 
@@ -74,27 +82,38 @@ class Rope:
         its fields is missing.
     """
     source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    given = dict(config.get(source) or {})
+    given = _one_for_all_layers(source, config)
     rope_type = given.get("rope_type", given.get("type", "default"))
-    if rope_type not in _FIELDS:
+    if not isinstance(rope_type, str) or rope_type not in _FIELDS:
       raise ValueError(
-        f'config field "{source}": rope_type "{rope_type}" is not supported, '
-        f"only {', '.join(_FIELDS)}."
+        f'config field "{source}": rope_type "{fields.shown(rope_type)}" is '
+        f"not supported, only {', '.join(_FIELDS)}."
+      )
+    unknown = [str(name) for name in given if name not in _KNOWN]
+    if unknown:
+      raise ValueError(
+        f'config field "{source}": {", ".join(unknown)} is not supported; '
+        f"known are {', '.join(sorted(_KNOWN))}."
       )
     partial = given.get(
       "partial_rotary_factor", config.get("partial_rotary_factor")
     )
-    if partial not in (None, 1, 1.0):
+    if partial is not None and partial != 1:
       raise ValueError(
-        f'config field "partial_rotary_factor" must be 1, got {partial}.'
+        'config field "partial_rotary_factor" must be 1, got '
+        f"{fields.shown(partial)}."
       )
     if given.get("mscale") or given.get("mscale_all_dim"):
       raise ValueError(
         f'config field "{source}": "mscale" is not supported; give '
         '"attention_factor".'
       )
-    theta = given.get("rope_theta", config.get("rope_theta"))
-    values = {"theta": 10_000.0 if theta is None else float(theta)}
+    theta = given.get("rope_theta")
+    if theta is None:
+      theta = config.get("rope_theta")
+    if theta is None:
+      theta = 10_000.0
+    values = {"theta": float(fields.number("rope_theta", theta, above=1))}
     if "original_max_position_embeddings" in _FIELDS[rope_type]:
       # Some configs have it beside the dict too; that one takes precedence.
       for length in (
@@ -103,32 +122,50 @@ class Rope:
         config.get("max_position_embeddings"),
       ):
         if length is not None:
-          values["original_max_position_embeddings"] = int(length)
+          values["original_max_position_embeddings"] = fields.whole(
+            "original_max_position_embeddings", length, most=2**40
+          )
           break
     for name in _FIELDS[rope_type]:
       if name in values:
         continue
-      if given.get(name) is not None:
+      if name == "truncate" and given.get(name) is not None:
+        if not isinstance(given[name], bool):
+          raise ValueError(
+            f'config field "{source}": "truncate" must be true or false, got '
+            f"{fields.shown(given[name])}."
+          )
         values[name] = given[name]
+      elif given.get(name) is not None:
+        values[name] = fields.number(f"{source}.{name}", given[name], above=0)
       elif rope_type != "yarn" or name == "factor":
         raise ValueError(f'config field "{source}": "{name}" is missing.')
-    return cls(rope_type=rope_type, **values)
+    rope = cls(rope_type=rope_type, **values)
+    if rope_type == "llama3" and not (
+      rope.low_freq_factor < rope.high_freq_factor
+    ):
+      raise ValueError(
+        f'config field "{source}": "low_freq_factor" must be below '
+        f'"high_freq_factor", got {rope.low_freq_factor} and '
+        f"{rope.high_freq_factor}."
+      )
+    return rope
 
   def to_hf(self) -> dict[str, Any]:
-    """Returns the fields that `from_hf` reads, in the new and the old form."""
+    """Returns the written that `from_hf` reads, in the new and the old form."""
     scaling = {
       name: getattr(self, name)
       for name in _FIELDS[self.rope_type]
       if getattr(self, name) is not None
     }
     scaling = {"rope_type": self.rope_type, **scaling}
-    fields = {
+    written = {
       "rope_parameters": {"rope_theta": self.theta, **scaling},
       "rope_theta": self.theta,
     }
     if self.rope_type != "default":
-      fields["rope_scaling"] = scaling
-    return fields
+      written["rope_scaling"] = scaling
+    return written
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
@@ -212,6 +249,34 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return turned.astype(x.dtype)
+
+
+def _one_for_all_layers(
+  source: str, config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns settings that stand in one object, or in one per type of layer.
+
+  Raises:
+    ValueError: if layers differ.
+  """
+  given = config.get(source) or {}
+  if not isinstance(given, Mapping):
+    raise ValueError(
+      f'config field "{source}" must be a JSON object, got '
+      f"{fields.shown(given)}."
+    )
+  kinds = {name: v for name, v in given.items() if isinstance(v, Mapping)}
+  if not kinds:
+    return dict(given)
+  used = config.get("layer_types") or list(kinds)
+  several = [kinds[name] for name in dict.fromkeys(used) if name in kinds]
+  is_whole = len(several) == len(set(used)) and len(kinds) == len(given)
+  if not is_whole or any(one != several[0] for one in several):
+    raise ValueError(
+      f'config field "{source}" has settings of its own for '
+      f"{', '.join(map(str, kinds))}; only one for all layers is supported."
+    )
+  return dict(several[0])
 
 
 def _blend(kept: np.ndarray, lowered: np.ndarray, share: np.ndarray):
