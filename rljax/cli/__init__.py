@@ -83,6 +83,7 @@ from rljax.cli.sampling import (
   define_replies,
   define_sampler,
   define_stop_strings,
+  has_end,
   load_responder,
   sampler_settings,
 )
@@ -134,6 +135,7 @@ __all__ = (
   "define_task",
   "encode_options",
   "length_options",
+  "has_end",
   "load_known",
   "load_like",
   "load_reference",

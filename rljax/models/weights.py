@@ -315,12 +315,6 @@ def _explain_missing(directory: pathlib.Path, model: nn.Module) -> None:
       '.save_pretrained("<new directory>")'
     )
   other = sorted(p.name for p in directory.glob("*.safetensors"))
-  if (directory / "adapter_config.json").is_file():
-    raise ValueError(
-      f"{directory} holds an adapter (adapter_config.json), not a whole model. "
-      "Merge it into its base model once, where peft is installed: "
-      "model.merge_and_unload().save_pretrained(...), and name that folder."
-    )
   if other:
     raise ValueError(
       f"{directory} has {listed(other)}, but neither {WEIGHTS} nor an index "

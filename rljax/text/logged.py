@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rljax.text import batches, files, keywords, tokens
+from rljax.text import batches, chats, files, keywords, tokens
 
 Message = Mapping[str, str]
 
@@ -500,12 +500,12 @@ def render(
       rendered.append(row)
       continue
     try:
-      prompt = tokenizer.apply_chat_template(
+      prompt = chats.render(
+        tokenizer,
         _messages(row.prompt, tokenizer),
-        tokenize=False,
         add_generation_prompt=True,
       )
-    except Exception as error:  # Templates may raise anything.
+    except Exception as error:  # Messages may be anything.
       reason = str(error).rstrip(".")
       skipped.append(f"{row.place}: no chat prompt ({reason}).")
       continue
@@ -633,6 +633,7 @@ def encode(
   max_prompt_length: int,
   max_response_length: int,
   too_long: Literal["skip", "cut", "error"] = "skip",
+  end_id: int | None = None,
 ) -> Encoded:
   """Turns rows into ids; responses end in the end token.
 
@@ -649,6 +650,7 @@ def encode(
       "skip" leaves the row out and names it; "cut" cuts prompts on the left,
       after the start token, and responses on the right, with their end token;
       "error" refuses it. What was done is logged.
+    end_id: the token that responses end in; the tokenizer's own by default.
 
   A row that the tokenizer cannot write is left out and named as well.
 
@@ -688,7 +690,9 @@ def encode(
           continue
         num_anew += 1
       try:
-        ids, apart = tokens.encode_response(tokenizer, row.prompt, whole, text)
+        ids, apart = tokens.encode_response(
+          tokenizer, row.prompt, whole, text, end_id=end_id
+        )
       except ValueError as error:  # A tokenizer of a few words.
         encoded.skipped.append(f"{row.place}: {error}")
         break
@@ -737,10 +741,13 @@ def prepare(
 ) -> Encoded:
   """Renders rows and turns them into ids; see `render` and `encode`.
 
+  In a chat, responses end in the token by which the template ends a turn.
+
   What either left out is in the result's `skipped`.
   """
   rows, refused = render(rows, tokenizer, prompt_format)
-  encoded = encode(tokenizer, rows, **limits)
+  end_id = tokens.turn_end(tokenizer) if prompt_format == "chat" else None
+  encoded = encode(tokenizer, rows, end_id=end_id, **limits)
   return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
 
 
