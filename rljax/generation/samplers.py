@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from rljax.distributed import compiled, meshes, processes
 from rljax.generation import decode, grammars, rollouts
@@ -30,6 +31,9 @@ def read(
 ) -> list[str]:
   """The responses of a rollout as texts, without the strings that ended them.
 
+  Responses with a probability that is no number, which a policy with NaN in its
+  parameters gives, are counted in a warning.
+
   Args:
     tokenizer: Hugging Face tokenizer.
     rollout: N rows.
@@ -38,10 +42,18 @@ def read(
   Returns:
     N texts.
   """
-  texts = tokens.decode(
-    tokenizer,
-    *processes.gather((rollout.response_ids, rollout.response_mask)),
+  ids, mask, log_probs = processes.gather(
+    (rollout.response_ids, rollout.response_mask, rollout.log_probs)
   )
+  num_nan = int((np.isnan(log_probs) & mask).any(axis=1).sum())
+  if num_nan:
+    logging.warning(
+      "%d of %d responses were drawn from logits that are not finite: check "
+      "the parameters of the policy.",
+      num_nan,
+      len(mask),
+    )
+  texts = tokens.decode(tokenizer, ids, mask)
   for stop in stop_strings:
     texts = [text.split(stop)[0] for text in texts]
   return texts

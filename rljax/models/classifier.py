@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from rljax.models import heads, language_models
+from rljax.models import fields, heads, language_models
 
 Array = jax.Array
 
@@ -103,13 +103,13 @@ class CausalClassifierConfig:
     Returns:
       JSON-serialisable fields.
     """
-    fields = self.backbone.to_hf()
-    model_type, name = fields["model_type"], fields["architectures"][0]
+    config = self.backbone.to_hf()
+    model_type, name = config["model_type"], config["architectures"][0]
     if model_type not in MODEL_TYPES:
       raise ValueError(f"transformers has no classifier of a {model_type}.")
     usual = name.replace("ForCausalLM", "ForSequenceClassification")
-    fields["architectures"] = [_ARCHITECTURES.get(model_type, usual)]
-    return {**fields, **labels_to_hf(self.labels, self.problem_type)}
+    config["architectures"] = [_ARCHITECTURES.get(model_type, usual)]
+    return {**config, **labels_to_hf(self.labels, self.problem_type)}
 
 
 def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -122,11 +122,21 @@ def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
   if not names:
     # What transformers leaves out of the file is its default: two labels.
     return default_labels(config.get("num_labels", 2))
-  by_id = {int(id_): str(name) for id_, name in names.items()}
-  if sorted(by_id) != list(range(len(by_id))):
+  if not isinstance(names, Mapping):
+    raise ValueError(
+      f'config field "id2label" must be a JSON object, got '
+      f"{fields.shown(names)}."
+    )
+  ids = [str(id_) for id_ in names]
+  by_id = {
+    int(id_): str(name)
+    for id_, name in zip(ids, names.values(), strict=True)
+    if id_.isdecimal() and len(id_) < 10
+  }
+  if len(by_id) < len(ids) or sorted(by_id) != list(range(len(by_id))):
     raise ValueError(
       'config field "id2label" must number the labels 0, 1, 2, ..., got '
-      f"{', '.join(str(id_) for id_ in names)}."
+      f"{', '.join(ids[:20])}."
     )
   return tuple(by_id[id_] for id_ in range(len(by_id)))
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, classifier, norms
+from rljax.models import attention, classifier, fields, norms
 
 Array = jax.Array
 
@@ -74,7 +74,7 @@ class EncoderConfig:
     labels: names of the labels, in the order of the logits.
     problem_type: kept for `to_hf`; what transformers trains it for.
     bos_token_id: kept for `to_hf`.
-    eos_token_id: kept for `to_hf`.
+    eos_token_id: kept for `to_hf`; an int, or a tuple of them.
     pad_token_id: kept for `to_hf`. In RoBERTa's table of positions, the first
       `pad_token_id + 1` rows stay unused.
     dtype: of activations. Norms, softmax and the head are float32 regardless.
@@ -97,7 +97,7 @@ class EncoderConfig:
   embedding_size: int | None = None
   problem_type: str | None = None
   bos_token_id: int | None = None
-  eos_token_id: int | None = None
+  eos_token_id: int | tuple[int, ...] | None = None
   pad_token_id: int | None = 0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -161,6 +161,7 @@ class EncoderConfig:
       ValueError: if a field is missing or asks for what is not implemented;
         the message names the field.
     """
+    config = fields.checked(config)
     model_type = config.get("model_type")
     if model_type not in _ARCHITECTURES:
       raise ValueError(
@@ -177,11 +178,6 @@ class EncoderConfig:
         raise ValueError(
           f'config field "{name}" must be {value!r}, got {config[name]!r}.'
         )
-    if config.get("quantization_config"):
-      raise ValueError(
-        'config field "quantization_config": quantised weights are not '
-        "supported."
-      )
 
     def required(name):
       if config.get(name) is None:
@@ -201,6 +197,9 @@ class EncoderConfig:
     if is_roberta and pad_token_id is None:
       raise ValueError('config field "pad_token_id" is missing.')
     rows = required("max_position_embeddings")
+    ends = config.get("eos_token_id")
+    if isinstance(ends, list):
+      ends = tuple(ends)
     return cls(
       vocab_size=required("vocab_size"),
       hidden_size=required(names["hidden_size"]),
@@ -222,7 +221,7 @@ class EncoderConfig:
       labels=classifier.labels_from_hf(config),
       problem_type=config.get("problem_type"),
       bos_token_id=config.get("bos_token_id"),
-      eos_token_id=config.get("eos_token_id"),
+      eos_token_id=ends,
       pad_token_id=pad_token_id,
     )
 
@@ -230,7 +229,7 @@ class EncoderConfig:
     """Returns the content of a config.json that describes this model.
 
     Returns:
-      JSON-serialisable fields.
+      JSON-serialisable config.
 
     Raises:
       ValueError: if there is no field for a setting.
@@ -242,7 +241,7 @@ class EncoderConfig:
         f"no field for it, got {self.layer_norm_eps}."
       )
     names = _FIELDS["distilbert" if is_distilbert else "bert"]
-    fields = {
+    config = {
       "architectures": [_ARCHITECTURES[self.model_type]],
       "model_type": self.model_type,
       "vocab_size": self.vocab_size,
@@ -251,7 +250,9 @@ class EncoderConfig:
       "initializer_range": self.initializer_range,
       **classifier.labels_to_hf(self.labels, self.problem_type),
       "bos_token_id": self.bos_token_id,
-      "eos_token_id": self.eos_token_id,
+      "eos_token_id": list(self.eos_token_id)
+      if isinstance(self.eos_token_id, tuple)
+      else self.eos_token_id,
       "pad_token_id": self.pad_token_id,
       "dtype": jnp.dtype(self.param_dtype).name,
     }
@@ -259,12 +260,12 @@ class EncoderConfig:
       dropouts = ("dropout", "attention_dropout", "seq_classif_dropout")
     else:
       dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-      fields["type_vocab_size"] = self.type_vocab_size
-      fields["layer_norm_eps"] = self.layer_norm_eps
-      fields["position_embedding_type"] = "absolute"
+      config["type_vocab_size"] = self.type_vocab_size
+      config["layer_norm_eps"] = self.layer_norm_eps
+      config["position_embedding_type"] = "absolute"
     if self.model_type == "electra":
-      fields["embedding_size"] = self.embedding_size
-    return {**fields, **dict.fromkeys(dropouts, 0.0)}
+      config["embedding_size"] = self.embedding_size
+    return {**config, **dict.fromkeys(dropouts, 0.0)}
 
 
 # Our name of a setting -> the field of config.json.

@@ -3,18 +3,29 @@
 import contextlib
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax import linen as nn
 
 from rljax.models import configs, families, tokenizers, weights
+from rljax.storage import folders
 
 Params = weights.Params
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OWN_WEIGHTS = re.compile(
+  r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
+_TOKENIZER_FILES = frozenset(
+  (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+  )
+)
 
 
 def by_name(params: Params, model: nn.Module) -> dict[str, tuple[Any, bool]]:
@@ -98,40 +109,43 @@ def write_config(
   configs.write_json(stage / "generation_config.json", generation)
 
 
-def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, int]:
-  """Returns the tokenizer's special ids, unless the config says more."""
+def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+  """Returns the tokenizer's special ids, and all end tokens of the model."""
   ids = {role: getattr(tokenizer, role) for role in _SPECIAL}
-  ends = config.get("eos_token_id")
-  if isinstance(ends, list) and ids["eos_token_id"] in ends:
-    del ids["eos_token_id"]  # Chat models end a turn in several ways.
+  if ids["eos_token_id"] is not None:
+    ids["eos_token_id"] = _all_ends(config, ids["eos_token_id"])
   if config["model_type"] == "roberta":
     del ids["pad_token_id"]  # Its positions are counted from the model's own.
   return {role: id_ for role, id_ in ids.items() if id_ is not None}
 
 
-@contextlib.contextmanager
-def staged(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a folder to write to; its files then move to `directory` at once."""
-  directory = pathlib.Path(directory).expanduser().absolute()
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  stage = pathlib.Path(
-    tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent)
-  )
-  try:
-    yield stage
-    directory.mkdir(exist_ok=True)
-    files = sorted(stage.iterdir(), key=lambda p: p.name == "config.json")
-    if any(p.suffix == ".safetensors" for p in files):
-      (directory / "config.json").unlink(missing_ok=True)
-      for old in directory.iterdir():
-        if old.name in (
-          weights.WEIGHTS,
-          weights.INDEX,
-        ) or weights.SHARD.fullmatch(old.name):
-          old.unlink()
-    for path in files:
-      # safetensors makes its files private; give them the mode of any other.
-      shutil.copymode(stage / "config.json", path)
-      os.replace(path, directory / path.name)
-  finally:
-    shutil.rmtree(stage, ignore_errors=True)
+def _all_ends(config: Mapping[str, Any], own: int) -> int | list[int]:
+  """Returns the end tokens of a config, then that of the tokenizer."""
+  ends = config.get("eos_token_id")
+  several = ends if isinstance(ends, list) else [ends]
+  found = list(dict.fromkeys(i for i in [*several, own] if i is not None))
+  return found if isinstance(ends, list) or len(found) > 1 else own
+
+
+def staged(
+  directory: str | os.PathLike, *, weights: bool
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+  """Returns a context whose files replace those of an earlier export at once.
+
+  Whatever happens, `folders.current` finds all of the old or all of the new
+  files. Those of the old export that have no counterpart go, too: a chat
+  template, a tokenizer, shards. What is no part of an export, such as a
+  README.md, stays.
+
+  Args:
+    directory: of the export.
+    weights: whether weights are written; else those of the folder stay.
+  """
+  stale = _TOKENIZER_FILES | {"config.json", "generation_config.json"}
+
+  def is_stale(name: str) -> bool:
+    if name in stale:
+      return True
+    return weights and bool(_OWN_WEIGHTS.fullmatch(name))
+
+  return folders.replaced(directory, is_stale, last="config.json")

@@ -69,6 +69,7 @@ class GemmaConfig(decoder.DecoderConfig):
     model_type = config.get("model_type")
     defaults = _DEFAULTS | _SOFTCAPS.get(model_type, {})
     read = config_fields.Reader(config, tuple(_ARCHITECTURES), defaults)
+    config = read.config
     read.only(use_bidirectional_attention=(None, False))
     settings = {
       **read.shared(),

@@ -46,6 +46,7 @@ class GPTNeoXConfig(decoder.DecoderConfig):
   def from_hf(cls, config: Mapping[str, Any]) -> "GPTNeoXConfig":
     """Reads the content of a config.json; see `decoder.DecoderConfig`."""
     read = config_fields.Reader(config, ("gpt_neox",), _DEFAULTS)
+    config = read.config
     # These are the family's names of "rope_theta" and "partial_rotary_factor",
     # which it does not look for beside "rope_parameters".
     rope = {

@@ -201,18 +201,18 @@ def load_config(
 ) -> Any:
   """Reads the config of the model that a name leads to, but no weights."""
   settings = configs.settings(dtype, param_dtype, remat)
-  kind, path = sources.find(name, weights=False)
+  kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     config = gguf.config(gguf.open_reader(path))
   else:
     path = sources.model_folder(kind, path)
-    config = configs.read_json(path / "config.json")
+    config = configs.read_config(path)
   return configs.build(config, path, settings).config
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """Reads the tokenizer of the model that a name leads to, but no weights."""
-  kind, path = sources.find(name, weights=False)
+  kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
   return tokenizers.read(sources.model_folder(kind, path))
@@ -266,9 +266,9 @@ def save(
 ) -> None:
   """Writes a language model as a Hugging Face directory.
 
-  It is written beside `directory` first and moved file by file, config.json
-  last: until a write is complete, the directory does not load. Weights that an
-  earlier save left there are removed, other files are kept.
+  It is written aside first. Whatever happens at any moment, `directory` loads
+  as it was before, or as it is afterwards. No file of an earlier save is left
+  there; files of others are kept.
 
   Args:
     directory: created if need be.
@@ -322,7 +322,7 @@ def _save(directory, model, params, tokenizer, dtype, max_shard_bytes) -> None:
     tokenizers.check_vocabulary(tokenizer, model, directory)
   arrays = export.by_name(params, model)
 
-  with export.staged(directory) as stage:
+  with export.staged(directory, weights=True) as stage:
     shards = export.shards(arrays, dtype, max_shard_bytes)
     stored = export.write_weights(stage, arrays, shards, dtype)
     export.write_config(stage, model, tokenizer, stored)
@@ -339,7 +339,7 @@ def save_config(
     tokenizers.check_vocabulary(tokenizer, model, directory)
   if jax.process_index():
     return
-  with export.staged(directory) as stage:
+  with export.staged(directory, weights=False) as stage:
     stored = np.dtype(model.config.param_dtype).name
     export.write_config(stage, model, tokenizer, stored)
 
@@ -367,7 +367,7 @@ def _load(
   Returns:
     Model, parameters, tokenizer, source and directory.
   """
-  kind, path = sources.find(name, weights=True)
+  kind, path = sources.find(name, with_weights=True)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "GGUF file":
@@ -379,7 +379,7 @@ def _load(
     text = gguf.tokenizer(reader) if tokenizer else None
   else:
     folder = sources.model_folder(kind, path)
-    config = configs.read_json(folder / "config.json")
+    config = configs.read_config(folder)
     configs.check_kind(config, folder, entry)
     model = configs.build(config, folder, settings)
     text = tokenizers.read(folder) if tokenizer else None

@@ -75,6 +75,7 @@ class MixtralConfig(decoder.DecoderConfig):
     model_type = config.get("model_type")
     defaults = _COMMON | _DEFAULTS.get(model_type, {})
     read = config_fields.Reader(config, tuple(_ARCHITECTURES), defaults)
+    config = read.config
     is_mixtral = model_type == "mixtral"
     # Qwen3-MoE's number of experts has had both names.
     number = "num_local_experts"

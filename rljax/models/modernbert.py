@@ -75,6 +75,7 @@ class ModernBertConfig(decoder.DecoderConfig):
   def from_hf(cls, config: Mapping[str, Any]) -> "ModernBertConfig":
     """Reads the content of a config.json; see `decoder.DecoderConfig`."""
     read = config_fields.Reader(config, ("modernbert",), _DEFAULTS)
+    config = read.config
     read.only(classifier_pooling=("cls", "mean"))
     every = config.get("global_attn_every_n_layers", 3)
     kinds = read.layer_types(

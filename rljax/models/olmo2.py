@@ -35,6 +35,7 @@ class Olmo2Config(decoder.DecoderConfig):
   def from_hf(cls, config: Mapping[str, Any]) -> "Olmo2Config":
     """Reads the content of a config.json; see `decoder.DecoderConfig`."""
     read = config_fields.Reader(config, ("olmo2",), _DEFAULTS)
+    config = read.config
     return cls(
       **read.shared(),
       num_kv_heads=read["num_key_value_heads"],

@@ -44,6 +44,7 @@ class Phi3Config(decoder.DecoderConfig):
   def from_hf(cls, config: Mapping[str, Any]) -> "Phi3Config":
     """Reads the content of a config.json; see `decoder.DecoderConfig`."""
     read = config_fields.Reader(config, ("phi3",), _DEFAULTS)
+    config = read.config
     rope = _rope(read)
     shared = read.shared()
     if rope.rope_type == "longrope":

@@ -34,6 +34,7 @@ class SmolLM3Config(decoder.DecoderConfig):
   def from_hf(cls, config: Mapping[str, Any]) -> "SmolLM3Config":
     """Reads the content of a config.json; see `decoder.DecoderConfig`."""
     read = config_fields.Reader(config, ("smollm3",), _DEFAULTS)
+    config = read.config
     read.only(hidden_act=("silu", "swish"))
     num_layers, every = (
       read["num_hidden_layers"],

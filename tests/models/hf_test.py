@@ -301,9 +301,10 @@ class SaveAndLoadTest(FolderTestCase):
     self.assertEqual(os.listdir(self.folder), ["exported"])
     _assert_same_bits(hf.load(self.path, tokenizer=False).params, params)
 
-  def test_interrupted_overwrite_does_not_load(self):
+  def test_interrupted_overwrite_loads_as_before_or_afterwards(self):
     model, params = _tiny(self.path)
-    hf.save(self.path, model, params, max_shard_bytes=6_000)
+    (self.path / "README.md").write_text("mine")  # It is not swapped, then.
+    hf.save(self.path, model, params, _tokenizer(), max_shard_bytes=6_000)
     replace, moved = os.replace, []
 
     def killed(source, target):
@@ -317,10 +318,36 @@ class SaveAndLoadTest(FolderTestCase):
       mock.patch.object(os, "replace", killed),
       self.assertRaises(KeyboardInterrupt),
     ):
-      hf.save(self.path, model, changed, max_shard_bytes=6_000)
+      hf.save(self.path, model, changed)
+    self.assertLen(moved, 2)
+    # transformers must not read a mix of both.
     self.assertNotIn("config.json", moved)
-    with self.assertRaisesRegex(ValueError, "has no config.json"):
-      hf.load(self.path)
+    self.assertFalse((self.path / "config.json").exists())
+    _assert_same_bits(hf.load(self.path, tokenizer=False).params, changed)
+    hf.save(self.path, model, params)
+    self.assertEqual(
+      sorted(os.listdir(self.path)),
+      [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+      ],
+    )
+
+  def test_no_file_of_an_earlier_export_survives(self):
+    model, params = _tiny(self.path)
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    hf.save(self.path, model, params, tokenizer, max_shard_bytes=6_000)
+    self.assertTrue((self.path / "chat_template.jinja").exists())
+    tokenizer.chat_template = None
+    hf.save(self.path, model, params, tokenizer)
+    self.assertFalse((self.path / "chat_template.jinja").exists())
+    self.assertIsNone(hf.load_tokenizer(self.path).chat_template)
+    # A workdir's config may be written again beside weights.
+    hf.save_config(self.path, model, _tokenizer())
+    _assert_same_bits(hf.load(self.path).params, params)
 
   @parameterized.parameters(
     (
@@ -493,9 +520,21 @@ class NameTest(FolderTestCase):
       huggingface_hub, "snapshot_download", return_value=str(self.path)
     ) as download:
       loaded = hf.load("org/name")
-      self.assertIn("*.safetensors", download.call_args[1]["allow_patterns"])
+      # consolidated.safetensors, a second copy of the same, is not fetched.
+      files = [call[1]["allow_patterns"] for call in download.call_args_list]
+      self.assertEqual(files[1:], [("model.safetensors",)])
+      self.assertIn("config.json", files[0])
+      self.assertIn("model.safetensors.index.json", files[0])
+      self.assertNotIn("*.safetensors", files[0])
       self.assertEqual(hf.load_config("org/name"), loaded.model.config)
-      self.assertNotIn("*.safetensors", download.call_args[1]["allow_patterns"])
+      self.assertEqual(download.call_args[1]["allow_patterns"], files[0])
+      self.assertIsNone(download.call_args[1]["revision"])
+      hf.save(self.path, model, params, _tokenizer(), max_shard_bytes=9_000)
+      hf.load("org/name@v1.0")
+      names = sorted(p.name for p in self.path.glob("*.safetensors"))
+      self.assertEqual(list(download.call_args[1]["allow_patterns"]), names)
+      self.assertEqual(download.call_args[0], ("org/name",))
+      self.assertEqual(download.call_args[1]["revision"], "v1.0")
     _assert_same_bits(loaded.params, params)
     self.assertEqual(loaded.source, "org/name")
     self.assertEqual(loaded.directory, str(self.path))
@@ -543,7 +582,7 @@ class TokenizerTest(FolderTestCase):
     generation = self.path / "generation_config.json"
     self.assertEqual(json.loads(generation.read_text()), ids)
 
-  @parameterized.parameters(([1, 7], [1, 7]), ([7, 8], 1), (7, 1))
+  @parameterized.parameters(([1, 7], [1, 7]), ([7, 8], [7, 8, 1]), (7, [7, 1]))
   def test_several_end_tokens_are_kept(self, configured, written):
     _write_config(self.path, eos_token_id=configured)
     model = _module(hf.load_config(self.path))
