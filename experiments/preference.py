@@ -94,7 +94,7 @@ flags.DEFINE_bool(
   "reference_free", False, "Whether dpo takes the reference for uniform."
 )
 flags.DEFINE_bool(
-  "ipo_per_token", False, "Whether ipo takes means over tokens, not sums."
+  "ipo_per_token", True, "Whether ipo takes means over tokens, not sums."
 )
 flags.DEFINE_float(
   "kto_threshold",

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rljax.models import classifier, families, fields
+from rljax.models import classifier, families, fields, language_models
 from rljax.storage import folders
 
 # How transformers names the architectures that `load_classifier` reads.
@@ -78,7 +78,12 @@ def build(
     raise ValueError(f"{path}: {error}") from error
   if isinstance(sizes, classifier.CausalClassifierConfig):
     settings = {"backbone": dataclasses.replace(sizes.backbone, **settings)}
-  return family.model(dataclasses.replace(sizes, **settings))
+  sizes = dataclasses.replace(sizes, **settings)
+  if (
+    model_type in language_models.CONFIGS and known is not families.CLASSIFIERS
+  ):
+    return language_models.module(sizes)
+  return family.model(sizes)
 
 
 def check_dtype(name: str, dtype: str) -> None:

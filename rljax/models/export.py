@@ -32,9 +32,7 @@ def by_name(params: Params, model: nn.Module) -> dict[str, tuple[Any, bool]]:
   """Maps Hugging Face names to (array as in params, whether to transpose)."""
   slots = weights.slots_of(model)
   flat = weights.flat_checked(params, slots, "params")
-  return {
-    name: (flat[slot.path], slot.transpose) for name, slot in slots.items()
-  }
+  return {name: (slot.of(flat), slot.transpose) for name, slot in slots.items()}
 
 
 def shards(

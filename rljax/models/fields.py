@@ -27,6 +27,10 @@ _SIZES = (
   *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
   *("num_key_value_heads", "head_dim", "n_embd", "n_head", "n_inner"),
   *("dim", "hidden_dim", "n_heads", "type_vocab_size"),
+  *("ffn_dim", "embedding_size", "query_pre_attn_scalar", "local_attention"),
+  *("moe_intermediate_size", "num_experts", "num_local_experts"),
+  *("num_experts_per_tok", "decoder_sparse_step", "no_rope_layer_interval"),
+  *("sliding_window_pattern", "global_attn_every_n_layers"),
 )
 # Whole numbers that may be 0.
 _COUNTS = ("max_window_layers",)
@@ -34,13 +38,27 @@ _TRUTHS = (
   *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
   *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
   *("reorder_and_upcast_attn", "add_cross_attention", "is_decoder"),
-  *("is_encoder_decoder", "sinusoidal_pos_embds"),
+  *("is_encoder_decoder", "sinusoidal_pos_embds", "use_parallel_residual"),
+  *("norm_topk_prob", "do_layer_norm_before", "enable_bias", "norm_bias"),
+  *("layer_norm_elementwise_affine", "classifier_bias"),
 )
 _SCALES = (
-  *("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
-  "initializer_range",
+  *("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps"),
+  *("initializer_range", "init_std", "router_aux_loss_coef"),
+  *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
 )
-_NAMES = ("hidden_act", "activation_function", "activation", "problem_type")
+# What divides, and so must not be 0.
+_DIVISORS = (
+  *("logits_scaling", "attn_logit_softcapping", "final_logit_softcapping"),
+  *("rotary_emb_base", "rotary_pct", "rope_local_base_freq"),
+  *("global_rope_theta", "local_rope_theta"),
+)
+# Whole numbers, one for each of some layers.
+_LISTS = ("no_rope_layers", "mlp_only_layers")
+_NAMES = (
+  *("hidden_act", "activation_function", "activation", "problem_type"),
+  *("hidden_activation", "classifier_activation", "classifier_pooling"),
+)
 _DICTS = ("rope_parameters", "rope_scaling")
 _IDS = ("bos_token_id", "pad_token_id")
 # Refused for every model, wherever they stand, unless null, false or empty.
@@ -118,6 +136,8 @@ _MAY_BE_NULL = (
   *("num_key_value_heads", "head_dim", "n_inner", "sliding_window"),
   *("problem_type", "rope_parameters", "rope_scaling", "layer_types"),
   *("original_max_position_embeddings", "id2label", "num_labels"),
+  *("attn_logit_softcapping", "final_logit_softcapping"),
+  *("no_rope_layers", "mlp_only_layers"),
 )
 
 
@@ -212,6 +232,19 @@ def _text(name, value):
   return value
 
 
+def _positive(name, value):
+  return number(name, value, above=0)
+
+
+def _whole_numbers(name, value):
+  is_list = isinstance(value, list | tuple)
+  if not is_list or not all(
+    isinstance(one, int) and 0 <= one <= _MOST_LAYERS for one in value
+  ):
+    _refuse(name, "must be a list of whole numbers", value)
+  return list(value)
+
+
 def _object(name, value):
   if not isinstance(value, Mapping):
     _refuse(name, "must be a JSON object", value)
@@ -229,6 +262,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
   **dict.fromkeys(_COUNTS, _bounded(0, _MOST)),
   **dict.fromkeys(_TRUTHS, _truth),
   **dict.fromkeys(_SCALES, number),
+  **dict.fromkeys(_DIVISORS, _positive),
+  **dict.fromkeys(_LISTS, _whole_numbers),
   **dict.fromkeys(_NAMES, _text),
   **dict.fromkeys(_DICTS, _object),
   "num_labels": _bounded(1, _MOST_LABELS),

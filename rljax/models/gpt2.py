@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, fields
+from rljax.models import attention, fields, norms
 
 Array = jax.Array
 Cache = attention.Cache
@@ -217,29 +217,6 @@ def parameter_names(
   return names
 
 
-class LayerNorm(nn.Module):
-  """Computes (x - mean(x)) / √(var(x) + ε) * scale + bias, in float32."""
-
-  epsilon: float
-  param_dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    shape = (x.shape[-1],)
-    scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-    y = x.astype(jnp.float32)
-    y -= jnp.mean(y, axis=-1, keepdims=True)
-    y *= jax.lax.rsqrt(
-      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
-    )
-    scale, bias = (
-      jnp.expand_dims(p.astype(jnp.float32), range(x.ndim - 1))
-      for p in (scale, bias)
-    )
-    return (y * scale + bias).astype(x.dtype)
-
-
 class Attention(nn.Module):
   """Attends over whole rows, or from one token at a time over a cache."""
 
@@ -289,9 +266,9 @@ class Block(nn.Module):
 
   def setup(self):
     c = self.config
-    self.ln_1 = LayerNorm(c.layer_norm_eps, c.param_dtype)
+    self.ln_1 = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
     self.attn = Attention(c)
-    self.ln_2 = LayerNorm(c.layer_norm_eps, c.param_dtype)
+    self.ln_2 = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
     self.mlp = FeedForward(c)
 
   def __call__(self, x, mask):
@@ -316,7 +293,7 @@ class GPT2(nn.Module):
     self.wpe = _embedding(c, c.max_positions)
     block = nn.remat(Block) if c.remat else Block
     self.layers = [block(c) for _ in range(c.num_layers)]
-    self.ln_f = LayerNorm(c.layer_norm_eps, c.param_dtype)
+    self.ln_f = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
 
   def _embed(self, ids, positions):
     return (self.wte(ids) + self.wpe(positions)).astype(self.config.dtype)

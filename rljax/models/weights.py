@@ -25,10 +25,10 @@ _DTYPES = {
 }
 _STORED_DTYPES = tuple(_DTYPES.values())
 # Tables that checkpoints carry and models compute: rotary frequencies, the
-# causal masks of GPT-2, the positions of BERT. Also the pooler of a RoBERTa,
-# which its classifiers do not use.
+# causal masks of GPT-2 and GPT-NeoX, the positions of BERT. Also the pooler of
+# a RoBERTa, which its classifiers do not use.
 _BUFFERS = re.compile(
-  r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias"
+  r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias"
   r"|embeddings\.(position|token_type)_ids)|roberta\.pooler\.dense\.\w+"
 )
 # What programs put in front of the names of tensors.
@@ -38,21 +38,41 @@ _WRAPPERS = {
   "base_model.model.": "an adapter of peft that was not merged",
   "_fsdp_wrapped_module.": "torch's FSDP",
 }
-_PREFIXES = ("model.", "transformer.")
+_PREFIXES = ("model.", "transformer.", "gpt_neox.")
 # Names of a norm's scale and bias in old files of BERT.
 _OLD_NAMES = {
   "LayerNorm.gamma": "LayerNorm.weight",
   "LayerNorm.beta": "LayerNorm.bias",
 }
-_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
+# Where a model keeps what a tied output layer must equal.
+_EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|embed_in)\.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")  # Two names of one tensor.
 _FILE = re.compile(r"[\w.-]+\.safetensors")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class _Slot(NamedTuple):
+  """Holds the place of a tensor.
+
+  Attributes:
+    path: of the parameter.
+    transpose: whether it is stored the other way round.
+    shape: of the tensor in the file.
+    part: which part of the parameter the tensor is, along its first axis;
+      None: the whole.
+    whole: the shape of the parameter.
+  """
+
   path: tuple[str, ...]
   transpose: bool
   shape: tuple[int, ...]
+  part: int | None
+  whole: tuple[int, ...]
+
+  def of(self, flat: Mapping[tuple[str, ...], Any]) -> Any:
+    """Returns what the tensor holds, from parameters by path."""
+    found = flat[self.path]
+    return found if self.part is None else found[self.part]
 
 
 def slots_of(model: nn.Module) -> dict[str, _Slot]:
@@ -69,10 +89,16 @@ def slots_of(model: nn.Module) -> dict[str, _Slot]:
     ).items()
   }
   names = families.of(model).parameter_names(model.config)
-  return {
-    name: _Slot(path, flip, shapes[path][::-1] if flip else shapes[path])
-    for name, (path, flip) in names.items()
-  }
+  slots = {}
+  for name, (path, flip) in names.items():
+    part = None
+    if isinstance(path[-1], int):
+      *path, part = path
+    whole = shapes[tuple(path)]
+    shape = whole if part is None else whole[1:]
+    shape = shape[::-1] if flip else shape
+    slots[name] = _Slot(tuple(path), flip, shape, part, whole)
+  return slots
 
 
 def _assemble(
@@ -92,10 +118,12 @@ def _assemble(
     for old, new in _OLD_NAMES.items():
       new_name = new_name.replace(old, new)
     names = [new_name, *(prefix + new_name for prefix in _PREFIXES)]
+    if new_name in _HEADS:
+      names += _HEADS
     known = next((n for n in names if n in slots), None)
     if known is not None:
       stored[known] = name
-    elif name == "lm_head.weight" and not families.is_classifier(model):
+    elif name in _HEADS and not families.is_classifier(model):
       tied_head = name
     elif not _BUFFERS.fullmatch(name):
       unexpected.append(name)
@@ -111,10 +139,10 @@ def _assemble(
   _check_tensors([], [], wrong, path)
 
   if tied_head is not None:
-    embedding = next(name for name in _EMBEDDINGS if name in slots)
+    embedding = next(filter(_EMBEDDINGS.fullmatch, slots))
     if not np.array_equal(read(tied_head), read(stored[embedding])):
       raise ValueError(
-        f"{path} has an lm_head.weight of its own, but its config.json ties it "
+        f"{path} has an {tied_head} of its own, but its config.json ties it "
         'to the embedding; set "tie_word_embeddings": false.'
       )
 
@@ -128,7 +156,13 @@ def _assemble(
         f"{', '.join(_STORED_DTYPES)} is needed."
       )
     array = array.astype(dtype, copy=False)
-    params[slot.path] = array.T if slot.transpose else array
+    array = array.T if slot.transpose else array
+    if slot.part is None:
+      params[slot.path] = array
+    else:
+      if slot.path not in params:
+        params[slot.path] = np.empty(slot.whole, dtype)
+      params[slot.path][slot.part] = array
   return traverse_util.unflatten_dict(params)
 
 
@@ -353,9 +387,8 @@ def flat_checked(
   paths = {slot.path: slot for slot in slots.values()}
   wrong = {}
   for path, slot in paths.items():
-    expected = slot.shape[::-1] if slot.transpose else slot.shape
-    if path in flat and tuple(flat[path].shape) != expected:
-      wrong["/".join(path)] = (flat[path].shape, expected)
+    if path in flat and tuple(flat[path].shape) != slot.whole:
+      wrong["/".join(path)] = (flat[path].shape, slot.whole)
   _check_tensors(
     ["/".join(path) for path in paths if path not in flat],
     ["/".join(path) for path in flat if path not in paths],

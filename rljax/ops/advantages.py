@@ -194,6 +194,13 @@ def leave_one_out(group_scores: Array) -> Array:
     Kool et al. (2019), "Buy 4 REINFORCE Samples, Get a Baseline for Free!";
     Ahmadian et al. (2024), "Back to Basics: Revisiting REINFORCE-Style
     Optimization for Learning from Human Feedback in LLMs".
+
+  Departures from TRL (1.16, `RLOOTrainer`):
+    None in the advantages, unless it is told to divide them by the batch's
+    deviation. Its loss clips the ratio of the whole response, one action, where
+    `--algorithm=rloo` of grpo.py clips that of each token and divides by a
+    constant; both have the same gradient at the first update of a rollout, up
+    to that constant. Its KL penalty is the sum of k1 over the tokens, as here.
   """
   centred = _centred_groups(group_scores)
   size = centred.shape[1]
