@@ -39,7 +39,7 @@ from rljax.evaluation import arms, curves, metrics, reasoning, replies, tables
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.scoring import drawn, likelihood
-from rljax.text import files, keywords, logged, prompts
+from rljax.text import encoding, files, keywords, logged, prompts
 from rljax.training import runs
 
 METRICS = ("answers", "text", "perplexity", "log", "reasoning")
@@ -119,8 +119,9 @@ def main():
   read = logged.load_or_draw if "log" in measured else logged.load_or_ask
   options = keywords.parse(FLAGS.task_options) | {"num": FLAGS.num_prompts}
   task = cli.load_task(FLAGS)
-  rows, _ = read(FLAGS.data, task, FLAGS.split, FLAGS.seed, options)
-  rows = logged.first_replies(rows[: FLAGS.num_prompts])
+  loaded = read(FLAGS.data, task, FLAGS.split, FLAGS.seed, options)
+  run.has_read(loaded)
+  rows = logged.first_replies(loaded.rows[: FLAGS.num_prompts])
   for name in arms.models(seeds):  # Before hours go into the first of them.
     hf.load_config(name)
   if measured == ["reasoning"]:
@@ -236,7 +237,9 @@ def compare_reasoning(run, seeds, rows, score):
 def ask(run, seed, rows):
   """A policy on the mesh, what it is asked as ids, and as scored prompts."""
   policy = run.place_model(hf.load(seed.model, **cli.model_options(FLAGS)))
-  encoded = logged.prepare(policy.tokenizer, rows, **cli.length_options(FLAGS))
+  encoded = encoding.prepare(
+    policy.tokenizer, rows, **cli.length_options(FLAGS)
+  )
   templated = bool(FLAGS.reward_model)
   return policy, encoded, prompts.of_rows(rows, encoded, templated=templated)
 
@@ -269,7 +272,7 @@ def reply(run, seed, rows, measured):
       *(likelihood.of_replies(model, encoded, **sizes) for model in models),
       clip_epsilon=FLAGS.clip_epsilon,
     )
-  texts, given = answer(policy.params), logged.as_given(rows, encoded)
+  texts, given = answer(policy.params), encoding.as_given(rows, encoded)
   if "perplexity" in measured:
     candidates = [[text] if text else [] for text in texts]
     likely |= replies.perplexity(
@@ -283,7 +286,7 @@ def reply(run, seed, rows, measured):
 def draw(run, seed, rows, score):
   """Rows, prompts, and files of greedy responses and samples, drawn once."""
   policy, encoded, asked = ask(run, seed, rows)
-  given = logged.as_given(rows, encoded)
+  given = encoding.as_given(rows, encoded)
   run.file_flags()
   paths, sampled = [], cli.sampler_settings(FLAGS, greedy=False)
   greedy = sampled._replace(greedy=True, num_samples=1)

@@ -108,6 +108,7 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
   "max_per_prompt", 0, "Solutions of a prompt that are kept; 0: no limit.", 0
 )
+cli.may_grow("rounds", kind="parts")
 FLAGS = flags.FLAGS
 
 COLUMNS = ("samples/is_correct", "data/new", "data/size", "eval/is_correct")

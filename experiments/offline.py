@@ -273,7 +273,7 @@ def main():
       f"{draws.num_rows} of {log.present.sum()} replies can be drawn; "
       f"{run.total_steps} steps."
     )
-    run.skipped([*log.skipped, *dev.skipped])
+    run.has_read(log, dev)
     for step in run.steps(freeze=[update, answer, weigh]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % eval_every == 0 else {}

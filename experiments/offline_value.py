@@ -115,7 +115,7 @@ def main():
   run.file_flags()
   with contextlib.ExitStack() as stack:
     run.open_log(stack, COLUMNS)
-    run.skipped([*log.skipped, *asked.skipped])
+    run.has_read(log, asked)
     rewards, num_scored = cached.score(log, score, again=FLAGS.rescore)
     logged.check_rewards(rewards, FLAGS.max_value)
     if num_scored:

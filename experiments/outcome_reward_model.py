@@ -45,14 +45,7 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import hf
-from rljax.text import (
-  batches,
-  keywords,
-  logged,
-  rankings,
-  solutions,
-  tokens,
-)
+from rljax.text import batches, encoding, keywords, rankings, solutions, tokens
 from rljax.training import frozen, microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -167,7 +160,7 @@ def main():
       f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
       f"{unit}."
     )
-  lengths = np.max([logged.lengths(part) for part in (train, held_out)], 0)
+  lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
   if is_bce:
     batch_of = functools.partial(solutions.batch, lengths=lengths)
@@ -265,7 +258,7 @@ def main():
     f"{unit}_per_second",
   )
   with run.training(model, tokenizer, {"policy": base.params}, columns):
-    run.skipped(data.skipped)
+    run.has_read(data)
     for name, count in data.counts.items():
       run.note(f"{name}: {count}.")
     for step in run.steps(freeze=[update, score_rows]):
@@ -320,7 +313,7 @@ def check_flags():
 
 
 def read_data(tokenizer):
-  """Rows to learn from and held-out ones, as ids; see `logged.Split`."""
+  """Rows to learn from and held-out ones, as ids; see `encoding.Split`."""
   shared = {
     "num_eval_rows": FLAGS.num_eval_rows,
     "first_row": FLAGS.first_row,

@@ -295,7 +295,7 @@ def main():
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note("\n".join(compared.notes))
-    run.skipped([*log.skipped, *dev.skipped])
+    run.has_read(log, dev)
     for step in run.steps(freeze=[update, answer]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}

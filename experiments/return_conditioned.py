@@ -116,6 +116,7 @@ flags.DEFINE_float(
 flags.DEFINE_integer(
   "num_rows", 0, "Solutions in the data; 0: as many as --right_share allows.", 0
 )
+cli.may_grow("epochs")
 FLAGS = flags.FLAGS
 
 COLUMNS = ("nll/loss", "eval/good", "eval/bad", "eval/free")

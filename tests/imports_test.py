@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
   "storage": [],
   "ops": [],
-  "distributed": [],
+  "distributed": ["storage"],
   "losses": ["ops"],
   "text": ["storage"],
   "tasks": ["text", "storage"],

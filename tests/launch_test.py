@@ -1275,6 +1275,13 @@ class DoctorTest(LaunchTest):
     finding = doctor.check_workdir(str(self.folder / "file" / "a"), "x")
     self.assertIn("is not one folder", finding.text)
 
+  def test_a_bucket_is_no_folder(self):
+    with contextlib.chdir(self.folder):
+      finding = doctor.check_workdir("gs://bucket/run", "x")
+      self.assertIn("is not a path of this machine", finding.text)
+      self.assertNotEmpty(finding.fix)
+      self.assertEmpty(os.listdir())
+
   def test_one_process(self):
     variables = environment(JAX_PLATFORMS="cpu")
     printed = io.StringIO()

@@ -39,6 +39,7 @@ from rljax.cli.entry import (
   check,
   check_read,
   may_change,
+  may_grow,
   require,
   run,
 )
@@ -145,6 +146,7 @@ __all__ = (
   "load_scorer",
   "load_task",
   "may_change",
+  "may_grow",
   "model_options",
   "optimizer_options",
   "preset",

@@ -12,7 +12,7 @@ from rljax.cli import entry
 from rljax.generation import grammars
 from rljax.models import hf
 from rljax.scoring import cached
-from rljax.text import keywords, logged, prompts
+from rljax.text import encoding, keywords, prompts
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
@@ -151,7 +151,7 @@ def define_lengths(*, max_response_length: int, too_long: str) -> None:
 
 
 def length_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `logged.prepare`."""
+  """Returns keyword arguments of `encoding.prepare`."""
   return {
     "max_prompt_length": values.max_prompt_length,
     "max_response_length": values.max_response_length,
@@ -182,13 +182,13 @@ def define_log() -> None:
   )
 
 
-def read_log(values: flags.FlagValues, tokenizer: Any) -> logged.Log:
+def read_log(values: flags.FlagValues, tokenizer: Any) -> encoding.Log:
   """Reads --data, or the log of --task.
 
   Raises:
-    ValueError: as `logged.read`.
+    ValueError: as `encoding.read`.
   """
-  return logged.read(
+  return encoding.read(
     tokenizer,
     name=values.data,
     task=values.task and load_task(values),
@@ -213,7 +213,7 @@ def define_cache() -> None:
 
 def load_known(
   values: flags.FlagValues,
-  log: logged.Log,
+  log: encoding.Log,
   loaded: hf.LanguageModel,
   needed: Sequence[str],
   mesh: Any,

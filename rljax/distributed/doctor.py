@@ -37,6 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rljax.distributed import launchers
+from rljax.storage import paths
 
 OLDEST_PYTHON = (3, 11)
 # Packages of accelerators; compared where they are installed.
@@ -377,6 +378,11 @@ def check_workdir(workdir: str, nonce: str) -> Finding:
   """
   import jax
 
+  try:
+    paths.check_local(workdir, "--workdir")
+  except ValueError as error:
+    return Finding("workdir", str(error), "name a folder that all hosts mount")
+  workdir = os.path.expanduser(workdir)
   path = pathlib.Path(workdir, f".doctor-{nonce}")
   problem = ""
   if jax.process_index() == 0:

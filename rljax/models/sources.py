@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from rljax.models import weights
-from rljax.storage import folders
+from rljax.storage import folders, paths
 
 
 class _Package(NamedTuple):
@@ -44,6 +44,7 @@ def find(
   name: str | os.PathLike, *, with_weights: bool
 ) -> tuple[str, pathlib.Path]:
   """Tells what kind of thing `name` is, and where; cheap checks come first."""
+  paths.check_local(name, "The model")
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     whole = folders.current(path)

@@ -26,7 +26,7 @@ from rljax.generation import samplers
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters, targets
 from rljax.storage import stages
-from rljax.text import files, keywords, logged, tokens
+from rljax.text import chats, files, keywords, tokens
 from rljax.text import prompts as text_prompts
 
 Rows = list[dict[str, Any]]
@@ -282,7 +282,7 @@ def supervise(
   rows = files.read_jsonl(rewritten.path("rewrites.jsonl"))
   verified = [row for row in rows if row["is_verified"]]
   kept = prompts_lib.at_most_right(verified, max_right, seed)
-  rendered = logged.render_prompts(
+  rendered = chats.render_prompts(
     [row["prompt"] for row in kept],
     "samples",
     policy.tokenizer,

@@ -29,7 +29,7 @@ from rljax.ops import sampling
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import teachers
 from rljax.storage import checkpoint
-from rljax.text import batches, logged, tokens
+from rljax.text import batches, chats, tokens
 from rljax.text import steps as steps_lib
 
 Rows = list[dict[str, Any]]
@@ -141,7 +141,7 @@ def of_model(
       score,
       mesh=mesh,
       batch_size=batch_size,
-      render=lambda texts: logged.render_prompts(
+      render=lambda texts: chats.render_prompts(
         texts, loaded.source, loaded.tokenizer, prompt_format
       ),
       progress=progress,

@@ -1,100 +1,135 @@
-"""Renders conversations by a tokenizer's chat template, within bounds.
+"""Puts prompts into chat templates, and tells replies from what was asked."""
 
-A template is a program that comes with a model, and may loop or grow without an
-end. It has a few seconds, and its text a length that no context reaches.
-"""
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
 
-import contextlib
-import resource
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from absl import logging
 
-SECONDS = 10.0
-MOST_CHARACTERS = 2**24
-_MOST_BYTES = 2**32
+from rljax.text import dialogues, forms, templates
+
+Row = forms.Row
 
 
 def render(
-  tokenizer: Any,
-  messages: Sequence[Mapping[str, Any]],
-  *,
-  add_generation_prompt: bool = False,
-  seconds: float = SECONDS,
-) -> str:
-  """Returns messages as the text that a model reads.
+  rows: Sequence[Row], tokenizer, prompt_format: Literal["plain", "chat"]
+) -> tuple[list[Row], list[str]]:
+  """Renders prompts as a model is asked.
 
   Args:
-    tokenizer: Hugging Face tokenizer with a chat template.
-    messages: dicts with `role` and `content`.
-    add_generation_prompt: whether the text goes on to where the assistant
-      begins.
-    seconds: how long the template may take. Python can only be stopped in the
-      main thread; elsewhere there is no limit.
+    rows: logged rows.
+    tokenizer: Hugging Face tokenizer, whose chat template "chat" uses.
+    prompt_format: "plain" leaves texts as they are. "chat" puts messages, the
+      turns of a transcript, or a plain text as the user's one turn into the
+      chat template, up to where the assistant begins, and strips replies of the
+      blanks around them.
+
+  Returns:
+    Rows whose prompts are texts, and a message for each that the template
+    refuses, or that is rendered already. Their number and the first three are
+    logged.
 
   Raises:
-    ValueError: if the template refuses the messages, or takes too much time or
-      memory.
+    ValueError: if a "plain" prompt is a list of messages; if the tokenizer
+      has no chat template; or if no row is left.
   """
-  try:
-    with _limits(seconds):
-      text = tokenizer.apply_chat_template(
-        list(messages),
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-      )
-  except _Late as error:
+  if prompt_format not in ("plain", "chat"):
     raise ValueError(
-      f"the chat template took more than {seconds:g} seconds"
-    ) from error
-  except (MemoryError, OverflowError, RecursionError) as error:
-    raise ValueError(
-      f"the chat template is too large a program: {type(error).__name__}"
-    ) from error
-  except Exception as error:  # Templates may raise anything.
-    raise ValueError(str(error).rstrip(".") or type(error).__name__) from error
-  if not isinstance(text, str):
-    raise ValueError("the chat template gives no text")
-  if len(text) > MOST_CHARACTERS:
-    raise ValueError(
-      f"the chat template wrote {len(text)} characters, and the limit is "
-      f"{MOST_CHARACTERS}"
+      f'--prompt_format must be "plain" or "chat", got {prompt_format!r}.'
     )
-  return text
+  if prompt_format == "chat" and not getattr(tokenizer, "chat_template", None):
+    raise ValueError(
+      "The tokenizer has no chat template; use --prompt_format=plain."
+    )
+  rendered, skipped = [], []
+  for row in rows:
+    if prompt_format == "plain":
+      if not isinstance(row.prompt, str):
+        raise ValueError(
+          f"{row.place}: the prompt is a list of messages; use "
+          "--prompt_format=chat."
+        )
+      rendered.append(row)
+      continue
+    try:
+      prompt = templates.render(
+        tokenizer,
+        _messages(row.prompt, tokenizer),
+        add_generation_prompt=True,
+      )
+    except Exception as error:  # Messages may be anything.
+      reason = str(error).rstrip(".")
+      skipped.append(f"{row.place}: no chat prompt ({reason}).")
+      continue
+    candidates = tuple(candidate.strip() for candidate in row.candidates)
+    rendered.append(
+      dataclasses.replace(row, prompt=prompt, candidates=candidates)
+    )
+  report(skipped, len(rendered), "rows do not fit the chat template")
+  return rendered, skipped
 
 
-class _Late(BaseException):
-  """Passes what catches every Exception, as a template's caller may."""
+def render_prompts(
+  prompts: Sequence[str],
+  name: str,
+  tokenizer,
+  prompt_format: Literal["plain", "chat"],
+) -> list[str]:
+  """Renders the prompts of a task as a model is asked.
+
+  Args:
+    prompts: N texts.
+    name: of the task, for messages.
+    tokenizer: see `render`; likewise `prompt_format`.
+    prompt_format: "plain" or "chat".
+
+  Returns:
+    N texts.
+
+  Raises:
+    ValueError: if the chat template refuses one of them.
+  """
+  rows, skipped = render(
+    [
+      forms.unanswered(prompt, f"{name}, row {i}")
+      for i, prompt in enumerate(prompts)
+    ],
+    tokenizer,
+    prompt_format,
+  )
+  if skipped:
+    raise ValueError(
+      f"{len(skipped)} prompts do not fit the chat template: {skipped[0]}"
+    )
+  return [row.prompt for row in rows]
 
 
-@contextlib.contextmanager
-def _limits(seconds: float) -> Iterator[None]:
-  """Bounds the time and the further memory of a block, in the main thread."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
+# Helpers.
+
+
+def _messages(
+  prompt: str | tuple[dialogues.Message, ...], tokenizer
+) -> list[dialogues.Message]:
+  """Returns what a chat template takes."""
+  if not isinstance(prompt, str):
+    return [dict(message) for message in prompt]
+  if prompt.startswith(tuple(tokenizer.all_special_tokens)):
+    raise ValueError(
+      "it already begins with a special token; use --prompt_format=plain"
+    )
+  before, *pieces = dialogues.MARKER.split(prompt)
+  is_asked = prompt.rstrip().endswith(dialogues.ASSISTANT)
+  if pieces and not before.strip() and is_asked:
+    return dialogues.turns(prompt)
+  return [{"role": "user", "content": prompt}]
+
+
+def report(skipped: Sequence[str], num_left: int, what: str) -> None:
+  """Logs what was skipped, and raises if that was everything."""
+  if not skipped:
     return
-
-  def stop(signum, frame):
-    raise _Late
-
-  former = signal.signal(signal.SIGALRM, stop)
-  soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-  try:
-    with contextlib.suppress(OSError, ValueError):
-      most = _address_space() + _MOST_BYTES
-      if soft == resource.RLIM_INFINITY or soft > most:
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    yield
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, former)
-    with contextlib.suppress(OSError, ValueError):
-      resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _address_space() -> int:
-  """Returns the bytes that the process has mapped."""
-  with open("/proc/self/statm") as file:
-    return int(file.read().split()[0]) * resource.getpagesize()
+  total = len(skipped) + num_left
+  message = f"{len(skipped)} of {total} {what}: {' '.join(skipped[:3])}"
+  if not num_left:
+    raise ValueError(f"No row is left: {message}")
+  logging.warning("%s", message)

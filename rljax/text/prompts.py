@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import batches, keywords, logged, tokens
+from rljax.text import batches, chats, encoding, forms, keywords, logged, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Prompts:
     ids: `[N, P]` int32, left-padded.
     mask: `[N, P]` bool.
     skipped: one message per prompt that was left out.
+    notes: what their file holds, in lines.
   """
 
   texts: list[str]
@@ -27,6 +28,7 @@ class Prompts:
   ids: np.ndarray
   mask: np.ndarray
   skipped: list[str] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
 
   def __len__(self) -> int:
     return len(self.texts)
@@ -59,7 +61,7 @@ def encode(
     ValueError: if a prompt is too long, or cannot be encoded.
   """
   texts = [text for some in several for text in some]
-  rendered = logged.render_prompts(texts, name, tokenizer, prompt_format)
+  rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
   ids, mask = batches.pad_left(encoded, length=max(map(len, encoded)))
   found, first = [], 0
@@ -95,7 +97,7 @@ def encode_pairs(
     ValueError: if a prompt is too long, or a text cannot be encoded.
   """
   texts = [prompt for prompt, _ in pairs]
-  rendered = logged.render_prompts(texts, name, tokenizer, prompt_format)
+  rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
   end_id = tokens.turn_end(tokenizer) if prompt_format == "chat" else None
   return [
@@ -169,7 +171,7 @@ def encode_prefixes(
   rendered = dict(
     zip(
       prompts,
-      logged.render_prompts(prompts, name, tokenizer, prompt_format),
+      chats.render_prompts(prompts, name, tokenizer, prompt_format),
       strict=True,
     )
   )
@@ -215,9 +217,9 @@ def solved(
 
 
 def of_rows(
-  rows: Sequence[logged.Row], encoded: logged.Encoded, *, templated: bool
+  rows: Sequence[forms.Row], encoded: encoding.Encoded, *, templated: bool
 ) -> Prompts:
-  """Makes prompts of rows that `logged.prepare` has encoded.
+  """Makes prompts of rows that `encoding.prepare` has encoded.
 
   Args:
     rows: what it was given.
@@ -227,7 +229,7 @@ def of_rows(
       of the rows; where one of these is a list of messages, all of them are in
       the template.
   """
-  given = logged.as_given(rows, encoded)
+  given = encoding.as_given(rows, encoded)
   is_text = all(isinstance(row.prompt, str) for row in given)
   scored = given if is_text and not templated else encoded.rows
   ids, mask = batches.pad_left(encoded.prompt_ids)
@@ -308,26 +310,27 @@ def read(
     seed: of the task's draw.
     num_prompts: how many are taken, the first ones.
     split: of the file or the task.
-    **settings: of `logged.prepare`: `prompt_format`, `max_prompt_length`,
+    **settings: of `encoding.prepare`: `prompt_format`, `max_prompt_length`,
       `max_response_length` and `too_long`.
 
   Returns:
     The prompts; their texts are in the chat template, if there is one.
 
   Raises:
-    ValueError: as `logged.load_prompts` and `logged.prepare`.
+    ValueError: as `logged.load_prompts` and `encoding.prepare`.
   """
-  unusable = []
   if name:
-    rows, unusable = logged.load_prompts(name, split)
+    loaded = logged.load_prompts(name, split)
   else:
     rows = logged.task_prompts(task, split, seed, num_prompts)
-  found = logged.prepare(tokenizer, rows[:num_prompts], **settings)
+    loaded = logged.Loaded(rows, [], [])
+  found = encoding.prepare(tokenizer, loaded.rows[:num_prompts], **settings)
   ids, mask = batches.pad_left(found.prompt_ids)
   return Prompts(
     texts=[row.prompt for row in found.rows],
     encoded=found.prompt_ids,
     ids=ids,
     mask=mask,
-    skipped=[*unusable, *found.skipped],
+    skipped=[*loaded.skipped, *found.skipped],
+    notes=loaded.notes,
   )

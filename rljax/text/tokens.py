@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from absl import logging
 
-from rljax.text import chats, files
+from rljax.text import files, templates
 
 _ANSWER = "ANSWER"
 
@@ -318,7 +318,7 @@ def turn_end(tokenizer) -> int | None:
     return None
   asked = [{"role": "user", "content": "a"}]
   try:
-    text = chats.render(
+    text = templates.render(
       tokenizer, [*asked, {"role": "assistant", "content": _ANSWER}]
     )
   except ValueError:  # A template may refuse such a conversation.

@@ -37,8 +37,8 @@ from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
-from rljax.storage import checkpoint, locks, paths
-from rljax.training import logs
+from rljax.storage import calls, checkpoint, locks, paths
+from rljax.training import logs, longer
 
 Tree = Any
 
@@ -82,6 +82,7 @@ def start(
   own = values.get_key_flags_for_module(sys.argv[0])
   in_force = {flag.name: flag.value for flag in own}
   may_change = {f.name for f in own if getattr(f, "may_change", False)}
+  growing = {f.name: f.may_grow for f in own if getattr(f, "may_grow", "")}
   # The first that they tell each other, now that the cache is known.
   folder = os.path.realpath(values.workdir)
   processes.check_same(
@@ -95,7 +96,9 @@ def start(
       "script would replace; choose another."
     )
   lock = locks.take(values.workdir) if processes.is_first() else None
+  may_change |= growing.keys()
   checkpoint.check_flags(values.workdir, in_force, may_change)
+  longer.check(values, growing)
   mesh = meshes.make(values.mesh)
   return Run(values, in_force, may_change, mesh, lock, total_steps)
 
@@ -128,11 +131,13 @@ class Run:
     self._values, self._in_force = values, in_force
     self._keeps_best = "keep_best" in values and values.keep_best
     self._may_change = may_change
+    self._saved_every = longer.filed(values.workdir).get("save_every", 0)
     self._lock = lock  # Held as long as this object lives.
     self._notes: list[str] = []
     self._log = self._checkpoints = self._signals = self._best = None
     self._state_shardings = None
-    self._stopped = False
+    self._stopped = self._lacks_page = False
+    self._latest: tuple[Any, ...] | None = None  # What `save` was last given.
 
   # State.
 
@@ -172,7 +177,8 @@ class Run:
       `{"params", "optimizer", **more}` on the mesh, to go on from.
 
     Raises:
-      ValueError: if the checkpoint is of another model or optimizer.
+      ValueError: if the checkpoint is of another model or optimizer, or of a
+        later step than the last one.
     """
     params = self.place(params, rules)
     state = {"params": params, "optimizer": optimizer.init(params), **more}
@@ -183,13 +189,10 @@ class Run:
     if restored := self._checkpoints.restore_latest(state):
       self.first_step, state, self.meta = restored
       self.best = self.meta.get("best")
+    longer.check_done(self.first_step, self.total_steps, self.workdir)
     if self._keeps_best:
       self._best = checkpoint.Checkpoints(self._best_folder, keep=1)
-      kept = (self.best or {}).get("kept")
-      self._best.forget_after(kept or 0)
-      if kept is not None and kept not in self._best.all_steps():
-        # A better one of the steps that are repeated had taken its place.
-        self.best = self.best | {"kept": None}
+      self._recall_best()
     for checkpoints in filter(None, (self._checkpoints, self._best)):
       for message in checkpoints.messages:
         self.note(message)
@@ -346,6 +349,7 @@ class Run:
     part.workdir = os.path.join(self.workdir, folder)
     part.total_steps = total_steps
     part.first_step, part.meta, part.best = 0, {}, None
+    part._latest = None
     part.is_complete = part._stopped = False
     part._checkpoints = checkpoint.Checkpoints(part.workdir, keep=keep)
     part._best, part._keeps_best = None, False
@@ -388,7 +392,13 @@ class Run:
       for kept in filter(None, (self._checkpoints, self._best)):
         stack.enter_context(kept)
       stack.enter_context(self.signals())
-      yield self
+      try:
+        yield self
+      except (checkpoint.Stopped, calls.CallError):
+        # The next step asked a function of the user's, for an answer that
+        # does not come: those before it are not lost.
+        self._save_latest()
+        raise
 
   def file_flags(self) -> None:
     """Files the flags, which later starts are held against.
@@ -424,6 +434,10 @@ class Run:
       columns: metrics that the progress line shows.
     """
     has_metrics = "wandb_project" in self._values
+    repeats = None  # A save may be under way when the next one is due.
+    if "save_every" in self._values:
+      repeats = 2 * max(self._values.save_every, self._saved_every)
+    damaged = self._checkpoints is not None and self._checkpoints.unreadable
     self._log = stack.enter_context(
       logs.Logs(
         self.workdir,
@@ -432,6 +446,9 @@ class Run:
         columns=columns,
         wandb_project=has_metrics and self._values.wandb_project,
         tensorboard=has_metrics,
+        num_rows=self.meta.get("rows"),
+        repeats=repeats,
+        keep=bool(damaged),
       )
     )
     if has_metrics:
@@ -478,16 +495,41 @@ class Run:
     """
     stop = self.should_stop()
     is_due = done % self._values.save_every == 0 or done == self.total_steps
+    rows = {} if self._log is None else dict(self._log.num_rows)
+    meta = {"step": done, "best": self.best, "rows": rows, **meta}
+    self._latest = (done, state, meta)
+    self._checkpoints.check()
     if is_due or stop:
-      meta = {"step": done, "best": self.best, **meta}
-      self._checkpoints.save(done, state, meta)
+      self._checkpoints.save(*self._latest)
     self._stopped = stop and done < self.total_steps
+
+  def _save_latest(self):
+    """Saves the state of the last step, for work that ends within the next."""
+    if self._latest is None or jax.process_count() > 1:
+      return
+    leaves = jax.tree.leaves(self._latest[1])
+    if not any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+      self._checkpoints.save(*self._latest)
 
   # The best.
 
   @property
   def _best_folder(self):
     return os.path.join(self.workdir, "best")
+
+  def _recall_best(self):
+    """Finds the best of the steps that are not repeated, and forgets others."""
+    if self.first_step < (self.total_steps or 0):
+      # A shorter run has evaluated its end, too, behind its last checkpoint.
+      last = self._best.read_meta(self.first_step)
+      if last and last["step"] == last["kept"] == self.first_step:
+        self.best = last
+    kept = (self.best or {}).get("kept")
+    is_damaged = bool(self._checkpoints.unreadable)
+    self._best.forget_after(kept or 0, keep=is_damaged)
+    if kept is not None and kept not in self._best.all_steps():
+      # A better one of the steps that are repeated had taken its place.
+      self.best = self.best | {"kept": None}
 
   def keep_best(self, step: int, value: float, params: Tree) -> None:
     """Keeps the parameters of the best evaluation, with --keep_best.
@@ -533,6 +575,17 @@ class Run:
   def skipped(self, messages: Sequence[str]) -> None:
     """Names rows that were left out, in `skipped.txt`, and counts them."""
     self._log.skipped(messages)
+
+  def has_read(self, *parts: Any) -> None:
+    """Says what data holds, and names the rows of it that were left out.
+
+    Args:
+      *parts: with `notes`, lines, and `skipped`, messages; see `text.logged`.
+    """
+    for note in dict.fromkeys(note for part in parts for note in part.notes):
+      self.note(note)
+    if self._log is not None:
+      self.skipped([message for part in parts for message in part.skipped])
 
   def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to `samples.jsonl`."""
@@ -605,7 +658,12 @@ class Run:
     limit = self._values.num_page_samples
     if limit and processes.is_first():
       path = os.path.join(self.workdir, "tokens.html")
-      token_pages.write(path, title, samples(limit), limit=limit, **options)
+      try:
+        token_pages.write(path, title, samples(limit), limit=limit, **options)
+      except OSError as error:  # A page is not worth a run.
+        if not self._lacks_page:
+          self.note(f"The page could not be written: {error}")
+        self._lacks_page = True
 
   def summarise(
     self, names: Sequence[str] = (), *, prefix: str = "eval/", title: str = ""
@@ -621,22 +679,46 @@ class Run:
     if not processes.is_first():
       return
     rows = logs.read_rows(self.workdir)
+    by_step = {row["step"]: row for row in rows}
     known = dict.fromkeys(name for row in rows for name in row)
     shown = [*names, *(x for x in known if x.startswith(prefix))]
+    has_start = self._log.is_complete or 0 in by_step
+    best = by_step.get((self.best or {}).get("kept"), {})
     table = {}
     for name in dict.fromkeys(shown):
       values = [row[name] for row in rows if name in row]
-      if values:
-        table[name] = {"before": values[0], "after": values[-1]}
-    title = title or self.workdir
-    if self.best:
-      title += f"; the best, of step {self.best['kept']}, is in best"
-    self._log.summary(table, title=title)
+      if not values:
+        continue
+      table[name] = {"before": values[0]} if has_start else {}
+      table[name]["after"] = values[-1]
+      if name in best:
+        table[name]["best"] = best[name]
+    if not has_start:
+      self.note("Rows of the first steps are missing: none is the one before.")
+    self._log.summary(table, title=self._with_best(title or self.workdir))
 
-  def finish(self, values: Mapping[str, Any], **options: Any) -> None:
+  def finish(
+    self, values: Mapping[str, Any], title: str = "Summary", **options: Any
+  ) -> None:
     """Writes and prints a summary of the script's own; see `logs.Logs`."""
     self._wait()
-    self._log.summary(values, **options)
+    self._log.summary(values, title=self._with_best(title), **options)
+
+  def _with_best(self, title):
+    """Adds to the title of a summary of the last step which one is best."""
+    if self.best is None:
+      return title
+    step, kept = self.best["step"], self.best["kept"]
+    if kept is None:
+      return f"{title}; the start, step {step}, is the best, and best has none"
+    if kept != step:
+      return (
+        f"{title}, step {self.total_steps}; the start, step {step}, is the "
+        f"best, and best has the last, step {kept}"
+      )
+    return (
+      f"{title}, step {self.total_steps}; the best, step {kept}, is in best"
+    )
 
   def _wait(self):
     """Waits for what is being saved: where a summary is, everything is."""
@@ -674,7 +756,7 @@ def check_models(
 
   def first_start():
     if path.exists():
-      return json.loads(path.read_text())
+      return checkpoint.read_object(path)
     paths.write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
 

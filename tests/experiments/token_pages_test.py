@@ -10,7 +10,7 @@ from rljax.losses import offline
 from rljax.models import hf
 from rljax.scoring import cached
 from rljax.tasks import word_lists
-from rljax.text import files, logged
+from rljax.text import encoding, files, logged
 from tests import scripts
 
 SFT = "experiments/sft.py"
@@ -182,7 +182,7 @@ class OfflineTest(absltest.TestCase):
     self.assertEqual(errors, [None] * len(workdirs))
 
     loaded = hf.load(policy)
-    encoded = logged.prepare(
+    encoded = encoding.prepare(
       loaded.tokenizer,
       logged.load(str(path))[0],
       **LOG,

@@ -1,5 +1,6 @@
 """Tests of the one door: names, directories, workdirs, both ways."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -501,6 +502,17 @@ class NameTest(FolderTestCase):
       r"\(smollm2-135m\), nor can it be loaded from the Hugging Face hub",
     ):
       hf.load(name)
+
+  @parameterized.parameters("gs://bucket/x", pathlib.Path("file:///tmp/x"))
+  def test_other_storage(self, name):
+    message = "is not a path of this machine"
+    model, params = _tiny(self.path)
+    with contextlib.chdir(self.folder):
+      with self.assertRaisesRegex(ValueError, message):
+        hf.load(name)
+      with self.assertRaisesRegex(ValueError, message):
+        hf.save(name, model, params)
+      self.assertEqual(os.listdir(), [self.path.name])
 
   def test_only_hub_names_reach_the_hub(self):
     import huggingface_hub

@@ -11,7 +11,7 @@ from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
 from rljax.tasks import tokenizers as words_tokenizers
-from rljax.text import batches, files, logged, prompts, tokens
+from rljax.text import batches, encoding, files, forms, prompts, tokens
 from tests import conftest
 
 TEXTS = (
@@ -337,14 +337,14 @@ class EndTokensTest(parameterized.TestCase):
   def test_rows_of_a_chat_end_in_the_end_of_a_turn(self):
     tokenizer = self._tokenizer()
     turn = tokenizer.convert_tokens_to_ids("<|turn|>")
-    rows = [logged.Row("a", ("b",), None, None, None, "it:1", None)]
+    rows = [forms.Row("a", ("b",), None, None, None, "it:1", None)]
     limits = {"max_prompt_length": 99, "max_response_length": 99}
     pairs = {"pairs": [("a", "b")], "max_length": 99}
     for prompt_format, end in (
       ("chat", turn),
       ("plain", tokenizer.eos_token_id),
     ):
-      encoded = logged.prepare(
+      encoded = encoding.prepare(
         tokenizer, rows, prompt_format=prompt_format, **limits
       )
       self.assertEqual(encoded.response_ids[0][0][-1], end)

@@ -283,8 +283,10 @@ class GoOnTest(_RunTest):
     ) as save:
       self.train(run)
     self.assertEqual([call.args[1] for call in save.call_args_list], [4, 8, 10])
+    rows = {"metrics.jsonl": 10, "samples.jsonl": 0, "histograms.jsonl": 0}
     self.assertEqual(
-      save.call_args.args[3], {"step": 10, "best": None, "drawn": 27}
+      save.call_args.args[3],
+      {"step": 10, "best": None, "drawn": 27, "rows": rows},
     )
     self.assertTrue(run.is_complete)
     self.assertFalse(run.is_stopped)
@@ -496,11 +498,11 @@ class LogsTest(_RunTest):
     self.assertEqual(
       summary,
       {
-        "sum": {"before": sums[0], "after": sums[2]},
-        "eval/value": {"before": 0.5, "after": 0.75},
+        "sum": {"before": sums[0], "after": sums[2], "best": sums[1]},
+        "eval/value": {"before": 0.5, "after": 0.75, "best": 2.0},
       },
     )
-    title = f"{self.workdir}; the best, of step 1, is in best"
+    title = f"{self.workdir}, step 3; the best, step 1, is in best"
     # A narrow terminal breaks the title.
     self.assertIn("".join(title.split()), "".join(printed.split()))
 

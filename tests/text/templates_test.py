@@ -6,7 +6,7 @@ import threading
 from absl.testing import absltest, parameterized
 
 from rljax.tasks import tokenizers
-from rljax.text import chats, logged
+from rljax.text import chats, templates
 
 ASKED = [{"role": "user", "content": "a"}]
 LOOP = "{% for i in range(9999) %}" * 4 + "{% set x = i %}" + "{% endfor %}" * 4
@@ -25,16 +25,16 @@ class RenderTest(parameterized.TestCase):
       "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     tokenizer = _tokenizer(template)
-    self.assertEqual(chats.render(tokenizer, ASKED), "user: a\n")
+    self.assertEqual(templates.render(tokenizer, ASKED), "user: a\n")
     self.assertEqual(
-      chats.render(tokenizer, ASKED, add_generation_prompt=True),
+      templates.render(tokenizer, ASKED, add_generation_prompt=True),
       "user: a\nassistant:",
     )
 
   def test_a_loop_without_an_end(self):
     before = signal.getsignal(signal.SIGALRM)
     with self.assertRaisesRegex(ValueError, "took more than 0.2 seconds"):
-      chats.render(_tokenizer(LOOP), ASKED, seconds=0.2)
+      templates.render(_tokenizer(LOOP), ASKED, seconds=0.2)
     self.assertEqual(signal.getsignal(signal.SIGALRM), before)
     self.assertEqual(signal.getitimer(signal.ITIMER_REAL), (0.0, 0.0))
 
@@ -50,13 +50,13 @@ class RenderTest(parameterized.TestCase):
   )
   def test_what_goes_wrong(self, template, message):
     with self.assertRaisesRegex(ValueError, message):
-      chats.render(_tokenizer(template), ASKED)
+      templates.render(_tokenizer(template), ASKED)
 
   def test_other_threads(self):
     found = []
     tokenizer = _tokenizer("{{ messages[0].content }}")
     thread = threading.Thread(
-      target=lambda: found.append(chats.render(tokenizer, ASKED))
+      target=lambda: found.append(templates.render(tokenizer, ASKED))
     )
     thread.start()
     thread.join()
@@ -64,7 +64,7 @@ class RenderTest(parameterized.TestCase):
 
   def test_rows_are_refused_with_the_reason(self):
     with self.assertRaisesRegex(ValueError, "no such role"):
-      logged.render_prompts(
+      chats.render_prompts(
         ["a"], "it", _tokenizer("{{ raise_exception('no such role') }}"), "chat"
       )
 
