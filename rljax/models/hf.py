@@ -96,7 +96,7 @@ def load(
       - a workdir: model/config.json and checkpoints/<step>;
       - a packaged model, one of `PACKAGED`;
       - a GGUF file of the Llama architecture;
-      - a hub name such as "org/name".
+      - a hub name such as "org/name", or "org/name@revision".
     dtype: of the computation, "float32" or "bfloat16".
     param_dtype: of the returned parameters, "float32" or "bfloat16".
     remat: whether the backward pass recomputes each layer.
