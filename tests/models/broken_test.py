@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from rljax.models import gguf_header, hf, sources, tokenizers
+from rljax.models import fresh, gguf_header, hf, sources, tokenizers
 from tests.models import hf_test
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -300,6 +300,11 @@ class TokenizersTest(FolderTestCase):
     with self.assertRaisesRegex(ValueError, "the largest id is 60"):
       hf.save(self.folder / "new", self.model, self.params, tokenizer)
     self.assertFalse((self.folder / "new").exists())
+    sizes = dict(hidden_size=8, num_layers=1, num_heads=2, max_positions=8)
+    made = fresh.make("llama", tokenizer, **sizes)
+    self.assertEqual(made.config.vocab_size, 61)
+    with self.assertRaisesRegex(ValueError, "vocab_size must be 61"):
+      fresh.make("llama", tokenizer, vocab_size=48, **sizes)
 
 
 def _text(text):
