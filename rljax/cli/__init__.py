@@ -93,6 +93,7 @@ from rljax.cli.sampling import (
   define_replies,
   define_sampler,
   define_stop_strings,
+  has_end,
   load_responder,
   sampler_settings,
 )
@@ -148,6 +149,7 @@ __all__ = (
   "encode_options",
   "file_options",
   "length_options",
+  "has_end",
   "load_known",
   "load_like",
   "load_reference",

@@ -27,7 +27,10 @@ from rljax.text import prompts as prompts_lib
 
 
 def read(
-  tokenizer: Any, rollout: rollouts.Rollout, stop_strings: Sequence[str] = ()
+  tokenizer: Any,
+  rollout: rollouts.Rollout,
+  stop_strings: Sequence[str] = (),
+  stop_ids: Sequence[int] = (),
 ) -> list[str]:
   """The responses of a rollout as texts, without the strings that ended them.
 
@@ -38,6 +41,8 @@ def read(
     tokenizer: Hugging Face tokenizer.
     rollout: N rows.
     stop_strings: texts that end a response: it is cut in front of the first.
+    stop_ids: tokens that end a response, and are no part of its text, even
+      where they are no special tokens.
 
   Returns:
     N texts.
@@ -53,7 +58,7 @@ def read(
       num_nan,
       len(mask),
     )
-  texts = tokens.decode(tokenizer, ids, mask)
+  texts = tokens.decode(tokenizer, ids, mask & ~np.isin(ids, stop_ids))
   for stop in stop_strings:
     texts = [text.split(stop)[0] for text in texts]
   return texts
@@ -145,6 +150,8 @@ class Settings(NamedTuple):
     greedy: whether the likeliest token is taken.
     stop_at_eos: whether the end token ends a response; else it is never drawn.
     stop_strings: texts that end a response, and are cut off it.
+    stop_tokens: further tokens that end a response, as texts or ids; see
+      `tokens.named_ids`.
     constraint: "grammar", to keep responses within the task's, or "none".
     mask_unfinished: whether nothing is learnt from a response that ran out of
       length.
@@ -164,6 +171,7 @@ class Settings(NamedTuple):
   greedy: bool = False
   stop_at_eos: bool = True
   stop_strings: tuple[str, ...] = ()
+  stop_tokens: tuple[str, ...] = ()
   constraint: str = "none"
   unfinished_score: float | None = None
   mask_unfinished: bool = False
@@ -311,6 +319,37 @@ class Samples:
     return rows
 
 
+def ends(
+  model: Any, tokenizer: Any, stop_at_eos: bool, stop_tokens: Sequence[str] = ()
+) -> tuple[tuple[int, ...], np.ndarray]:
+  """Returns the tokens that end a response, and those that may be drawn.
+
+  Args:
+    model: the policy's module, whose config names end tokens of its own.
+    tokenizer: its tokenizer.
+    stop_at_eos: whether the end tokens of model and tokenizer end a response;
+      else they are never drawn.
+    stop_tokens: further ones, which do in any case; see `tokens.named_ids`.
+
+  Returns:
+    The ids, and `[V]` bool.
+
+  Raises:
+    ValueError: if there is no end token though it is asked for, or one of
+      `stop_tokens` is none of the tokenizer's.
+  """
+  own = getattr(model.config, "eos_token_id", None)
+  more = tokens.named_ids(tokenizer, stop_tokens)
+  if stop_at_eos:
+    stop_ids, never = tokens.stop_ids(tokenizer, own, more), ()
+  else:
+    stop_ids, never = more, () if own is None else own
+  allowed = tokens.allowed_tokens(tokenizer, model.config.vocab_size, stop_ids)
+  never = [never] if isinstance(never, int) else list(never)
+  allowed[[id_ for id_ in never if id_ not in stop_ids]] = False
+  return stop_ids, allowed
+
+
 class Sampler:
   """Draws responses to batches of prompts while a policy is trained.
 
@@ -350,14 +389,14 @@ class Sampler:
     vocab_size = model.config.vocab_size
     distribution = settings.distribution
     self.settings = settings
-    self.stop_ids = tokens.stop_ids(tokenizer) if settings.stop_at_eos else ()
-    self.allowed = jnp.asarray(
-      tokens.allowed_tokens(tokenizer, vocab_size, self.stop_ids)
+    self.stop_ids, allowed = ends(
+      model, tokenizer, settings.stop_at_eos, settings.stop_tokens
     )
+    self.allowed = jnp.asarray(allowed)
     self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
     self._task, self._grammar = task, None
     if settings.constraint == "grammar":
-      grammar = grammars.of_task(task, tokenizer, vocab_size)
+      grammar = grammars.of_task(task, tokenizer, vocab_size, self.stop_ids)
       self._grammar = meshes.replicate(grammar, mesh)
     stop_table = None
     if settings.stop_strings:
@@ -444,7 +483,9 @@ class Sampler:
     return Samples(
       rollout=rollout,
       prompts=[text for text in texts for _ in range(num_samples)],
-      texts=read(self._tokenizer, rollout, self.settings.stop_strings),
+      texts=read(
+        self._tokenizer, rollout, self.settings.stop_strings, self.stop_ids
+      ),
       settings=self.settings,
       policy_step=step,
       tokenizer=self._tokenizer,
@@ -477,6 +518,7 @@ class Sampler:
         "seed": settings.seed,
         "stop_at_eos": settings.stop_at_eos,
         "stop_strings": settings.stop_strings,
+        "stop_tokens": settings.stop_tokens,
         "constraint": self._constraint(prompts.texts),
         "unfinished_score": settings.unfinished_score,
         **options,
@@ -568,6 +610,7 @@ class Responder:
     stop_at_eos: bool = True,
     stop_strings: Sequence[str] = (),
     min_new_tokens: int = 0,
+    stop_tokens: Sequence[str] = (),
     num_samples: int = 1,
     forced: np.ndarray | None = None,
     forced_as: int | None = None,
@@ -591,6 +634,7 @@ class Responder:
         drawn.
       stop_strings: texts that end a response, and are cut off it.
       min_new_tokens: tokens before the end token may be drawn.
+      stop_tokens: further tokens that end a response, as texts or ids.
       num_samples: K, responses to each prompt. They share its keys and values.
       forced: `[V + 1]` int, tokens that must follow others; see
         `generation.sample`.
@@ -614,8 +658,7 @@ class Responder:
       ids.shape[1] + max_length, model.config.max_positions
     )
     vocab_size = model.config.vocab_size
-    stop_ids = tokens.stop_ids(tokenizer) if stop_at_eos else ()
-    allowed = tokens.allowed_tokens(tokenizer, vocab_size, stop_ids)
+    stop_ids, allowed = ends(model, tokenizer, stop_at_eos, stop_tokens)
     stop_table = None
     if stop_strings:
       stop_table = decode.stop_table(
@@ -671,7 +714,7 @@ class Responder:
     self._key = jax.random.key(seed)
     self._tokenizer = tokenizer
     self._forced, self._forced_as = forced, forced_as
-    self._stop_strings = tuple(stop_strings)
+    self._stop_strings, self._stop_ids = tuple(stop_strings), stop_ids
     self._batch_size, self._mesh = batch_size, mesh
 
   def freeze(self) -> None:
@@ -713,7 +756,7 @@ class Responder:
       rollout = jax.tree.map(lambda x, n=num_rows: x[:n], rollout)
       if self._forced is not None:
         rollout = self._without_forced(rollout)
-      texts = read(self._tokenizer, rollout, self._stop_strings)
+      texts = read(self._tokenizer, rollout, self._stop_strings, self._stop_ids)
       yield range(start, end), texts, rollout.finished
 
   def _without_forced(self, rollout: rollouts.Rollout) -> rollouts.Rollout:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rljax.distributed import planning
-from rljax.models import gpt2, llama
+from rljax.models import gpt2, llama, tokenizers
 
 Params = dict[str, Any]
 
@@ -48,13 +48,14 @@ def make(
   """
   if family not in ("gpt2", "llama"):
     raise ValueError(f"family must be gpt2 or llama, got {family!r}.")
-  if vocab_size and vocab_size < len(tokenizer):
+  rows = tokenizers.largest_id(tokenizer) + 1  # Vocabularies have holes.
+  if vocab_size and vocab_size < rows:
     raise ValueError(
-      f"vocab_size must be {len(tokenizer)}, the size of the tokenizer, or "
+      f"vocab_size must be {rows}, the size of the tokenizer, or "
       f"more, got {vocab_size}."
     )
   sizes = {
-    "vocab_size": vocab_size or len(tokenizer),
+    "vocab_size": vocab_size or rows,
     "hidden_size": hidden_size,
     "num_layers": planning.num_layers(num_layers),
     "num_heads": num_heads,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, norms, products
+from rljax.models import attention, fields, norms, products
 
 Array = jax.Array
 Cache = attention.Cache
@@ -103,6 +103,7 @@ class GPT2Config:
       ValueError: if a field is missing or asks for what is not implemented;
         the message names the field.
     """
+    config = fields.checked(config)
     only = {
       "model_type": "gpt2",
       "scale_attn_weights": True,
@@ -121,11 +122,6 @@ class GPT2Config:
       raise ValueError(
         'config field "activation_function" must be one of '
         f'{", ".join(_ACTIVATIONS)}, got "{activation}".'
-      )
-    if config.get("quantization_config"):
-      raise ValueError(
-        'config field "quantization_config": quantised weights are not '
-        "supported."
       )
 
     def required(name):

@@ -98,7 +98,7 @@ def load(
       - a workdir: model/config.json and checkpoints/<step>;
       - a packaged model, one of `PACKAGED`;
       - a GGUF file of the Llama architecture;
-      - a hub name such as "org/name".
+      - a hub name such as "org/name", or "org/name@revision".
     dtype: of the computation, "float32" or "bfloat16".
     param_dtype: of the returned parameters, "float32" or "bfloat16".
     remat: whether the backward pass recomputes each layer.
@@ -213,18 +213,18 @@ def load_module(
 ) -> nn.Module:
   """Makes the module of the model that a name leads to, without weights."""
   settings = configs.settings(dtype, param_dtype, remat)
-  kind, path = sources.find(name, weights=False)
+  kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     config = gguf.config(gguf.open_reader(path))
   else:
     path = sources.model_folder(kind, path)
-    config = configs.read_json(path / "config.json")
+    config = configs.read_config(path)
   return configs.build(config, path, settings)
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """Reads the tokenizer of the model that a name leads to, but no weights."""
-  kind, path = sources.find(name, weights=False)
+  kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
   return tokenizers.read(sources.model_folder(kind, path))
@@ -381,7 +381,7 @@ def _load(
     Model, parameters, tokenizer, source and directory.
   """
   plan = planning.current()  # It needs no weights.
-  kind, path = sources.find(name, weights=plan is None)
+  kind, path = sources.find(name, with_weights=plan is None)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "GGUF file":
@@ -394,7 +394,7 @@ def _load(
     text = gguf.tokenizer(reader) if tokenizer else None
   else:
     folder = sources.model_folder(kind, path)
-    config = configs.read_json(folder / "config.json")
+    config = configs.read_config(folder)
     configs.check_kind(config, folder, entry)
     model = configs.build(config, folder, settings)
     text = _tokenizer_of(folder) if tokenizer else None

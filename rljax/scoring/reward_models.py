@@ -100,6 +100,8 @@ class RewardModel:
           "causal classifier; write a text with {prompt} and {response}."
         )
       tokens.require_tokens(loaded.tokenizer, eos=True)
+      backbone = loaded.model.config.backbone
+      self._ends = tokens.stop_ids(loaded.tokenizer, backbone.eos_token_id)
       num_special = 1
     else:
       backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
@@ -240,12 +242,13 @@ class RewardModel:
     )
     ids = tokenizer(text, add_special_tokens=not has_start, verbose=False)
     ids = list(ids["input_ids"])
-    if ids[-1:] == [tokenizer.eos_token_id]:
-      ids.pop()  # Some tokenizers put it there themselves.
+    end = tokenizer.eos_token_id
+    if ids and ids[-1] in self._ends:
+      end = ids.pop()  # Some tokenizers and chat templates put it there.
     room = self._max_length - 1
     is_cut = len(ids) > room
     ids = tokens.cut_prompt(tokenizer, ids, room)
-    return [*ids, tokenizer.eos_token_id], None, is_cut
+    return [*ids, end], None, is_cut
 
   def _encode(self, prompt: str, response: str):
     """Ids, token types, and whether they were cut, for an encoder."""

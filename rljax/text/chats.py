@@ -46,7 +46,7 @@ def render(
       continue
     try:
       text = chat.render(_messages(row.prompt, tokenizer), template)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError) as error:
       reason = str(error).rstrip(".")
       skipped.append(f"{row.place}: no chat prompt ({reason}).")
       continue

@@ -110,7 +110,8 @@ def encode_pairs(
     name: of the prompts, for messages.
 
   Returns:
-    N (prompt ids, response ids); a response ends in the end token.
+    N (prompt ids, response ids); a response ends in the end token, in a chat in
+    that of a turn.
 
   Raises:
     ValueError: if a prompt is too long, or a text cannot be encoded.
@@ -118,8 +119,12 @@ def encode_pairs(
   texts = [prompt for prompt, _ in pairs]
   rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
+  end_id = tokens.turn_end(tokenizer) if prompt_format == "chat" else None
   return [
-    (ids, tokens.encode_response(tokenizer, text, ids, response)[0])
+    (
+      ids,
+      tokens.encode_response(tokenizer, text, ids, response, end_id=end_id)[0],
+    )
     for text, ids, (_, response) in zip(rendered, encoded, pairs, strict=True)
   ]
 

@@ -903,12 +903,23 @@ def check_same_kind(name: str, other: Any, policy: Any) -> None:
     other: the model, its `model` and `tokenizer`, as `hf.load` gives them.
     policy: likewise.
   """
-  if other.model.config != policy.model.config:
+  if _without_ids(other.model.config) != _without_ids(policy.model.config):
     raise ValueError(
       f"{name} is another architecture than the policy: {other.model.config} "
       f"and {policy.model.config}."
     )
   check_same_tokens(name, other, policy)
+
+
+def _without_ids(config: Any) -> Any:
+  """A config but for special ids, of which an export names more."""
+  if not dataclasses.is_dataclass(config):
+    return config
+  names = ("bos_token_id", "eos_token_id", "pad_token_id")
+  known = {field.name for field in dataclasses.fields(config)}
+  return dataclasses.replace(
+    config, **{name: None for name in names if name in known}
+  )
 
 
 def check_same_tokens(name: str, other: Any, policy: Any) -> None:

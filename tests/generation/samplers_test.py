@@ -443,6 +443,64 @@ class SamplerTest(parameterized.TestCase):
     for stop in stops:
       self.assertGreater(ends[stop], 0)
 
+  def test_several_end_tokens(self):
+    # The config names one besides that of the tokenizer, a flag two more.
+    own, by_id, by_name = NUMBERS.convert_tokens_to_ids(["7", "8", "="])
+    config = types.SimpleNamespace(
+      vocab_size=len(NUMBERS), max_positions=1024, eos_token_id=(own,)
+    )
+    model = mock.Mock(wraps=stand_in.model(len(NUMBERS)), config=config)
+    table = np.zeros((32, len(NUMBERS), len(NUMBERS)), np.float32)
+    table[..., [own, by_id, by_name]] = 2.0
+    asked = _asked([f"{i}+{i + 1}=" for i in range(40, 56)], NUMBERS)
+    named = (str(by_id), "=")
+    for stop_at_eos, ends in (
+      (True, [NUMBERS.eos_token_id, own, by_id, by_name]),
+      (False, [by_id, by_name]),
+    ):
+      sampler = _sampler(
+        tokenizer=NUMBERS,
+        model=model,
+        max_length=24,
+        stop_tokens=named,
+        stop_at_eos=stop_at_eos,
+      )
+      self.assertEqual(list(sampler.stop_ids), ends)
+      drawn = sampler.draw(
+        jax.random.key(0), stand_in.params(table), asked, np.arange(16), step=0
+      )
+      rollout = jax.tree.map(np.asarray, drawn.rollout)
+      last = rollout.response_mask.sum(axis=1) - 1
+      found = set()
+      for row, text in enumerate(drawn.texts):
+        ids = rollout.response_ids[row, : last[row] + 1]
+        # It ends the response, and is no part of its text.
+        self.assertFalse(np.isin(ids[:-1], ends).any())
+        if rollout.finished[row]:
+          self.assertIn(ids[-1], ends)
+          found.add(int(ids[-1]))
+          self.assertEqual(text, NUMBERS.decode(ids[:-1]))
+        if not stop_at_eos:  # An end that is not to end it is never drawn.
+          self.assertNotIn(own, ids)
+      self.assertLessEqual({by_id, by_name}, found)
+      responder = sampler.responder(asked, batch_size=8)
+      ((_, texts, _), _) = responder.batches(stand_in.params(table))
+      self.assertNotIn("=", "".join(texts))
+    with self.assertRaisesRegex(ValueError, "and must be one that it knows"):
+      _sampler(tokenizer=NUMBERS, model=model, stop_tokens=["12="])
+
+  def test_responses_from_nan_are_counted(self):
+    asked = _asked(["1+2="] * 4, NUMBERS)
+    sampler = _sampler(tokenizer=NUMBERS, model=stand_in.model(len(NUMBERS)))
+    table = np.full((32, len(NUMBERS), len(NUMBERS)), np.nan, np.float32)
+    with self.assertLogs("absl", "WARNING") as logs:
+      drawn = sampler.draw(
+        jax.random.key(0), stand_in.params(table), asked, np.arange(4), step=0
+      )
+    self.assertIn("4 of 4 responses were drawn from logits", logs.output[0])
+    ids = np.asarray(drawn.rollout.response_ids)
+    self.assertTrue(np.asarray(sampler.allowed)[ids].all())
+
   def _bracketed(self, vocab_size):
     """A task whose responses are the expressions of a small grammar."""
     words = ("+", "=", "*", "1", "2")  # ( a ) n n
