@@ -80,7 +80,7 @@ from rljax.cli import entry
 
 cli.define_run(steps=8, eval_every=2)
 cli.define_batches(16, minibatches=True)
-cli.define_task("arithmetic")
+cli.define_task()
 flags.DEFINE_string("policy", "", "A model that nobody loads.")
 cli.define_sampler(max_length=4, online=True)
 cli.define_optimizer(1e-3)
@@ -145,7 +145,10 @@ CASES = {
   "warmup_below_0": (["--warmup=-1"], "--warmup=-1: "),
   # Several flags together.
   "min_length": (["--min_length=9"], "--min_length must not be more than --ma"),
-  "unfinished": (["--unfinished_score=0"], "--unfinished_score is for respons"),
+  "unfinished": (
+    ["--unfinished_score=0", "--nostop_at_eos"],
+    "--unfinished_score is for respons",
+  ),
   "schedule": (["--schedule=cubic"], "--schedule=cubic: .*constant"),
   # Paths of other storage.
   "bucket": (["--workdir=gs://b/run"], "--workdir=gs://b/run is not a path of"),
@@ -298,7 +301,8 @@ SAME_NAMES = {
 NO_PATHS = {
   *("arm", "bad_tag", "good_tag", "k", "mesh", "metrics", "new_vs", "split"),
   *("reward_template", "reward_terms", "reward_transform", "stop_strings"),
-  *("task", "title", "wandb_project"),
+  *("run_name", "run_tags", "solution_column", "stop_tokens", "system_prompt"),
+  *("task", "template_options", "title", "wandb_project"),
 }
 
 

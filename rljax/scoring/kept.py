@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from rljax.distributed import processes
 from rljax.scoring import scorers
 from rljax.storage import calls, checkpoint, paths, rows, stages
+from rljax.text import asked as asked_lib
 from rljax.text import files
 
 _AT_A_TIME = 32  # Responses, between which a kill loses nothing.
@@ -49,7 +51,8 @@ def scorer(
       return score(prompts, responses)
     except (calls.CallError, calls.Ended) as error:
       if jax.process_count() == 1 and error.rows:
-        keep(error.rows)
+        asked = map(_row, prompts, responses)
+        keep([new | row for row, new in zip(error.rows, asked, strict=False)])
         if error.args:
           error.args = (f"{error.args[0]} What was answered is in {path}.",)
       raise
@@ -70,22 +73,27 @@ def scorer(
       known = processes.from_first(lambda: _known(path, made_of))
       known = {tuple(pair): found for pair, found in known}
     used, missing = collections.Counter(), []
-    pairs = list(zip(prompts, responses, strict=True))
-    for pair in pairs:  # A text that stands twice is scored twice.
+    pairs = [(_name(p), r) for p, r in zip(prompts, responses, strict=True)]
+    for i, pair in enumerate(
+      pairs
+    ):  # A text that stands twice is scored twice.
       used[pair] += 1
       if used[pair] > len(known.get(pair, [])):
-        missing.append(pair)
+        missing.append(i)
     for start in range(0, len(missing), _AT_A_TIME):
-      asked = missing[start : start + _AT_A_TIME]
-      scores, parts = ask([p for p, _ in asked], [r for _, r in asked])
+      some = missing[start : start + _AT_A_TIME]
+      scores, parts = ask(
+        [prompts[i] for i in some], [responses[i] for i in some]
+      )
       found = [
-        {"prompt": p, "response": r, "reward": float(x), "parts": part}
-        for (p, r), x, part in zip(asked, scores, parts, strict=True)
+        _row(prompts[i], responses[i]) | {"reward": float(x), "parts": part}
+        for i, x, part in zip(some, scores, parts, strict=True)
       ]
       keep(found)
       calls.check_stop()
-      for pair, row in zip(asked, found, strict=True):
-        known.setdefault(pair, []).append([row["reward"], row["parts"]])
+      for i, row in zip(some, found, strict=True):
+        outcome = [row["reward"], row["parts"]]
+        known.setdefault(pairs[i], []).append(outcome)
     used, outcomes = collections.Counter(), []
     for pair in pairs:
       outcomes.append(known[pair][used[pair]])
@@ -95,6 +103,23 @@ def scorer(
 
   kept.description = score.description
   return kept
+
+
+def _row(prompt, response):
+  """What is filed of a response, before it is scored."""
+  row = {"prompt": str(prompt), "response": response}
+  return row | ({"asked": _name(prompt)} if _name(prompt) != prompt else {})
+
+
+def _name(prompt):
+  """A text that is the same for equal prompts of equal rows."""
+  if not asked_lib.columns(prompt):
+    return asked_lib.key(prompt)
+  return json.dumps(
+    [asked_lib.key(prompt), asked_lib.columns(prompt)],
+    sort_keys=True,
+    default=str,
+  )
 
 
 def _known(path, made_of):
@@ -109,6 +134,6 @@ def _known(path, made_of):
   if path.exists() and path.stat().st_size:
     for row in files.read_jsonl(path):
       if "reward" in row:
-        pair = row["prompt"], row["response"]
+        pair = row.get("asked", row["prompt"]), row["response"]
         found[pair].append([row["reward"], row["parts"]])
   return list(found.items())

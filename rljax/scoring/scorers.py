@@ -11,7 +11,8 @@ import numpy as np
 
 from rljax import tasks
 from rljax.distributed import processes
-from rljax.scoring import reward_models
+from rljax.scoring import reward_functions, reward_models
+from rljax.storage import calls
 from rljax.text import keywords
 
 Scorer = Callable[
@@ -90,7 +91,7 @@ def of_task(
 
 def _of_task(task: Any, options: Mapping[str, Any], seconds: float) -> Scorer:
   """Makes the scorer of a task from parsed options."""
-  keywords.check(task.score, options)
+  keywords.check(getattr(task, "score_batch", None) or task.score, options)
   function = divided(
     functools.partial(
       tasks.score_rows, task, options=dict(options), seconds=seconds
@@ -104,6 +105,37 @@ def _of_task(task: Any, options: Mapping[str, Any], seconds: float) -> Scorer:
     "task": task.__name__.rpartition(".")[2],
     **options,
   }
+  return function
+
+
+def of_functions(specs: Sequence[str], **options: Any) -> Scorer:
+  """Makes the scorer of reward functions, whose processes share the responses.
+
+  Args:
+    specs: see `reward_functions.parse`.
+    **options: of `reward_functions.Functions`.
+
+  Returns:
+    As `scorer`; a score is NaN where no function returns a number.
+
+  Raises:
+    ValueError: as `reward_functions.parse`.
+  """
+  functions = reward_functions.Functions(specs, **options)
+
+  def score(prompts, responses):
+    try:
+      return calls.guard(  # Each call has a limit of its own.
+        lambda: functions.score_batch(prompts, responses),
+        what="--rewards",
+        about=lambda: "",
+      )
+    except (calls.CallError, calls.Ended) as error:
+      calls.tell(error, prompts, responses)
+      raise
+
+  function = divided(score)
+  function.description = functions.description
   return function
 
 

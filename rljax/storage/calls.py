@@ -98,7 +98,8 @@ def guard(
   Args:
     call: the function.
     what: who is called, as a message begins.
-    about: says what it was called for, when something is wrong.
+    about: says what it was called for, when something is wrong; "" if the
+      errors of the function name that themselves.
     seconds: that it may take, counted anew where `done` grows; 0: no limit.
     done: what it has answered, if it answers piece by piece.
 
@@ -120,11 +121,26 @@ def guard(
   except (CallError, Ended, paths.DiskError):
     raise
   except Exception as error:
+    if isinstance(error, ValueError) and not about():
+      raise CallError(str(error), done) from error
     message = str(error).rstrip(".") or "no message"
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     raise CallError(f"{what} failed {about()}: {kind}{message}.", done) from (
       error
     )
+
+
+def tell(
+  error: CallError | Ended, prompts: Sequence[str], responses: Sequence[str]
+) -> None:
+  """Lets an error carry what was asked, with what was answered, as `rows`."""
+  error.rows = [
+    {"prompt": str(prompt), "response": response}
+    for prompt, response in zip(prompts, responses, strict=True)
+  ]
+  for row, outcome in zip(error.rows, error.done, strict=False):
+    pair = outcome if isinstance(outcome, tuple) else (outcome, {})
+    row["reward"], row["parts"] = pair
 
 
 def one_by_one(

@@ -160,6 +160,7 @@ def encode(
   max_prompt_length: int,
   max_response_length: int,
   too_long: Literal["skip", "cut", "error"] = "skip",
+  end_id: int | None = None,
 ) -> Encoded:
   """Turns rows into ids; responses end in the end token.
 
@@ -176,6 +177,7 @@ def encode(
       "skip" leaves the row out and names it; "cut" cuts prompts on the left,
       after the start token, and responses on the right, with their end token;
       "error" refuses it. What was done is logged.
+    end_id: the token that responses end in; the tokenizer's own by default.
 
   A row that the tokenizer cannot write is left out and named as well.
 
@@ -215,7 +217,9 @@ def encode(
           continue
         num_anew += 1
       try:
-        ids, apart = tokens.encode_response(tokenizer, row.prompt, whole, text)
+        ids, apart = tokens.encode_response(
+          tokenizer, row.prompt, whole, text, end_id=end_id
+        )
       except ValueError as error:  # A tokenizer of a few words.
         encoded.skipped.append(f"{row.place}: {error}")
         break
@@ -259,15 +263,18 @@ def prepare(
   tokenizer,
   rows: Sequence[Row],
   *,
-  prompt_format: Literal["plain", "chat"],
+  prompt_format: str,
   **limits: Any,
 ) -> Encoded:
   """Renders rows and turns them into ids; see `render` and `encode`.
 
+  In a chat, responses end in the token by which the template ends a turn.
+
   What either left out is in the result's `skipped`.
   """
   rows, refused = chats.render(rows, tokenizer, prompt_format)
-  encoded = encode(tokenizer, rows, **limits)
+  end_id = tokens.turn_end(tokenizer) if prompt_format == "chat" else None
+  encoded = encode(tokenizer, rows, end_id=end_id, **limits)
   return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
 
 
