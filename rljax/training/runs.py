@@ -476,6 +476,10 @@ class Run:
     if "save_every" in self._values:
       repeats = 2 * max(self._values.save_every, self._saved_every)
     damaged = self._checkpoints is not None and self._checkpoints.unreadable
+    name, tags = (
+      self._values[flag].value if flag in self._values else default
+      for flag, default in (("run_name", ""), ("run_tags", ()))
+    )
     self._log = stack.enter_context(
       logs.Logs(
         self.workdir,
@@ -487,19 +491,14 @@ class Run:
         num_rows=self.meta.get("rows"),
         repeats=repeats,
         keep=bool(damaged),
-        about=trackers.About(
-          has_metrics and self._values.run_name,
-          self._values.run_tags if has_metrics else (),
-          self._in_force,
-        ),
+        about=trackers.About(name, tags, self._in_force),
       )
     )
     if has_metrics and not planning.current():
       draw = functools.partial(
         curves.curves,
         panels=curves.PANELS,
-        title=self._values.run_name
-        or pathlib.Path(self.workdir).resolve().name,
+        title=name or pathlib.Path(self.workdir).resolve().name,
       )
       self._log.curves(draw)
     for text in self._notes:
