@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rljax
+from rljax import __version__
 from rljax.models import hf
 from rljax.storage import paths
 
@@ -109,9 +109,7 @@ def model_card(
   head = ["---", "library_name: transformers", "tags: [rljax]"]
   head += [f"base_model: {base}"] if is_hub else []
   lines = [*head, "---", "", f"# {title}", ""]
-  lines += [
-    f"Trained with rljax {rljax.__version__}; exported from `{source}`."
-  ]
+  lines += [f"Trained with rljax {__version__}; exported from `{source}`."]
   facts = {
     "Base model": base or (flags and "random weights"),
     "Data": flags.get("data") or flags.get("task"),
