@@ -102,6 +102,7 @@ _DEGREES = re.compile(
 _DELIMITERS = re.compile(
   r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\[\[\]()]"
 )
+_ROOT_SIGN = re.compile(r"√\s*(?:([0-9]+(?:\.[0-9]+)?)|\(([^()]*)\))")
 _ROOT = re.compile(r"(?<![\\\w])sqrt\s*\(([^()]*)\)")
 _ARROW = re.compile(
   r"[-=]+>|\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])"
@@ -143,6 +144,8 @@ def characters(text: str) -> str:
       ),
       text,
     )
+  if "√" in text:
+    text = _ROOT_SIGN.sub(r"\\sqrt{\1\2}", text)
   text = text.translate(_SIGNS)
   if any("\uff01" <= c <= "\uff5e" or c in "％＄￥￡￦" for c in text):
     text = "".join(

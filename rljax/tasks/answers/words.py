@@ -154,7 +154,7 @@ REFUSED = re.compile(
   r"\b(?:or|nor|either|neither|not|never|cannot|wrong|incorrect(?:ly)?|false"
   r"|untrue|mistaken|invalid|impossible|unknown|undefined|unclear|unlikely"
   r"|except|excluding|versus|vs|instead|too|insufficient|unsure|uncertain"
-  r"|anything|everything|mod|modulo|dozens?|gross|factorial|squared|cubed"
+  r"|anything|everything|mod|modulo|dozens?|dutzend|docenas?|douzaines?|dúzias?|dozzin[ae]|gross|factorial|squared|cubed"
   r"|halves|pi|nan|inf|halved|doubled|tripled|quadrupled|twice|divisible"
   # Other languages.
   r"|oder|ou|oppure|veya|eller|albo|nebo|atau|nicht|kein|keine|nunca|nein"
@@ -183,7 +183,7 @@ CHANGES_BEFORE = re.compile(
   r"|version|room|chapter|page|figure|equation"
   # Other languages.
   r"|menos|más|mais|moins|meno|più|weniger|mehr|mindestens|höchstens"
-  r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad"
+  r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad|doppelte|doble|dobro|doppio|dreifache"
   r"|moitié|minder|meer|более|менее|меньше|больше|минус|около)\b"
   r"|至少|至多|最多|最少|超过|超過|不到|少于|少於|多于|多於|大于|小于|大於|小於"
   r"|接近|负|負|平方根|之间|최소|최대|마이너스",
@@ -222,7 +222,7 @@ CHANGES_NEXT = re.compile(
   r"[\s(]*(?:(?:half|quarter|pi|mil|mille|mila|milliers?|millones|millón"
   r"|milhões|milhão|millionen|milliarden?|milliards?|mio|mrd|tausend|hundert"
   r"|mln|mlrd|млн|млрд|тыс|тысяч[аи]?|миллион\w*|миллиард\w*|bin|milyon|milyar"
-  r"|tisíc|tysięcy|tysiąc|cientos|below|under|times (?:as|the|that)|of)\b"
-  r"|[万萬億亿千百만억천백多余餘几幾点點分之以]|个?半|個?半)",
+  r"|tisíc|tysięcy|tysiąc|cientos|below|under|times (?:as|the|that))\b"
+  r"|[%个個]?\s?[万萬億亿千百만억천백多余餘几幾点點分之以]|个?半|個?半)",
   re.IGNORECASE,
 )
