@@ -51,7 +51,8 @@ _MARKER = re.compile(
   r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
   r"|giving|gave|gets?|got|leaves?|leaving|left with|yields?|totals?|total of"
   r"|total|contain(?:s|ed)|becomes?|so|thus|hence|therefore|altogether|in all"
-  r"|overall|she|he|they|we|it|you|sold|needs?|earns?|earned|pays?|paid|costs?|comes to"
+  r"|overall|she|he|they|we|it|you|sold|needs?|earns?|earned|pays?|paid"
+  r"|costs?|comes to"
   r"|takes?|took|spends?|spent|ends? up with"
   r"|es|son|ist|sind|est|sont|são|tiene|hat|a un total de|共有|一共)\b"
   r"|[共有是为為]",

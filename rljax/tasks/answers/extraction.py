@@ -386,7 +386,7 @@ def _in_box(text: str) -> Extract | None:
       and _is_gap_of_hedge(text[closing:place])
     ):
       return Extract(None, "boxed")
-  if inner:
+  if inner and text[end - 1 : end] == "}":
     behind, before = text[end : end + 80], text[max(0, place - 80) : place]
     if (behind.strip(" .$\n") and _is_taken_back(behind)) or (
       not before.rstrip(" $").endswith(("is", "are", ":", "\n", "= "))
