@@ -8,8 +8,8 @@ r"""Word problems with a known answer: GSM8K, SVAMP, and problems of MATH.
 
 A response is right if its final answer equals the known one. Numbers are
 compared exactly, by integer arithmetic; anything else (6\times 7, \sqrt{4}) by
-math-verify and sympy, in worker processes with limits, because a model may
-write 9^{9^{9^9}}. No text of a model is ever executed.
+math-verify and sympy, in worker processes with limits, because a model's
+expression may take forever: 9^{9^{9^9}}. No text of a model is ever executed.
 
 Sources:
   Cobbe et al. (2021), "Training Verifiers to Solve Math Word Problems": GSM8K.

@@ -1,0 +1,145 @@
+"""Flags of models and of how they compute, and their readers."""
+
+from typing import Any
+
+from absl import flags
+
+from rljax.models import hf
+from rljax.training import runs
+
+# Flags that are defined below belong to the script that calls the group.
+flags.disclaim_key_flags()
+
+
+def define_models(
+  *,
+  policy: str | None = None,
+  required: bool = True,
+  remat: bool = True,
+  logits: bool = True,
+) -> None:
+  """Defines the policy and how models compute.
+
+  Args:
+    policy: what --policy is to the script, as a sentence; None: it starts as
+      this model.
+    required: whether it must be named; else it may be empty.
+    remat: whether the script has a backward pass.
+    logits: see `define_compute`.
+  """
+  flags.DEFINE_string(
+    "policy",
+    None if required else "",
+    (policy or "Language model that the policy starts as.")
+    + " The workdir of a run, a Hugging Face directory, a packaged model, a "
+    "GGUF file or a hub name"
+    + ("." if required else "; empty for random weights."),
+    required=required,
+  )
+  define_compute(remat=remat, logits=logits)
+
+
+def define_compute(*, remat: bool = True, logits: bool = True) -> None:
+  """Defines how models compute.
+
+  Args:
+    remat: whether the script has a backward pass.
+    logits: whether that goes through logits of all tokens.
+  """
+  flags.DEFINE_enum(
+    "dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "Number format of the models' computation; parameters stay float32.",
+  )
+  if remat:
+    flags.DEFINE_bool(
+      "remat",
+      False,
+      "Whether the backward pass recomputes the layers: less memory, more "
+      "time.",
+    )
+  if remat and logits:
+    flags.DEFINE_integer(
+      "chunk_size",
+      0,
+      "Response positions whose logits exist at the same time; 0 takes as many "
+      "as fit into 256 MB.",
+      lower_bound=0,
+    )
+
+
+def model_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `hf.load`."""
+  return {
+    "dtype": values.dtype,
+    "remat": "remat" in values and values.remat,
+  }
+
+
+def load_reference(
+  values: flags.FlagValues, loaded: hf.LanguageModel
+) -> hf.LanguageModel:
+  """Loads --reference; the policy itself if there is none.
+
+  Raises:
+    ValueError: if it is another architecture, or has other tokens.
+  """
+  return load_like(values, "reference", loaded)
+
+
+def load_like(
+  values: flags.FlagValues, name: str, loaded: hf.LanguageModel
+) -> hf.LanguageModel:
+  """Loads the model that a flag names; the policy itself if it names none.
+
+  Args:
+    values: parsed flags.
+    name: of the flag.
+    loaded: the policy.
+
+  Raises:
+    ValueError: if it is another architecture, or has other tokens.
+  """
+  path = values[name].value
+  if not path:
+    return loaded
+  other = hf.load(path, **model_options(values))
+  runs.check_same_kind(f"--{name}={path}", other, loaded)
+  return other
+
+
+def define_random_model(
+  *, hidden_size: int, num_layers: int, max_positions: int
+) -> None:
+  """Defines the shape of a model with random weights."""
+  flags.DEFINE_enum(
+    "family",
+    "gpt2",
+    ["gpt2", "llama"],
+    "Architecture of a model that starts from random weights.",
+  )
+  for name, default, text in (
+    ("hidden_size", hidden_size, "Width"),
+    ("num_layers", num_layers, "Layers"),
+    ("num_heads", 4, "Attention heads"),
+    ("max_positions", max_positions, "Longest text, in tokens,"),
+  ):
+    flags.DEFINE_integer(
+      name,
+      default,
+      f"{text} of a model that starts from random weights.",
+      lower_bound=1,
+    )
+
+
+def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns keyword arguments of `models.fresh.make`."""
+  return {
+    "family": values.family,
+    "hidden_size": values.hidden_size,
+    "num_layers": values.num_layers,
+    "num_heads": values.num_heads,
+    "max_positions": values.max_positions,
+    **model_options(values),
+  }
