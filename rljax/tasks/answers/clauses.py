@@ -116,7 +116,7 @@ def last_clause(tail: str) -> str | None:
   match = _SIMPLE.fullmatch(tail)  # Most short replies.
   if match:
     return match[1]
-  tail = tail.rstrip()
+  tail = tail.rstrip().replace(" vs. ", " vs ")
   if not tail.isascii():
     tail = tail[: -2 * WINDOW] + normalisation.characters(tail[-2 * WINDOW :])
   place = max(tail.rfind(digit) for digit in "0123456789")

@@ -91,7 +91,7 @@ _GROUPED = re.compile(
 _SPACE = re.compile(
   r"(?<!\\)\\[,:;!> ]|~"
   r"|\\(?:en(?:space|skip)|(?:thin|med|thick)space|displaystyle|textstyle"
-  r"|Large|large|huge|Huge|bf|rm|it|limits|phantom\{\})(?![A-Za-z])"
+  r"|pounds|euro|yen|Large|large|huge|Huge|bf|rm|it|limits|phantom\{\})(?![A-Za-z])"
 )
 _WIDE = re.compile(
   r"\\q?quad(?![A-Za-z])|\\[hm]space\*?\s*\{[^{}]*\}|(?<!\\)\\\\(?!begin|end)"
@@ -226,7 +226,7 @@ def _outer(text: str) -> str:
   """Strips what stands around an answer."""
   for _ in range(4):
     before = text
-    text = text.strip(" \t\r\n_`\"'#&").lstrip("=:,;!?")
+    text = text.strip(" \t\r\n_`\"'#&").lstrip("=:,;?")
     if not text.endswith(".."):
       text = text.rstrip(",;:?.")
     text = text.strip("$")

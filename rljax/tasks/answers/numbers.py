@@ -173,7 +173,7 @@ def _value(text: str) -> fractions.Fraction | None:
       return None
     text = parts[-1]
   text, num_below = _BELOW_ZERO.subn(" ", text)
-  if words.REFUSED.search(text):
+  if words.REFUSED.search(text) or words.DATE.search(text):
     return None
   text = without_labels(text)
   text = text.lstrip(" :=#*")
@@ -306,7 +306,7 @@ def _may_precede(before: str) -> bool:
     return True
   if words.CHANGES_BEFORE.search(before):
     return False
-  if re.search(r"[\\^_|%+*/√]|\.\.\s*$", before):
+  if re.search(r"[\\^_|%+*/√]|\.\.\s*$|!$", before):
     return False
   last = before[-1]
   if re.search(r"\w\s?[(\[{]$", before) and not before[-2].isspace():
