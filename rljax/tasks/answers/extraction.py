@@ -67,6 +67,7 @@ _OPERATOR_BEFORE = re.compile(
   r"|(?:[0-9)}+/^_×÷<>≤≥≠]"
   r"|\\(?:cdot|times|div|pm|sqrt|neq?|[lg]eq?|leqslant|geqslant|ll|gg))[\s{$]*$"
 )
+_WORKED_OUT = re.compile(r"[-+*/^=×÷]|\\(?:cdot|times|frac|div|sqrt)")
 _BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
 
 
@@ -336,13 +337,15 @@ def _is_changed_before(before: str) -> bool:
   if _OPERATOR_BEFORE.search(before):
     return True
   before = _BEFORE_WORD.sub("", before)
+  if re.search(r"\bor$", before) and _WORKED_OUT.search(before[-28:]):
+    return False  # 50 \cdot 12, or \boxed{600}.
   before = re.split(r"[.!?;:,\n=]", before)[-1]
   last = " ".join(before.split()[-3:])
   return (
     re.search(
-      r"\b(?:not|never|than|at least|at most|except|minus|negative|twice"
+      r"\b(?:not|never|than|except|minus|negative|twice"
       r"|double|half of|or|times|over|under|cannot be|but|without|plus"
-      r"|square root of|square of|to|oder|ou)$|n't(?: be)?$|或$",
+      r"|square root of|square of|oder|ou)$|n't(?: be)?$|或$",
       last,
       re.IGNORECASE,
     )
