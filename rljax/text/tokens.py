@@ -336,6 +336,18 @@ def turn_end(tokenizer) -> int | None:
   return named[max(first, key=len)] if first else None
 
 
+def end_id(tokenizer, prompt_format: str) -> int | None:
+  """Returns the token by which a response to learn from ends.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+    prompt_format: "plain", or "chat", where it is the end of a turn in the chat
+      template, if that has one.
+  """
+  found = turn_end(tokenizer) if prompt_format == "chat" else None
+  return tokenizer.eos_token_id if found is None else found
+
+
 def named_ids(tokenizer, names: Sequence[str]) -> tuple[int, ...]:
   """Returns the ids of tokens that are named by their texts or their ids.
 
