@@ -145,7 +145,10 @@ CASES = {
   "warmup_below_0": (["--warmup=-1"], "--warmup=-1: "),
   # Several flags together.
   "min_length": (["--min_length=9"], "--min_length must not be more than --ma"),
-  "unfinished": (["--unfinished_score=0"], "--unfinished_score is for respons"),
+  "unfinished": (
+    ["--unfinished_score=0", "--nostop_at_eos"],
+    "--unfinished_score is for respons",
+  ),
   "schedule": (["--schedule=cubic"], "--schedule=cubic: .*constant"),
   # Paths of other storage.
   "bucket": (["--workdir=gs://b/run"], "--workdir=gs://b/run is not a path of"),

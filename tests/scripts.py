@@ -24,6 +24,21 @@ from tests import conftest, warm
 # Two orders of summation differ by this much in float32, after Adam has
 # magnified it: a step of the learning rate at most where a gradient is noise.
 ROUNDING = 2e-5
+# Sums whose answer is one token, as PPO, GRPO and evaluations ask them.
+SUMS = (
+  "--task=arithmetic",
+  "--task_options=style=last",
+  "--max_length=1",
+  "--stop_at_eos=false",
+)
+# Supervised examples of them, and a rate for random weights.
+LEARN_SUMS = (
+  "--task=arithmetic",
+  "--task_options=style=last,whole=true",
+  "--learning_rate=1e-3",
+  "--warmup=0",
+  "--weight_decay=0.1",
+)
 
 
 @functools.cache

@@ -179,7 +179,18 @@ def _define_wandb():
     "Weights & Biases project to which metrics are sent as well; empty for "
     "none.",
   )
-  entry.may_change("wandb_project")
+  flags.DEFINE_string(
+    "run_name",
+    "",
+    "Name of the run in pictures, Weights & Biases and TensorBoard; empty: "
+    "that of the folder --workdir.",
+  )
+  flags.DEFINE_list(
+    "run_tags",
+    [],
+    "Tags of the run in Weights & Biases and TensorBoard, separated by commas.",
+  )
+  entry.may_change("wandb_project", "run_name", "run_tags")
 
 
 def _define_devices():

@@ -75,6 +75,17 @@ def define_sampler(
     lower_bound=0.0,
     upper_bound=1.0,
   )
+  flags.DEFINE_integer(
+    "min_new_tokens",
+    0,
+    "Tokens of a response before its end token may be drawn.",
+    lower_bound=0,
+  )
+  entry.require(
+    ["min_new_tokens", "max_length"],
+    lambda v: v["min_new_tokens"] < v["max_length"],
+    "--min_new_tokens must be less than --max_length, or no response ends.",
+  )
   define_stop_strings()
   if sample_batch_size is not None:
     flags.DEFINE_integer(
@@ -111,7 +122,7 @@ def define_ends() -> None:
   """Defines whether the end token and a grammar end responses."""
   flags.DEFINE_bool(
     "stop_at_eos",
-    False,
+    True,
     "Whether the end token ends a response; if not, it is never drawn.",
   )
   flags.DEFINE_enum(
@@ -125,6 +136,13 @@ def define_ends() -> None:
     lambda v: v["constraint"] == "none" or v["stop_at_eos"],
     "--constraint=grammar lets a response end where its expression does: it "
     "needs --stop_at_eos.",
+  )
+
+  entry.require(
+    ["min_new_tokens", "constraint"],
+    lambda v: not v["min_new_tokens"] or v["constraint"] == "none",
+    "--min_new_tokens forbids the end where --constraint=grammar may allow "
+    "nothing else.",
   )
 
 
@@ -142,6 +160,18 @@ def _define_limits():
     None,
     "Score of a response that runs out of length, which is then never right; "
     "unset, it is scored as any other.",
+  )
+  flags.DEFINE_bool(
+    "mask_unfinished",
+    False,
+    "Whether nothing is learnt from a response that runs out of length: it is "
+    "left out of the loss and of the baseline of its group, and counted.",
+  )
+  entry.require(
+    ["mask_unfinished", "stop_at_eos", "stop_strings"],
+    lambda v: not v["mask_unfinished"] or v["stop_at_eos"] or v["stop_strings"],
+    "--mask_unfinished would leave out every response: without --stop_at_eos "
+    "or --stop_strings all run out of length.",
   )
   entry.require(
     ["min_length", "max_length"],

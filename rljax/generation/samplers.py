@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from rljax.distributed import compiled, meshes, processes
+from rljax.distributed import compiled, meshes, planning, processes
 from rljax.generation import decode, grammars, rollouts
 from rljax.ops import sampling
+from rljax.text import asked, files, tokens
 from rljax.text import batches as batches_lib
-from rljax.text import files, tokens
 from rljax.text import prompts as prompts_lib
 
 
@@ -79,14 +79,28 @@ def records(
     parts: N dicts, what the score is made of.
 
   Returns:
-    N dicts with `prompt`, `response`, `reward` and `parts`.
+    N dicts with `prompt` as the data have it, `response`, `reward` (None
+    without a score) and `parts`, and the columns that prompts remember.
   """
   return [
-    {"prompt": prompt, "response": reply, "reward": float(score), "parts": part}
+    {
+      "prompt": asked.given(prompt),
+      "response": reply,
+      "reward": None if np.isnan(score) else float(score),
+      "parts": part,
+    }
+    | asked.kept_columns(prompt)
     for prompt, reply, score, part in zip(
       prompts, replies, scores, parts, strict=True
     )
   ]
+
+
+def known(scores: Any) -> np.ndarray:
+  """Returns the scores of responses that have one; NaN if none has."""
+  scores = np.asarray(scores, np.float32)
+  found = scores[~np.isnan(scores)]
+  return found if len(found) else np.full(1, np.nan, np.float32)
 
 
 def unfinished_are_wrong(
@@ -125,6 +139,7 @@ class Settings(NamedTuple):
 
   Attributes:
     max_length: tokens of a response at most, its end token included.
+    min_new_tokens: tokens of a response before its end token may be drawn.
     min_length: 0, or each response has a limit of its own, drawn from here to
       `max_length`.
     num_samples: responses to each prompt.
@@ -138,12 +153,15 @@ class Settings(NamedTuple):
     stop_tokens: further tokens that end a response, as texts or ids; see
       `tokens.named_ids`.
     constraint: "grammar", to keep responses within the task's, or "none".
+    mask_unfinished: whether nothing is learnt from a response that ran out of
+      length.
     unfinished_score: score of a response that ran out of length, which is then
       never right; None: it is scored as any other.
     seed: of the limits of length.
   """
 
   max_length: int
+  min_new_tokens: int = 0
   min_length: int = 0
   num_samples: int = 1
   temperature: float = 1.0
@@ -156,6 +174,7 @@ class Settings(NamedTuple):
   stop_tokens: tuple[str, ...] = ()
   constraint: str = "none"
   unfinished_score: float | None = None
+  mask_unfinished: bool = False
   seed: int = 0
 
   @property
@@ -193,7 +212,7 @@ class Samples:
     rollout: arrays, `[N, ...]`.
     prompts: N texts.
     texts: N responses, without the strings that ended them.
-    scores: `[N]` float32, once scored.
+    scores: `[N]` float32, once scored; NaN where a response has no score.
     parts: N dicts of what the scores are made of.
     settings: of the sampler.
     policy_step: rollouts that the policy had learnt from.
@@ -208,6 +227,28 @@ class Samples:
   tokenizer: Any
   scores: np.ndarray | None = None
   parts: list[dict[str, Any]] | None = None
+
+  @property
+  def learnt_scores(self) -> np.ndarray:
+    """The scores, NaN also where nothing is to be learnt from a response."""
+    if not self.settings.mask_unfinished:
+      return self.scores
+    finished = processes.gather(self.rollout.finished)
+    return np.where(finished, self.scores, np.float32(np.nan))
+
+  @property
+  def learnt(self) -> rollouts.Rollout:
+    """The rollout that is learnt from.
+
+    A response that is left out, for it has no score or has no end where the
+    settings ask for one, has no token that counts.
+    """
+    counts = ~np.isnan(self.learnt_scores)
+    mask = self.rollout.response_mask
+    if not counts.all():
+      library = np if isinstance(mask, np.ndarray) else jnp
+      mask = library.where(counts[:, None], mask, False)
+    return self.rollout.replace(response_mask=mask)
 
   def scored(self, score: Callable[..., Any]) -> "Samples":
     """Returns the samples with their scores; see `score_responses`."""
@@ -377,9 +418,11 @@ class Sampler:
         allowed=self.allowed,
         stop_ids=self.stop_ids,
         stop_strings=stop_table,
+        min_new_tokens=settings.min_new_tokens,
         lengths=lengths,
         constraint=within,
         split_cache=meshes.cache_splitter(mesh),
+        split_logits=meshes.logits_splitter(mesh),
         pad_id=tokens.pad_id(tokenizer),
       )
 
@@ -429,8 +472,8 @@ class Sampler:
     ids, mask, lengths = meshes.shard_batch(
       (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
     )
-    asked = [prompts.texts[i] for i in rows]
-    within = self._constraint(asked)
+    texts = [prompts.texts[i] for i in rows]
+    within = self._constraint(texts)
     if within is not None:
       within = within._replace(
         start=meshes.shard_batch(within.start, self._mesh),
@@ -439,7 +482,7 @@ class Sampler:
     rollout = self.program(key, params, ids, mask, lengths, within)
     return Samples(
       rollout=rollout,
-      prompts=[text for text in asked for _ in range(num_samples)],
+      prompts=[text for text in texts for _ in range(num_samples)],
       texts=read(
         self._tokenizer, rollout, self.settings.stop_strings, self.stop_ids
       ),
@@ -468,6 +511,7 @@ class Sampler:
       texts=prompts.texts,
       **{
         "max_length": settings.max_length,
+        "min_new_tokens": settings.min_new_tokens,
         "max_lengths": settings.lengths(len(prompts.texts), 0, 2),
         "settings": settings.distribution,
         "num_samples": settings.num_samples,
@@ -565,6 +609,7 @@ class Responder:
     seed: int = 0,
     stop_at_eos: bool = True,
     stop_strings: Sequence[str] = (),
+    min_new_tokens: int = 0,
     stop_tokens: Sequence[str] = (),
     num_samples: int = 1,
     forced: np.ndarray | None = None,
@@ -588,6 +633,7 @@ class Responder:
       stop_at_eos: whether the end token ends a response; else it is never
         drawn.
       stop_strings: texts that end a response, and are cut off it.
+      min_new_tokens: tokens before the end token may be drawn.
       stop_tokens: further tokens that end a response, as texts or ids.
       num_samples: K, responses to each prompt. They share its keys and values.
       forced: `[V + 1]` int, tokens that must follow others; see
@@ -637,11 +683,13 @@ class Responder:
         allowed=jnp.asarray(allowed),
         stop_ids=stop_ids,
         stop_strings=stop_table,
+        min_new_tokens=min_new_tokens,
         num_samples=num_samples,
         lengths=jnp.repeat(batch["lengths"], num_samples),
         forced=forced,
         constraint=within,
         split_cache=meshes.cache_splitter(mesh),
+        split_logits=meshes.logits_splitter(mesh),
         pad_id=tokens.pad_id(tokenizer),
       )
 
@@ -789,12 +837,13 @@ def collect(
   rows = processes.from_first(lambda: _rows_so_far(path))
   for number, row in enumerate(rows):
     index, sample = divmod(number, num_samples)
-    expected = (index, sample, *prompts[index : index + 1])
+    expected = (index, sample, *map(asked.given, prompts[index : index + 1]))
     if (row.get("index"), row.get("sample"), row.get("prompt")) != expected:
       raise ValueError(
         f"{path} holds samples of other prompts, from row {number + 1} on; "
         "delete it or choose another workdir."
       )
+    row["prompt"] = prompts[index]
   first = len(rows) // num_samples
   if len(rows) % num_samples:
     rows = rows[: first * num_samples]
@@ -802,17 +851,24 @@ def collect(
   for indices, texts, finished in responder.batches(
     params, first=first, draw=draw
   ):
-    asked = [prompts[i] for i in indices for _ in range(num_samples)]
-    scores, parts = score(asked, texts)
+    repeated = [prompts[i] for i in indices for _ in range(num_samples)]
+    scores, parts = score(repeated, texts)
     scores, parts = unfinished_are_wrong(scores, parts, finished)
+    if planning.current():  # Some must be right for what comes behind them.
+      parts = [
+        {k: k == "is_correct" and i % 2 == 0 or v for k, v in part.items()}
+        for i, part in enumerate(parts)
+      ]
     batch = [
       {"index": indices[0] + i // num_samples, "sample": i % num_samples}
       | row
       | {"finished": bool(finished[i])}
-      for i, row in enumerate(records(asked, texts, scores, parts))
+      for i, row in enumerate(records(repeated, texts, scores, parts))
     ]
     # All wait for it: the file is whole for everybody when this returns.
     processes.from_first(functools.partial(files.append_jsonl, path, batch))
+    for row, prompt in zip(batch, repeated, strict=True):
+      row["prompt"] = prompt  # With what it remembers.
     rows += batch
     progress(indices[-1] + 1, batch)
   return rows

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rljax.distributed import planning
 from rljax.models import gpt2, llama, tokenizers
 
 Params = dict[str, Any]
@@ -56,7 +57,7 @@ def make(
   sizes = {
     "vocab_size": vocab_size or rows,
     "hidden_size": hidden_size,
-    "num_layers": num_layers,
+    "num_layers": planning.num_layers(num_layers),
     "num_heads": num_heads,
     "max_positions": max_positions,
     "dtype": dtype,
@@ -83,7 +84,7 @@ def initial_params(model: nn.Module, seed: int) -> Params:
     model: from `make`.
     seed: of the draw.
   """
-  return jax.jit(_initialise(model, seed))()["params"]
+  return planning.initialise(_initialise(model, seed))["params"]
 
 
 def _initialise(model: nn.Module, seed: int) -> Callable[[], Any]:

@@ -14,6 +14,7 @@ torch is not needed, and nothing is unpickled.
 
 import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from rljax.distributed import planning
 from rljax.models import (
   classifier,
   configs,
@@ -192,14 +194,24 @@ def classifier_from(
   )
 
 
-def load_config(
+def load_config(name: str | os.PathLike, **options: Any) -> Any:
+  """Reads the config of the model that a name leads to, but no weights.
+
+  Args:
+    name: see `load`.
+    **options: of `load_module`.
+  """
+  return load_module(name, **options).config
+
+
+def load_module(
   name: str | os.PathLike,
   *,
   dtype: str = "float32",
   param_dtype: str = "float32",
   remat: bool = False,
-) -> Any:
-  """Reads the config of the model that a name leads to, but no weights."""
+) -> nn.Module:
+  """Makes the module of the model that a name leads to, without weights."""
   settings = configs.settings(dtype, param_dtype, remat)
   kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
@@ -207,7 +219,7 @@ def load_config(
   else:
     path = sources.model_folder(kind, path)
     config = configs.read_config(path)
-  return configs.build(config, path, settings).config
+  return configs.build(config, path, settings)
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
@@ -368,7 +380,8 @@ def _load(
   Returns:
     Model, parameters, tokenizer, source and directory.
   """
-  kind, path = sources.find(name, with_weights=True)
+  plan = planning.current()  # It needs no weights.
+  kind, path = sources.find(name, with_weights=plan is None)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "GGUF file":
@@ -376,19 +389,34 @@ def _load(
     config = gguf.config(reader)
     configs.check_kind(config, path, entry)
     model = configs.build(config, path, settings)
-    params = weights.from_arrays(gguf.tensors(reader), model, path)
+    if plan is None:
+      params = weights.from_arrays(gguf.tensors(reader), model, path)
     text = gguf.tokenizer(reader) if tokenizer else None
   else:
     folder = sources.model_folder(kind, path)
     config = configs.read_config(folder)
     configs.check_kind(config, folder, entry)
     model = configs.build(config, folder, settings)
-    text = tokenizers.read(folder) if tokenizer else None
-    if kind == "workdir":
+    text = _tokenizer_of(folder) if tokenizer else None
+    if plan is not None:
+      pass
+    elif kind == "workdir":
       params = weights.from_checkpoint(path, model, step, entry)
     else:
       params = weights.from_safetensors(path, model)
+  if plan is not None:
+    params = planning.shapes(weights.shapes(model))
   if text is not None:
     tokenizers.check_vocabulary(text, model, path)
   directory = None if kind == "GGUF file" else str(path)
   return model, params, text, str(name), directory
+
+
+def _tokenizer_of(folder: pathlib.Path) -> Any:
+  """Reads a folder's tokenizer; a plan may have another one in its place."""
+  plan = planning.current()
+  names = ("tokenizer.json", "tokenizer_config.json")
+  is_there = any((folder / name).is_file() for name in names)
+  if plan and plan.tokenizer and not is_there:
+    return load_tokenizer(plan.tokenizer)
+  return tokenizers.read(folder)

@@ -75,18 +75,21 @@ class _Slot(NamedTuple):
     return found if self.part is None else found[self.part]
 
 
-def slots_of(model: nn.Module) -> dict[str, _Slot]:
-  """Maps each tensor of a model's file to its place in the parameters."""
+def shapes(model: nn.Module) -> Params:
+  """Returns shapes and dtypes of a model's parameters."""
 
   def init(key):
     ids = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, ids, jnp.ones((1, 1), bool))["params"]
 
-  shapes = {
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def slots_of(model: nn.Module) -> dict[str, _Slot]:
+  """Maps each tensor of a model's file to its place in the parameters."""
+  known = {
     path: leaf.shape
-    for path, leaf in traverse_util.flatten_dict(
-      jax.eval_shape(init, jax.random.key(0))
-    ).items()
+    for path, leaf in traverse_util.flatten_dict(shapes(model)).items()
   }
   names = families.of(model).parameter_names(model.config)
   slots = {}
@@ -94,7 +97,7 @@ def slots_of(model: nn.Module) -> dict[str, _Slot]:
     part = None
     if isinstance(path[-1], int):
       *path, part = path
-    whole = shapes[tuple(path)]
+    whole = known[tuple(path)]
     shape = whole if part is None else whole[1:]
     shape = shape[::-1] if flip else shape
     slots[name] = _Slot(tuple(path), flip, shape, part, whole)

@@ -511,22 +511,32 @@ def fingerprint(tree: Tree) -> str:
 
   Returns:
     SHA-256, in hexadecimal, of the path, dtype, shape and bytes of every leaf,
-    in the order of the paths.
+    in the order of the paths. A leaf without a value, as a plan has them,
+    counts by path, dtype and shape.
   """
-  leaves = {}
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    leaf = _to_disk(leaf)
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      from jax.experimental import multihost_utils
-
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    leaves[_path(keys)] = np.asarray(leaf)
+  leaves = {
+    _path(keys): leaf
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   digest = hashlib.sha256()
-  for path in sorted(leaves):
+  for path in sorted(leaves):  # One after another: together they may not fit.
     leaf = leaves[path]
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+      leaf = _on_host(leaf)
     digest.update(f"{path} {leaf.dtype.name} {leaf.shape}\n".encode())
-    digest.update(leaf.tobytes())
+    if isinstance(leaf, np.ndarray):
+      digest.update(leaf.tobytes())
   return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+  """Returns an array that may be spread over several processes."""
+  leaf = _to_disk(leaf)
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    from jax.experimental import multihost_utils
+
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf)
 
 
 class Stopped(calls.Ended):

@@ -95,7 +95,8 @@ class Pool:
     function: str | Callable[..., Any],
     *,
     timeout: float,
-    setup: str | Callable[[], Any] | None = None,
+    setup: str | Callable[..., Any] | None = None,
+    setup_arguments: Sequence[str] = (),
     num_workers: int = 1,
     max_memory_bytes: int | None = 2**30,
     start_timeout: float = 120.0,
@@ -110,6 +111,7 @@ class Pool:
       timeout: wall-clock seconds that a call may take; > 0.
       setup: called once in a new worker, outside the limits, to import or warm
         up what the first call needs.
+      setup_arguments: texts that it is called with.
       num_workers: calls at the same time.
       max_memory_bytes: address space that a worker may take beyond what it
         has after `setup`, where the system knows such a limit; or None.
@@ -132,6 +134,7 @@ class Pool:
     self._settings = {
       "function": _name(function),
       "setup": None if setup is None else _name(setup),
+      "setup_arguments": list(setup_arguments),
       # Several threads may use several seconds of processor time per second.
       "max_seconds": timeout * (os.cpu_count() or 1) + 1,
       "max_memory_bytes": max_memory_bytes,
@@ -387,6 +390,7 @@ def _name(function: str | Callable[..., Any]) -> str:
 def _serve(
   function: str,
   setup: str | None,
+  setup_arguments: Sequence[str],
   max_seconds: float,
   max_memory_bytes: int | None,
   parent: int,
@@ -400,7 +404,7 @@ def _serve(
   try:
     call = _find(function)
     if setup is not None:
-      _find(setup)()
+      _find(setup)(*setup_arguments)
     peak_of_exhausted = _limit_memory(max_memory_bytes)
     errors = _MemoryErrors()
   except BaseException as error:

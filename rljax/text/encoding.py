@@ -263,7 +263,7 @@ def prepare(
   tokenizer,
   rows: Sequence[Row],
   *,
-  prompt_format: Literal["plain", "chat"],
+  prompt_format: str,
   **limits: Any,
 ) -> Encoded:
   """Renders rows and turns them into ids; see `render` and `encode`.

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from rljax.storage import paths
+from rljax.text import asked
 
 Row = dict[str, Any]
 
@@ -392,7 +393,11 @@ def _json_line(row: Mapping) -> str:
       return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON.")
 
-  return json.dumps(dict(row), ensure_ascii=False, default=plain) + "\n"
+  row = {
+    name: asked.given(value) if isinstance(value, asked.Prompt) else value
+    for name, value in row.items()
+  }
+  return json.dumps(row, ensure_ascii=False, default=plain) + "\n"
 
 
 def _checked(
@@ -416,7 +421,7 @@ def _placed_tfds(
     import tensorflow_datasets.text  # Registers gsm8k and others.
   except ImportError as error:
     raise ValueError(
-      f'"tfds:{name}" needs `pip install tensorflow-datasets` ({error}).'
+      f'"tfds:{name}" needs the package tensorflow-datasets ({error}).'
     ) from error
   try:
     source = tfds.data_source(

@@ -21,6 +21,8 @@ def render(
   messages: Sequence[Mapping[str, Any]],
   *,
   add_generation_prompt: bool = False,
+  continue_final_message: bool = False,
+  variables: Mapping[str, Any] | None = None,
   seconds: float = SECONDS,
 ) -> str:
   """Returns messages as the text that a model reads.
@@ -30,6 +32,8 @@ def render(
     messages: dicts with `role` and `content`.
     add_generation_prompt: whether the text goes on to where the assistant
       begins.
+    continue_final_message: whether it ends in the last message, which goes on.
+    variables: further ones of the template, such as enable_thinking.
     seconds: how long the template may take. Python can only be stopped in the
       main thread; elsewhere there is no limit.
 
@@ -43,6 +47,8 @@ def render(
         list(messages),
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        **variables or {},
       )
   except _Late as error:
     raise ValueError(

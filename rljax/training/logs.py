@@ -37,7 +37,10 @@ from rljax.training import trackers
 
 _SECONDS_BETWEEN_LINES = 5.0
 # Files of rows by step, which a resumed run goes on with.
-_FILES = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl")
+_FILES = (
+  *("metrics.jsonl", "samples.jsonl", "histograms.jsonl"),
+  "evaluations.jsonl",
+)
 
 
 class Logs:
@@ -57,6 +60,7 @@ class Logs:
     columns: Sequence[str] | Mapping[str, str] = (),
     wandb_project: str | None = None,
     tensorboard: bool = True,
+    about: trackers.About | None = None,
     num_rows: Mapping[str, int] | None = None,
     repeats: int | None = None,
     keep: bool = False,
@@ -76,6 +80,7 @@ class Logs:
         to shorter names for them.
       wandb_project: Weights & Biases project to log to as well; None for none.
       tensorboard: whether to write TensorBoard files.
+      about: name, tags and flags of the run, for trackers and pictures.
       num_rows: of `num_rows` when the checkpoint of `first_step` was saved, by
         which rows that are missing are told.
       repeats: steps that a kill makes a run repeat, at most; see `rows.reopen`.
@@ -100,7 +105,7 @@ class Logs:
     self._trackers = []
     if wandb_project:
       self._trackers.append(
-        trackers.wandb(wandb_project, self._workdir, self.note)
+        trackers.wandb(wandb_project, self._workdir, self.note, about)
       )
     known = dict(num_rows or {})
     found = {
@@ -133,7 +138,7 @@ class Logs:
     }
     if tensorboard:
       folder = self._workdir / "tensorboard"
-      started = trackers.tensorboard(folder, first_step, self.note)
+      started = trackers.tensorboard(folder, first_step, self.note, about)
       self._trackers += filter(None, [started])
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -173,6 +178,15 @@ class Logs:
       return
     rows = [_strict({"step": int(step), **row}) for row in rows]
     self._add("samples.jsonl", rows)
+    if rows:
+      for tracker in self._trackers:
+        tracker.write(int(step), trackers.Samples(rows))
+
+  def evaluations(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Records what an evaluation said of each held-out prompt."""
+    if self._on:
+      rows = [_strict({"step": int(step), **row}) for row in rows]
+      self._add("evaluations.jsonl", rows)
 
   def histograms(self, step: int, counts: Mapping[str, Mapping]) -> None:
     """Records histograms: name to a mapping from value to count."""
@@ -239,7 +253,7 @@ class Logs:
     text = json.dumps(_strict(dict(values)), indent=2, ensure_ascii=False)
     paths.write_whole(path, text + "\n")
     self._progress.stop()
-    _print_table(values, title)
+    print_table(values, title)
 
   def close(self) -> None:
     """Draws the last picture and closes the files."""
@@ -477,7 +491,8 @@ def _csv_row(row):
   }
 
 
-def _print_table(values, title):
+def print_table(values: Mapping[str, Any], title: str) -> None:
+  """Prints a table, see `Logs.summary`, in parts that fit the terminal."""
   from rich import console, table, text
 
   terminal = console.Console()

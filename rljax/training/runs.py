@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -32,13 +33,13 @@ import jax
 import optax
 from absl import flags, logging
 
-from rljax.distributed import compiled, meshes, processes
+from rljax.distributed import compiled, meshes, planning, processes
 from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.storage import calls, checkpoint, locks, paths
-from rljax.training import logs, longer
+from rljax.training import announce, guards, logs, longer, preflight, trackers
 
 Tree = Any
 
@@ -100,6 +101,8 @@ def start(
   checkpoint.check_flags(values.workdir, in_force, may_change)
   longer.check(values, growing)
   mesh = meshes.make(values.mesh)
+  if trains and processes.is_first():
+    print("\n".join(announce.lines(values, mesh)), flush=True)
   return Run(values, in_force, may_change, mesh, lock, total_steps)
 
 
@@ -136,8 +139,23 @@ class Run:
     self._notes: list[str] = []
     self._log = self._checkpoints = self._signals = self._best = None
     self._state_shardings = None
-    self._stopped = self._lacks_page = False
+    self._stopped = self._lacks_page = self._is_overdue = False
     self._latest: tuple[Any, ...] | None = None  # What `save` was last given.
+    self._memory: dict[str, Tree] = {}
+    self._has_shown: list[bool] = []  # Of programs; shared with parts.
+    self._watch = self._new_watch()
+
+  def _new_watch(self):
+    """What looks at the metrics, by the flags that the script has."""
+    values = self._values
+    mode = values.preflight if "preflight" in values else "off"
+    is_float32 = "dtype" not in values or values.dtype == "float32"
+    return guards.Watch(
+      self.note,
+      max_skipped=values.max_skipped if "max_skipped" in values else 0,
+      max_gap=None if mode == "off" else guards.tolerance(is_float32),
+      is_strict=mode == "strict",
+    )
 
   # State.
 
@@ -180,16 +198,32 @@ class Run:
       ValueError: if the checkpoint is of another model or optimizer, or of a
         later step than the last one.
     """
-    params = self.place(params, rules)
-    state = {"params": params, "optimizer": optimizer.init(params), **more}
-    self._state_shardings = meshes.shardings(state, rules, self.mesh)
-    state = meshes.place(state, self._state_shardings)
+    self.expect(params, rules, optimizer=optimizer, **more)
+    shardings = self._state_shardings
+    params = meshes.place(params, shardings["params"])
+    # Made where it will lie: whole, it need not fit a device or the host.
+    start = compiled.Compiled(
+      "optimizer", optimizer.init, out_shardings=shardings["optimizer"]
+    )
+    state = {"params": params, "optimizer": start(params)}
+    for name, tree in more.items():
+      state[name] = meshes.place(tree, shardings[name])
+    shape = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding
+    )
+    self._memory = jax.tree.map(shape, state)
     if self._checkpoints is None:  # A part has its own already.
       self._checkpoints = checkpoint.Checkpoints(self.workdir)
     if restored := self._checkpoints.restore_latest(state):
       self.first_step, state, self.meta = restored
       self.best = self.meta.get("best")
+      self._watch.restore(self.meta)
     longer.check_done(self.first_step, self.total_steps, self.workdir)
+    if (bad := guards.first_not_finite(state)) is not None:
+      raise ValueError(
+        f"The run in {self.workdir} would start from numbers that are not "
+        f"finite: {bad}. The model of the flags, or the checkpoint, is damaged."
+      )
     if self._keeps_best:
       self._best = checkpoint.Checkpoints(self._best_folder, keep=1)
       self._recall_best()
@@ -353,6 +387,7 @@ class Run:
     part.is_complete = part._stopped = False
     part._checkpoints = checkpoint.Checkpoints(part.workdir, keep=keep)
     part._best, part._keeps_best = None, False
+    part._watch, part._is_overdue = part._new_watch(), False
     with part._checkpoints:
       yield part
     if part.is_stopped:
@@ -449,10 +484,21 @@ class Run:
         num_rows=self.meta.get("rows"),
         repeats=repeats,
         keep=bool(damaged),
+        about=trackers.About(
+          has_metrics and self._values.run_name,
+          self._values.run_tags if has_metrics else (),
+          self._in_force,
+        ),
       )
     )
-    if has_metrics:
-      self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+    if has_metrics and not planning.current():
+      draw = functools.partial(
+        curves.curves,
+        panels=curves.PANELS,
+        title=self._values.run_name
+        or pathlib.Path(self.workdir).resolve().name,
+      )
+      self._log.curves(draw)
     for text in self._notes:
       self._log.note(text)
     self._notes = []
@@ -466,14 +512,40 @@ class Run:
     Yields:
       Each step, from `first_step`. The loop calls `save` in every one of them.
     """
-    for step in range(self.first_step, self.total_steps):
+    plan, stop = planning.current(), self.total_steps
+    if plan is not None:
+      stop = min(stop, self.first_step + planning.STEPS)
+    for step in range(self.first_step, stop):
+      if plan is not None:
+        plan.begins(step)
       yield step
+      freeze = list(freeze)
+      if step == self.first_step:
+        self._show_programs(freeze)
       if self._stopped:
         self.note(f"Stopped by a signal after step {step + 1}; all is saved.")
         return
       for program in freeze:
         program.freeze()
-    self.is_complete = True
+    self.is_complete = plan is None
+
+  def _show_programs(self, programs: Sequence[Any]) -> None:
+    """Shows once what was compiled, and the memory that a device has of it."""
+    has_preflight = "preflight" in self._values
+    if has_preflight and self._values.preflight != "off":
+      self._has_shown.append(True)  # The preflight has done so.
+    if programs and not self._has_shown:
+      found = (getattr(x, "program", x) for x in programs)
+      rows = [row for x in found for row in getattr(x, "compilations", ())]
+      preflight.show([], rows, self._memory)
+      self._has_shown.append(True)
+
+  @property
+  def _about(self) -> str:
+    """What the prompts are of: the data, or the task."""
+    names = [x for x in ("data", "task") if x in self._values]
+    found = [str(self._values[x].value) for x in names if self._values[x].value]
+    return found[0] if found else self.workdir
 
   @property
   def is_stopped(self) -> bool:
@@ -488,18 +560,31 @@ class Run:
   def save(self, done: int, state: Tree, **meta: Any) -> None:
     """Saves every --save_every steps, at the end, and after a signal.
 
+    While updates are skipped, which are not finite, a save waits for the first
+    one that is not.
+
     Args:
       done: number of finished steps.
       state: as `restore` returned it.
       **meta: what is not an array; comes back in `meta`.
+
+    Raises:
+      guards.NotFinite: if the state is not, or the last steps of a run have
+        taught it nothing.
     """
-    stop = self.should_stop()
-    is_due = done % self._values.save_every == 0 or done == self.total_steps
+    if planning.current():
+      return
+    stop, is_last = self.should_stop(), done == self.total_steps
+    is_due = done % self._values.save_every == 0 or is_last or self._is_overdue
     rows = {} if self._log is None else dict(self._log.num_rows)
-    meta = {"step": done, "best": self.best, "rows": rows, **meta}
-    self._latest = (done, state, meta)
+    about = {"step": done, "best": self.best, "rows": rows}
+    self._latest = (done, state, {**about, **self._watch.state, **meta})
     self._checkpoints.check()
-    if is_due or stop:
+    if is_last:
+      self._watch.check_end(done - 1)
+    self._is_overdue = is_due and bool(self._watch.skipping_since)
+    if stop or is_last or (is_due and not self._is_overdue):
+      self._check_finite(state, f"The state after step {done} is not saved")
       self._checkpoints.save(*self._latest)
     self._stopped = stop and done < self.total_steps
 
@@ -508,8 +593,14 @@ class Run:
     if self._latest is None or jax.process_count() > 1:
       return
     leaves = jax.tree.leaves(self._latest[1])
-    if not any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+      return
+    if guards.first_not_finite(self._latest[1]) is None:
       self._checkpoints.save(*self._latest)
+
+  def _check_finite(self, tree, what):
+    if (bad := guards.first_not_finite(tree)) is not None:
+      raise guards.NotFinite(f"{what}: {bad} is not finite.")
 
   # The best.
 
@@ -535,19 +626,28 @@ class Run:
     """Keeps the parameters of the best evaluation, with --keep_best.
 
     The first evaluation, of what the run starts from, is to be beaten; if none
-    does, the last parameters count as the best.
+    does, the last parameters count as the best. A value that is not finite is
+    no evaluation.
 
     Args:
       step: of the evaluation.
       value: the larger, the better.
       params: what is kept in `<workdir>/best`.
+
+    Raises:
+      guards.NotFinite: if parameters are not finite.
     """
-    if not self._keeps_best:
+    if not self._keeps_best or planning.current():
       return
     value = float(value)
+    if not math.isfinite(value):
+      self.note(f"step {step}: the evaluation is {value}, and never the best.")
+      # Whatever comes after the start is then better than that.
+      self.best = self.best or {"step": step, "value": None, "kept": None}
+      return
     if self.best is None:
       self.best = {"step": step, "value": value, "kept": None}
-    is_better = value > self.best["value"]
+    is_better = self.best["value"] is None or value > self.best["value"]
     if is_better:
       self.best = {"step": step, "value": value, "kept": step}
     elif step == self.total_steps and self.best["kept"] is None:
@@ -555,6 +655,7 @@ class Run:
       self.best = self.best | {"kept": step}
     else:
       return
+    self._check_finite(params, f"The best of step {step} is not kept")
     self._best.save(step, {"params": params}, self.best)
     # Before the state that says so: a kill between them repeats these steps.
     self._best.wait()
@@ -562,8 +663,13 @@ class Run:
   # What is left for people to look at.
 
   def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Writes one row of metrics."""
+    """Writes one row of metrics, and ends a run that they show to be lost."""
     self._log.write(step, metrics)
+    self.watch(step, metrics)
+
+  def watch(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Ends a run that metrics show to be lost; see `guards.Watch.look`."""
+    self._watch.look(step, metrics)
 
   def note(self, text: str) -> None:
     """Prints a line above the progress line, or once that is there."""
@@ -575,6 +681,23 @@ class Run:
   def skipped(self, messages: Sequence[str]) -> None:
     """Names rows that were left out, in `skipped.txt`, and counts them."""
     self._log.skipped(messages)
+
+  def evaluated(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds what an evaluation said of each prompt to `evaluations.jsonl`.
+
+    Args:
+      step: of the evaluation.
+      rows: of `answers.evaluate`.
+    """
+    names = ("prompt", "response", "reward", "finished")
+    self._log.evaluations(
+      step,
+      [
+        {name: row[name] for name in names if name in row}
+        | {k: v for k, v in row["parts"].items() if k == "is_correct"}
+        for row in rows
+      ],
+    )
 
   def has_read(self, *parts: Any) -> None:
     """Says what data holds, and names the rows of it that were left out.
@@ -628,7 +751,7 @@ class Run:
     )
     facts = zip(samples.scores.tolist(), samples.parts, strict=True)
     self.page(
-      f"{self._values.task}: a rollout after {step} steps",
+      f"{self._about}: a rollout after {step} steps",
       lambda limit: token_pages.from_arrays(
         samples.tokenizer,
         samples.prompts,

@@ -6,22 +6,68 @@ goes on without it.
 """
 
 import importlib
+import json
 import math
 import pathlib
 import queue
 import sys
 import threading
 import time
+import types
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 Note = Callable[[str], None]
 
+_MOST_SAMPLES = 8  # Rows of a table in TensorBoard.
 _MOST_WAITING = 10_000  # Rows that a tracker may be behind.
 _SECONDS_TO_CLOSE = 15.0
 # The picture may take one part in this many of a core's time.
 _SHARE_OF_DRAWING = 20
+
+
+class About(NamedTuple):
+  """What a run is, for people.
+
+  Attributes:
+    name: of the run; "": that of its folder.
+    tags: of the run.
+    flags: in force, name -> value.
+  """
+
+  name: str = ""
+  tags: Sequence[str] = ()
+  flags: Mapping[str, Any] = types.MappingProxyType({})
+
+  def named(self, workdir: pathlib.Path) -> str:
+    """Returns the name of the run in a folder."""
+    return self.name or workdir.resolve().name
+
+
+class Samples(NamedTuple):
+  """Rows of `samples.jsonl`, to be shown as a table."""
+
+  rows: Sequence[Mapping[str, Any]]
+
+  COLUMNS = ("prompt", "response", "reward", "parts")
+
+  def cells(self) -> list[list[Any]]:
+    """Returns the cells of the table, numbers and texts."""
+    return [[_cell(row.get(x, "")) for x in self.COLUMNS] for row in self.rows]
+
+
+def _cell(value):
+  if isinstance(value, str) or type(value) in (int, float):
+    return value
+  return json.dumps(value, ensure_ascii=False)
+
+
+def _markdown(columns, rows):
+  """Returns a table in Markdown, as TensorBoard shows it."""
+  cell = lambda x: str(x).replace("|", "\\|").replace("\n", "<br>")
+  lines = [columns, ["---"] * len(columns), *rows]
+  return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
 class Tracker:
@@ -31,7 +77,7 @@ class Tracker:
     self,
     name: str,
     start: Callable[[], Any],
-    write: Callable[[Any, int, Mapping[str, float]], None],
+    write: Callable[[Any, int, Any], None],
     close: Callable[[Any], None],
     note: Note,
     *,
@@ -42,7 +88,7 @@ class Tracker:
     Args:
       name: of the tracker, for what is said of it.
       start: makes what `write` and `close` get, in the thread.
-      write: takes that, a step and its values.
+      write: takes that, a step, and its values or `Samples`.
       close: called once, behind the last row.
       note: is told, once, if it is given up.
       seconds_to_close: that `close` waits for it.
@@ -56,12 +102,13 @@ class Tracker:
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._thread.start()
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Hands a row over; returns at once."""
+  def write(self, step: int, values: Mapping[str, float] | Samples) -> None:
+    """Hands a row of metrics over, or samples; returns at once."""
     if self._is_given_up:
       return
     try:
-      self._rows.put_nowait((step, dict(values)))
+      is_row = not isinstance(values, Samples)
+      self._rows.put_nowait((step, dict(values) if is_row else values))
     except queue.Full:
       self._give_up(f"it is {_MOST_WAITING} rows behind")
 
@@ -97,7 +144,10 @@ class Tracker:
 
 
 def tensorboard(
-  folder: pathlib.Path, first_step: int, note: Note
+  folder: pathlib.Path,
+  first_step: int,
+  note: Note,
+  about: About | None = None,
 ) -> Tracker | None:
   """Starts to write TensorBoard files; None where that is not installed."""
   # tensorboardX imports torch where there is one: five seconds, for kinds of
@@ -116,10 +166,20 @@ def tensorboard(
 
   def start():
     writer = library.SummaryWriter(str(folder), purge_step=first_step or None)
+    if about and not first_step:
+      writer.add_text(
+        "run", " ".join([about.named(folder.parent), *about.tags])
+      )
+      flags = [[name, _cell(value)] for name, value in about.flags.items()]
+      writer.add_text("flags", _markdown(("flag", "value"), flags))
     return writer, _keep_alive(writer)
 
   def write(target, step, values):
     writer, failures = target
+    if isinstance(values, Samples):
+      cells = values.cells()[:_MOST_SAMPLES]
+      writer.add_text("samples", _markdown(values.COLUMNS, cells), step)
+      values = {}
     for name, value in values.items():
       if math.isfinite(value):  # Else it would complain each time.
         writer.add_scalar(name, value, step)
@@ -135,7 +195,9 @@ def tensorboard(
   return Tracker("TensorBoard", start, write, close, note)
 
 
-def wandb(project: str, workdir: pathlib.Path, note: Note) -> Tracker:
+def wandb(
+  project: str, workdir: pathlib.Path, note: Note, about: About | None = None
+) -> Tracker:
   """Starts to log to Weights & Biases.
 
   Raises:
@@ -145,7 +207,7 @@ def wandb(project: str, workdir: pathlib.Path, note: Note) -> Tracker:
     library = importlib.import_module("wandb")
   except ImportError as error:
     raise ValueError(
-      "--wandb_project needs wandb: `pip install wandb`."
+      "--wandb_project needs the package wandb, which is not installed."
     ) from error
 
   def start():
@@ -157,13 +219,23 @@ def wandb(project: str, workdir: pathlib.Path, note: Note) -> Tracker:
       project=project,
       id=path.read_text(),
       resume="allow",
+      name=about and about.named(workdir),
+      tags=list(about.tags) if about and about.tags else None,
+      config=dict(about.flags) if about else None,
       dir=str(workdir),
     )
+
+  def write(target, step, values):
+    if isinstance(values, Samples):
+      columns = list(values.COLUMNS)
+      table = library.Table(columns=columns, data=values.cells())
+      values = {"samples": table}
+    target.log(values, step=step)
 
   return Tracker(
     "Weights & Biases",
     start,
-    lambda target, step, values: target.log(values, step=step),
+    write,
     lambda target: target.finish(),
     note,
   )

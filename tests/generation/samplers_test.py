@@ -1,6 +1,7 @@
 """Tests of samplers: prompts in, texts out, however they are batched."""
 
 import collections
+import dataclasses
 import functools
 import pathlib
 import tempfile
@@ -18,7 +19,7 @@ from rljax.evaluation import answers
 from rljax.generation import rollouts, samplers
 from rljax.ops import sampling
 from rljax.tasks import arithmetic, word_lists
-from rljax.text import batches, files, prompts, tokens
+from rljax.text import asked, batches, files, prompts, tokens
 from tests import stand_in, tiny
 from tests.generation import grammars_test
 
@@ -218,6 +219,44 @@ class SamplesTest(parameterized.TestCase):
     # The samples themselves are as they were.
     self.assertIsNone(samples.scores)
     self.assertIsNone(samples.parts)
+
+  def test_what_is_learnt_from(self):
+    nothing = lambda prompts, texts: (np.array([1, np.nan, 0]), [{}] * 3)
+    for options, counts in (
+      ({}, [True, False, True]),
+      # The second one has no end, and the first is all that has a score.
+      ({"mask_unfinished": True}, [True, False, True]),
+    ):
+      samples = _samples(**options).scored(nothing)
+      np.testing.assert_array_equal(~np.isnan(samples.learnt_scores), counts)
+      np.testing.assert_array_equal(
+        samples.learnt.response_mask,
+        samples.rollout.response_mask & np.array(counts)[:, None],
+      )
+      self.assertIsNone(samples.records()[1]["reward"])
+    # Of those with a score, the one without an end is left out if asked.
+    samples = _samples(mask_unfinished=True).scored(_length)
+    np.testing.assert_array_equal(samples.scores, [1, 4, 0])
+    np.testing.assert_array_equal(samples.learnt_scores, [1, np.nan, 0])
+    samples = _samples().scored(_length)
+    np.testing.assert_array_equal(samples.learnt_scores, [1, 4, 0])
+
+  def test_columns_of_the_data_are_kept(self):
+    samples = _samples()
+    columns = {"gold": 4, "reward": "not ours"}
+    given = [{"role": "user", "content": "a"}]
+    named = [asked.Prompt(p, given, columns) for p in samples.prompts]
+    samples = dataclasses.replace(samples, prompts=named).scored(_length)
+    (row, *_) = samples.records()
+    self.assertEqual((row["gold"], row["reward"]), (4, 1.0))
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder, "x.jsonl")
+      files.write_jsonl(path, [row])
+      (found,) = files.read_jsonl(path)
+    self.assertEqual(found["prompt"], given)
+    (attached,) = asked.attach([found], named)
+    self.assertEqual(asked.columns(attached["prompt"]), columns)
+    self.assertEqual(attached["prompt"], "a")
 
   def test_take(self):
     rows = [2, 0, 2]
