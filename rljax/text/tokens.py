@@ -319,7 +319,9 @@ def turn_end(tokenizer) -> int | None:
   asked = [{"role": "user", "content": "a"}]
   try:
     text = templates.render(
-      tokenizer, [*asked, {"role": "assistant", "content": _ANSWER}]
+      tokenizer,
+      [*asked, {"role": "assistant", "content": _ANSWER}],
+      seconds=2.0,
     )
   except ValueError:  # A template may refuse such a conversation.
     return None
