@@ -43,7 +43,7 @@ from rljax.training import microbatch, optimizers, runs
 cli.define_run(
   steps=9000, save_every=500, eval_every=900, keep_best=True, num_page_samples=8
 )
-cli.define_task("")
+cli.define_task()
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_cache()
@@ -52,7 +52,7 @@ cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
 cli.define_batches(16)
-cli.define_optimizer(2e-4, max_grad_norm=0.3)
+cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of offline RL.
 flags.DEFINE_enum(
@@ -258,6 +258,7 @@ def main():
   def evaluate(step):
     """The dev reward, by which --keep_best selects; replies are filed."""
     rows = answers.evaluate(answer, state["params"]["policy"], score)
+    run.evaluated(step, rows)
     run.samples(step, rows)
     if FLAGS.num_page_samples:
       show_tokens(step)
@@ -270,7 +271,7 @@ def main():
       f"{draws.num_rows} of {log.present.sum()} replies can be drawn; "
       f"{run.total_steps} steps."
     )
-    run.skipped([*log.skipped, *dev.skipped])
+    run.has_read(log, dev)
     for step in run.steps(freeze=[update, answer, weigh]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % eval_every == 0 else {}

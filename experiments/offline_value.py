@@ -36,7 +36,7 @@ from rljax.training import optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(save_every=None)
-cli.define_task("")
+cli.define_task()
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_dev("value", "Prompts whose replies the value is fitted to")
@@ -114,7 +114,7 @@ def main():
   run.file_flags()
   with contextlib.ExitStack() as stack:
     run.open_log(stack, COLUMNS)
-    run.skipped([*log.skipped, *asked.skipped])
+    run.has_read(log, asked)
     rewards, num_scored = cached.score(log, score, again=FLAGS.rescore)
     logged.check_rewards(rewards, FLAGS.max_value)
     if num_scored:
@@ -131,8 +131,9 @@ def main():
     # The head sees hidden states of prompts, which no reply can change.
     prompt_length = max(log.lengths[0], asked.ids.shape[1])
     pad = lambda ids: batches.pad_left(ids, length=prompt_length)
-    hidden_of = jax.jit(
-      lambda params, batch: model.apply({"params": params}, *batch)
+    hidden_of = run.compile(
+      lambda params, batch: model.apply({"params": params}, *batch),
+      name="hidden states",
     )
     ids, mask = pad(asked.encoded)
     hidden = in_batches(functools.partial(hidden_of, params), (ids, mask))
@@ -147,9 +148,10 @@ def main():
     transform = optimizers.adamw(
       FLAGS.epochs * steps_per_epoch, **cli.optimizer_options(FLAGS)
     )
-    state = (head_params, transform.init(head_params))
+    state = meshes.replicate(
+      (head_params, transform.init(head_params)), run.mesh
+    )
 
-    @jax.jit
     def values_of(head_params, batch):
       return head.apply({"params": head_params}, *batch)
 
@@ -162,7 +164,6 @@ def main():
       )
       return jnp.mean(jnp.square(values - targets))
 
-    @jax.jit
     def update(state, batch, targets, key):
       head_params, optimizer_state = state
       loss, grads = jax.value_and_grad(loss_fn)(
@@ -173,6 +174,7 @@ def main():
       )
       return (head_params, optimizer_state), metrics
 
+    update, values_of = run.compile(update), run.compile(values_of)
     best = (np.inf, None, None)
     for epoch in range(FLAGS.epochs):
       for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):

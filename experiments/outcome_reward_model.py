@@ -45,24 +45,18 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import hf
-from rljax.text import (
-  batches,
-  keywords,
-  logged,
-  rankings,
-  solutions,
-  tokens,
-)
+from rljax.text import batches, encoding, keywords, rankings, solutions, tokens
 from rljax.training import frozen, microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=200, save_every=500, eval_every=100)
-cli.define_task("", scores=False)
+cli.define_task(scores=False)
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_models(policy="Model that the reward model starts as.", logits=False)
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
-cli.define_optimizer(1e-4, schedule="cosine", max_grad_norm=1.0)
+cli.define_pairwise()
+cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of reward models.
 flags.DEFINE_string(
@@ -93,12 +87,6 @@ flags.DEFINE_enum(
   rankings.ORDERS,
   "What ranks the replies of a row, for --loss=pairwise: its order in the log "
   "or their rewards; empty: rewards where a row has them, else the order.",
-)
-flags.DEFINE_float(
-  "margin",
-  0.0,
-  "Score by which the better reply is to lead, for --loss=pairwise; 0: none.",
-  0,
 )
 flags.DEFINE_float(
   "eval_share",
@@ -139,7 +127,7 @@ FLAGS = flags.FLAGS
 
 # Flags that one of the losses has no use for.
 BELONG = {
-  "pairwise": ("order", "margin"),
+  "pairwise": ("order", "margin", "reward_margin", "center_coef"),
   "bce": ("eval_share", "labels", "targets", "balance", "normalizer"),
 }
 
@@ -167,7 +155,7 @@ def main():
       f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
       f"{unit}."
     )
-  lengths = np.max([logged.lengths(part) for part in (train, held_out)], 0)
+  lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
   if is_bce:
     batch_of = functools.partial(solutions.batch, lengths=lengths)
@@ -199,7 +187,10 @@ def main():
         normalizer=FLAGS.normalizer,
       )
     return supervised.pairwise_loss(
-      scores, batch["present"], rewards=batch["rewards"], margin=FLAGS.margin
+      scores,
+      batch["present"],
+      rewards=batch["rewards"],
+      **cli.pairwise_options(FLAGS),
     )
 
   # A micro-batch weighs by its share of what the loss divides by.
@@ -266,7 +257,7 @@ def main():
     f"{unit}_per_second",
   )
   with run.training(model, tokenizer, {"policy": base.params}, columns):
-    run.skipped(data.skipped)
+    run.has_read(data)
     for name, count in data.counts.items():
       run.note(f"{name}: {count}.")
     for step in run.steps(freeze=[update, score_rows]):
@@ -321,7 +312,7 @@ def check_flags():
 
 
 def read_data(tokenizer):
-  """Rows to learn from and held-out ones, as ids; see `logged.Split`."""
+  """Rows to learn from and held-out ones, as ids; see `encoding.Split`."""
   shared = {
     "num_eval_rows": FLAGS.num_eval_rows,
     "first_row": FLAGS.first_row,

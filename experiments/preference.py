@@ -39,7 +39,7 @@ from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=9000, save_every=500, eval_every=900, keep_best=True)
-cli.define_task("")
+cli.define_task()
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_cache()
@@ -48,7 +48,7 @@ cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
 cli.define_batches(16, text="Comparisons of an update, with all their replies.")
-cli.define_optimizer(2e-4, max_grad_norm=0.3)
+cli.define_optimizer(1e-6, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
 
 # Which flags of its own a method reads; the others are refused.
 READS = {
@@ -93,7 +93,7 @@ flags.DEFINE_bool(
   "reference_free", False, "Whether dpo takes the reference for uniform."
 )
 flags.DEFINE_bool(
-  "ipo_per_token", False, "Whether ipo takes means over tokens, not sums."
+  "ipo_per_token", True, "Whether ipo takes means over tokens, not sums."
 )
 flags.DEFINE_float(
   "kto_threshold",
@@ -285,6 +285,7 @@ def main():
   def evaluate(step):
     """The dev reward, by which --keep_best selects; replies are filed."""
     rows = answers.evaluate(answer, state["params"]["policy"], score)
+    run.evaluated(step, rows)
     run.samples(step, rows)
     metrics = answers.means(rows, prefix="dev/")
     run.keep_best(step, metrics["dev/reward"], state["params"])
@@ -292,7 +293,7 @@ def main():
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note("\n".join(compared.notes))
-    run.skipped([*log.skipped, *dev.skipped])
+    run.has_read(log, dev)
     for step in run.steps(freeze=[update, answer]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}

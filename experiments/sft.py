@@ -28,22 +28,19 @@ from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import fresh, hf
 from rljax.ops import log_probs
-from rljax.text import batches, keywords, logged, tokens
+from rljax.text import batches, encoding, keywords, logged, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=8, save_every=500, eval_every=50)
-cli.define_task(
-  "arithmetic", num_eval_prompts=256, eval_split=None, scores=False
-)
+cli.define_task(num_eval_prompts=256, eval_split=None, scores=False)
 cli.define_log()
 cli.define_lengths(max_response_length=512, too_long="error")
 cli.define_models(required=False)
+cli.require_examples()
 cli.define_random_model(hidden_size=96, num_layers=2, max_positions=64)
 cli.define_batches(64)
-cli.define_optimizer(
-  1e-3, schedule="cosine", weight_decay=0.1, max_grad_norm=1.0
-)
+cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of supervised fine-tuning.
 flags.DEFINE_integer(
@@ -110,21 +107,22 @@ def main():
     # A mesh that cannot split them is an error before anything is compiled.
     meshes.shardings(fresh.shapes(model), rules, run.mesh)
     params = fresh.initial_params(model, FLAGS.seed)
-  train, held_out, skipped = examples(task, tokenizer)
+  data = examples(task, tokenizer)
+  train, held_out = data.train, data.held_out
   if len(train.rows) < FLAGS.batch_size:
     raise ValueError(
       f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
       "examples."
     )
   # One shape for all batches, so that the update compiles once.
-  lengths = np.max([logged.lengths(part) for part in (train, held_out)], 0)
+  lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
 
   def batch_of(part, rows):
     """Rows by number, on the devices; those behind the last row are empty."""
     is_there = rows < len(part.rows)
     return run.shard(
-      logged.batch(
+      encoding.batch(
         part,
         np.where(is_there, rows, 0),
         np.where(is_there, 0, 1),  # There is no second response.
@@ -189,7 +187,7 @@ def main():
     return {"eval/loss": loss}
 
   with run.training(model, tokenizer, starts_from, COLUMNS):
-    run.skipped(skipped)
+    run.has_read(data)
     for step in run.steps(freeze=[update, held_out_loss]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
@@ -212,7 +210,7 @@ def main():
 def examples(task, tokenizer):
   """Rows to learn from and held-out ones as ids, and what was left out."""
   prepare = functools.partial(
-    logged.prepare, tokenizer, **cli.length_options(FLAGS)
+    encoding.prepare, tokenizer, **cli.length_options(FLAGS)
   )
   if not FLAGS.data:
     train, held_out = (
@@ -226,9 +224,10 @@ def examples(task, tokenizer):
         ("validation", FLAGS.num_eval_prompts),
       )
     )
-    return train, held_out, [*train.skipped, *held_out.skipped]
+    skipped = [*train.skipped, *held_out.skipped]
+    return encoding.Split(train, held_out, skipped, {}, [])
   # Of a file, the first reply of every row; the last rows are held out.
-  rows, unusable = logged.load(FLAGS.data)
+  rows, unusable, notes = logged.load(FLAGS.data)
   rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
   found = prepare(logged.first_replies(rows))
   num_rows, num_held_out = len(found.rows), FLAGS.num_eval_prompts
@@ -237,10 +236,12 @@ def examples(task, tokenizer):
       f"{FLAGS.data} has {num_rows} rows, of which --num_eval_prompts="
       f"{num_held_out} are held out: nothing is left to train on."
     )
-  return (
-    logged.take(found, range(num_rows - num_held_out)),
-    logged.take(found, range(num_rows - num_held_out, num_rows)),
+  return encoding.Split(
+    encoding.take(found, range(num_rows - num_held_out)),
+    encoding.take(found, range(num_rows - num_held_out, num_rows)),
     [*unusable, *found.skipped],
+    {},
+    notes,
   )
 
 

@@ -19,6 +19,31 @@ NORMALIZERS = ("token_mean", "sequence_mean", "constant")
 _MAX_LOG_RATIO = 60.0
 
 
+def num_terms(mask: Array, *, normalizer: str) -> Array:
+  """Counts what a normalizer divides by, see `clipped_policy_loss`.
+
+    token_mean: tokens;  sequence_mean: sequences that have any;  constant: B
+
+  Args:
+    mask: `[B, T]` bool, True on response tokens.
+    normalizer: one of the three names above.
+
+  Returns:
+    A scalar, by which the mean of a part of a batch weighs.
+
+  Raises:
+    ValueError: if the normalizer is unknown.
+  """
+  chex.assert_rank(mask, 2)
+  chex.assert_type(mask, bool)
+  _check_normalizer(normalizer)
+  if normalizer == "token_mean":
+    return mask.sum()
+  if normalizer == "sequence_mean":
+    return mask.any(axis=1).sum()
+  return jnp.asarray(mask.shape[0])
+
+
 def clipped_policy_loss(
   log_probs: Array,
   old_log_probs: Array,

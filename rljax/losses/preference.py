@@ -80,8 +80,9 @@ def dpo_loss(
     Mitchell (2023), "A note on DPO with noisy preferences", for "sigmoid";
     Chowdhury et al. (2024), "Provably Robust DPO", for "robust"; Zhao et al.
     (2023), "SLiC-HF", for "hinge"; Azar et al. (2023), "A General Theoretical
-    Paradigm to Understand Learning from Human Preferences", for "ipo", which
-    its authors are said to have run with `per_token`.
+    Paradigm to Understand Learning from Human Preferences", for "ipo", whose
+    equation 17 has sums. Its authors ran it, and confirmed it to be meant,
+    with `per_token`.
   """
   _check_pairs(log_probs, mask)
   _check_positive(beta=beta)
@@ -478,6 +479,12 @@ def orpo_loss(
   Source:
     Hong et al. (2024), "ORPO: Monolithic Preference Optimization without
     Reference Model", equations 4 to 7.
+
+  Departures from TRL (1.16, `ORPOTrainer`):
+    Its likelihood counts the tokens of the prompt too, and is a mean over all
+    tokens of the batch, so that long responses weigh more; here it is -s_w, of
+    the response alone, and the pairs weigh the same. It does not bound s where
+    the odds are made of it.
   """
   _check_pairs(log_probs, mask)
   _check_positive(odds_weight=odds_weight)

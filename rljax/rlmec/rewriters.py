@@ -29,7 +29,7 @@ from rljax.ops import sampling
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import teachers
 from rljax.storage import checkpoint
-from rljax.text import batches, logged, tokens
+from rljax.text import batches, chats, tokens
 from rljax.text import steps as steps_lib
 
 Rows = list[dict[str, Any]]
@@ -70,9 +70,10 @@ def of_teacher(name: str, task: Any) -> Rewriter:
   made_of = {"teacher": name, "step_ends": step_ends}
   if name == "task":
     if not hasattr(task, "rewrite"):
+      name = getattr(task, "__name__", "A file of prompts")
       raise ValueError(
-        f"{task.__name__} cannot repair solutions, which --teacher=task asks "
-        "for: give --teacher=gold, model, or module:function."
+        f"{name} cannot repair solutions, which --teacher=task asks for: give "
+        "--teacher=gold, model, or module:function."
       )
     teacher = lambda question, _, wrong: task.rewrite(question, wrong)
     locate = getattr(task, "first_wrong_step", None)
@@ -141,7 +142,7 @@ def of_model(
       score,
       mesh=mesh,
       batch_size=batch_size,
-      render=lambda texts: logged.render_prompts(
+      render=lambda texts: chats.render_prompts(
         texts, loaded.source, loaded.tokenizer, prompt_format
       ),
       progress=progress,

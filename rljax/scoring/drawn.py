@@ -11,15 +11,15 @@ from rljax.generation import samplers
 from rljax.models import hf
 from rljax.scoring import cached, scorers
 from rljax.storage import stages
-from rljax.text import logged
+from rljax.text import encoding, forms, logged
 
 
 def collect(
   path: str | os.PathLike[str],
   responder: samplers.Responder,
   policy: hf.LanguageModel,
-  encoded: logged.Encoded,
-  rows: Sequence[logged.Row],
+  encoded: encoding.Encoded,
+  rows: Sequence[forms.Row],
   score: scorers.Scorer,
   *,
   settings: samplers.Settings,
@@ -36,7 +36,7 @@ def collect(
     policy: the model, with its parameters on the mesh.
     encoded: the N prompts as the policy reads them.
     rows: the N prompts as they were given, in any format; see
-      `logged.as_given`.
+      `encoding.as_given`.
     score: with the attribute `description`.
     settings: of the sampler.
     **more: what else the responses depend on, as `json` can write it.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rljax.text import logged
+from rljax.text import forms, logged
 
 
 class Comparisons(NamedTuple):
@@ -32,7 +32,7 @@ class Comparisons(NamedTuple):
 
 
 def ranked(
-  rows: Sequence[logged.Row],
+  rows: Sequence[forms.Row],
   rewards: np.ndarray | None = None,
   *,
   all_replies: bool = False,
@@ -85,7 +85,7 @@ def ranked(
 
 
 def singles(
-  rows: Sequence[logged.Row], rewards: np.ndarray, threshold: float
+  rows: Sequence[forms.Row], rewards: np.ndarray, threshold: float
 ) -> Comparisons:
   """Takes every reply by itself, a good or a bad one: K = 1.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import logged
+from rljax.text import encoding, forms, logged
 
 # What ranks the replies of a row: its rewards where it has them and else its
 # own order, its order, or its rewards.
@@ -26,7 +26,7 @@ def read(
   options: Mapping[str, Any],
   order: str = "",
   **settings: Any,
-) -> logged.Split:
+) -> encoding.Split:
   """Reads comparisons to learn from and held-out ones.
 
   Args:
@@ -40,7 +40,7 @@ def read(
     seed: of the task's draw.
     options: of the task's log.
     order: see `ranked`.
-    **settings: of `logged.prepare`.
+    **settings: of `encoding.prepare`.
 
   Returns:
     Both, with the best candidate of a row first; rows that compare nothing are
@@ -50,9 +50,13 @@ def read(
     ValueError: if a part has no comparison, or as `logged` does.
   """
   skipped: list[str] = []
+  notes: list[str] = []
 
   def compared(name, split, first, limit):
-    rows, unusable = logged.load_or_draw(name, task, split, seed, options)
+    rows, unusable, holds = logged.load_or_draw(
+      name, task, split, seed, options
+    )
+    notes.extend(holds)
     kept = []
     for row in rows[first:][: limit or None]:
       try:
@@ -64,20 +68,20 @@ def read(
       raise ValueError(
         f"{source} holds no comparison: {' '.join(unusable[:3])}"
       )
-    encoded = logged.prepare(tokenizer, kept, **settings)
+    encoded = encoding.prepare(tokenizer, kept, **settings)
     skipped.extend([*unusable, *encoded.skipped])
     return encoded
 
   train = compared(data, "train", first_row, num_rows)
   held_out = compared(eval_data, "validation", 0, num_eval_rows)
-  return logged.Split(train, held_out, skipped, {})
+  return encoding.Split(train, held_out, skipped, {}, notes)
 
 
 class NothingToCompare(ValueError):
   """A row without a better and a worse reply."""
 
 
-def ranked(row: logged.Row, order: str = "") -> logged.Row:
+def ranked(row: forms.Row, order: str = "") -> forms.Row:
   """Puts the candidates of a row in order, the best one first.
 
   Args:
@@ -103,13 +107,13 @@ def ranked(row: logged.Row, order: str = "") -> logged.Row:
   return logged.best_first(row)
 
 
-def most_candidates(*parts: logged.Encoded) -> int:
+def most_candidates(*parts: encoding.Encoded) -> int:
   """Returns how many replies the longest row of several parts has."""
   return max(len(row.candidates) for part in parts for row in part.rows)
 
 
 def batch(
-  part: logged.Encoded,
+  part: encoding.Encoded,
   rows: Sequence[int],
   lengths: Sequence[int],
   num_candidates: int,
@@ -123,10 +127,10 @@ def batch(
     num_candidates: K; a row with fewer is filled up.
 
   Returns:
-    The arrays of `logged.batch`, `[B, K, P]` and `[B, K, T]`; `present`
+    The arrays of `encoding.batch`, `[B, K, P]` and `[B, K, T]`; `present`
     `[B, K]` bool, True where there is a candidate; `rewards` `[B, K]` float32.
   """
-  arrays = logged.batch(
+  arrays = encoding.batch(
     part,
     np.repeat(rows, num_candidates),
     np.tile(np.arange(num_candidates), len(rows)),
