@@ -5,7 +5,6 @@ path.
 """
 
 import importlib
-import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from rljax.tasks import own
 
+_LARGEST = float(np.finfo(np.float32).max)
 _MODULES = {
   "arithmetic": "rljax.tasks.arithmetic",
   "arithmetic_format": "rljax.tasks.arithmetic_format",
@@ -151,12 +151,20 @@ def score_all(
     parts = [part for _, part in outcomes]
   for prompt, response, score in zip(prompts, responses, scores, strict=True):
     try:
-      is_finite = math.isfinite(score)
-    except TypeError:
+      is_finite = abs(score) <= _LARGEST  # False for NaN.
+    except (TypeError, OverflowError):
       is_finite = False
     if not is_finite:
       raise ValueError(
-        f"The score must be a finite number, got {score!r} for the prompt "
-        f"{prompt[-200:]!r} and the response {response[:200]!r}."
+        "The score must be a finite number, as float32 holds it, got "
+        f"{_shown(score)} for the prompt {prompt[-200:]!r} and the response "
+        f"{response[:200]!r}."
       )
   return np.asarray(scores, np.float32), list(parts)
+
+
+def _shown(score: Any) -> str:
+  try:
+    return repr(score)[:60]
+  except ValueError:  # Python writes out no number of so many digits.
+    return "an integer of thousands of digits"

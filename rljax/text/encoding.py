@@ -273,7 +273,7 @@ def prepare(
   What either left out is in the result's `skipped`.
   """
   rows, refused = chats.render(rows, tokenizer, prompt_format)
-  end_id = tokens.turn_end(tokenizer) if prompt_format == "chat" else None
+  end_id = tokens.end_id(tokenizer, prompt_format)
   encoded = encode(tokenizer, rows, end_id=end_id, **limits)
   return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
 
