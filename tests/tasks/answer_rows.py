@@ -8,6 +8,26 @@ QUESTION = "How many clips has Natalia?"
 
 # (gold, right responses, wrong responses).
 GROUPS = (
+  # Sentences that say more than their result.
+  (
+    "34",
+    (
+      "Step 2: 34",
+      "#### B) 34",
+      "#### C: 34",
+      "So 9 + 25 = 34 clips are in the 2 boxes.",
+      "She earns 9 + 25 = $34 if she sells all 5.",
+      "There are 60 - 26 = 34 who did not buy any.",
+      "This is $17 \\cdot 2$, or $\\boxed{34}$.",
+      "The most that she can have is at most $\\boxed{34}$.",
+    ),
+    (
+      "She found that x = 33 and y = 34",
+      "So 9 + 25 = 34 is wrong.",
+      "9 + 25 = 34 or 35",
+      "It is 33, or $\\boxed{34}$.",
+    ),
+  ),
   (
     "12",
     (

@@ -43,7 +43,6 @@ _LABEL = re.compile(
   r"\s*\#?[0-9]{1,4}\s*[:.)](?=\s)",
   re.IGNORECASE,
 )
-_CHOICE = re.compile(r"\(?[A-Ja-j]\)(?:[.:])?\s+|[A-J][.:]\s+")
 # five (5); 5, i.e. five.
 _SAME_AGAIN = re.compile(
   r"[^()]*(?:\(\s*|,\s*(?:i\.?e\.?|namely|meaning),?\s+)", re.IGNORECASE
@@ -177,9 +176,6 @@ def _value(text: str) -> fractions.Fraction | None:
     return None
   text = without_labels(text)
   text = text.lstrip(" :=#*")
-  choice = _CHOICE.match(text)
-  if choice and choice.end() < len(text):
-    text = text[choice.end() :]
   sides = _IS.split(text)
   if len(sides) == 1:
     value = single(text)
