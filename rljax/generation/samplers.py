@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from rljax.distributed import compiled, meshes, planning, processes
-from rljax.generation import decode, grammars, rollouts
+from rljax.generation import answered, decode, grammars, rollouts
 from rljax.ops import sampling
 from rljax.text import asked, files, tokens
 from rljax.text import batches as batches_lib
@@ -806,17 +806,18 @@ def collect(
 ) -> list[dict[str, Any]]:
   """Draws and scores the responses to all prompts, into a file.
 
-  Every batch is on disk before the next is drawn. If the file is there
-  already, from a call that was stopped, the prompts that it answers in full
-  are not asked again; the outcome is the same. A response that ran out of
-  length is never right.
+  Every batch is on disk before the next is drawn, and so is what was scored of
+  a batch before its scorer failed. If the file is there already, from a call
+  that was stopped, the prompts that it answers in full are not asked again; the
+  outcome is the same. A response that ran out of length is never right.
 
   Args:
     path: the file, of JSON lines.
     responder: for N prompts, K responses to each.
     params: parameters of the policy; those of the call that was stopped.
     prompts: N texts, which are scored.
-    score: `(prompts, responses) -> (scores, parts)`.
+    score: `(prompts, responses) -> (scores, parts)`; with an attribute
+      `source`, as `scoring.scorers` gives it, if it scores each by itself.
     draw: see `Responder.batches`.
     progress: called after each batch with the number of prompts that are
       answered, and the batch's rows.
@@ -834,7 +835,7 @@ def collect(
       f"The responder has {responder.num_prompts} prompts, and {len(prompts)} "
       "texts were given."
     )
-  rows = processes.from_first(lambda: _rows_so_far(path))
+  rows = processes.from_first(lambda: answered.so_far(path))
   for number, row in enumerate(rows):
     index, sample = divmod(number, num_samples)
     expected = (index, sample, *map(asked.given, prompts[index : index + 1]))
@@ -845,33 +846,58 @@ def collect(
       )
     row["prompt"] = prompts[index]
   first = len(rows) // num_samples
-  if len(rows) % num_samples:
-    rows = rows[: first * num_samples]
-    processes.from_first(functools.partial(files.write_jsonl, path, rows))
+  rows, left = rows[: first * num_samples], rows[first * num_samples :]
   for indices, texts, finished in responder.batches(
     params, first=first, draw=draw
   ):
     repeated = [prompts[i] for i in indices for _ in range(num_samples)]
-    scores, parts = score(repeated, texts)
-    scores, parts = unfinished_are_wrong(scores, parts, finished)
-    if planning.current():  # Some must be right for what comes behind them.
-      parts = [
-        {k: k == "is_correct" and i % 2 == 0 or v for k, v in part.items()}
-        for i, part in enumerate(parts)
-      ]
-    batch = [
-      {"index": indices[0] + i // num_samples, "sample": i % num_samples}
-      | row
-      | {"finished": bool(finished[i])}
-      for i, row in enumerate(records(repeated, texts, scores, parts))
-    ]
+    # Of a prompt that was not answered in full, what is there was scored; it
+    # counts where each response is scored by itself.
+    is_same = [row["response"] for row in left] == texts[: len(left)]
+    is_alone = isinstance(getattr(score, "source", None), str)
+    known = left if is_same and is_alone else []
+    rows_of = functools.partial(
+      *(_scored_rows, repeated, texts, finished),
+      place=(indices[0], num_samples, len(known)),
+    )
+    try:
+      scores, parts = score(repeated[len(known) :], texts[len(known) :])
+    except Exception as error:
+      if done := getattr(error, "done", None):
+        batch = known + rows_of(*zip(*done, strict=True))
+        answered.keep(path, rows + max(batch, left, key=len), error)
+      raise
+    batch = known + rows_of(scores, parts)
     # All wait for it: the file is whole for everybody when this returns.
-    processes.from_first(functools.partial(files.append_jsonl, path, batch))
+    write = functools.partial(files.append_jsonl, path, batch)
+    if left:
+      write = functools.partial(files.write_jsonl, path, rows + batch)
+    processes.from_first(write)
     for row, prompt in zip(batch, repeated, strict=True):
       row["prompt"] = prompt  # With what it remembers.
-    rows += batch
+    rows, left = rows + batch, []
     progress(indices[-1] + 1, batch)
   return rows
+
+
+def _scored_rows(asked, texts, finished, scores, parts, *, place):
+  """Rows of a batch, from a place on and as far as they are scored."""
+  first, num_samples, start = place
+  some = slice(start, start + len(scores))
+  scores, parts = unfinished_are_wrong(scores, parts, finished[some])
+  if planning.current():  # Some must be right for what comes behind them.
+    parts = [
+      {k: k == "is_correct" and i % 2 == 0 or v for k, v in part.items()}
+      for i, part in enumerate(parts)
+    ]
+  return [
+    {"index": first + i // num_samples, "sample": i % num_samples}
+    | row
+    | {"finished": bool(finished[i])}
+    for i, row in enumerate(
+      records(asked[some], texts[some], scores, parts), start
+    )
+  ]
 
 
 _FORCED = "forced.json"
@@ -925,11 +951,3 @@ def load_forced(name: str | os.PathLike[str]) -> dict[str, Any]:
   for token, following in found["after"].items():
     forced[int(token)] = following
   return {"forced": forced, "forced_as": found["shown_as"]}
-
-
-def _rows_so_far(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Rows of a file that may be absent, or lack the end of its last line."""
-  if not os.path.exists(path):
-    return []
-  files.append_jsonl(path, [])  # Cuts off what a killed writer left behind.
-  return files.read_jsonl(path) if os.path.getsize(path) else []

@@ -4,6 +4,7 @@ A task is a module of this folder, or one of the user's own, by its name or its
 path.
 """
 
+import functools
 import importlib
 import types
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rljax.storage import calls
 from rljax.tasks import own
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -129,23 +131,54 @@ def score_all(
     ValueError: if a score is not a finite number, naming its prompt; or if
       there are not N of them.
   """
+  return score_rows(task, prompts, responses, options)
+
+
+def score_rows(
+  task: Any,
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  options: Mapping[str, Any],
+  *,
+  seconds: float = 0.0,
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+  """Does what `score_all` does, and limits the time that it takes.
+
+  Args:
+    task: see `score_all`; likewise `prompts` and `responses`.
+    prompts: N texts.
+    responses: N texts.
+    options: passed on to the task.
+    seconds: that one response may take, and a batch that many times its
+      responses; 0: no limit.
+
+  Returns:
+    As `score_all`.
+
+  Raises:
+    ValueError: as `score_all`; `calls.CallError` if the task fails or takes too
+      long, naming the prompt and the response.
+    Exception: `checkpoint.Stopped`, if a signal asked for the end meanwhile.
+  """
   if len(prompts) != len(responses):
     raise ValueError(
       f"There are {len(prompts)} prompts, but {len(responses)} responses."
     )
   if hasattr(task, "score_batch"):
-    scores, parts = task.score_batch(prompts, responses, **options)
+    scores, parts = _scored(
+      task, prompts, responses, options, len(prompts) * seconds
+    )
     if len(scores) != len(prompts) or len(parts) != len(prompts):
       raise ValueError(
         f"score_batch was given {len(prompts)} responses and returned "
         f"{len(scores)} scores and {len(parts)} parts."
       )
   else:
-    pairs = zip(prompts, responses, strict=True)
+    outcomes = _scored(task, prompts, responses, options, seconds)
+    # A score may come without parts.
     outcomes = [
-      # A score may come without parts.
       outcome if isinstance(outcome, tuple) else (outcome, {})
-      for outcome in (task.score(p, r, **options) for p, r in pairs)
+      for outcome in outcomes
     ]
     scores = [score for score, _ in outcomes]
     parts = [part for _, part in outcomes]
@@ -168,3 +201,33 @@ def _shown(score: Any) -> str:
     return repr(score)[:60]
   except ValueError:  # Python writes out no number of so many digits.
     return "an integer of thousands of digits"
+
+
+def _scored(task, prompts, responses, options, seconds):
+  """Calls what a task scores with; an error carries what was asked."""
+  name = getattr(task, "__name__", type(task).__name__).rpartition(".")[2]
+  what = f"The score of {name}"
+  about = lambda i: (
+    f"for the prompt {calls.shown(prompts[i])} and the response "
+    f"{calls.shown(responses[i])}"
+  )
+  try:
+    if hasattr(task, "score_batch"):
+      return calls.guard(
+        lambda: task.score_batch(prompts, responses, **options),
+        what=what,
+        about=lambda: (
+          f"{about(0)}, the first of {len(prompts)}" if prompts else "for none"
+        ),
+        seconds=seconds,
+      )
+    return calls.one_by_one(
+      functools.partial(task.score, **options),
+      list(zip(prompts, responses, strict=True)),
+      what=what,
+      about=about,
+      seconds=seconds,
+    )
+  except (calls.CallError, calls.Ended) as error:
+    calls.tell(error, prompts, responses)
+    raise

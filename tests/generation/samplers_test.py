@@ -1,8 +1,10 @@
 """Tests of samplers: prompts in, texts out, however they are batched."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import io
 import pathlib
 import tempfile
 import types
@@ -18,6 +20,7 @@ from rljax.distributed import meshes
 from rljax.evaluation import answers
 from rljax.generation import rollouts, samplers
 from rljax.ops import sampling
+from rljax.storage import calls
 from rljax.tasks import arithmetic, word_lists
 from rljax.text import asked, batches, files, prompts, tokens
 from tests import stand_in, tiny
@@ -823,6 +826,51 @@ class CollectTest(parameterized.TestCase):
     self.asked = []
     self.assertEqual(self.collect(), whole)
     self.assertEqual(self.asked, [])
+
+  @parameterized.parameters(0, 2, 3, 5)
+  def test_what_was_scored_before_an_error_is_kept(self, num_scored):
+    whole = self.collect()
+    content = self.path.read_bytes()
+    self.path.unlink()
+    self.asked = []
+    batches = []
+
+    def fail(prompts, replies):
+      """Answers a part of the second batch."""
+      batches.append(len(prompts))
+      if len(batches) != 2:
+        return self.score(prompts, replies)
+      scores, parts = self.score(prompts[:num_scored], replies[:num_scored])
+      done = list(zip(scores, parts, strict=True))
+      raise calls.CallError("no answer.", done)
+
+    fail.source = "each by itself"
+    responder = _responder(settings=SAMPLED, batch_size=2, num_samples=3)
+    arguments = self.path, responder, self.params, PROMPTS, fail
+    with self.assertRaisesRegex(
+      calls.CallError,
+      f"no answer. {6 + num_scored} responses .*x.jsonl: the same command"
+      if num_scored
+      else "no answer.$",
+    ):
+      samplers.collect(*arguments)
+    self.assertLen(files.read_jsonl(self.path), 6 + num_scored)
+    self.assertEqual(samplers.collect(*arguments), whole)
+    self.assertEqual(self.path.read_bytes(), content)
+    self.assertLen(self.asked, 21)  # None twice.
+
+  def test_a_damaged_file_is_set_aside(self):
+    whole = self.collect()
+    content = self.path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    damaged = b"".join([*lines[:6], b"\0\0\n", *lines[7:]])
+    self.path.write_bytes(damaged)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+      self.assertEqual(self.collect(), whole)
+    self.assertRegex(said.getvalue(), "x.jsonl:7: not JSON .*x.jsonl.old1")
+    self.assertEqual(self.path.read_bytes(), content)
+    aside = self.path.with_name("x.jsonl.old1")
+    self.assertEqual(aside.read_bytes(), damaged)
 
   def test_further_draws(self):
     first = self.collect(draw=1)
