@@ -240,8 +240,8 @@ class RewardModel:
     )
     ids = tokenizer(text, add_special_tokens=not has_start, verbose=False)
     ids = list(ids["input_ids"])
-    if ids[-1:] == [tokenizer.eos_token_id]:
-      ids.pop()  # Some tokenizers put it there themselves.
+    while ids[-1:] == [tokenizer.eos_token_id]:
+      ids.pop()  # Some tokenizers put it there themselves, or the text has it.
     room = self._max_length - 1
     is_cut = len(ids) > room
     ids = tokens.cut_prompt(tokenizer, ids, room)

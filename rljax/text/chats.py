@@ -104,6 +104,46 @@ def render_prompts(
   return [row.prompt for row in rows]
 
 
+def spans(tokenizer, row: Row) -> tuple[str, list[tuple[str, bool]]] | None:
+  """Renders a dialogue, and tells the assistant's turns from the others.
+
+  A turn of the assistant begins where the template asks for it, and ends with
+  what the template puts behind it, without the blanks that follow.
+
+  Args:
+    tokenizer: Hugging Face tokenizer with a chat template.
+    row: with a `dialogue`.
+
+  Returns:
+    The text before the first turn to learn from, and the texts behind it, each
+    with whether it is one to learn from, the first and the last of them; or
+    None, if the template writes earlier turns anew once others follow.
+  """
+
+  def rendered(number, ask):
+    return tokenizer.apply_chat_template(
+      [dict(message) for message in row.dialogue[:number]],
+      tokenize=False,
+      add_generation_prompt=ask,
+    )
+
+  whole = rendered(len(row.dialogue), False)
+  places = []
+  for i, message in enumerate(row.dialogue):
+    if i < row.num_asked or message["role"] != "assistant":
+      continue
+    before, after = rendered(i, True), rendered(i + 1, False)
+    if not (after.startswith(before) and whole.startswith(after)):
+      return None
+    places += [len(before), len(after.rstrip())]
+  if places != sorted(places):
+    return None
+  cuts = zip(places, places[1:], strict=False)
+  return whole[: places[0]], [
+    (whole[start:end], i % 2 == 0) for i, (start, end) in enumerate(cuts)
+  ]
+
+
 # Helpers.
 
 

@@ -1,5 +1,6 @@
 """Logged rows as ids, to be made into batches."""
 
+import collections
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,27 @@ from rljax.text import batches, chats, forms, logged, tokens
 
 Row = forms.Row
 
+# What is counted -> of what, and what is said of it.
+_COUNTED = (
+  ("apart", "replies", "responses were encoded apart from prompts"),
+  ("anew", "logged", "responses differ from their ids: encoded anew"),
+  (
+    "inexact",
+    "replies",
+    "responses do not decode, behind their prompts, to their texts",
+  ),
+  ("ends", "replies", "responses have an end token before their end"),
+  ("open", "replies", "responses were cut, and get no end token"),
+  (
+    "changed",
+    "prompts",
+    "dialogues are written anew by the chat template: their last turn alone is "
+    "learnt from",
+  ),
+  ("prompts_cut", "prompts", "prompts were cut on the left"),
+  ("cut", "replies", "responses were cut, and lost their end token"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
@@ -22,12 +44,19 @@ class Encoded:
     response_ids: per row, per candidate, a list of ids.
     rows: the N rows that they belong to.
     skipped: one message per row that was too long.
+    learnt: per row, which tokens of its only response are learnt from; None
+      where all are.
+    notes: what was done to texts, in lines.
   """
 
   prompt_ids: list[list[int]]
   response_ids: list[list[list[int]]]
   rows: list[Row]
   skipped: list[str]
+  learnt: list[list[bool] | None] = dataclasses.field(
+    default_factory=list, kw_only=True
+  )
+  notes: list[str] = dataclasses.field(default_factory=list, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +176,7 @@ def read(
     lengths=lengths(encoded),
     present=logged.present(encoded.rows),
     skipped=[*loaded.skipped, *encoded.skipped],
-    notes=loaded.notes,
+    notes=[*loaded.notes, *encoded.notes],
     settings=settings,
     pad_id=tokens.pad_id(tokenizer),
   )
@@ -160,12 +189,15 @@ def encode(
   max_prompt_length: int,
   max_response_length: int,
   too_long: Literal["skip", "cut", "error"] = "skip",
+  all_turns: bool = False,
 ) -> Encoded:
-  """Turns rows into ids; responses end in the end token.
+  """Turns rows into ids; responses end in the end token, unless they were cut.
 
   Prompts and responses get the ids that `tokens.encode_pairs` gives them. The
   `response_ids` of a rollout are used as they were drawn if they decode to
   their response; otherwise, as under another tokenizer, the text is encoded.
+  A reply that ends in the text of an end token has it once in its ids, and no
+  longer in the row that is left.
 
   Args:
     tokenizer: Hugging Face fast tokenizer with an end token.
@@ -176,6 +208,8 @@ def encode(
       "skip" leaves the row out and names it; "cut" cuts prompts on the left,
       after the start token, and responses on the right, with their end token;
       "error" refuses it. What was done is logged.
+    all_turns: whether all turns of the assistant in a dialogue are learnt from;
+      else the last one.
 
   A row that the tokenizer cannot write is left out and named as well.
 
@@ -201,29 +235,21 @@ def encode(
         "--prompt_format=chat."
       )
   tokens.require_tokens(tokenizer, eos=True)
-  largest_id = max(tokenizer.get_vocab().values())
   encoded = Encoded([], [], [], [])
   rows, prompts = _encode_prompts(tokenizer, rows, encoded.skipped)
-  num_apart = num_logged = num_anew = num_prompts = num_cut = num_responses = 0
+  counts = collections.Counter({"prompts": len(rows)})
+  largest_id = max(tokenizer.get_vocab().values())
   for row, whole in zip(rows, prompts, strict=True):
-    responses = []
-    for i, text in enumerate(row.candidates):
-      if i == 0 and row.response_ids is not None:
-        num_logged += 1
-        if _decodes(tokenizer, row.response_ids, text, largest_id):
-          responses.append(list(row.response_ids))
-          continue
-        num_anew += 1
-      try:
-        ids, apart = tokens.encode_response(tokenizer, row.prompt, whole, text)
-      except ValueError as error:  # A tokenizer of a few words.
-        encoded.skipped.append(f"{row.place}: {error}")
-        break
-      num_apart += apart
-      responses.append(ids)
-    if len(responses) < len(row.candidates):
+    try:
+      if all_turns and row.dialogue is not None:
+        whole, responses, learnt = _dialogue(tokenizer, row, whole, counts)
+      else:
+        responses = _responses(tokenizer, row, whole, largest_id, counts)
+        learnt = None
+    except ValueError as error:  # A tokenizer of a few words.
+      encoded.skipped.append(f"{row.place}: {error}")
       continue
-    num_responses += len(responses)
+    counts["replies"] += len(responses)
     prompt = tokens.cut_prompt(tokenizer, whole, max_prompt_length)
     cut = [ids[:max_response_length] for ids in responses]
     if too_long != "cut" and (prompt != whole or cut != responses):
@@ -238,19 +264,19 @@ def encode(
         raise ValueError(message)
       encoded.skipped.append(message)
       continue
-    num_prompts += prompt != whole
-    num_cut += sum(a != b for a, b in zip(cut, responses, strict=True))
+    if learnt is not None and not any(learnt[:max_response_length]):
+      encoded.skipped.append(f"{row.place}: nothing is left to learn from.")
+      continue
+    counts["prompts_cut"] += prompt != whole
+    counts["cut"] += sum(a != b for a, b in zip(cut, responses, strict=True))
     encoded.prompt_ids.append(prompt)
     encoded.response_ids.append(cut)
-    encoded.rows.append(row)
-  for count, total, what in (
-    (num_apart, num_responses, "responses were encoded apart from prompts"),
-    (num_anew, num_logged, "responses differ from their ids: encoded anew"),
-    (num_prompts, len(rows), "prompts were cut on the left"),
-    (num_cut, num_responses, "responses were cut, and lost their end token"),
-  ):
-    if count:
-      logging.warning("%d of %d %s.", count, total, what)
+    encoded.learnt.append(learnt and learnt[:max_response_length])
+    encoded.rows.append(_without_ends(tokenizer, row))
+  for name, of, what in _COUNTED:
+    if counts[name]:
+      encoded.notes.append(f"{counts[name]} of {counts[of]} {what}.")
+      logging.warning("%s", encoded.notes[-1])
   chats.report(encoded.skipped, len(encoded.rows), "rows cannot be encoded")
   return encoded
 
@@ -297,7 +323,7 @@ def take(encoded: Encoded, rows: Iterable[int]) -> Encoded:
   fields = {
     field.name: getattr(encoded, field.name)
     for field in dataclasses.fields(encoded)
-    if field.name != "skipped"
+    if field.name not in ("skipped", "notes")
   }
   return dataclasses.replace(
     encoded,
@@ -332,7 +358,8 @@ def batch(
 
   Returns:
     `prompt_ids`, `prompt_mask` `[B, P]` and `response_ids`, `response_mask`
-    `[B, T]`, see `batches.supervised_batch`.
+    `[B, T]`, and `learnt_mask` if only some tokens are learnt from; see
+    `batches.supervised_batch`.
   """
   pairs = []
   for row, candidate in zip(rows, candidates, strict=True):
@@ -347,6 +374,13 @@ def batch(
         responses[candidate] if candidate < len(responses) else [],
       )
     )
+  if any(learnt is not None for learnt in encoded.learnt):
+    pairs = [
+      (*pair, encoded.learnt[row] or [True] * len(pair[1]))
+      if pair[1]
+      else (*pair, [])
+      for pair, row in zip(pairs, rows, strict=True)
+    ]
   return batches.supervised_batch(
     pairs,
     prompt_length=prompt_length,
@@ -385,8 +419,76 @@ def _encode_prompts(tokenizer, rows, skipped):
   return kept, prompts
 
 
+def _responses(tokenizer, row, prompt_ids, largest_id, counts):
+  """Returns the ids of a row's replies, and counts what they are like."""
+  responses = []
+  for i, text in enumerate(row.candidates):
+    if i == 0 and row.response_ids is not None:
+      counts["logged"] += 1
+      if _decodes(tokenizer, row.response_ids, text, largest_id):
+        responses.append(list(row.response_ids))
+        continue
+      counts["anew"] += 1
+    found = tokens.encode_response(
+      tokenizer,
+      row.prompt,
+      prompt_ids,
+      text,
+      finished=not row.finished or row.finished[i],
+    )
+    counts["apart"] += found.is_apart
+    counts["inexact"] += not found.is_exact
+    counts["ends"] += found.num_ends > 0
+    counts["open"] += bool(row.finished) and not row.finished[i]
+    responses.append(found.ids)
+  return responses
+
+
+def _dialogue(tokenizer, row, prompt_ids, counts):
+  """Returns a prompt, a response of several turns, and what of it is learnt."""
+  spans = chats.spans(tokenizer, row)
+  if spans is None:
+    counts["changed"] += 1
+    largest_id = max(tokenizer.get_vocab().values())
+    responses = _responses(tokenizer, row, prompt_ids, largest_id, counts)
+    return prompt_ids, responses, None
+  prompt, parts = spans
+  (prompt_ids,) = tokens.encode_prompts(
+    tokenizer, [prompt], max_length=sys.maxsize
+  )
+  text, ids, learnt = prompt, list(prompt_ids), []
+  for i, (part, is_learnt) in enumerate(parts):
+    is_last = i == len(parts) - 1
+    if is_learnt:
+      found = tokens.encode_response(
+        tokenizer, text, ids, part, finished=is_last
+      )
+      part_ids, counts["ends"] = found.ids, counts["ends"] + found.num_ends
+    else:
+      part_ids, _, _ = tokens.encode_further(tokenizer, text, ids, part)
+    text += part
+    ids += part_ids
+    learnt += [is_learnt] * len(part_ids)
+  return prompt_ids, [ids[len(prompt_ids) :]], learnt
+
+
+def _without_ends(tokenizer, row: Row) -> Row:
+  """Returns a row without the texts of end tokens behind its replies."""
+  bare = tuple(
+    tokens.without_end(tokenizer, text)[0] for text in row.candidates
+  )
+  if bare == row.candidates:
+    return row
+  return dataclasses.replace(row, candidates=bare)
+
+
 def _decodes(tokenizer, ids: Sequence[int], text: str, largest_id: int) -> bool:
+  """Whether drawn ids decode to a text, by themselves or behind a prompt."""
   if not ids or max(ids) > largest_id:
     return False
   ids = np.array([ids])
-  return tokens.decode(tokenizer, ids, np.ones(ids.shape, np.bool_)) == [text]
+  mask = np.ones(ids.shape, np.bool_)
+  return any(
+    tokens.decode(tokenizer, ids, mask, behind=behind) == [text]
+    for behind in (False, True)
+  )

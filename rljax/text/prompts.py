@@ -99,7 +99,7 @@ def encode_pairs(
   rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
   return [
-    (ids, tokens.encode_response(tokenizer, text, ids, response)[0])
+    (ids, tokens.encode_response(tokenizer, text, ids, response).ids)
     for text, ids, (_, response) in zip(rendered, encoded, pairs, strict=True)
   ]
 
