@@ -10,7 +10,10 @@ Shares are of all responses; novelty is the mean over games that can be played,
 and a response is new and good if its game is good, can be played, and differs
 from all of the corpus in 5 % of its words or more. A response without an end is
 scored as it stands, where training gives it 0. Numbers are means over seeds
-with the lowest and the highest.
+with the lowest and the highest. A good game is one that either side wins at
+times and that lasts two plies; up to half of its playouts may be stuck. A
+playable one lasts four plies and is stuck in a tenth of them at most. So a game
+can be good and not playable.
 """
 
 import json
@@ -20,6 +23,7 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
+from benchmarks import comparisons
 from rljax.evaluation import curves
 from rljax.text import files
 
@@ -42,6 +46,9 @@ COLUMNS = {
   "novelty": "novelty of playable",
   "reward": "reward",
 }
+# Shares of responses, of which counts are known, and who is compared.
+COMPARED = ("parses", "is_playable", "is_good", "new")
+PAIRS = (("ppo", "sft"), ("ppo_grammar", "sft"), ("ppo_grammar", "ppo"))
 
 flags.DEFINE_string("runs", "runs/games", "Where the study is.")
 flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the study.")
@@ -60,6 +67,9 @@ def main(_):
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=2) + "\n")
   for line in table(found):
+    print(line)
+  print("\nDifferences, with a test over the responses and a t interval\n")
+  for line in differences_table(found):
     print(line)
   print("\nPPO, samples of the first and the last five steps\n")
   for line in training_table(found):
@@ -153,6 +163,28 @@ def table(found):
       cells = [show(metrics[name]) for name in COLUMNS]
       yield (
         f"| {POLICIES[policy]} | {constraint} | " + " | ".join(cells) + " |"
+      )
+
+
+def differences_table(found):
+  """What PPO changes, in Markdown: the responses of all seeds, and the seeds.
+
+  The results say how many responses to the prompts are good, not which: the
+  test is the one for independent samples.
+  """
+  yield "| constraint | | " + " | ".join(map(COLUMNS.get, COMPARED)) + " |"
+  yield "| --- " * (len(COMPARED) + 2) + "|"
+  for constraint, policies in found["evaluations"].items():
+    for policy, other in PAIRS:
+      a, b = policies[policy], policies[other]
+      cells = [
+        str(comparisons.shares(a[name], b[name], a["responses"]))
+        for name in COMPARED
+      ]
+      yield (
+        f"| {constraint} | {POLICIES[policy]} minus {POLICIES[other]} | "
+        + " | ".join(cells)
+        + " |"
       )
 
 

@@ -7,22 +7,27 @@ The first gathers what launch/reasoning_study.sh left, into
 benchmarks/results/reasoning.json and reasoning.png; the second prints the table
 and the claims from that file alone.
 
-A difference of two arms is the mean over seeds of the difference within a seed,
-± its standard error s / sqrt(n). Every seed has training and test prompts of
-its own, so that their spread holds that of the questions. What each claim asks
-for was written down before the study; one that misses it is "fail" if it does
-so by more than two standard errors, or as its text says, and else
-"inconclusive".
+A difference of two arms is the mean over seeds of the difference within a seed.
+Beside it stand the seeds, their t interval, and the p-value of a test over the
+test questions of all seeds; see benchmarks/comparisons.py. A claim fails if the
+contrary is significant at 5 %; it passes if it is seen as the table of claims
+asks for it, with a significant difference where that asks for one; "not
+rejected" is one that asks for no difference, where none was found. The test of
+maj@1 pairs the answers to a question; of older results, which hold counts
+alone, it cannot, and is the weaker one for independent samples. What is no
+share of right answers is judged by the seeds alone.
 """
 
 import json
 import pathlib
-import re
 
 import numpy as np
 from absl import app, flags
 
+from benchmarks import comparisons
+from benchmarks.comparisons import number
 from rljax.evaluation import curves as curves_lib
+from rljax.text import files
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -55,6 +60,15 @@ ARMS = {
   "rcrl_50": "RCRL, 50 % right",
   "rcrl_75": "RCRL, 75 %",
   "rcrl_100": "RCRL, 100 %",
+}
+# Problems with whose answers an arm was trained: 300 in SFT, 300 in RL, and
+# 4,000 of which an outcome model saw answers.
+PROBLEMS = {
+  **dict.fromkeys(("ei", "ei_continued", "ppo", "ppo_steps", "grpo"), 600),
+  **dict.fromkeys(("rcrl_50", "rcrl_75", "rcrl_100"), 600),
+  **dict.fromkeys(("ppo_orm", "ppo_dense_orm"), 4600),
+  **dict.fromkeys(("ei_from_base", "ppo_from_base"), 300),
+  "base": 0,
 }
 EPOCHS = ("sft_4", "sft_8", "sft_16", "sft_40", "sft_100")
 START = "sft_8"
@@ -101,12 +115,15 @@ def main(_):
 def gather(runs, seeds):
   """What a reader needs of a study, small enough to keep."""
   metrics, other, models, curves, drawn = {}, {}, {}, {}, {}
+  right = {}
   for seed in seeds:
     folder = runs / seed
     for target, name in ((metrics, "test"), (other, "test_orm_ppo")):
       for arm, values in read(folder / name / "metrics.json").items():
         for metric, by_seed in values.items():
           target.setdefault(arm, {}).setdefault(metric, []).append(by_seed[0])
+    for arm, verdicts in greedy_verdicts(folder / "test").items():
+      right.setdefault(arm, []).append(verdicts)
     for name in ("orm", "orm_ei", "orm_ppo"):
       models.setdefault(name, []).append(read(folder / name / "summary.json"))
     # An outcome model has learnt from samples, too: they count.
@@ -131,12 +148,23 @@ def gather(runs, seeds):
     for arm in ("rcrl_50", "rcrl_75", "rcrl_100"):
       drawn.setdefault(arm, []).append(drawn["ei"][-1] + for_labels)
   return {
+    "test prompts": list(map(len, right[START])),
+    "right": right,
     "metrics": metrics,
     "metrics, ORM of PPO samples": other,
     "outcome models": models,
     "samples drawn": drawn,
     "validation accuracy by samples drawn": curves,
   }
+
+
+def greedy_verdicts(folder):
+  """For each arm a text with "1" for a question answered right, "0" else."""
+  right = {}
+  for row in files.read_jsonl(folder / "questions.jsonl"):
+    for arm, (seed,) in row["policies"].items():
+      right[arm] = right.get(arm, "") + str(int(seed["greedy"]))
+  return right
 
 
 def count(path):
@@ -154,13 +182,14 @@ def table(found):
   metrics = found["metrics"]
   titles = [title for title, _ in COLUMNS.values()]
   lines = [
-    f"| | samples drawn | {' | '.join(titles)} | maj@1 by seed |",
-    "|---" * (len(titles) + 3) + "|",
+    f"| | problems | samples drawn | {' | '.join(titles)} | maj@1 by seed |",
+    "|---" * (len(titles) + 4) + "|",
   ]
   for arm, title in ARMS.items():
     if arm not in metrics:
       continue
-    cells = [f"{np.mean(found['samples drawn'].get(arm, [0])):,.0f}"]
+    drawn = np.mean(found["samples drawn"].get(arm, [0]))
+    cells = [f"{PROBLEMS.get(arm, 300):,}", f"{drawn:,.0f}"]
     for metric, (_, decimals) in COLUMNS.items():
       values = [v for v in metrics[arm].get(metric, []) if v is not None]
       # What the supervised start writes again is its own.
@@ -172,160 +201,152 @@ def table(found):
   return "\n".join(lines)
 
 
-def number(value, decimals):
-  """Without the zero in front of the point, as the tables of the README."""
-  text = f"{value:.{decimals}f}"
-  return re.sub(r"^(-?)0\.", r"\1.", text)
-
-
 def claims(found):
   """Name, verdict and numbers of the claims C1 to C8."""
-  metrics = found["metrics"]
-  several = len(metrics[START]["maj@1"]) >= 3
+  metrics, totals = found["metrics"], found["test prompts"]
+  right = found.get("right")  # Older results have counts alone.
 
   def values(arm, metric):
     return np.array(metrics[arm][metric], float)
 
   def differ(a, b, metric):
-    """Mean difference of two arms over seeds, and its standard error."""
-    return mean_and_error(values(a, metric) - values(b, metric))
+    """Difference of two arms, over questions where their counts are known."""
+    if metric == "maj@1" and right:
+      return comparisons.paired(right[a], right[b])
+    if metric == "maj@1":
+      return comparisons.shares(values(a, metric), values(b, metric), totals)
+    return comparisons.over_seeds(values(a, metric), values(b, metric))
 
-  def judge(passes, fails):
-    if not several or (not passes and not fails):
+  def judge(passes, fails, otherwise="inconclusive"):
+    if len(totals) < 3:
       return "inconclusive"
-    return "pass" if passes else "fail"
+    return "fail" if fails else "pass" if passes else otherwise
 
-  gap, error = differ("ei", "ppo", "maj@1")
+  def not_below(gap):
+    """Whether it is at least minus one standard error over the seeds."""
+    return gap.mean >= -gap.by_seed.std(ddof=1) / np.sqrt(len(gap.by_seed))
+
+  gap = differ("ei", "ppo", "maj@1")
   yield (
     "C1, EI best or on par",
-    judge(gap >= -error, gap < -2 * error),
-    f"maj@1 of EI minus sparse PPO: {signed(gap, error)}; not below -1 "
-    "standard error is asked for.",
+    judge(
+      False,
+      gap.is_below,
+      "not rejected" if not_below(gap) else "inconclusive",
+    ),
+    f"maj@1 of EI minus sparse PPO: {gap}; not below -1 standard error is "
+    "asked for.",
   )
 
   arms = ("ppo_steps", "ppo_orm", "ppo_dense_orm")
   gaps = {arm: differ(arm, "ppo", "maj@1") for arm in arms}
-  over = [gap - 2 * error for gap, error in gaps.values()]
   yield (
     "C2, sparse is enough",
-    judge(max(over) <= 0, max(over) > 0),
+    judge(False, any(gap.is_above for gap in gaps.values()), "not rejected"),
     "maj@1 minus that of sparse PPO after as many rollouts: "
-    + "; ".join(f"{ARMS[a]} {signed(*gaps[a])}" for a in arms)
-    + ". None may lead by more than 2 standard errors.",
+    + "; ".join(f"{ARMS[arm]} {gap}" for arm, gap in gaps.items())
+    + ". None may lead. That none does is no proof that none would.",
   )
 
   for arm in ("ei", "ppo"):
-    one, one_error = differ(arm, START, "maj@1")
+    one = differ(arm, START, "maj@1")
     many = {k: differ(arm, START, k) for k in ("pass@8", "pass@32")}
-    kept = all(gap >= -error for gap, error in many.values())
-    lost = any(gap < -2 * error for gap, error in many.values())
     yield (
       f"C3, RL lifts both ({ARMS[arm]})",
-      judge(one > 2 * one_error and kept, one < -2 * one_error or lost),
-      f"Over SFT: maj@1 {signed(one, one_error)}, "
-      + ", ".join(f"{k} {signed(*many[k])}" for k in many)
-      + ". More than 2 standard errors up, and no more than 1 down, are asked "
-      "for.",
+      judge(
+        one.is_above and all(map(not_below, many.values())),
+        one.is_below or any(gap.is_below for gap in many.values()),
+      ),
+      f"Over SFT: maj@1 {one}, "
+      + ", ".join(f"{k} {gap}" for k, gap in many.items())
+      + ". A gain of maj@1, and no more than 1 standard error of pass@k lost, "
+      "are asked for.",
     )
 
   peak = max(EPOCHS, key=lambda arm: values(arm, "pass@8").mean())
-  later = EPOCHS[EPOCHS.index(peak) + 1 :]
-  texts, trades, opposed = [], False, False
-  for arm in later:
-    found_differences = {
-      name: differ(arm, peak, name)
-      for name in ("maj@1", "p@1", "pass@8", "unique correct")
-    }
-    (one, one_error), (mean, mean_error), (many, many_error), _ = (
-      found_differences.values()
-    )
-    falls = many < -2 * many_error
-    trades |= falls and (one > 2 * one_error or mean > 2 * mean_error)
-    opposed |= one > 0 or mean > 0
-    texts.append(
-      f"to {ARMS[arm].removeprefix('SFT, ')} epochs "
-      + ", ".join(f"{k} {signed(*v)}" for k, v in found_differences.items())
-    )
+  names = ("maj@1", "pass@8", "unique correct")
+  one, *many = (differ(EPOCHS[-1], peak, name) for name in names)
+  middle = EPOCHS[EPOCHS.index(peak) + 1]
   yield (
     "C4, SFT trades them",
-    judge(trades, not opposed),
-    f"pass@8 is best after {ARMS[peak].removeprefix('SFT, ').split()[0]} "
-    f"epochs; from there {'; '.join(texts)}. At one of them maj@1 or the mean "
-    "p@1 is to be up, and pass@8 down, by more than 2 standard errors.",
+    judge(
+      one.is_above and all(gap.is_below for gap in many),
+      one.is_below or any(gap.is_above for gap in many),
+    ),
+    f"pass@8 is best after {epochs(peak)} epochs; from there to "
+    f"{epochs(EPOCHS[-1])} epochs "
+    + ", ".join(
+      f"{k} {gap}" for k, gap in zip(names, (one, *many), strict=True)
+    )
+    + ". maj@1 is to go up, and the others down. Observed beside it: to "
+    f"{epochs(middle)} epochs the mean p@1 changes by "
+    f"{differ(middle, peak, 'p@1')} and maj@1 by "
+    f"{differ(middle, peak, 'maj@1')}.",
   )
 
   for arm in ("ei", "ppo"):
-    texts, over = [], []
-    gain, _ = differ(arm, START, "maj@1")
+    limit = max(differ(arm, START, "maj@1").mean, 0) / 2
+    gaps = {}
     for metric in ("pass@8", "pass@32"):
       start = max(EPOCHS, key=lambda name: values(name, metric).mean())
-      gap, error = differ(arm, start, metric)
-      over.append((gap - max(gain, 0) / 2, error))
-      texts.append(f"{metric} {signed(gap, error)}")
+      gaps[metric] = differ(arm, start, metric)
     yield (
       f"C5, exploration is bounded ({ARMS[arm]})",
       judge(
-        all(gap <= 0 for gap, _ in over),
-        any(gap > 2 * error for gap, error in over),
+        all(gap.high <= limit for gap in gaps.values()),
+        any(gap.low > limit for gap in gaps.values()),
+        "not rejected"
+        if all(gap.mean <= limit for gap in gaps.values())
+        else "inconclusive",
       ),
-      f"Over the best SFT by that metric: {', '.join(texts)}; at most half of "
-      f"the gain in maj@1, which is {number(gain, 3)}, is asked for.",
+      "Over the best SFT by that metric: "
+      + ", ".join(f"{metric} {gap}" for metric, gap in gaps.items())
+      + f"; at most half of the gain in maj@1, {number(limit, 3)}, is asked "
+      "for.",
     )
 
-  gap, error = differ("ei", "ei_continued", "maj@1")
-  more, more_error = differ("ei", "ei_continued", "unique correct")
+  gap, more = (
+    differ("ei", "ei_continued", name) for name in ("maj@1", "unique correct")
+  )
   yield (
     "C6, restart matters",
-    judge(
-      gap >= -error and more > 0, gap < -2 * error or more < -2 * more_error
-    ),
-    f"Restarting minus continuing: maj@1 {signed(gap, error)}, unique correct "
-    f"traces {signed(more, more_error)}; not below -1 standard error, and more "
-    "traces, are asked for.",
+    judge(not_below(gap) and more.is_above, gap.is_below or more.is_below),
+    f"Restarting minus continuing: maj@1 {gap}, unique correct traces {more}; "
+    "not below -1 standard error, and more traces, are asked for.",
   )
 
   arms = ("rcrl_50", "rcrl_75", "rcrl_100")
   gaps = {arm: differ(arm, "ei", "maj@1") for arm in arms}
-  more, more_error = differ("rcrl_100", "rcrl_50", "maj@1")
+  more = differ("rcrl_100", "rcrl_50", "maj@1")
   yield (
     "C7, RCRL is not better",
     judge(
-      max(gap for gap, _ in gaps.values()) <= 0 and more > 0,
-      any(gap > 2 * error for gap, error in gaps.values())
-      or more < -2 * more_error,
+      max(gap.mean for gap in gaps.values()) <= 0 and more.is_above,
+      any(gap.is_above for gap in gaps.values()) or more.is_below,
     ),
     "maj@1 minus that of EI: "
-    + "; ".join(f"{ARMS[a]} {signed(*gaps[a])}" for a in arms)
-    + f". 100 % over 50 % right: {signed(more, more_error)}. Not above EI, and "
-    "more with more right solutions, is asked for.",
+    + "; ".join(f"{ARMS[arm]} {gap}" for arm, gap in gaps.items())
+    + f". 100 % over 50 % right: {more}. Not above EI, and more with more "
+    "right solutions, is asked for.",
   )
 
-  other = found["metrics, ORM of PPO samples"]
-  by_model = [
-    np.array(part["ei"]["rerank@32"]) - np.array(part["ppo"]["rerank@32"])
-    for part in (metrics, other)
-  ]
-  bias, error = mean_and_error(by_model[0] - by_model[1])
+  own, other = (
+    np.subtract(part["ei"]["rerank@32"], part["ppo"]["rerank@32"])
+    for part in (metrics, found["metrics, ORM of PPO samples"])
+  )
+  bias = comparisons.over_seeds(own, other)
   yield (
     "C8, reranking favours the ORM's own policy",
-    judge(bias > error, bias < -2 * error),
-    f"rerank@32 of EI minus PPO is {number(by_model[0].mean(), 3)} with an ORM "
-    f"of EI's samples and {number(by_model[1].mean(), 3)} with one of PPO's: "
-    f"{signed(bias, error)}; more than 1 standard error is asked for.",
+    judge(bias.is_above, bias.is_below),
+    f"rerank@32 of EI minus PPO is {number(own.mean(), 3)} with an ORM of EI's "
+    f"samples and {number(other.mean(), 3)} with one of PPO's: {bias}; more "
+    "than 0 is asked for.",
   )
 
 
-def mean_and_error(by_seed):
-  """Mean, and standard error of it; NaN for one seed."""
-  by_seed = np.asarray(by_seed, float)
-  if len(by_seed) < 2:
-    return by_seed.mean(), np.nan
-  return by_seed.mean(), by_seed.std(ddof=1) / np.sqrt(len(by_seed))
-
-
-def signed(mean, error):
-  sign = "-" if mean < 0 else "+"
-  return f"{sign}{number(abs(mean), 3)} ± {number(error, 3)}"
+def epochs(arm):
+  """How many epochs a supervised arm has learnt."""
+  return arm.removeprefix("sft_")
 
 
 def draw(found, path):

@@ -8,21 +8,23 @@ benchmarks/results/rlmec.json and rlmec.png; the second prints the tables and
 the checks from that file alone.
 
 A difference of two arms is over the test questions of all seeds, which both
-have answered; its interval is the 95 % bootstrap interval over these questions.
-It holds the chance of the questions, not that of the training: the seeds beside
-it tell of that. What each check asks for was written down before the study.
+have answered; its interval is the 95 % bootstrap interval over these questions,
+its p-value McNemar's. Both hold the chance of the questions, not that of the
+training: the seeds beside them tell of that, and their t interval, t(2) of two
+degrees of freedom.
 """
 
 import json
 import os
 import pathlib
 import platform
-import re
 
 import jax
 import numpy as np
 from absl import app, flags
 
+from benchmarks import comparisons
+from benchmarks.comparisons import number
 from rljax.evaluation import curves, metrics
 from rljax.tasks import chains
 from rljax.text import alignment as alignment_lib
@@ -44,6 +46,9 @@ METHODS = {
   "rlmec": "RLMEC",
   "sft_right": "SFT on right samples (RFT)",
   "sft_gold": "SFT on gold solutions",
+}
+# At the one setting that was tried first: no measure of these methods.
+UNTUNED = {
   "dpo": "DPO, rewrite over sample",
   "ppo": "PPO, one reward a sequence",
 }
@@ -59,8 +64,8 @@ PARTS = {
   "sequence_no_imitation": "one reward, no imitation",
   "surrogate_no_imitation": "PPO's clipped loss, no imitation",
 }
-GROUPS = {"methods": METHODS, "parts taken away": PARTS}
-TITLES = METHODS | PARTS
+GROUPS = {"methods": METHODS, "parts taken away": PARTS, "not tuned": UNTUNED}
+TITLES = METHODS | PARTS | UNTUNED
 BASELINES = (START, "rlmec", "no_token_rewards", "no_imitation")
 LAST = 20  # Updates whose metrics are taken together.
 # Numbers of a seed's reward model -> title and decimals.
@@ -362,11 +367,6 @@ def training_table(found):
   return "\n".join(lines)
 
 
-def number(value, decimals=3):
-  """Without the zero in front of the point, as the tables of the README."""
-  return re.sub(r"^(-?)0\.", r"\1.", f"{value:,.{decimals}f}")
-
-
 def signed(minus):
   """A difference with its interval."""
   sign = "-" if minus["difference"] < 0 else "+"
@@ -398,22 +398,32 @@ def checks(found):
   def by_seed(a, b):
     return np.subtract(arms[a]["accuracy"], arms[b]["accuracy"])
 
+  def over_seeds(a, b):
+    """The differences by seed, and their t interval."""
+    found = comparisons.over_seeds(arms[a]["accuracy"], arms[b]["accuracy"])
+    return (
+      f"by seed {show(found.by_seed)}, t({len(found.by_seed) - 1}) "
+      f"[{number(found.low)}, {number(found.high)}]"
+    )
+
   def show(values, decimals=3):
     return " ".join(number(v, decimals) for v in values)
 
-  def check(name, needs, judge):
+  def check(name, needs, judge, passed="pass"):
     """What `judge` finds, if the arms it needs are there."""
     missing = [arm for arm in needs if arm not in arms]
     if missing:
       return name, "not run", f"There is no {', '.join(missing)}."
     passes, text = judge()
-    return name, "pass" if passes else "fail", text
+    return name, passed if passes else "fail", text
 
   def is_above(a, b):
     gaps = by_seed(a, b)
-    return min(gaps) >= 0.05 - 1e-9, (
-      f"{TITLES[a]} minus {TITLES[b]}: {signed(minus(a, b))}, by seed "
-      f"{show(gaps)}; .05 or more in each seed is asked for."
+    gap = minus(a, b)
+    return min(gaps) >= 0.05 - 1e-9 and gap["p"] < 0.05, (
+      f"{TITLES[a]} minus {TITLES[b]}: {signed(gap)}, "
+      f"{comparisons.p_value(gap['p'])}, {over_seeds(a, b)}; .05 or more in "
+      "each seed is asked for."
     )
 
   ordered = ("rlmec", START, "no_imitation", "sequence_no_imitation")
@@ -427,24 +437,26 @@ def checks(found):
   def cannot_tell(*others):
     gaps = {arm: minus("rlmec", arm) for arm in others}
     texts = [
-      f"{TITLES[arm]}: {signed(gap)}, p = {gap['p']:.2g}"
+      f"{TITLES[arm]}: {signed(gap)}, {comparisons.p_value(gap['p'])}, "
+      f"{over_seeds('rlmec', arm)}"
       for arm, gap in gaps.items()
     ]
     return all(gap["low"] <= 0 <= gap["high"] for gap in gaps.values()), (
-      f"RLMEC minus {'; '.join(texts)} (McNemar). Intervals that hold 0 are "
-      "asked for."
+      f"RLMEC minus {'; '.join(texts)}. Intervals that hold 0 are asked for."
     )
 
   yield check(
     "RLMEC and no token rewards cannot be told apart",
     ("rlmec", "no_token_rewards"),
     lambda: cannot_tell("no_token_rewards"),
+    "not rejected",
   )
   variants = ("uniform_weights", "sequence_reward", "surrogate")
   yield check(
     "Nor can the variants with imitation",
     ("rlmec", *variants),
     lambda: cannot_tell(*variants),
+    "not rejected",
   )
 
   def imitation_gains():
@@ -467,9 +479,10 @@ def checks(found):
       minus("surrogate_no_imitation", arm) for arm in (START, "no_imitation")
     )
     return gap["low"] >= 0 and other["low"] > 0, (
-      f"Without imitation, PPO's clipped loss minus start is {signed(gap)} and "
-      f"minus RLMEC's loss {signed(other)}; lower ends of 0 or more, and above "
-      "0, are asked for."
+      f"Without imitation, PPO's clipped loss minus start is {signed(gap)}, "
+      f"{comparisons.p_value(gap['p'])}, "
+      f"{over_seeds('surrogate_no_imitation', START)}, and minus RLMEC's loss "
+      f"{signed(other)}; lower ends of 0 or more, and above 0, are asked for."
     )
 
   without = ("surrogate_no_imitation", "no_imitation")
@@ -498,8 +511,9 @@ def checks(found):
   def ahead_of_rft():
     gap = minus("rlmec", "sft_right")
     return gap["low"] > 0, (
-      f"RLMEC minus SFT on right samples: {signed(gap)}; an interval above 0 "
-      "is asked for."
+      f"RLMEC minus SFT on right samples: {signed(gap)}, "
+      f"{comparisons.p_value(gap['p'])}, {over_seeds('rlmec', 'sft_right')}; "
+      "an interval above 0 is asked for."
     )
 
   yield check("RLMEC is ahead of RFT", ("rlmec", "sft_right"), ahead_of_rft)
@@ -507,14 +521,16 @@ def checks(found):
   def gold_is_strong():
     gap = minus("sft_gold", "rlmec")
     return gap["high"] >= 0, (
-      f"SFT on gold solutions minus RLMEC: {signed(gap)}; an interval that is "
-      "not below 0 is asked for."
+      f"SFT on gold solutions minus RLMEC: {signed(gap)}, "
+      f"{comparisons.p_value(gap['p'])}, {over_seeds('sft_gold', 'rlmec')}; an "
+      "interval that is not below 0 is asked for."
     )
 
   yield check(
     "SFT on gold solutions is a strong baseline",
     ("rlmec", "sft_gold"),
     gold_is_strong,
+    "not rejected",
   )
 
   def ratio_stays():

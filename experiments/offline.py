@@ -26,7 +26,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
@@ -44,7 +43,7 @@ from rljax.training import microbatch, optimizers, runs
 cli.define_run(
   steps=9000, save_every=500, eval_every=900, keep_best=True, num_page_samples=8
 )
-cli.define_task("")
+cli.define_task()
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_cache()
@@ -53,7 +52,7 @@ cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
 cli.define_batches(16)
-cli.define_optimizer(2e-4, max_grad_norm=0.3)
+cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of offline RL.
 flags.DEFINE_enum(
@@ -219,11 +218,9 @@ def main():
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], state["params"]
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], state["params"], metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(state["params"], updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -261,6 +258,7 @@ def main():
   def evaluate(step):
     """The dev reward, by which --keep_best selects; replies are filed."""
     rows = answers.evaluate(answer, state["params"]["policy"], score)
+    run.evaluated(step, rows)
     run.samples(step, rows)
     if FLAGS.num_page_samples:
       show_tokens(step)

@@ -50,12 +50,13 @@ from rljax.training import frozen, microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=200, save_every=500, eval_every=100)
-cli.define_task("", scores=False)
+cli.define_task(scores=False)
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_models(policy="Model that the reward model starts as.", logits=False)
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
-cli.define_optimizer(1e-4, schedule="cosine", max_grad_norm=1.0)
+cli.define_pairwise()
+cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of reward models.
 flags.DEFINE_string(
@@ -86,12 +87,6 @@ flags.DEFINE_enum(
   rankings.ORDERS,
   "What ranks the replies of a row, for --loss=pairwise: its order in the log "
   "or their rewards; empty: rewards where a row has them, else the order.",
-)
-flags.DEFINE_float(
-  "margin",
-  0.0,
-  "Score by which the better reply is to lead, for --loss=pairwise; 0: none.",
-  0,
 )
 flags.DEFINE_float(
   "eval_share",
@@ -132,7 +127,7 @@ FLAGS = flags.FLAGS
 
 # Flags that one of the losses has no use for.
 BELONG = {
-  "pairwise": ("order", "margin"),
+  "pairwise": ("order", "margin", "reward_margin", "center_coef"),
   "bce": ("eval_share", "labels", "targets", "balance", "normalizer"),
 }
 
@@ -192,7 +187,10 @@ def main():
         normalizer=FLAGS.normalizer,
       )
     return supervised.pairwise_loss(
-      scores, batch["present"], rewards=batch["rewards"], margin=FLAGS.margin
+      scores,
+      batch["present"],
+      rewards=batch["rewards"],
+      **cli.pairwise_options(FLAGS),
     )
 
   # A micro-batch weighs by its share of what the loss divides by.
@@ -210,9 +208,10 @@ def main():
   def update(state, batch):
     learnt, others = split(state["params"])
     grads, metrics = gradients(learnt, batch, others)
-    updates, optimizer_state = adamw.update(grads, state["optimizer"], learnt)
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = frozen.join(optax.apply_updates(learnt, updates), others)
+    learnt, optimizer_state, metrics = optimizers.step(
+      adamw, grads, state["optimizer"], learnt, metrics
+    )
+    params = frozen.join(learnt, others)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.

@@ -26,7 +26,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
@@ -40,7 +39,7 @@ from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=9000, save_every=500, eval_every=900, keep_best=True)
-cli.define_task("")
+cli.define_task()
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_cache()
@@ -49,7 +48,7 @@ cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
 cli.define_batches(16, text="Comparisons of an update, with all their replies.")
-cli.define_optimizer(2e-4, max_grad_norm=0.3)
+cli.define_optimizer(1e-6, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
 
 # Which flags of its own a method reads; the others are refused.
 READS = {
@@ -94,7 +93,7 @@ flags.DEFINE_bool(
   "reference_free", False, "Whether dpo takes the reference for uniform."
 )
 flags.DEFINE_bool(
-  "ipo_per_token", False, "Whether ipo takes means over tokens, not sums."
+  "ipo_per_token", True, "Whether ipo takes means over tokens, not sums."
 )
 flags.DEFINE_float(
   "kto_threshold",
@@ -271,11 +270,9 @@ def main():
     if is_kto:
       reference_point = reference_point_of(params, ref_params, batch)
     grads, metrics = gradients(params, batch, reference_point)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], params, metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(params, updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -288,6 +285,7 @@ def main():
   def evaluate(step):
     """The dev reward, by which --keep_best selects; replies are filed."""
     rows = answers.evaluate(answer, state["params"]["policy"], score)
+    run.evaluated(step, rows)
     run.samples(step, rows)
     metrics = answers.means(rows, prefix="dev/")
     run.keep_best(step, metrics["dev/reward"], state["params"])

@@ -20,7 +20,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli, tasks
@@ -34,17 +33,14 @@ from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=8, save_every=500, eval_every=50)
-cli.define_task(
-  "arithmetic", num_eval_prompts=256, eval_split=None, scores=False
-)
+cli.define_task(num_eval_prompts=256, eval_split=None, scores=False)
 cli.define_log()
 cli.define_lengths(max_response_length=512, too_long="error")
 cli.define_models(required=False)
+cli.require_examples()
 cli.define_random_model(hidden_size=96, num_layers=2, max_positions=64)
 cli.define_batches(64)
-cli.define_optimizer(
-  1e-3, schedule="cosine", weight_decay=0.1, max_grad_norm=1.0
-)
+cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of supervised fine-tuning.
 flags.DEFINE_integer(
@@ -164,11 +160,9 @@ def main():
   def update(state, batch):
     params = state["params"]
     grads, metrics = gradients(params, batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], params, metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(params, updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.

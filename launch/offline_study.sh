@@ -36,7 +36,8 @@ for seed in $SEEDS; do
       nll_filtered) options=(--algorithm=nll --priority=good_random) ;;
       a_lol_uniform) options=(--algorithm=a_lol --priority=good_random) ;;
       a_lol_single) options=(--algorithm=a_lol --nodouble_weighting) ;;
-      dpo | ipo | kto | simpo | orpo) script=preference ;;
+      dpo | kto | simpo | orpo) script=preference ;;
+      ipo) script=preference options+=(--noipo_per_token) ;;
       dpo_reward)
         script=preference options=(--algorithm=dpo --order=reward)
         ;;

@@ -1,11 +1,14 @@
 """Tables of the committed results, rebuilt without measuring anything."""
 
 import json
+import math
 import subprocess
 import sys
 
+import numpy as np
 from absl.testing import parameterized
 
+from benchmarks import comparisons
 from tests import conftest
 
 ROOT = conftest.REPOSITORY
@@ -40,10 +43,18 @@ class StudiesTest(parameterized.TestCase):
     self.assertEqual(after, before)
     return output
 
-  def assert_shown(self, text):
+  def assert_claimed(self, text):
+    """Every verdict stands in a page, with its numbers."""
+    claims = [line for line in text.splitlines() if line.startswith("- **")]
+    self.assertNotEmpty(claims)
+    pages = " ".join(_pages().split())
+    for claim in claims:
+      self.assertIn(claim, pages)
+
+  def assert_shown(self, text, least=4):
     """Every row of a table stands in a page."""
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    self.assertGreater(len(rows), 4)
+    self.assertGreater(len(rows), least)
     pages = _pages()
     for row in rows:
       self.assertIn(row, pages)
@@ -52,16 +63,23 @@ class StudiesTest(parameterized.TestCase):
     output = self.tables("reasoning")
     self.assert_shown(output)
     for claim in range(1, 9):
-      self.assertRegex(output, rf"(?m)^- \*\*C{claim}, .*: \w+\.\*\* .")
+      self.assertRegex(output, rf"(?m)^- \*\*C{claim}, .*: [\w ]+\.\*\* .")
+    self.assert_claimed(output)
+    self.assertIn("C4, SFT trades them: fail.", output)
+    self.assertIn("C2, sparse is enough: not rejected.", output)
 
   def test_rlmec(self):
     output = self.tables("rlmec")
-    _, methods, parts, model, training, checks = output.strip().split("\n\n")
-    self.assert_shown(methods)
-    self.assert_shown(parts)
+    _, methods, parts, untuned, model, training, checks = output.strip().split(
+      "\n\n"
+    )
+    self.assertNotIn("DPO", methods)
+    for arms in (methods, parts, untuned):
+      self.assert_shown(arms, least=2)
     for table, least in ((model, 20), (training, 8)):
       self.assertGreater(table.count("\n"), least)
-    self.assertRegex(checks, r"(?m)^- \*\*.*: \w+\.\*\* .")
+    self.assertRegex(checks, r"(?m)^- \*\*.*: [\w ]+\.\*\* .")
+    self.assert_claimed(checks)
 
   def test_games(self):
     output = self.tables("games_study")
@@ -71,6 +89,36 @@ class StudiesTest(parameterized.TestCase):
       self.assertIn(f"| {text} |", output)
     rows = [line for line in output.splitlines() if line.startswith("| ")]
     self.assertGreaterEqual(len(rows), len(arms))
+
+
+class ComparisonsTest(parameterized.TestCase):
+  def test_two_standard_errors_of_three_seeds_are_no_evidence(self):
+    # Mean 2, standard error 1: p = .18 with two degrees of freedom.
+    gap = comparisons.over_seeds(
+      [2 + math.sqrt(3), 2 - math.sqrt(3), 2.0], [0.0, 0.0, 0.0]
+    )
+    self.assertAlmostEqual(gap.p_seeds, 0.1835, places=4)
+    self.assertAlmostEqual(gap.high, 2 + 4.302653, places=5)
+    self.assertFalse(gap.is_above)
+
+  def test_shares_are_a_stratified_test_of_two_samples(self):
+    # One seed: z = (.6 - .5) / sqrt(2 * .55 * .45 / 200) = 2.0101.
+    gap = comparisons.shares([0.6], [0.5], [200])
+    self.assertAlmostEqual(gap.p_questions, 0.044424, places=5)
+    self.assertTrue(gap.is_above)
+    with self.assertRaisesRegex(ValueError, "no shares of"):
+      comparisons.shares([0.6012], [0.5], [200])
+
+  def test_pairs_agree_with_mcnemar(self):
+    # Two seeds: 5 questions that only one got right, none only the other.
+    gap = comparisons.paired(["1111", "1110"], ["0011", "0000"])
+    self.assertAlmostEqual(gap.p_questions, 2 / 2**5)
+    np.testing.assert_allclose(gap.by_seed, [0.5, 0.75])
+
+  def test_numbers(self):
+    self.assertEqual(comparisons.number(-0.0001), ".000")
+    self.assertEqual(comparisons.number(-0.25), "-.250")
+    self.assertEqual(comparisons.p_value(1e-30), "p < 1e-9")
 
 
 class MeasurementsTest(parameterized.TestCase):

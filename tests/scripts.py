@@ -19,11 +19,26 @@ import numpy as np
 from absl import flags
 
 from rljax.storage import checkpoint
-from tests import conftest
+from tests import conftest, warm
 
 # Two orders of summation differ by this much in float32, after Adam has
 # magnified it: a step of the learning rate at most where a gradient is noise.
 ROUNDING = 2e-5
+# Sums whose answer is one token, as PPO, GRPO and evaluations ask them.
+SUMS = (
+  "--task=arithmetic",
+  "--task_options=style=last",
+  "--max_length=1",
+  "--stop_at_eos=false",
+)
+# Supervised examples of them, and a rate for random weights.
+LEARN_SUMS = (
+  "--task=arithmetic",
+  "--task_options=style=last,whole=true",
+  "--learning_rate=1e-3",
+  "--warmup=0",
+  "--weight_decay=0.1",
+)
 
 
 @functools.cache
@@ -77,21 +92,32 @@ def arguments(workdir, *flags):
 
 def run(script, workdir, *flags, devices=1, ok=True, optimize=False):
   """A finished process; one that failed is an error unless `ok` is False."""
-  command = [sys.executable, script, *arguments(workdir, *flags)]
+  command = [script, *arguments(workdir, *flags)]
   if script.endswith("ppo_pmap.py"):  # It has the fewest flags of all.
     command = [part for part in command if "compilation_cache" not in part]
-  done = subprocess.run(
-    command,
-    cwd=conftest.REPOSITORY,
-    env=environment(devices, optimize),
-    capture_output=True,
-    text=True,
-    timeout=1800,
-    check=False,
-  )
+  done = _finish(command, environment(devices, optimize), 1800)
   if ok and done.returncode:
     raise AssertionError(f"{command} failed:\n{done.stdout}\n{done.stderr}")
   return done
+
+
+def _finish(command, env, timeout, stdin=""):
+  """Runs a script to its end, as `subprocess.run` does."""
+  with tempfile.TemporaryDirectory() as folder:
+    files = [pathlib.Path(folder, name) for name in ("in", "out", "err")]
+    files[0].write_text(stdin)
+    process = warm.start(
+      command,
+      cwd=conftest.REPOSITORY,
+      env=env,
+      **dict(zip(("stdin", "stdout", "stderr"), files, strict=True)),
+    )
+    try:
+      process.wait(timeout)
+    finally:
+      process.kill()
+    texts = [path.read_text(errors="replace") for path in files[1:]]
+  return subprocess.CompletedProcess(command, process.returncode, *texts)
 
 
 def drive(script, runs, devices=1):
@@ -102,15 +128,11 @@ def drive(script, runs, devices=1):
     runs: lists of flags, of which the first is the workdir.
     devices: simulated ones.
   """
-  done = subprocess.run(
-    [sys.executable, "tests/drive.py", script],
-    cwd=conftest.REPOSITORY,
-    env=environment(devices),
-    input=json.dumps([arguments(*flags) for flags in runs], default=str),
-    capture_output=True,
-    text=True,
-    timeout=900,
-    check=False,
+  done = _finish(
+    ["tests/drive.py", script],
+    environment(devices),
+    900,
+    json.dumps([arguments(*flags) for flags in runs], default=str),
   )
   for line in done.stdout.splitlines():
     if line.startswith("RESULTS "):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.models import gpt2, llama
+from rljax.models import decoder, gpt2, llama
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -47,7 +47,7 @@ def model(config):
 
 def family(config):
   """The module of functions and classes that a config belongs to."""
-  return gpt2 if isinstance(config, gpt2.GPT2Config) else llama
+  return gpt2 if isinstance(config, gpt2.GPT2Config) else decoder
 
 
 def parameter_names(config):

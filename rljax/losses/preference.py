@@ -80,8 +80,9 @@ def dpo_loss(
     Mitchell (2023), "A note on DPO with noisy preferences", for "sigmoid";
     Chowdhury et al. (2024), "Provably Robust DPO", for "robust"; Zhao et al.
     (2023), "SLiC-HF", for "hinge"; Azar et al. (2023), "A General Theoretical
-    Paradigm to Understand Learning from Human Preferences", for "ipo", which
-    its authors are said to have run with `per_token`.
+    Paradigm to Understand Learning from Human Preferences", for "ipo", whose
+    equation 17 has sums. Its authors ran it, and confirmed it to be meant,
+    with `per_token`.
   """
   _check_pairs(log_probs, mask)
   _check_positive(beta=beta)
@@ -333,8 +334,9 @@ def kto_loss(
 
   Returns:
     The scalar loss (0 if no token counts) and scalar metrics: the mean
-    implicit rewards βh "kto/desirable_reward" and "kto/undesirable_reward",
-    and "kto/reference_point".
+    implicit rewards βh "kto/desirable_reward" and "kto/undesirable_reward", of
+    "kto/desirable_count" and "kto/undesirable_count" sequences, and
+    "kto/reference_point".
 
   Raises:
     ValueError: if β or a weight is not positive.
@@ -368,14 +370,22 @@ def kto_loss(
   counts = jnp.any(mask, axis=1)
   loss = masking.masked_mean(losses, counts, axis_name=axis_name)
   rewards = jax.lax.stop_gradient(beta * log_ratios)
+  metrics = {}
+  for name, of in (
+    ("desirable", counts & is_desirable),
+    ("undesirable", counts & ~is_desirable),
+  ):
+    metrics |= {
+      f"kto/{name}_reward": masking.masked_mean(
+        rewards, of, axis_name=axis_name
+      ),
+      f"kto/{name}_count": masking.masked_sum(
+        jnp.ones_like(rewards), of, axis_name=axis_name
+      ),
+    }
   return loss, {
     "kto/loss": jax.lax.stop_gradient(loss),
-    "kto/desirable_reward": masking.masked_mean(
-      rewards, counts & is_desirable, axis_name=axis_name
-    ),
-    "kto/undesirable_reward": masking.masked_mean(
-      rewards, counts & ~is_desirable, axis_name=axis_name
-    ),
+    **metrics,
     "kto/reference_point": reference_point,
   }
 
@@ -469,6 +479,12 @@ def orpo_loss(
   Source:
     Hong et al. (2024), "ORPO: Monolithic Preference Optimization without
     Reference Model", equations 4 to 7.
+
+  Departures from TRL (1.16, `ORPOTrainer`):
+    Its likelihood counts the tokens of the prompt too, and is a mean over all
+    tokens of the batch, so that long responses weigh more; here it is -s_w, of
+    the response alone, and the pairs weigh the same. It does not bound s where
+    the odds are made of it.
   """
   _check_pairs(log_probs, mask)
   _check_positive(odds_weight=odds_weight)

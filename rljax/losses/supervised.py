@@ -99,11 +99,14 @@ def pairwise_loss(
   *,
   rewards: Array | None = None,
   margin: float = 0.0,
+  reward_margin: float = 0.0,
+  center_coef: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[Array, Metrics]:
   """Computes the Bradley-Terry loss of ranked candidates, best first.
 
-    L = mean_i(mean_{k<j} -log σ(s_k - s_j - m))
+    L = mean_i(mean_{k<j} (-log σ(s_k - s_j - m_kj) + c (s_k + s_j)²))
+    m_kj = m + m_r (r_k - r_j)
 
   The inner mean is over the pairs of a prompt, the outer one over the prompts
   with a pair, so that a prompt with many candidates does not count for more.
@@ -114,6 +117,10 @@ def pairwise_loss(
     rewards: `[B, K]` float, by which the candidates were ranked, or None. A
       pair of equal rewards does not count.
     margin: m >= 0, by which the better one should lead.
+    reward_margin: m_r >= 0, by which it should lead more for each unit of the
+      difference of their rewards.
+    center_coef: c >= 0, which draws the scores of a pair to a mean of 0; the
+      loss without it leaves that open. 0.01 in the source.
     axis_name: mapped axis that shards B, if any; the loss is then that of
       the whole batch, on every shard.
 
@@ -123,13 +130,16 @@ def pairwise_loss(
     tie), and "pairwise/gap", the mean of s_k - s_j, both averaged alike.
 
   Raises:
-    ValueError: if there are fewer than two candidates or `margin` is negative.
+    ValueError: if there are fewer than two candidates, a setting is negative,
+      or `reward_margin` has no rewards to go by.
 
   Source:
     Ouyang et al. (2022), "Training language models to follow instructions
     with human feedback", equation 1, which averages over the pairs of a
-    prompt for the same reason; the margin is that of Touvron et al. (2023),
-    "Llama 2", equation 2.
+    prompt for the same reason; the margins are those of Touvron et al. (2023),
+    "Llama 2", equation 2, where they depend on a rating of the pair; the
+    centring is that of Eisenstein et al. (2023), "Helping or Herding?",
+    equation 2.
   """
   chex.assert_rank([scores, mask], 2)
   chex.assert_equal_shape([scores, mask])
@@ -139,8 +149,18 @@ def pairwise_loss(
     raise ValueError(
       f"pairwise_loss needs two candidates or more, got {num_candidates}."
     )
-  if not margin >= 0:
-    raise ValueError(f"margin must not be negative, got {margin}.")
+  for name, value in (
+    ("margin", margin),
+    ("reward_margin", reward_margin),
+    ("center_coef", center_coef),
+  ):
+    if not value >= 0:
+      raise ValueError(f"{name} must not be negative, got {value}.")
+  if reward_margin and rewards is None:
+    raise ValueError(
+      f"reward_margin={reward_margin} multiplies differences of rewards, and "
+      "there are none."
+    )
 
   scores = jnp.where(mask, jnp.asarray(scores, jnp.float32), 0.0)
   better, worse = jnp.triu_indices(num_candidates, k=1)
@@ -148,6 +168,10 @@ def pairwise_loss(
   if rewards is not None:
     chex.assert_equal_shape([scores, rewards])
     pairs &= rewards[:, better] != rewards[:, worse]
+    if reward_margin:
+      rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
+      lead = rewards[:, better] - rewards[:, worse]
+      margin = margin + reward_margin * jax.lax.stop_gradient(lead)
   gaps = scores[:, better] - scores[:, worse]
 
   def mean(x):
@@ -157,6 +181,9 @@ def pairwise_loss(
     )
 
   loss = mean(-jax.nn.log_sigmoid(gaps - margin))
+  if center_coef:
+    sums = scores[:, better] + scores[:, worse]
+    loss += center_coef * mean(jnp.square(sums))
   gaps = jax.lax.stop_gradient(gaps)
   return loss, {
     "pairwise/loss": jax.lax.stop_gradient(loss),

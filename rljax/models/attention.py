@@ -8,20 +8,50 @@ of response slots per sample:
      {"prompt_keys", "prompt_values": [B, K, P, d],
       "keys", "values": [N, K, T, d]}}
 
+A layer whose queries see a window of W tokens keeps the last W - 1 of the P
+columns and min(T, W) slots, which it fills in turns.
+
 with B prompts, N = B * num_samples rows (row b * num_samples + j continues
 prompt b), H query heads that share K key heads in groups of G = H / K, and
 head width d. `step` counts the response tokens already written.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from rljax.models import products
+
 Array = jax.Array
 Cache = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Computes float32 scores from queries and keys: c tanh(s q · k / c).
+
+  Attributes:
+    scale: s; None: 1 / √d.
+    softcap: c, which no score exceeds; None: the scores are s q · k.
+  """
+
+  scale: float | None = None
+  softcap: float | None = None
+
+  def __call__(self, equation: str, queries: Array, keys: Array) -> Array:
+    scores = products.einsum(equation, queries, keys)
+    if self.scale is None:
+      scores = scores / math.sqrt(queries.shape[-1])
+    else:
+      scores = scores * self.scale
+    if self.softcap is None:
+      return scores
+    return self.softcap * jnp.tanh(scores / self.softcap)
 
 
 def positions(mask: Array) -> Array:
@@ -40,11 +70,13 @@ def positions(mask: Array) -> Array:
   return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def causal_mask(mask: Array) -> Array:
+def causal_mask(mask: Array, window: int | None = None) -> Array:
   """Returns which keys each query may attend to: real, up to its own.
 
   Args:
     mask: `[B, S]` bool, True at real tokens.
+    window: how many tokens a query sees, its own among them; None: all. They
+      are counted in columns, so padding must not stand between real tokens.
 
   Returns:
     `[B, S, S]` bool, queries before keys. A query in left padding attends to
@@ -54,10 +86,18 @@ def causal_mask(mask: Array) -> Array:
   chex.assert_type(mask, bool)
   length = mask.shape[1]
   causal = jnp.tril(jnp.ones((length, length), bool))
+  if window is not None and window < length:
+    causal &= jnp.triu(jnp.ones((length, length), bool), k=1 - window)
   return causal[None] & mask[:, None]
 
 
-def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+def attend(
+  queries: Array,
+  keys: Array,
+  values: Array,
+  mask: Array,
+  scores: Scores = Scores(),
+) -> Array:
   """Computes softmax attention with grouped key and value heads.
 
     o_s = Σ_t softmax_t(q_s · k_t / √d) v_t
@@ -70,6 +110,7 @@ def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     keys: `[B, S, K, d]` float; query head h reads key head h // (H / K).
     values: `[B, S, K, d]` float.
     mask: `[B, S, S]` bool, True where query s may attend to key t.
+    scores: how products of queries and keys become scores.
 
   Returns:
     `[B, S, H, d]` in the dtype of `values`.
@@ -83,8 +124,8 @@ def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
   grouped = queries.reshape(
     batch, length, num_kv_heads, num_heads // num_kv_heads, width
   )
-  scores = _scores("bskgd,btkd->bkgst", grouped, keys)
-  weights = jax.nn.softmax(_masked(scores, mask[:, None, None]), axis=-1)
+  found = scores("bskgd,btkd->bkgst", grouped, keys)
+  weights = jax.nn.softmax(_masked(found, mask[:, None, None]), axis=-1)
   mixed = _mix("bkgst,btkd->bskgd", weights, values)
   return mixed.astype(values.dtype).reshape(queries.shape)
 
@@ -95,6 +136,7 @@ def start_cache(
   *,
   num_samples: int,
   response_length: int,
+  windows: Sequence[int | None] | None = None,
 ) -> Cache:
   """Makes a cache that holds the prompts and room for the responses.
 
@@ -103,6 +145,8 @@ def start_cache(
     keys_values: per layer, the prompts' keys and values, `[B, P, K, d]` each.
     num_samples: responses per prompt; ≥ 1.
     response_length: slots per response; ≥ 1.
+    windows: per layer, how many tokens a query sees; None: all. The prompts
+      of a layer with a window must be padded on the left.
 
   Returns:
     The cache that the module's docstring describes, at step 0.
@@ -120,9 +164,16 @@ def start_cache(
     )
 
   layers = []
-  for keys, values in keys_values:
+  windows = windows or [None] * len(keys_values)
+  for (keys, values), window in zip(keys_values, windows, strict=True):
+    slots = response_length
+    if window is not None:
+      slots = min(slots, window)
+      # The first response token sees W - 1 tokens of the prompt.
+      kept = min(keys.shape[1], max(window - 1, 1))
+      keys, values = keys[:, -kept:], values[:, -kept:]
     batch, _, num_kv_heads, width = keys.shape
-    room = (batch * num_samples, num_kv_heads, response_length, width)
+    room = (batch * num_samples, num_kv_heads, slots, width)
     layers.append(
       {
         "prompt_keys": keys.swapaxes(1, 2),
@@ -152,6 +203,8 @@ def attend_cached(
   layer: dict[str, Array],
   prompt_mask: Array,
   step: Array,
+  window: int | None = None,
+  scores: Scores = Scores(),
 ) -> tuple[Array, dict[str, Array]]:
   """Writes one token per row into the cache and attends from it.
 
@@ -166,6 +219,8 @@ def attend_cached(
     layer: one layer of the cache.
     prompt_mask: `[B, P]` bool; B divides N.
     step: `()` int32, the slot to write.
+    window: of `start_cache` for this layer.
+    scores: how products of queries and keys become scores.
 
   Returns:
     `[N, H, d]` in the dtype of `value`, and the layer with the slot written.
@@ -177,11 +232,18 @@ def attend_cached(
   groups = num_heads // num_kv_heads
   batch = prompt_mask.shape[0]
 
+  slot = step
+  if window is not None:
+    # Fewer slots than W: the response ends before they are used up.
+    slot = step % window if layer["keys"].shape[2] == window else step
+    kept = layer["prompt_keys"].shape[2]
+    age = jnp.arange(kept, 0, -1) + step  # Of the prompt's last tokens.
+    prompt_mask = prompt_mask[:, -kept:] & (age < window)[None]
   keys = jax.lax.dynamic_update_slice_in_dim(
-    layer["keys"], key[:, :, None], step, axis=2
+    layer["keys"], key[:, :, None], slot, axis=2
   )
   values = jax.lax.dynamic_update_slice_in_dim(
-    layer["values"], value[:, :, None], step, axis=2
+    layer["values"], value[:, :, None], slot, axis=2
   )
 
   # One softmax over both segments, without joining them: each is a product
@@ -189,12 +251,12 @@ def attend_cached(
   by_row = query.reshape(rows, num_kv_heads, groups, width)
   by_prompt = _by_prompt(by_row, batch)
   prompt_scores = _masked(
-    _scores("bkngd,bkpd->bkngp", by_prompt, layer["prompt_keys"]),
+    scores("bkngd,bkpd->bkngp", by_prompt, layer["prompt_keys"]),
     prompt_mask[:, None, None, None],
   )
   written = jnp.arange(keys.shape[2]) <= step
   response_scores = _masked(
-    _scores("nkgd,nktd->nkgt", by_row, keys), written[None, None, None]
+    scores("nkgd,nktd->nkgt", by_row, keys), written[None, None, None]
   )
   largest = jnp.maximum(
     _by_row(jnp.max(prompt_scores, axis=-1, keepdims=True)),
@@ -222,22 +284,9 @@ def _by_row(x: Array) -> Array:
   return x.reshape(-1, *x.shape[2:])
 
 
-def _scores(equation: str, queries: Array, keys: Array) -> Array:
-  """Scaled products of queries and keys, float32."""
-  products = jnp.einsum(
-    equation, queries, keys, preferred_element_type=jnp.float32
-  )
-  return products / math.sqrt(queries.shape[-1])
-
-
 def _mix(equation: str, weights: Array, values: Array) -> Array:
   """Weighted sums of values, float32."""
-  return jnp.einsum(
-    equation,
-    weights.astype(values.dtype),
-    values,
-    preferred_element_type=jnp.float32,
-  )
+  return products.einsum(equation, weights.astype(values.dtype), values)
 
 
 def _masked(scores: Array, mask: Array) -> Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention
+from rljax.models import attention, fields, norms, products
 
 Array = jax.Array
 Cache = attention.Cache
@@ -103,6 +103,7 @@ class GPT2Config:
       ValueError: if a field is missing or asks for what is not implemented;
         the message names the field.
     """
+    config = fields.checked(config)
     only = {
       "model_type": "gpt2",
       "scale_attn_weights": True,
@@ -121,11 +122,6 @@ class GPT2Config:
       raise ValueError(
         'config field "activation_function" must be one of '
         f'{", ".join(_ACTIVATIONS)}, got "{activation}".'
-      )
-    if config.get("quantization_config"):
-      raise ValueError(
-        'config field "quantization_config": quantised weights are not '
-        "supported."
       )
 
     def required(name):
@@ -221,29 +217,6 @@ def parameter_names(
   return names
 
 
-class LayerNorm(nn.Module):
-  """Computes (x - mean(x)) / √(var(x) + ε) * scale + bias, in float32."""
-
-  epsilon: float
-  param_dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    shape = (x.shape[-1],)
-    scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-    y = x.astype(jnp.float32)
-    y -= jnp.mean(y, axis=-1, keepdims=True)
-    y *= jax.lax.rsqrt(
-      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
-    )
-    scale, bias = (
-      jnp.expand_dims(p.astype(jnp.float32), range(x.ndim - 1))
-      for p in (scale, bias)
-    )
-    return (y * scale + bias).astype(x.dtype)
-
-
 class Attention(nn.Module):
   """Attends over whole rows, or from one token at a time over a cache."""
 
@@ -293,9 +266,9 @@ class Block(nn.Module):
 
   def setup(self):
     c = self.config
-    self.ln_1 = LayerNorm(c.layer_norm_eps, c.param_dtype)
+    self.ln_1 = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
     self.attn = Attention(c)
-    self.ln_2 = LayerNorm(c.layer_norm_eps, c.param_dtype)
+    self.ln_2 = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
     self.mlp = FeedForward(c)
 
   def __call__(self, x, mask):
@@ -320,10 +293,11 @@ class GPT2(nn.Module):
     self.wpe = _embedding(c, c.max_positions)
     block = nn.remat(Block) if c.remat else Block
     self.layers = [block(c) for _ in range(c.num_layers)]
-    self.ln_f = LayerNorm(c.layer_norm_eps, c.param_dtype)
+    self.ln_f = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
 
   def _embed(self, ids, positions):
-    return (self.wte(ids) + self.wpe(positions)).astype(self.config.dtype)
+    narrow = lambda x: x.astype(self.config.dtype)
+    return narrow(self.wte(ids)) + narrow(self.wpe(positions))
 
   def _forward(self, ids, mask):
     return self._layers(self._embed(ids, attention.positions(mask)), mask)
@@ -407,11 +381,10 @@ class GPT2(nn.Module):
   def logits(self, hidden: Array) -> Array:
     """Maps `[..., D]` hidden states to `[..., V]` float32 logits."""
     c = self.config
-    return jnp.einsum(
+    return products.einsum(
       "...d,vd->...v",
       hidden.astype(c.dtype),
       self.wte.embedding.astype(c.dtype),
-      preferred_element_type=jnp.float32,
     )
 
 

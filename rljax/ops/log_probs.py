@@ -18,6 +18,12 @@ Array = jax.Array
 # probability are zero and not NaN; exp(FORBIDDEN_LOGIT - max) is exactly 0.
 FORBIDDEN_LOGIT = -1e9
 
+# Logits whose largest is further from 0 than this are shifted: those of tokens
+# that may be sampled never come near FORBIDDEN_LOGIT.
+_FAR = 1e8
+# Of float32: a smaller temperature would be 0 there.
+_SMALLEST_TEMPERATURE = 2.0**-126
+
 KL_KINDS = ("k1", "k2", "k3")
 
 
@@ -95,6 +101,10 @@ def masked_logits(
     z_k / τ if k is allowed, else FORBIDDEN_LOGIT
 
   The temperature comes first, so a forbidden token stays forbidden at any τ.
+  Where the largest logit of the allowed tokens, over τ, is further than 1e8
+  from 0, it is subtracted first: the distribution stays the same, and no
+  allowed token falls below a forbidden one. Where all of them are -inf, they
+  are equally likely.
 
   Args:
     logits: `[..., V]` float.
@@ -113,13 +123,23 @@ def masked_logits(
     raise ValueError(f"temperature must be positive, got {temperature}.")
 
   logits = logits.astype(jnp.float32)
+  if temperature == 1 and allowed is None:
+    return logits
+  temperature = max(temperature, _SMALLEST_TEMPERATURE)
+  kept = logits
+  if allowed is not None:
+    chex.assert_type(allowed, bool)
+    # Ranks may differ ([V] against [B, T, V]): say so, rather than promote.
+    allowed = jnp.broadcast_to(allowed, logits.shape)
+    kept = jnp.where(allowed, logits, -jnp.inf)
+  top = _largest(kept)
+  is_far = jnp.isfinite(top) & (jnp.abs(top) > _FAR * temperature)
+  logits = jnp.where(top == -jnp.inf, 0.0, logits)
+  logits = logits - jnp.where(is_far, top, 0.0)
   if temperature != 1:
     logits = logits / temperature
   if allowed is None:
     return logits
-  chex.assert_type(allowed, bool)
-  # Ranks may differ ([V] against [B, T, V]): say so, rather than promote.
-  allowed = jnp.broadcast_to(allowed, logits.shape)
   return jnp.where(allowed, logits, FORBIDDEN_LOGIT)
 
 

@@ -114,7 +114,7 @@ def top_k(logits: Array, k: int) -> Array:
   chex.assert_type(logits, float)
   if k < 0:
     raise ValueError(f"k must not be negative, got {k}.")
-  logits = logits.astype(jnp.float32)
+  logits = _finite(logits)
   if k == 0 or k >= logits.shape[-1]:
     return logits
 
@@ -151,7 +151,7 @@ def top_p(logits: Array, p: float) -> Array:
   chex.assert_type(logits, float)
   if not 0 < p <= 1:
     raise ValueError(f"p must be in (0, 1], got {p}.")
-  logits = logits.astype(jnp.float32)
+  logits = _finite(logits)
   if p == 1:
     return logits
   probs = jax.nn.softmax(logits, axis=-1)
@@ -194,7 +194,7 @@ def min_p(logits: Array, p: float) -> Array:
   chex.assert_type(logits, float)
   if not 0 <= p <= 1:
     raise ValueError(f"p must be in [0, 1], got {p}.")
-  logits = logits.astype(jnp.float32)
+  logits = _finite(logits)
   if p == 0:
     return logits
   largest = jnp.max(logits, axis=-1, keepdims=True)
@@ -237,7 +237,8 @@ def inverse_cdf(logits: Array, uniforms: Array) -> Array:
   are resolved to about 1e-7.
 
   Args:
-    logits: `[N, V]` float; each row has a finite largest entry.
+    logits: `[N, V]` float. NaN counts as 0: what is drawn from such a row says
+      nothing, but it is no forbidden token.
     uniforms: `[N]` float in [0, 1].
 
   Returns:
@@ -247,7 +248,7 @@ def inverse_cdf(logits: Array, uniforms: Array) -> Array:
   chex.assert_equal_shape_prefix([logits, uniforms], 1)
   chex.assert_type([logits, uniforms], float)
   num_rows, vocab_size = logits.shape
-  logits = logits.astype(jnp.float32)
+  logits = _finite(logits)
   weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
   if vocab_size <= _SINGLE_LEVEL:
     ids, _ = _search(weights, uniforms)
@@ -284,6 +285,7 @@ def sample(keys: Array, logits: Array, *, greedy: bool = False) -> Array:
 
 
 def _most_likely(logits: Array) -> Array:
+  logits = _finite(logits)
   # Two plain reductions; `argmax` takes several times as long on a CPU.
   largest = jnp.max(logits, axis=-1, keepdims=True)
   last = logits.shape[-1] - 1
@@ -292,7 +294,16 @@ def _most_likely(logits: Array) -> Array:
 
 
 def _keep(logits: Array, is_kept: Array) -> Array:
-  return jnp.where(is_kept, logits, log_probs.FORBIDDEN_LOGIT)
+  return log_probs.masked_logits(logits, allowed=is_kept)
+
+
+def _finite(logits: Array) -> Array:
+  """Returns logits by which a token can be chosen, whatever they hold.
+
+  NaN becomes 0, which is more than a forbidden token has, and infinities the
+  largest numbers.
+  """
+  return jnp.nan_to_num(logits.astype(jnp.float32))
 
 
 def _search(weights: Array, uniforms: Array) -> tuple[Array, Array]:

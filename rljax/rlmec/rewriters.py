@@ -70,9 +70,10 @@ def of_teacher(name: str, task: Any) -> Rewriter:
   made_of = {"teacher": name, "step_ends": step_ends}
   if name == "task":
     if not hasattr(task, "rewrite"):
+      name = getattr(task, "__name__", "A file of prompts")
       raise ValueError(
-        f"{task.__name__} cannot repair solutions, which --teacher=task asks "
-        "for: give --teacher=gold, model, or module:function."
+        f"{name} cannot repair solutions, which --teacher=task asks for: give "
+        "--teacher=gold, model, or module:function."
       )
     teacher = lambda question, _, wrong: task.rewrite(question, wrong)
     locate = getattr(task, "first_wrong_step", None)

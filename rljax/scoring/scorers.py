@@ -9,7 +9,7 @@ import numpy as np
 
 from rljax import tasks
 from rljax.distributed import processes
-from rljax.scoring import reward_models
+from rljax.scoring import reward_functions, reward_models
 from rljax.text import keywords
 
 Scorer = Callable[
@@ -80,12 +80,31 @@ def of_task(task: Any, options: Sequence[str] = ()) -> Scorer:
 
 def _of_task(task: Any, options: Mapping[str, Any]) -> Scorer:
   """Makes the scorer of a task from parsed options."""
-  keywords.check(task.score, options)
+  keywords.check(getattr(task, "score_batch", None) or task.score, options)
   function = divided(functools.partial(tasks.score_all, task, **options))
   function.description = {
     "task": task.__name__.rpartition(".")[2],
     **options,
   }
+  return function
+
+
+def of_functions(specs: Sequence[str], **options: Any) -> Scorer:
+  """Makes the scorer of reward functions, whose processes share the responses.
+
+  Args:
+    specs: see `reward_functions.parse`.
+    **options: of `reward_functions.Functions`.
+
+  Returns:
+    As `scorer`; a score is NaN where no function returns a number.
+
+  Raises:
+    ValueError: as `reward_functions.parse`.
+  """
+  functions = reward_functions.Functions(specs, **options)
+  function = divided(functions.score_batch)
+  function.description = functions.description
   return function
 
 

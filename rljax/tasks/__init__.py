@@ -1,4 +1,8 @@
-"""Tasks: `prompts(split, seed)` and `score(prompt, response)`."""
+"""Tasks: `prompts(split, seed)` and `score(prompt, response)`.
+
+A task is a module of this folder, or one of the user's own, by its name or its
+path.
+"""
 
 import dataclasses
 import decimal
@@ -9,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from rljax.tasks import own
 
 _MODULES = {
   "arithmetic": "rljax.tasks.arithmetic",
@@ -25,16 +31,32 @@ _MODULES = {
 
 
 def load(name: str) -> types.ModuleType:
-  """Imports a task by name.
+  """Imports a task.
+
+  Args:
+    name: one of those of rljax; or a path that ends in .py, or a module with a
+      dot in its name, see `own.load`.
 
   Raises:
-    ValueError: if there is no such task, with the names that there are.
+    ValueError: if there is no such task, with the names that there are; or if
+      it has no `prompts`, or nothing that scores.
   """
-  if name not in _MODULES:
+  if name in _MODULES:
+    return importlib.import_module(_MODULES[name])
+  if not own.is_file(name) and "." not in name:
     raise ValueError(
-      f"Unknown task {name!r}; known tasks are {', '.join(sorted(_MODULES))}."
+      f"Unknown task {name!r}; known tasks are {', '.join(sorted(_MODULES))}. "
+      "One of your own is named by its path, such as ./my_task.py, or its "
+      "module, such as my_package.my_task."
     )
-  return importlib.import_module(_MODULES[name])
+  task = own.load(name, "--task")
+  for needed in (("prompts",), ("score", "score_batch")):
+    if not any(callable(getattr(task, x, None)) for x in needed):
+      raise ValueError(
+        f"--task={name} has no function {' or '.join(needed)}; docs/tasks.md "
+        "says what a task has."
+      )
+  return task
 
 
 def tokenizer(task: types.ModuleType, kind: str) -> Any:
@@ -62,20 +84,28 @@ def tokenizer(task: types.ModuleType, kind: str) -> Any:
 
 
 def check_parts(
-  name: str, parts: Sequence[Mapping[str, Any]], *needed: str
+  scorer: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], *needed: str
 ) -> None:
-  """Raises ValueError unless a task's scores have these parts.
+  """Raises ValueError unless scores have these parts.
 
   Args:
-    name: of the task.
+    scorer: what it is, its `description`.
     parts: of any response.
     *needed: names of the parts.
   """
   missing = [part for part in needed if part not in parts[0]]
   if missing:
+    has = f"has {', '.join(parts[0]) or 'none'}"
+    if "rewards" in scorer:
+      raise ValueError(
+        f"This needs rewards with the parts {', '.join(missing)}; that of "
+        f"--rewards {has}. A function returns parts in a pair, (reward, "
+        '{"is_correct": True, "answer": "4"}); --right_at says is_correct '
+        "of rewards alone."
+      )
     raise ValueError(
       f"This needs a task whose score has the parts {', '.join(missing)}; that "
-      f"of {name} has {', '.join(parts[0]) or 'none'}."
+      f"of {scorer.get('task', 'this one')} {has}."
     )
 
 

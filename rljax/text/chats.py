@@ -2,17 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 from absl import logging
 
-from rljax.text import dialogues, forms
+from rljax.text import asked, chat, dialogues, forms
 
 Row = forms.Row
 
 
 def render(
-  rows: Sequence[Row], tokenizer, prompt_format: Literal["plain", "chat"]
+  rows: Sequence[Row], tokenizer, prompt_format: str
 ) -> tuple[list[Row], list[str]]:
   """Renders prompts as a model is asked.
 
@@ -22,7 +21,7 @@ def render(
     prompt_format: "plain" leaves texts as they are. "chat" puts messages, the
       turns of a transcript, or a plain text as the user's one turn into the
       chat template, up to where the assistant begins, and strips replies of the
-      blanks around them.
+      blanks around them; `chat.describe` adds a system prompt and variables.
 
   Returns:
     Rows whose prompts are texts, and a message for each that the template
@@ -33,34 +32,25 @@ def render(
     ValueError: if a "plain" prompt is a list of messages; if the tokenizer
       has no chat template; or if no row is left.
   """
-  if prompt_format not in ("plain", "chat"):
-    raise ValueError(
-      f'--prompt_format must be "plain" or "chat", got {prompt_format!r}.'
-    )
-  if prompt_format == "chat" and not getattr(tokenizer, "chat_template", None):
-    raise ValueError(
-      "The tokenizer has no chat template; use --prompt_format=plain."
-    )
+  template = chat.parse(prompt_format, tokenizer)
   rendered, skipped = [], []
   for row in rows:
-    if prompt_format == "plain":
+    if template is None:
       if not isinstance(row.prompt, str):
         raise ValueError(
           f"{row.place}: the prompt is a list of messages; use "
           "--prompt_format=chat."
         )
-      rendered.append(row)
+      prompt = asked.Prompt(row.prompt, row.prompt, row.columns)
+      rendered.append(dataclasses.replace(row, prompt=prompt))
       continue
     try:
-      prompt = tokenizer.apply_chat_template(
-        _messages(row.prompt, tokenizer),
-        tokenize=False,
-        add_generation_prompt=True,
-      )
-    except Exception as error:  # Templates may raise anything.
+      text = chat.render(_messages(row.prompt, tokenizer), template)
+    except (ValueError, TypeError, KeyError) as error:
       reason = str(error).rstrip(".")
       skipped.append(f"{row.place}: no chat prompt ({reason}).")
       continue
+    prompt = asked.Prompt(text, row.prompt, row.columns)
     candidates = tuple(candidate.strip() for candidate in row.candidates)
     rendered.append(
       dataclasses.replace(row, prompt=prompt, candidates=candidates)
@@ -73,7 +63,7 @@ def render_prompts(
   prompts: Sequence[str],
   name: str,
   tokenizer,
-  prompt_format: Literal["plain", "chat"],
+  prompt_format: str,
 ) -> list[str]:
   """Renders the prompts of a task as a model is asked.
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -189,6 +190,7 @@ def encode(
   max_prompt_length: int,
   max_response_length: int,
   too_long: Literal["skip", "cut", "error"] = "skip",
+  end_id: int | None = None,
   all_turns: bool = False,
 ) -> Encoded:
   """Turns rows into ids; responses end in the end token, unless they were cut.
@@ -208,6 +210,7 @@ def encode(
       "skip" leaves the row out and names it; "cut" cuts prompts on the left,
       after the start token, and responses on the right, with their end token;
       "error" refuses it. What was done is logged.
+    end_id: the token that responses end in; the tokenizer's own by default.
     all_turns: whether all turns of the assistant in a dialogue are learnt from;
       else the last one.
 
@@ -238,13 +241,13 @@ def encode(
   encoded = Encoded([], [], [], [])
   rows, prompts = _encode_prompts(tokenizer, rows, encoded.skipped)
   counts = collections.Counter({"prompts": len(rows)})
-  largest_id = max(tokenizer.get_vocab().values())
   for row, whole in zip(rows, prompts, strict=True):
     try:
       if all_turns and row.dialogue is not None:
-        whole, responses, learnt = _dialogue(tokenizer, row, whole, counts)
+        found = _dialogue(tokenizer, row, whole, counts, end_id=end_id)
+        whole, responses, learnt = found
       else:
-        responses = _responses(tokenizer, row, whole, largest_id, counts)
+        responses = _responses(tokenizer, row, whole, counts, end_id=end_id)
         learnt = None
     except ValueError as error:  # A tokenizer of a few words.
       encoded.skipped.append(f"{row.place}: {error}")
@@ -285,15 +288,18 @@ def prepare(
   tokenizer,
   rows: Sequence[Row],
   *,
-  prompt_format: Literal["plain", "chat"],
+  prompt_format: str,
   **limits: Any,
 ) -> Encoded:
   """Renders rows and turns them into ids; see `render` and `encode`.
 
+  In a chat, responses end in the token by which the template ends a turn.
+
   What either left out is in the result's `skipped`.
   """
   rows, refused = chats.render(rows, tokenizer, prompt_format)
-  encoded = encode(tokenizer, rows, **limits)
+  end_id = tokens.turn_end(tokenizer) if prompt_format == "chat" else None
+  encoded = encode(tokenizer, rows, end_id=end_id, **limits)
   return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
 
 
@@ -419,13 +425,13 @@ def _encode_prompts(tokenizer, rows, skipped):
   return kept, prompts
 
 
-def _responses(tokenizer, row, prompt_ids, largest_id, counts):
+def _responses(tokenizer, row, prompt_ids, counts, *, end_id):
   """Returns the ids of a row's replies, and counts what they are like."""
   responses = []
   for i, text in enumerate(row.candidates):
     if i == 0 and row.response_ids is not None:
       counts["logged"] += 1
-      if _decodes(tokenizer, row.response_ids, text, largest_id):
+      if _decodes(tokenizer, row.response_ids, text):
         responses.append(list(row.response_ids))
         continue
       counts["anew"] += 1
@@ -435,6 +441,7 @@ def _responses(tokenizer, row, prompt_ids, largest_id, counts):
       prompt_ids,
       text,
       finished=not row.finished or row.finished[i],
+      end_id=end_id,
     )
     counts["apart"] += found.is_apart
     counts["inexact"] += not found.is_exact
@@ -444,13 +451,12 @@ def _responses(tokenizer, row, prompt_ids, largest_id, counts):
   return responses
 
 
-def _dialogue(tokenizer, row, prompt_ids, counts):
+def _dialogue(tokenizer, row, prompt_ids, counts, *, end_id):
   """Returns a prompt, a response of several turns, and what of it is learnt."""
   spans = chats.spans(tokenizer, row)
   if spans is None:
     counts["changed"] += 1
-    largest_id = max(tokenizer.get_vocab().values())
-    responses = _responses(tokenizer, row, prompt_ids, largest_id, counts)
+    responses = _responses(tokenizer, row, prompt_ids, counts, end_id=end_id)
     return prompt_ids, responses, None
   prompt, parts = spans
   (prompt_ids,) = tokens.encode_prompts(
@@ -461,7 +467,7 @@ def _dialogue(tokenizer, row, prompt_ids, counts):
     is_last = i == len(parts) - 1
     if is_learnt:
       found = tokens.encode_response(
-        tokenizer, text, ids, part, finished=is_last
+        tokenizer, text, ids, part, finished=is_last, end_id=end_id
       )
       part_ids, counts["ends"] = found.ids, counts["ends"] + found.num_ends
     else:
@@ -482,9 +488,16 @@ def _without_ends(tokenizer, row: Row) -> Row:
   return dataclasses.replace(row, candidates=bare)
 
 
-def _decodes(tokenizer, ids: Sequence[int], text: str, largest_id: int) -> bool:
+@functools.lru_cache(8)
+def _largest_id(tokenizer, size: int) -> int:
+  """Returns the largest id of a tokenizer with so many tokens."""
+  del size
+  return max(tokenizer.get_vocab().values())
+
+
+def _decodes(tokenizer, ids: Sequence[int], text: str) -> bool:
   """Whether drawn ids decode to a text, by themselves or behind a prompt."""
-  if not ids or max(ids) > largest_id:
+  if not ids or max(ids) > _largest_id(tokenizer, len(tokenizer)):
     return False
   ids = np.array([ids])
   mask = np.ones(ids.shape, np.bool_)

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from rljax.storage import paths
+from rljax.text import asked
 
 Row = dict[str, Any]
 
@@ -79,6 +80,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
       in `.gz` is packed.
     rows: mappings of JSON values and numpy scalars or arrays.
   """
+  paths.check_local(path, "The path")
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   content = "".join(map(_json_line, rows)).encode("utf-8")
@@ -97,12 +99,13 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
     path: uncompressed file to add to.
     rows: as for `write_jsonl`.
   """
+  paths.check_local(path, "The path")
   path = pathlib.Path(path)
   if path.suffix == ".gz":
     raise ValueError(f"append_jsonl writes uncompressed files, got {path}.")
   path.parent.mkdir(parents=True, exist_ok=True)
   content = "".join(map(_json_line, rows)).encode("utf-8")
-  with path.open("a+b") as file:
+  with paths.writing(path), path.open("a+b") as file:
     end = file.seek(0, os.SEEK_END)
     if end and _last_byte(file) != b"\n":
       file.seek(0)
@@ -177,6 +180,7 @@ def load_placed_rows(
   if name.startswith("hub:"):
     yield from _placed_hub(name.removeprefix("hub:"), split, data_dir)
     return
+  paths.check_local(name, "The file of rows")
   path = pathlib.Path(data_dir or "") / name.replace("{split}", split)
   if not path.exists():
     raise ValueError(
@@ -389,7 +393,11 @@ def _json_line(row: Mapping) -> str:
       return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON.")
 
-  return json.dumps(dict(row), ensure_ascii=False, default=plain) + "\n"
+  row = {
+    name: asked.given(value) if isinstance(value, asked.Prompt) else value
+    for name, value in row.items()
+  }
+  return json.dumps(row, ensure_ascii=False, default=plain) + "\n"
 
 
 def _checked(
@@ -413,7 +421,7 @@ def _placed_tfds(
     import tensorflow_datasets.text  # Registers gsm8k and others.
   except ImportError as error:
     raise ValueError(
-      f'"tfds:{name}" needs `pip install tensorflow-datasets` ({error}).'
+      f'"tfds:{name}" needs the package tensorflow-datasets ({error}).'
     ) from error
   try:
     source = tfds.data_source(

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from rljax.text import columns, dialogues
+from rljax.text import asked, columns, dialogues
 
 # The first rows of a file, by which it is decided what all of them are.
 _NUM_DECIDING = 1000
@@ -109,6 +109,8 @@ class Row:
       can be learnt from, too; else None.
     num_asked: messages of the dialogue before the first such turn.
     form: name of what the row was read as.
+    columns: all that the row of a file has but its prompt, which reward
+      functions are given.
   """
 
   prompt: str | tuple[dialogues.Message, ...]
@@ -124,6 +126,9 @@ class Row:
   )
   num_asked: int = dataclasses.field(default=0, kw_only=True)
   form: str = dataclasses.field(default="", kw_only=True, compare=False)
+  columns: Mapping[str, Any] = dataclasses.field(
+    default_factory=dict, kw_only=True, compare=False
+  )
 
 
 class Decisions(NamedTuple):
@@ -165,6 +170,7 @@ class Reader:
     default_factory=collections.Counter
   )
   skipped: list[str] = dataclasses.field(default_factory=list)
+  _answered: bool = True
   _reasons: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -195,6 +201,7 @@ class Reader:
         if a column must not be passed over.
     """
     read = read or (parse if answered else ask)
+    self._answered = answered
     placed, rows = iter(placed), []
     head = [x for _, x in zip(range(_NUM_DECIDING), placed, strict=False)]
     self.decisions, notes = decide(
@@ -223,6 +230,9 @@ class Reader:
   def _one(self, row, place, read):
     self.columns.update(name for name, x in row.items() if x is not None)
     found = read(row, place, self.decisions)
+    if isinstance(found, Row):
+      more = {name: row[name] for name in row if name != "prompt"}
+      found = dataclasses.replace(found, columns=more)
     form = recognise(row)
     self.forms[form.name if form else "prompts"] += 1
     if form and form.needs[0] in ("messages", "conversations"):
@@ -247,7 +257,13 @@ class Reader:
       for name in self.forms
       for column in (*FORMS[name].needs, *FORMS[name].takes)
     }
-    if unknown := [name for name in self.columns if name not in read]:
+    unknown = [name for name in self.columns if name not in read]
+    if unknown and not self._answered:
+      lines.append(
+        f"{self.name}: other columns, which reward functions are given: "
+        f"{', '.join(unknown)}."
+      )
+    elif unknown:
       lines.append(f"{self.name}: columns not read: {', '.join(unknown)}.")
     if self.skipped:
       reasons = "; ".join(
@@ -442,16 +458,19 @@ def ask(
 
 
 def unanswered(prompt: Any, place: str) -> Row:
-  """Makes a row without candidates of a prompt.
+  """Makes a row without candidates of a prompt, and of what it remembers.
 
   Raises:
     ValueError: naming the place, if the prompt is no text and no messages.
   """
+  known = asked.columns(prompt)
   try:
-    prompt = columns.prompt_of(prompt)
+    prompt = columns.prompt_of(
+      asked.given(prompt) if isinstance(prompt, asked.Prompt) else prompt
+    )
   except ValueError as error:
     raise ValueError(f"{place}: {error}.") from error
-  return Row(prompt, (), None, None, None, place, None)
+  return Row(prompt, (), None, None, None, place, None, columns=known)
 
 
 def digest(items: Iterable[Any]) -> str:

@@ -13,7 +13,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rljax.text import files
+from rljax.text import files, templates
+
+_ANSWER = "ANSWER"
 
 # Text to ids and back.
 
@@ -215,6 +217,7 @@ def encode_response(
   response: str,
   *,
   finished: bool = True,
+  end_id: int | None = None,
 ) -> Response:
   """Returns the ids of a response after its prompt, end token included.
 
@@ -231,13 +234,15 @@ def encode_response(
     response: text. One that ends in the text of an end token gets no second
       one.
     finished: False of a response that was cut: no end token is put behind it.
+    end_id: the end token, such as `turn_end` in a chat; the tokenizer's own by
+      default.
   """
-  ends = set(stop_ids(tokenizer))
+  ends = set(_ends_of(tokenizer).values())
   text, end = without_end(tokenizer, response)
   ids, is_apart, is_exact = encode_further(tokenizer, prompt, prompt_ids, text)
   num_ends = sum(token in ends for token in ids)
   if end is None and finished:
-    end = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if end_id is None else end_id
   return Response(
     ids if end is None else [*ids, end], is_apart, is_exact, num_ends
   )
@@ -283,8 +288,7 @@ def without_end(tokenizer, text: str) -> tuple[str, int | None]:
     The text without them and blanks behind them, and the first end token that
     stood there; or the text as it is, and None.
   """
-  ends = {tokenizer.convert_ids_to_tokens(i): i for i in stop_ids(tokenizer)}
-  found = None
+  ends, found = _ends_of(tokenizer), None
   while True:
     bare = text.rstrip()
     at_end = [end for end in ends if end and bare.endswith(end)]
@@ -292,6 +296,19 @@ def without_end(tokenizer, text: str) -> tuple[str, int | None]:
       return text, found
     longest = max(at_end, key=len)
     text, found = bare[: len(bare) - len(longest)], ends[longest]
+
+
+def _ends_of(tokenizer) -> dict[str, int]:
+  """Returns the texts of the tokens that end a response, and their ids."""
+  template = str(getattr(tokenizer, "chat_template", None))
+  return _known_ends(tokenizer, tokenizer.eos_token_id, template)
+
+
+@functools.lru_cache(8)
+def _known_ends(tokenizer, eos_token_id, chat_template: str) -> dict[str, int]:
+  """The same, found once for a tokenizer with this end token and template."""
+  del eos_token_id, chat_template
+  return {tokenizer.convert_ids_to_tokens(i): i for i in stop_ids(tokenizer)}
 
 
 def encode_behind(tokenizer, prompt_ids: Sequence[int], text: str) -> list[int]:
@@ -371,14 +388,99 @@ def has_text(tokenizer, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
   return (~np.isin(ids, special) & np.asarray(mask, np.bool_)).any(axis=1)
 
 
-def stop_ids(tokenizer) -> tuple[int, ...]:
-  """Returns the ids that end a response: the tokenizer's end token.
+def stop_ids(tokenizer, *more: int | Sequence[int] | None) -> tuple[int, ...]:
+  """Returns the ids that end a response.
+
+  These are the tokenizer's end token, the end of a turn in its chat template,
+  and those that a model's config names.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+    *more: further ids, such as `eos_token_id` of a config: an id, several, or
+      None.
 
   Raises:
-    ValueError: if it has none.
+    ValueError: if there is none.
   """
-  require_tokens(tokenizer, eos=True)
-  return (tokenizer.eos_token_id,)
+  found = [tokenizer.eos_token_id, turn_end(tokenizer)]
+  for ids in more:
+    found += [ids] if ids is None or isinstance(ids, int) else list(ids)
+  found = tuple(dict.fromkeys(id_ for id_ in found if id_ is not None))
+  if not found:
+    require_tokens(tokenizer, eos=True)
+  return found
+
+
+def turn_end(tokenizer) -> int | None:
+  """Returns the token by which the chat template ends what a model says.
+
+  It may be another than the tokenizer's end token, which ends a text.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+
+  Returns:
+    The first token behind an answer in the template, if it is a special one;
+    else None, as without a template.
+  """
+  if not getattr(tokenizer, "chat_template", None):
+    return None
+  asked = [{"role": "user", "content": "a"}]
+  try:
+    text = templates.render(
+      tokenizer, [*asked, {"role": "assistant", "content": _ANSWER}]
+    )
+  except ValueError:  # A template may refuse such a conversation.
+    return None
+  before, found, behind = text.rpartition(_ANSWER)
+  if not found or not before:
+    return None
+  named = {
+    token.content: id_
+    for id_, token in tokenizer.added_tokens_decoder.items()
+    if token.special
+  }
+  behind = behind.lstrip()
+  first = [token for token in named if token and behind.startswith(token)]
+  return named[max(first, key=len)] if first else None
+
+
+def named_ids(tokenizer, names: Sequence[str]) -> tuple[int, ...]:
+  """Returns the ids of tokens that are named by their texts or their ids.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+    names: texts that are one token each, or whole numbers, which are ids.
+
+  Raises:
+    ValueError: naming what is no token, or several.
+  """
+  vocabulary = tokenizer.get_vocab()
+  known, found = set(vocabulary.values()), []
+  for name in names:
+    if name in vocabulary and not name.isdecimal():
+      found.append(vocabulary[name])
+    elif name.isdecimal() and name.isascii():
+      if len(name) > 12 or int(name) not in known:
+        raise ValueError(
+          f"The tokenizer {_name(tokenizer)} has no token with the id "
+          f"{files.shorten(name)}."
+        )
+      found.append(int(name))
+    else:
+      try:
+        ids = _encode(tokenizer, name, add_special_tokens=False)
+      except ValueError:  # A tokenizer of a few words.
+        ids = []
+      back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+      if len(ids) != 1 or back.strip() != name.strip():
+        raise ValueError(
+          f"{files.shorten(name)} is {len(ids)} tokens of the tokenizer "
+          f"{_name(tokenizer)}, and must be one that it knows: a text is ended "
+          "by several with --stop_strings."
+        )
+      found.append(ids[0])
+  return tuple(dict.fromkeys(found))
 
 
 def pad_id(tokenizer) -> int:
@@ -417,6 +519,11 @@ def allowed_tokens(
       f"{vocab_size}."
     )
   special = _special_ids(tokenizer)
+  if stop_ids and not 0 <= min(stop_ids) <= max(stop_ids) < vocab_size:
+    raise ValueError(
+      f"An end token has the id {max(stop_ids)}, and the model has "
+      f"{vocab_size} tokens."
+    )
   allowed = np.zeros(vocab_size, np.bool_)
   allowed[used] = True
   allowed[list(special)] = False

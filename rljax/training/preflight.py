@@ -248,9 +248,9 @@ def show(
   Of several processes, the first one does.
 
   Args:
-    checks: from `check`.
+    checks: from `check`; none: no table of them.
     compilations: of `Compiled` programs; their memory is that of one device.
-    memory: part -> tree of jax arrays, or None.
+    memory: part -> tree of jax arrays, or of their shapes, or None.
   """
   if not processes.is_first():
     return
@@ -259,14 +259,17 @@ def show(
   terminal = console.Console()
   if not terminal.is_terminal:
     terminal = console.Console(width=110)
-  found = table.Table(title="Preflight", title_justify="left")
-  for column in ("check", "found", "limit", "", "what the number is"):
-    found.add_column(column)
-  for line in checks:
-    mark = text.Text("ok", "green") if line.passed else text.Text("RED", "red")
-    limit = "" if line.limit is None else f"{line.limit:.3g}"
-    found.add_row(line.name, f"{line.value:.3g}", limit, mark, line.note)
-  terminal.print(found)
+  if checks:
+    found = table.Table(title="Preflight", title_justify="left")
+    for column in ("check", "found", "limit", "", "what the number is"):
+      found.add_column(column)
+    for line in checks:
+      mark = text.Text("ok", "green")
+      if not line.passed:
+        mark = text.Text("RED", "red")
+      limit = "" if line.limit is None else f"{line.limit:.3g}"
+      found.add_row(line.name, f"{line.value:.3g}", limit, mark, line.note)
+    terminal.print(found)
   sizes = ("argument", "output", "temporary")
   if compilations:
     compiled = table.Table(

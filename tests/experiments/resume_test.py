@@ -18,7 +18,7 @@ from tests import conftest, scripts
 ROOT = conftest.REPOSITORY
 SFT = "experiments/sft.py"
 PPO = "experiments/ppo.py"
-TASK = ("--task_options=style=last",)
+TASK = scripts.SUMS
 TINY_PPO = (
   *TASK,
   "--num_prompts=512",
@@ -33,7 +33,7 @@ TINY_PPO = (
   "--batch_entropy_coef=0.3",
 )
 TINY_SFT = (
-  "--task_options=style=last,whole=true",
+  *scripts.LEARN_SUMS,
   "--num_eval_prompts=64",
   "--hidden_size=32",
   "--vocab_size=109",

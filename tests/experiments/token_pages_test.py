@@ -17,7 +17,7 @@ SFT = "experiments/sft.py"
 PPO = "experiments/ppo.py"
 OFFLINE = "experiments/offline.py"
 TINY_PPO = (
-  "--task_options=style=last",
+  *scripts.SUMS,
   "--num_prompts=256",
   "--num_eval_prompts=16",
   "--batch_size=16",
@@ -82,7 +82,7 @@ class PPOTest(absltest.TestCase):
     scripts.run(
       SFT,
       policy,
-      "--task_options=style=last,whole=true",
+      *scripts.LEARN_SUMS,
       "--num_eval_prompts=16",
       "--hidden_size=32",
       "--tokenizer=character",

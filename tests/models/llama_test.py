@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from rljax.models import llama, rope
+from rljax.models import decoder, llama, rope
 from tests import conftest, tiny
 
 _GOLDEN = ("llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3")
@@ -47,7 +47,8 @@ class LlamaGoldenTest(parameterized.TestCase):
   def test_parameter_names_are_complete(self, name):
     golden = tiny.golden(name)
     config = llama.LlamaConfig.from_hf(golden["config"])
-    self.assertEqual(set(llama.parameter_names(config)), set(golden["weights"]))
+    names = decoder.parameter_names(config)
+    self.assertEqual(set(names), set(golden["weights"]))
     found = tiny.params_from_tensors(config, golden["weights"])
     expected = tiny.shapes(config)
     self.assertEqual(
@@ -159,18 +160,32 @@ class LlamaConfigTest(parameterized.TestCase):
     fields = _hf_fields(
       model_type=model_type, use_sliding_window=True, max_window_layers=1
     )
-    with self.assertRaisesRegex(ValueError, '"sliding_window".* 63 '):
-      llama.LlamaConfig.from_hf(fields | {"sliding_window": 63})
-    llama.LlamaConfig.from_hf(fields | {"sliding_window": 64})
-    llama.LlamaConfig.from_hf(fields | {"sliding_window": None})
+    windowed = fields | {"sliding_window": 5}
+    expected = (5,) if model_type == "mistral" else (None, 5)
+    config = llama.LlamaConfig.from_hf(windowed)
+    self.assertEqual(config.windows, expected)
+    self.assertEqual(llama.LlamaConfig.from_hf(config.to_hf()), config)
+    found = llama.LlamaConfig.from_hf(fields | {"sliding_window": None})
+    self.assertEqual(found.windows, (None,))
+    for wrong in (0, "4096"):
+      with self.assertRaisesRegex(ValueError, f'"sliding_window".*{wrong}'):
+        llama.LlamaConfig.from_hf(fields | {"sliding_window": wrong})
+    if model_type != "mistral":
+      with self.assertRaisesRegex(ValueError, '"layer_types".*chunked'):
+        kinds = ["chunked_attention", "full_attention"]
+        llama.LlamaConfig.from_hf(windowed | {"layer_types": kinds})
+
+  def test_missing_sliding_window_is_that_of_transformers(self):
+    fields = _hf_fields(model_type="mistral")
+    self.assertEqual(llama.LlamaConfig.from_hf(fields).windows, (4096,))
 
   def test_sliding_window_that_is_off(self):
     for model_type in ("qwen2", "qwen3"):
       fields = _hf_fields(model_type=model_type, sliding_window=8)
-      llama.LlamaConfig.from_hf(fields)
+      self.assertEqual(llama.LlamaConfig.from_hf(fields).windows, (None,))
       # No layer lies above the first windowed one.
       fields |= {"use_sliding_window": True, "max_window_layers": 2}
-      llama.LlamaConfig.from_hf(fields)
+      self.assertEqual(llama.LlamaConfig.from_hf(fields).windows, (None,))
 
   def test_from_scratch(self):
     config = llama.LlamaConfig(
@@ -231,7 +246,7 @@ class Stories260kTest(parameterized.TestCase):
     fields = json.loads((folder / "config.json").read_text())
     config = llama.LlamaConfig.from_hf(fields)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    self.assertEqual(set(llama.parameter_names(config)), set(tensors))
+    self.assertEqual(set(decoder.parameter_names(config)), set(tensors))
     model = llama.Llama(config)
     variables = {"params": tiny.params_from_tensors(config, tensors)}
     start = jnp.array([[config.bos_token_id]])

@@ -29,6 +29,88 @@ def _rows(seed, vocab_size=9, num_rows=3):
   return (2 * rng.normal(size=(num_rows, vocab_size))).astype(np.float32)
 
 
+class ForbiddenTest(parameterized.TestCase):
+  """Forbidden tokens are never drawn, whatever the others look like."""
+
+  ALLOWED = (False, True, False, True, True, False)
+  ROWS = (
+    (9.0, -100.0, 50.0, -101.0, -102.0, 3.0),
+    (0.0,) * 6,
+    (-np.inf,) * 6,
+    (np.nan,) * 6,
+    (1.0, np.nan, 2.0, -3.0, -np.inf, 4.0),
+    (0.0, -2e9, 0.0, -3e9, -4e9, 0.0),
+    (3e38, -3e38, 3e38, -3e38, -3e38, 3e38),
+    (1.0, np.inf, 1.0, -np.inf, 3.0, 1.0),
+    (5.0, -np.inf, 5.0, -np.inf, -3.0, 5.0),
+  )
+
+  @parameterized.product(
+    dtype=("float32", "bfloat16", "float16"),
+    settings=(
+      sampling.Settings(),
+      sampling.Settings(top_k=5, top_p=0.9999, min_p=1e-30),
+    ),
+  )
+  def test_no_forbidden_token_is_drawn(self, dtype, settings):
+    allowed = np.array(self.ALLOWED)
+    with np.errstate(over="ignore"):
+      logits = jnp.asarray(np.float32(self.ROWS)).astype(dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def draw(temperature):
+      cut = sampling.truncate(
+        log_probs.masked_logits(
+          logits, temperature=temperature, allowed=jnp.asarray(allowed)
+        ),
+        settings,
+      )
+      uniforms = jnp.linspace(0, 1, 9)
+      drawn = jax.vmap(
+        lambda u: sampling.inverse_cdf(cut, jnp.broadcast_to(u, cut.shape[:1]))
+      )(uniforms)
+      return drawn, sampling.greedy(cut)
+
+    for temperature in (1e-45, 1.0):
+      drawn, greedy = draw(temperature)
+      self.assertTrue(allowed[np.asarray(drawn)].all(), temperature)
+      self.assertTrue(allowed[np.asarray(greedy)].all(), temperature)
+
+  def test_a_tiny_temperature_draws_the_likeliest_allowed_token(self):
+    logits = jnp.array([[9.0, -101.0, 50.0, -100.0, -102.0, 3.0]])
+    allowed = jnp.array(self.ALLOWED)
+    for temperature in (1e-45, 1e-30, 1e-9):
+      masked = log_probs.masked_logits(
+        logits, temperature=temperature, allowed=allowed
+      )
+      np.testing.assert_array_equal(
+        jax.nn.softmax(masked), [[0, 0, 0, 1, 0, 0]]
+      )
+      np.testing.assert_array_equal(
+        log_probs.token_log_probs(
+          logits[None],
+          jnp.array([[3]]),
+          temperature=temperature,
+          allowed=allowed,
+        ),
+        [[0.0]],
+      )
+
+  def test_allowed_tokens_at_minus_infinity_are_equally_likely(self):
+    masked = log_probs.masked_logits(
+      jnp.full((1, 6), -jnp.inf), allowed=jnp.array(self.ALLOWED)
+    )
+    np.testing.assert_allclose(
+      jax.nn.softmax(masked), [[0, 1 / 3, 0, 1 / 3, 1 / 3, 0]], rtol=1e-6
+    )
+
+  def test_truncation_alone_keeps_its_distance(self):
+    # What is cut lies at -1e9, below which these tokens would fall.
+    logits = jnp.array([[-2e9, -3e9, -2.5e9]])
+    for cut in (sampling.top_k(logits, 1), sampling.top_p(logits, 0.5)):
+      np.testing.assert_array_equal(jax.nn.softmax(cut), [[1, 0, 0]])
+
+
 class TruncationTest(parameterized.TestCase):
   @chex.variants(with_jit=True, without_jit=True)
   def test_top_k_by_hand(self):

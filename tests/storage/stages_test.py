@@ -1,12 +1,16 @@
 """Tests of the stages of a pipeline."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 from absl.testing import absltest, parameterized
 
 from rljax.storage import stages
+from tests import conftest
 
 
 class StageTest(parameterized.TestCase):
@@ -27,6 +31,34 @@ class StageTest(parameterized.TestCase):
     second = self.stage(limits=[2, 3], seed=1)
     self.assertEqual(second.facts["rows"], 5)
     self.assertEmpty(self.notes)
+
+  def test_another_process_makes_it(self):
+    """Only one that is finished may be opened by several."""
+    first = self.stage(seed=1)
+    program = (
+      "import sys\nfrom rljax.storage import stages\n"
+      "facts = stages.Stage(sys.argv[1], 'samples', {'seed': int(sys.argv[2])})"
+      ".facts\nprint(facts and facts['rows'])"
+    )
+
+    def other(seed):
+      return subprocess.run(
+        [sys.executable, "-c", program, self.workdir, str(seed)],
+        cwd=conftest.REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+      )
+
+    for seed in (1, 2):  # Neither written to nor set aside.
+      self.assertRegex(
+        other(seed).stderr,
+        f"samples is being written by process {os.getpid()} on ",
+      )
+    self.assertTrue(first.folder.exists())
+    first.finish(rows=5)
+    self.assertEqual(other(1).stdout, "5\n")
+    self.assertEqual(os.listdir(self.workdir), ["samples"])
 
   def test_a_stopped_stage_goes_on_with_its_files(self):
     pathlib.Path(self.stage(seed=1).path("rows.jsonl")).write_text("{}\n")

@@ -70,11 +70,13 @@ class OptionsTest(parameterized.TestCase):
 
 class CheckPartsTest(parameterized.TestCase):
   def test_missing_parts_are_named(self):
-    tasks.check_parts("sums", [{"is_correct": True, "x": 1}], "is_correct")
+    tasks.check_parts(
+      {"task": "sums"}, [{"is_correct": True, "x": 1}], "is_correct"
+    )
     with self.assertRaisesRegex(
       ValueError, "score has the parts answer, is_valid; that of sums has x"
     ):
-      tasks.check_parts("sums", [{"x": 1}], "x", "answer", "is_valid")
+      tasks.check_parts({"task": "sums"}, [{"x": 1}], "x", "answer", "is_valid")
 
 
 class ScoreAllTest(parameterized.TestCase):

@@ -349,8 +349,14 @@ class LoadTest(parameterized.TestCase):
     self.assertEqual(
       rows,
       [
-        _row(prompt, (), place=f"{path}:{number}")
-        for number, prompt in ((1, "a"), (2, TRANSCRIPT), (6, (ASKED,)))
+        dataclasses.replace(
+          _row(prompt, (), place=f"{path}:{number}"), columns=columns
+        )
+        for number, prompt, columns in (
+          (1, "a", {}),
+          (2, TRANSCRIPT, pair),
+          (6, (ASKED,), {"response": "", "reward": "x"}),
+        )
       ],
     )
     self.assertLen(skipped, 3)
