@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from rljax.text import asked, chat, dialogues, forms
+from rljax.text import asked, chat, dialogues, forms, templates
 
 Row = forms.Row
 
@@ -94,15 +94,17 @@ def render_prompts(
   return [row.prompt for row in rows]
 
 
-def spans(tokenizer, row: Row) -> tuple[str, list[tuple[str, bool]]] | None:
+def spans(
+  row: Row, template: chat.Template
+) -> tuple[str, list[tuple[str, bool]]] | None:
   """Renders a dialogue, and tells the assistant's turns from the others.
 
   A turn of the assistant begins where the template asks for it, and ends with
   what the template puts behind it, without the blanks that follow.
 
   Args:
-    tokenizer: Hugging Face tokenizer with a chat template.
     row: with a `dialogue`.
+    template: see `chat.parse`.
 
   Returns:
     The text before the first turn to learn from, and the texts behind it, each
@@ -110,17 +112,23 @@ def spans(tokenizer, row: Row) -> tuple[str, list[tuple[str, bool]]] | None:
     None, if the template writes earlier turns anew once others follow.
   """
 
+  messages, num_asked = [dict(x) for x in row.dialogue], row.num_asked
+  if template.system_prompt and messages[0]["role"] != "system":
+    messages.insert(0, {"role": "system", "content": template.system_prompt})
+    num_asked += 1
+
   def rendered(number, ask):
-    return tokenizer.apply_chat_template(
-      [dict(message) for message in row.dialogue[:number]],
-      tokenize=False,
+    return templates.render(
+      template.tokenizer,
+      messages[:number],
       add_generation_prompt=ask,
+      variables=template.options,
     )
 
-  whole = rendered(len(row.dialogue), False)
+  whole = rendered(len(messages), False)
   places = []
-  for i, message in enumerate(row.dialogue):
-    if i < row.num_asked or message["role"] != "assistant":
+  for i, message in enumerate(messages):
+    if i < num_asked or message["role"] != "assistant":
       continue
     before, after = rendered(i, True), rendered(i + 1, False)
     if not (after.startswith(before) and whole.startswith(after)):

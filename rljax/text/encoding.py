@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rljax.text import batches, chats, forms, logged, tokens
+from rljax.text import batches, chat, chats, forms, logged, tokens
 
 Row = forms.Row
 
@@ -191,7 +191,7 @@ def encode(
   max_response_length: int,
   too_long: Literal["skip", "cut", "error"] = "skip",
   end_id: int | None = None,
-  all_turns: bool = False,
+  template: chat.Template | None = None,
 ) -> Encoded:
   """Turns rows into ids; responses end in the end token, unless they were cut.
 
@@ -211,8 +211,8 @@ def encode(
       after the start token, and responses on the right, with their end token;
       "error" refuses it. What was done is logged.
     end_id: the token that responses end in; the tokenizer's own by default.
-    all_turns: whether all turns of the assistant in a dialogue are learnt from;
-      else the last one.
+    template: by which dialogues are rendered, of which all turns of the
+      assistant are learnt from; None: the last one alone.
 
   A row that the tokenizer cannot write is left out and named as well.
 
@@ -243,8 +243,8 @@ def encode(
   counts = collections.Counter({"prompts": len(rows)})
   for row, whole in zip(rows, prompts, strict=True):
     try:
-      if all_turns and row.dialogue is not None:
-        found = _dialogue(tokenizer, row, whole, counts, end_id=end_id)
+      if template is not None and row.dialogue is not None:
+        found = _dialogue(template, row, whole, counts, end_id=end_id)
         whole, responses, learnt = found
       else:
         responses = _responses(tokenizer, row, whole, counts, end_id=end_id)
@@ -289,16 +289,23 @@ def prepare(
   rows: Sequence[Row],
   *,
   prompt_format: str,
+  all_turns: bool = False,
   **limits: Any,
 ) -> Encoded:
   """Renders rows and turns them into ids; see `render` and `encode`.
+
+  With `all_turns`, all turns of the assistant in a dialogue are learnt from,
+  rather than the last one.
 
   In a chat, responses end in the token by which the template ends a turn.
 
   What either left out is in the result's `skipped`.
   """
   rows, refused = chats.render(rows, tokenizer, prompt_format)
-  end_id = tokens.turn_end(tokenizer) if prompt_format == "chat" else None
+  template = chat.parse(prompt_format, tokenizer)
+  end_id = tokens.turn_end(tokenizer) if template else None
+  if template and all_turns:
+    limits["template"] = template
   encoded = encode(tokenizer, rows, end_id=end_id, **limits)
   return dataclasses.replace(encoded, skipped=[*refused, *encoded.skipped])
 
@@ -451,9 +458,9 @@ def _responses(tokenizer, row, prompt_ids, counts, *, end_id):
   return responses
 
 
-def _dialogue(tokenizer, row, prompt_ids, counts, *, end_id):
+def _dialogue(template, row, prompt_ids, counts, *, end_id):
   """Returns a prompt, a response of several turns, and what of it is learnt."""
-  spans = chats.spans(tokenizer, row)
+  tokenizer, spans = template.tokenizer, chats.spans(row, template)
   if spans is None:
     counts["changed"] += 1
     responses = _responses(tokenizer, row, prompt_ids, counts, end_id=end_id)

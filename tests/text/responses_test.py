@@ -11,7 +11,7 @@ import transformers
 from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
-from rljax.text import chats, encoding, forms, steps, tokens
+from rljax.text import chat, chats, encoding, forms, steps, tokens
 from tests import conftest
 
 WORDS = arithmetic.word_tokenizer()
@@ -365,7 +365,7 @@ class DialogueTest(parameterized.TestCase):
     tokenizer = _family("gpt2")
     tokenizer.chat_template = TEMPLATE
     row = forms.parse({"messages": list(self.MESSAGES)}, "here")
-    first, parts = chats.spans(tokenizer, row)
+    first, parts = chats.spans(row, chat.Template(tokenizer))
     self.assertEqual(first, "[user]1=1</s>\n[assistant]")
     self.assertEqual(
       parts,
