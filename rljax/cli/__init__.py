@@ -23,6 +23,7 @@ is the one room of the library that knows flags by their names.
 from rljax.cli.data import (
   define_cache,
   define_dev,
+  define_held_out,
   define_lengths,
   define_log,
   define_prompts,
@@ -127,6 +128,7 @@ __all__ = (
   "define_ends",
   "define_kl",
   "define_lengths",
+  "define_held_out",
   "define_log",
   "define_models",
   "define_max_skipped",

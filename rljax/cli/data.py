@@ -281,8 +281,9 @@ def define_log() -> None:
   flags.DEFINE_string(
     "data",
     "",
-    "Logged replies: a .jsonl or .json file, a folder of splits or "
-    "tfds:<name>; docs/data.md shows the fields. Empty: those of the task.",
+    "Logged replies: a .jsonl, .json, .csv or .parquet file, a folder of "
+    "splits, tfds:<name> or hub:<name>; docs/data.md shows the columns. Empty: "
+    "those of the task.",
   )
   flags.DEFINE_integer(
     "first_row",
@@ -295,6 +296,22 @@ def define_log() -> None:
     0,
     "Number of rows of the log that are used, from --first_row on; 0 uses all.",
     lower_bound=0,
+  )
+
+
+def define_held_out() -> None:
+  """Defines which rows of a file are held out."""
+  flags.DEFINE_string(
+    "eval_data",
+    "",
+    "Held-out rows, in the forms of --data; empty: --eval_share of its "
+    "prompts.",
+  )
+  flags.DEFINE_float(
+    "eval_share",
+    0.1,
+    "Share of the different prompts of --data, between 0 and 1, that is held "
+    "out where there is no --eval_data; the seed shuffles them.",
   )
 
 

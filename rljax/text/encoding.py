@@ -388,6 +388,7 @@ def batch(
       )
     )
   if any(learnt is not None for learnt in encoded.learnt):
+    # Of all batches alike, so that they have one structure.
     pairs = [
       (*pair, encoded.learnt[row] or [True] * len(pair[1]))
       if pair[1]
