@@ -28,7 +28,7 @@ from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import fresh, hf
 from rljax.ops import log_probs
-from rljax.text import batches, encoding, keywords, logged, splits, tokens
+from rljax.text import batches, encoding, keywords, logged, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -230,7 +230,7 @@ def examples(task, tokenizer):
     )
     skipped = [*train.skipped, *held_out.skipped]
     return encoding.Split(train, held_out, skipped, {}, [])
-  return splits.examples(
+  return encoding.examples(
     tokenizer,
     FLAGS.data,
     FLAGS.eval_data,
@@ -239,7 +239,7 @@ def examples(task, tokenizer):
     seed=FLAGS.seed,
     first_row=FLAGS.first_row,
     num_rows=FLAGS.num_rows,
-    prepare=cli.length_options(FLAGS),
+    settings=cli.length_options(FLAGS),
   )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rljax.text import batches, chat, chats, forms, logged, tokens
+from rljax.text import batches, chat, chats, forms, logged, splits, tokens
 
 Row = forms.Row
 
@@ -74,6 +74,7 @@ class Log:
     settings: how the rows were encoded, by the names of the flags.
     pad_id: what fills batches.
     notes: what the file holds, in lines.
+    is_held_out: `[N]` bool, which rows are not learnt from; None: all are.
   """
 
   encoded: Encoded
@@ -83,6 +84,7 @@ class Log:
   settings: dict[str, Any]
   pad_id: int = 0
   notes: list[str] = dataclasses.field(default_factory=list)
+  is_held_out: np.ndarray | None = None
 
   @property
   def rows(self) -> list[Row]:
@@ -143,6 +145,8 @@ def read(
   split: str = "train",
   first_row: int = 0,
   num_rows: int = 0,
+  eval_data: str = "",
+  eval_share: float = 0.0,
   **settings: Any,
 ) -> Log:
   """Reads a log and encodes it.
@@ -156,6 +160,9 @@ def read(
     split: of the file or the task.
     first_row: rows before it are passed over.
     num_rows: how many are taken from there on; 0 for all.
+    eval_data: a file whose rows are added, to be held out.
+    eval_share: share of the different prompts that is held out, where there is
+      no such file; 0 for none.
     **settings: of `prepare`: `prompt_format`, `max_prompt_length`,
       `max_response_length` and `too_long`.
 
@@ -171,16 +178,55 @@ def read(
     limit=num_rows and first_row + num_rows,
   )
   rows = loaded.rows[first_row:][: num_rows or None]
-  encoded = prepare(tokenizer, rows, **settings)
+  held_out = []
+  if eval_data:
+    other = logged.load(eval_data, "validation")
+    held_out, rows = other.rows, splits.without(rows, other.rows)
+    loaded.skipped.extend(other.skipped)
+    loaded.notes.extend(other.notes)
+  encoded = prepare(tokenizer, [*rows, *held_out], **settings)
+  is_held_out = np.zeros(len(encoded.rows), bool)
+  if held_out:
+    places = {row.place for row in held_out}
+    is_held_out[:] = [row.place in places for row in encoded.rows]
+  elif eval_share:
+    asked = [row.prompt for row in encoded.rows]
+    is_held_out = splits.held_out(asked, eval_share, seed=seed)
   return Log(
     encoded=encoded,
     lengths=lengths(encoded),
     present=logged.present(encoded.rows),
     skipped=[*loaded.skipped, *encoded.skipped],
     notes=[*loaded.notes, *encoded.notes],
+    is_held_out=is_held_out,
     settings=settings,
     pad_id=tokens.pad_id(tokenizer),
   )
+
+
+def examples(
+  tokenizer: Any, *split: Any, settings: dict[str, Any], **options: Any
+) -> Split:
+  """Reads the first replies of rows, and all turns of dialogues, to learn from.
+
+  Args:
+    tokenizer: of the policy.
+    *split: of `splits.rows`.
+    settings: keyword arguments of `prepare`.
+    **options: of `splits.rows`.
+
+  Raises:
+    ValueError: as `splits.rows` and `prepare`.
+  """
+  left, apart, known = splits.rows(*split, **options)
+  train, test = (
+    prepare(tokenizer, logged.first_replies(part), all_turns=True, **settings)
+    for part in (left, apart)
+  )
+  skipped = [*known.skipped, *train.skipped, *test.skipped]
+  counts = {"rows to learn from": len(train.rows), "held out": len(test.rows)}
+  notes = [*known.notes, *train.notes]
+  return Split(train, test, skipped, counts, notes)
 
 
 def encode(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import asked, encoding, forms, logged
+from rljax.text import asked, forms, logged
 
 
 def held_out(
@@ -105,30 +105,3 @@ def rows(
     for side in (False, True)
   )
   return left, apart, loaded._replace(rows=[])
-
-
-def examples(
-  tokenizer: Any, *split: Any, prepare: dict[str, Any], **options: Any
-) -> encoding.Split:
-  """Reads the first replies of rows, and all turns of dialogues, to learn from.
-
-  Args:
-    tokenizer: of the policy.
-    *split: of `rows`.
-    prepare: keyword arguments of `encoding.prepare`.
-    **options: of `rows`.
-
-  Raises:
-    ValueError: as `rows` and `encoding.prepare`.
-  """
-  left, apart, known = rows(*split, **options)
-  train, test = (
-    encoding.prepare(
-      tokenizer, logged.first_replies(part), all_turns=True, **prepare
-    )
-    for part in (left, apart)
-  )
-  skipped = [*known.skipped, *train.skipped, *test.skipped]
-  counts = {"rows to learn from": len(train.rows), "held out": len(test.rows)}
-  notes = [*known.notes, *train.notes]
-  return encoding.Split(train, test, skipped, counts, notes)

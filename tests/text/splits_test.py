@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
-from rljax.text import files, forms, splits
+from rljax.text import encoding, files, forms, splits
 
 WORDS = arithmetic.word_tokenizer()
 
@@ -72,11 +72,11 @@ class ExamplesTest(parameterized.TestCase):
       other = self.path.replace("rows", "other")
       files.write_jsonl(other, eval_rows)
     limits = {"max_prompt_length": 9, "max_response_length": 9}
-    return splits.examples(
+    return encoding.examples(
       WORDS,
       self.path,
       other,
-      prepare={"prompt_format": "plain", **limits},
+      settings={"prompt_format": "plain", **limits},
       **{"share": 0.2, "most": 99, "seed": 0} | options,
     )
 
