@@ -60,7 +60,7 @@ def ranked(
   *,
   all_replies: bool = False,
 ) -> Comparisons:
-  """Ranks the replies of each row.
+  """Ranks the replies of each row, but for those that hold one reply twice.
 
   Args:
     rows: N logged rows of up to C candidates; those with fewer than two are
@@ -73,7 +73,7 @@ def ranked(
   Raises:
     ValueError: if nothing is left.
   """
-  compared, ranks, few, tied = [], [], [], []
+  compared, ranks, few, tied, same = [], [], [], [], []
   most = max(len(row.candidates) for row in rows)
   for i, row in enumerate(rows):
     candidates = list(range(len(row.candidates)))
@@ -90,6 +90,9 @@ def ranked(
       if rewards is not None and np.ptp(rewards[i, candidates]) == 0:
         tied.append(row.place)
         continue
+      if len({row.candidates[k] for k in candidates}) < 2:
+        same.append(row.place)
+        continue
     compared.append(i)
     ranks.append(candidates)
   left_out = [
@@ -98,6 +101,7 @@ def ranked(
     for places, what in (
       (few, "fewer than two replies"),
       (tied, "replies of equal reward"),
+      (same, "one reply twice"),
     )
     if places
   ]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import asked, forms, logged
+from rljax.text import asked, batches, forms, logged
 
 
 def held_out(
@@ -41,6 +41,33 @@ def held_out(
   order = np.random.default_rng([seed, 3]).permutation(len(different))
   chosen = {different[i] for i in order[: min(number, most or number)]}
   return np.array([key in chosen for key in keys])
+
+
+def shuffled(
+  prompts: Sequence[Any], share: float, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Shuffles rows by their prompts, and cuts off a share of the prompts.
+
+  Args:
+    prompts: N texts, of which some may be the same.
+    share: of the different ones.
+    seed: of the order, that of the first epoch; see `batches.epoch_order`.
+
+  Returns:
+    Numbers of the rows that are held out, and of the others, in order; rows of
+    one prompt stand together.
+  """
+  places: dict[str, list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    places.setdefault(asked.key(prompt), []).append(i)
+  order = batches.epoch_order(len(places), seed=seed, epoch=0)
+  groups = list(places.values())
+  cut = round(share * len(groups))
+  apart, left = (
+    np.array([i for group in part for i in groups[group]], np.int64)
+    for part in (order[:cut], order[cut:])
+  )
+  return apart, left
 
 
 def without(

@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
-from rljax.text import encoding, files, forms, splits
+from rljax.text import batches, encoding, files, forms, splits
 
 WORDS = arithmetic.word_tokenizer()
 
@@ -50,6 +50,16 @@ class HeldOutTest(parameterized.TestCase):
   def test_one_prompt(self):
     with self.assertRaisesRegex(ValueError, "one prompt, of which none can"):
       splits.held_out(["a", "a"], 0.5, seed=0)
+
+  def test_shuffled(self):
+    prompts = [f"{i}+1=" for i in range(10)]
+    apart, left = splits.shuffled(prompts, 0.2, seed=3)
+    order = batches.epoch_order(10, seed=3, epoch=0)
+    np.testing.assert_array_equal(np.concatenate([apart, left]), order)
+    self.assertLen(apart, 2)
+    apart, left = splits.shuffled(prompts * 3, 0.2, seed=3)
+    self.assertEqual((len(apart), len(left)), (6, 24))
+    self.assertFalse({i % 10 for i in apart} & {i % 10 for i in left})
 
   def test_without(self):
     rows = [_row("a"), _row("b"), _row("a", "4")]
