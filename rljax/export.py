@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rljax
+from rljax import __version__
 from rljax.models import hf
 from rljax.storage import paths
 
@@ -63,7 +63,7 @@ def export(
   flags = _read(place / "flags.json")
   path = directory / "generation_config.json"
   settings = generation_config(flags, loaded.tokenizer)
-  settings = _read(path) | settings
+  settings |= _read(path)  # All end tokens of the model are in there.
   paths.write_whole(path, json.dumps(settings, indent=2) + "\n")
   card = model_card(
     directory.resolve().name, str(source), flags, _read(place / "summary.json")
@@ -109,9 +109,7 @@ def model_card(
   head = ["---", "library_name: transformers", "tags: [rljax]"]
   head += [f"base_model: {base}"] if is_hub else []
   lines = [*head, "---", "", f"# {title}", ""]
-  lines += [
-    f"Trained with rljax {rljax.__version__}; exported from `{source}`."
-  ]
+  lines += [f"Trained with rljax {__version__}; exported from `{source}`."]
   facts = {
     "Base model": base or (flags and "random weights"),
     "Data": flags.get("data") or flags.get("task"),

@@ -50,6 +50,7 @@ def encode(
   *,
   limits: Limits,
   max_positions: int,
+  end_id: int | None = None,
 ) -> tuple[list[Row], list[list[int]], list[str]]:
   """Turns samples, their rewrites and the questions about them into tokens.
 
@@ -63,6 +64,7 @@ def encode(
     template: of the reward model's questions.
     limits: of length.
     max_positions: context of the reward model.
+    end_id: of the policy's responses; the tokenizer's end token by default.
 
   Returns:
     The rows that fit, with `prompt_ids`, `response_ids`, `rewrite_ids` and
@@ -88,7 +90,7 @@ def encode(
   ):
     ids = {
       f"{name}_ids": tokens.encode_response(
-        tokenizer, prompt, prompt_ids, row[name]
+        tokenizer, prompt, prompt_ids, row[name], end_id=end_id
       ).ids
       for name in ("response", "rewrite", "gold")
     }

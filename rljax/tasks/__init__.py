@@ -16,6 +16,7 @@ import numpy as np
 
 from rljax.tasks import own
 
+_LARGEST = float(np.finfo(np.float32).max)
 _MODULES = {
   "arithmetic": "rljax.tasks.arithmetic",
   "arithmetic_format": "rljax.tasks.arithmetic_format",
@@ -151,7 +152,7 @@ def score_all(
     if _number(score) is None:
       raise ValueError(
         f"The score must be a finite number, as float32 holds it, got "
-        f"{score!r:.60} of {name} for the prompt {prompt[-200:]!r} and the "
+        f"{_shown(score)} of {name} for the prompt {prompt[-200:]!r} and the "
         f"response {response[:200]!r}."
       )
   return np.array([_number(score) for score in scores], np.float32), parts
@@ -164,7 +165,6 @@ _CONTRACT = (
   "parts, or the scores alone; score(prompt, response) a score and a dict, or "
   "the score alone"
 )
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 def _name(task: Any) -> str:
@@ -213,7 +213,7 @@ def _of_batch(
     scores = [scores]
   if not isinstance(scores, list):
     raise ValueError(
-      f"score_batch of {name} returned {found!r:.60} as scores: {_CONTRACT}."
+      f"score_batch of {name} returned {_shown(found)} as scores: {_CONTRACT}."
     )
   scores = [_listed(score) for score in scores]
   if number != 1 and len(scores) == 1 and isinstance(scores[0], list):
@@ -227,7 +227,8 @@ def _of_batch(
   parts = [{} for _ in scores] if parts is None else _listed(parts)
   if not isinstance(parts, list):
     raise ValueError(
-      f"score_batch of {name} returned {parts!r:.60} as its parts: {_CONTRACT}."
+      f"score_batch of {name} returned {_shown(parts)} as its parts: "
+      f"{_CONTRACT}."
     )
   if len(scores) != number or len(parts) != number:
     raise ValueError(
@@ -246,7 +247,7 @@ def _of_one(found: Any, name: str) -> tuple[Any, dict[str, Any]]:
   while isinstance(score, list) and len(score) == 1:
     score = score[0]
   if score is not None and not _is_score(score):
-    raise ValueError(f"score of {name} returned {found!r:.60}: {_CONTRACT}.")
+    raise ValueError(f"score of {name} returned {_shown(found)}: {_CONTRACT}.")
   return score, {}
 
 
@@ -260,7 +261,7 @@ def _part(part: Any, name: str) -> dict[str, Any]:
     return dict(part._asdict())
   if not isinstance(part, Mapping):
     raise ValueError(
-      f"The parts of a score of {name} are {part!r:.60}, and must be a dict: "
+      f"The parts of a score of {name} are {_shown(part)}, and must be a dict: "
       f"{_CONTRACT}."
     )
   return dict(part)
@@ -288,3 +289,11 @@ def _number(score: Any) -> float | None:
   except (OverflowError, TypeError, ValueError):
     return None
   return number if abs(number) <= _LARGEST else None
+
+
+def _shown(value: Any) -> str:
+  """The beginning of what a value looks like."""
+  try:
+    return repr(value)[:60]
+  except ValueError:  # Python writes out no number of so many digits.
+    return "an integer of thousands of digits"

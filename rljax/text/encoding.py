@@ -349,7 +349,7 @@ def prepare(
   """
   rows, refused = chats.render(rows, tokenizer, prompt_format)
   template = chat.parse(prompt_format, tokenizer)
-  end_id = tokens.turn_end(tokenizer) if template else None
+  end_id = tokens.end_id(tokenizer, prompt_format)
   if template and all_turns:
     limits["template"] = template
   encoded = encode(tokenizer, rows, end_id=end_id, **limits)

@@ -120,8 +120,7 @@ def encode_pairs(
   texts = [prompt for prompt, _ in pairs]
   rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
-  is_chat = prompt_format != "plain"
-  end_id = tokens.turn_end(tokenizer) if is_chat else None
+  end_id = tokens.end_id(tokenizer, prompt_format)
   return [
     (
       ids,

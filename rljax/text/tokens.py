@@ -428,7 +428,9 @@ def turn_end(tokenizer) -> int | None:
   asked = [{"role": "user", "content": "a"}]
   try:
     text = templates.render(
-      tokenizer, [*asked, {"role": "assistant", "content": _ANSWER}]
+      tokenizer,
+      [*asked, {"role": "assistant", "content": _ANSWER}],
+      seconds=2.0,
     )
   except ValueError:  # A template may refuse such a conversation.
     return None
@@ -443,6 +445,18 @@ def turn_end(tokenizer) -> int | None:
   behind = behind.lstrip()
   first = [token for token in named if token and behind.startswith(token)]
   return named[max(first, key=len)] if first else None
+
+
+def end_id(tokenizer, prompt_format: str) -> int | None:
+  """Returns the token by which a response to learn from ends.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+    prompt_format: "plain", or "chat", where it is the end of a turn in the chat
+      template, if that has one.
+  """
+  found = turn_end(tokenizer) if prompt_format == "chat" else None
+  return tokenizer.eos_token_id if found is None else found
 
 
 def named_ids(tokenizer, names: Sequence[str]) -> tuple[int, ...]:

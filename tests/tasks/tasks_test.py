@@ -98,7 +98,9 @@ class ScoreAllTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "given 1 responses .* 2 scores"):
       tasks.score_all(task, ["a"], ["c"])
 
-  @parameterized.parameters(math.nan, math.inf, None, "high")
+  @parameterized.parameters(
+    *(math.nan, math.inf, None, "high", 1e39, -1e39, 10**400)
+  )
   def test_not_finite(self, score):
     task = types.SimpleNamespace(score=lambda prompt, response: (score, {}))
     with self.assertRaisesRegex(ValueError, "finite number.* prompt '3"):
@@ -166,6 +168,11 @@ class ScoreAllTest(parameterized.TestCase):
 
     with self.assertRaisesRegex(ValueError, message):
       tasks.score_all(Mine(), ["a1", "a2"], ["b1", "b2"])
+
+  def test_a_score_that_cannot_be_written_out(self):
+    task = types.SimpleNamespace(score=lambda prompt, response: 10**5000)
+    with self.assertRaisesRegex(ValueError, "thousands of digits .* '3"):
+      tasks.score_all(task, ["3+4="], ["7"])
 
   def test_other_number_of_responses(self):
     with self.assertRaisesRegex(ValueError, "1 prompts, but 2 responses"):
