@@ -91,7 +91,7 @@ def encode(
     ids = {
       f"{name}_ids": tokens.encode_response(
         tokenizer, prompt, prompt_ids, row[name], end_id=end_id
-      )[0]
+      ).ids
       for name in ("response", "rewrite", "gold")
     }
     length = len(ids["response_ids"])
@@ -442,9 +442,9 @@ def encode_records(
       (prompt_ids,) = tokens.encode_prompts(
         tokenizer, [row["prompt"]], max_length=sys.maxsize
       )
-      ids, _ = tokens.encode_response(
+      ids = tokens.encode_response(
         tokenizer, row["prompt"], prompt_ids, row["response"]
-      )
+      ).ids
       limit = min(
         max_question_length,
         batches.longest_in_bucket(

@@ -594,6 +594,17 @@ class DataTest(parameterized.TestCase):
     questions = {f"Question: What is {i}+1?\nAnswer:\n" for i in range(40)}
     self.assertEqual({*splits["train"], *splits["validation"]}, questions)
 
+  def test_a_question_that_stands_twice(self):
+    path = self.folder / "gsm8k_train.jsonl"
+    whole = self._prompts("train") + self._prompts("validation")
+    path.write_text(path.read_text() * 2)
+    math_word_problems._rows.cache_clear()
+    with self.assertLogs("absl", "WARNING") as logs:
+      again = self._prompts("train"), self._prompts("validation")
+    self.assertRegex(logs.output[0], "questions stand there already")
+    self.assertEqual(again[0] + again[1], whole)
+    self.assertFalse(set(again[0]) & set(again[1]))
+
   def test_splits_of_svamp(self):
     splits = [
       self._prompts(name, dataset="svamp") for name in ("train", "test")
