@@ -113,6 +113,7 @@ def read(
   split: str = "train",
   first_row: int = 0,
   num_rows: int = 0,
+  join: bool = False,
   **settings: Any,
 ) -> Log:
   """Reads a log and encodes it.
@@ -126,6 +127,8 @@ def read(
     split: of the file or the task.
     first_row: rows before it are passed over.
     num_rows: how many are taken from there on; 0 for all.
+    join: whether scored replies to one prompt become one row, see
+      `logged.joined`.
     **settings: of `prepare`: `prompt_format`, `max_prompt_length`,
       `max_response_length` and `too_long`.
 
@@ -141,6 +144,8 @@ def read(
     limit=num_rows and first_row + num_rows,
   )
   rows = loaded.rows[first_row:][: num_rows or None]
+  if join:
+    rows = logged.joined(rows)
   encoded = prepare(tokenizer, rows, **settings)
   return Log(
     encoded=encoded,
