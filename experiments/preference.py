@@ -6,11 +6,11 @@ Half a minute on two CPU cores, after experiments/sft.py has made the reference:
     --flagfile=experiments/flags/a_lol/word_lists_preference.flags \
     --workdir=runs/dpo
 
-Rows of the log have two replies or more; their order, as people made it, or
-their rewards say which is the better one (--order). PRO ranks all replies of a
-row, by rewards that are the raw logits of a reward model: the sigmoid that
-other methods see would flatten its temperatures. The others set the best reply
-against the worst one; KTO learns from each of the two by itself.
+Rows of the log have two replies or more, or one with its reward, as samples of
+an online run do, of which those to one prompt are compared. Their order, as
+people made it, or their rewards say which is the better one (--order). PRO
+ranks all replies of a row, by raw logits of a reward model, not by sigmoids;
+the others set the best against the worst; KTO learns from each alone.
 
 The policy starts as the reference. The parameters with the best reward on the
 prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>. Where
@@ -19,8 +19,7 @@ nothing scores new replies, the best are those with the lowest held-out loss.
 Source: see losses/preference.py. DPO and PRO have the settings of Baheti et al.
 (2024), arXiv 2305.14718. Departures: reference log-probabilities are read or
 computed once; gradients of micro-batches are averaged, not summed; PRO scores
-the tokens of replies, unless --pro_mask=published; no layer has dropout, so
-that the policy is the reference at first.
+the tokens of replies, unless --pro_mask=published; no layer has dropout.
 """
 
 import time
@@ -143,7 +142,7 @@ def main():
   # The policy, the log, and the prompts whose replies select parameters.
   loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
   policy, tokenizer = loaded.model, loaded.tokenizer
-  log = cli.read_log(FLAGS, tokenizer)
+  log = cli.read_log(FLAGS, tokenizer, join=True)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)
   score, answer, dev = cli.load_selection(FLAGS, loaded, run.mesh)
 

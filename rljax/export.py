@@ -9,6 +9,8 @@ after, and all flags. `--push` sends the folder to the Hugging Face hub.
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,7 +18,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rljax import __version__
 from rljax.models import hf
 from rljax.storage import paths
 
@@ -109,7 +110,10 @@ def model_card(
   head = ["---", "library_name: transformers", "tags: [rljax]"]
   head += [f"base_model: {base}"] if is_hub else []
   lines = [*head, "---", "", f"# {title}", ""]
-  lines += [f"Trained with rljax {__version__}; exported from `{source}`."]
+  version = ""
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    version = f" {importlib.metadata.version('rljax-lm')}"
+  lines += [f"Trained with rljax{version}; exported from `{source}`."]
   facts = {
     "Base model": base or (flags and "random weights"),
     "Data": flags.get("data") or flags.get("task"),

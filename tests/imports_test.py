@@ -65,8 +65,6 @@ def _imports(path):
 def _own(path):
   """Names below rljax that a file imports: "ops.masking"."""
   for name in _imports(path):
-    if name == "rljax.__version__":
-      continue
     if name == "rljax" or name.startswith("rljax."):
       yield name.removeprefix("rljax").removeprefix(".")
 

@@ -315,8 +315,15 @@ def define_held_out() -> None:
   )
 
 
-def read_log(values: flags.FlagValues, tokenizer: Any) -> encoding.Log:
+def read_log(
+  values: flags.FlagValues, tokenizer: Any, *, join: bool = False
+) -> encoding.Log:
   """Reads --data, or the log of --task.
+
+  Args:
+    values: parsed flags.
+    tokenizer: of the policy.
+    join: see `encoding.read`.
 
   Raises:
     ValueError: as `encoding.read`.
@@ -333,6 +340,7 @@ def read_log(values: flags.FlagValues, tokenizer: Any) -> encoding.Log:
     task_options=keywords.parse(values.task_options),
     first_row=values.first_row,
     num_rows=values.num_rows,
+    join=join,
     **held_out,
     **length_options(values),
   )

@@ -4,12 +4,9 @@ A task is a module of this folder, or one of the user's own, by its name or its
 path.
 """
 
-<<<<<<< HEAD
-import functools
-=======
 import dataclasses
 import decimal
->>>>>>> data
+import functools
 import importlib
 import numbers
 import types
@@ -174,34 +171,15 @@ def score_rows(
     )
   name = _name(task)
   if hasattr(task, "score_batch"):
-<<<<<<< HEAD
-    scores, parts = _scored(
-      task, prompts, responses, options, len(prompts) * seconds
-    )
-    if len(scores) != len(prompts) or len(parts) != len(prompts):
-      raise ValueError(
-        f"score_batch was given {len(prompts)} responses and returned "
-        f"{len(scores)} scores and {len(parts)} parts."
-      )
+    found = _scored(task, prompts, responses, options, len(prompts) * seconds)
+    scores, parts = _of_batch(found, len(prompts), name)
   else:
-    outcomes = _scored(task, prompts, responses, options, seconds)
-    # A score may come without parts.
     outcomes = [
-      outcome if isinstance(outcome, tuple) else (outcome, {})
-      for outcome in outcomes
+      _of_one(found, name)
+      for found in _scored(task, prompts, responses, options, seconds)
     ]
     scores = [score for score, _ in outcomes]
     parts = [part for _, part in outcomes]
-=======
-    found = task.score_batch(prompts, responses, **options)
-    scores, parts = _of_batch(found, len(prompts), name)
-  else:
-    scores, parts = [], []
-    for prompt, response in zip(prompts, responses, strict=True):
-      score, part = _of_one(task.score(prompt, response, **options), name)
-      scores.append(score)
-      parts.append(part)
->>>>>>> data
   for prompt, response, score in zip(prompts, responses, scores, strict=True):
     if _number(score) is None:
       raise ValueError(

@@ -147,6 +147,7 @@ def read(
   num_rows: int = 0,
   eval_data: str = "",
   eval_share: float = 0.0,
+  join: bool = False,
   **settings: Any,
 ) -> Log:
   """Reads a log and encodes it.
@@ -163,6 +164,8 @@ def read(
     eval_data: a file whose rows are added, to be held out.
     eval_share: share of the different prompts that is held out, where there is
       no such file; 0 for none.
+    join: whether scored replies to one prompt become one row, see
+      `logged.joined`.
     **settings: of `prepare`: `prompt_format`, `max_prompt_length`,
       `max_response_length` and `too_long`.
 
@@ -178,10 +181,12 @@ def read(
     limit=num_rows and first_row + num_rows,
   )
   rows = loaded.rows[first_row:][: num_rows or None]
+  rows = logged.joined(rows) if join else rows
   held_out = []
   if eval_data:
     other = logged.load(eval_data, "validation")
     held_out, rows = other.rows, splits.without(rows, other.rows)
+    held_out = logged.joined(held_out) if join else held_out
     loaded.skipped.extend(other.skipped)
     loaded.notes.extend(other.notes)
   encoded = prepare(tokenizer, [*rows, *held_out], **settings)
