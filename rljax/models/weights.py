@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from rljax.distributed import stored
 from rljax.models import configs, families
 
 Params = dict[str, Any]
@@ -67,10 +68,14 @@ def _assemble(
   shapes: Mapping[str, tuple[int, ...]],
   read: Callable[[str], np.ndarray],
   path: pathlib.Path,
+  part: Callable[[str], Any] | None = None,
 ) -> Params:
-  """Checks stored tensors by name and shape, and then reads them."""
+  """Checks stored tensors by name and shape, and then reads them.
+
+  With `part`, which opens a tensor to be sliced, they are read later.
+  """
   slots = slots_of(model)
-  stored = {}
+  names_of = {}
   tied_head = None
   unexpected = []
   for name in shapes:
@@ -80,21 +85,23 @@ def _assemble(
     names = [new_name, *(prefix + new_name for prefix in _PREFIXES)]
     known = next((n for n in names if n in slots), None)
     if known is not None:
-      stored[known] = name
+      names_of[known] = name
     elif name == "lm_head.weight" and not families.is_classifier(model):
       tied_head = name
     elif not _BUFFERS.fullmatch(name):
       unexpected.append(name)
   wrong = {
-    name: (shapes[stored[name]], slot.shape)
+    name: (shapes[names_of[name]], slot.shape)
     for name, slot in slots.items()
-    if name in stored and tuple(shapes[stored[name]]) != slot.shape
+    if name in names_of and tuple(shapes[names_of[name]]) != slot.shape
   }
-  _check_tensors([n for n in slots if n not in stored], unexpected, wrong, path)
+  _check_tensors(
+    [n for n in slots if n not in names_of], unexpected, wrong, path
+  )
 
   if tied_head is not None:
     embedding = next(name for name in _EMBEDDINGS if name in slots)
-    if not np.array_equal(read(tied_head), read(stored[embedding])):
+    if not np.array_equal(read(tied_head), read(names_of[embedding])):
       raise ValueError(
         f"{path} has an lm_head.weight of its own, but its config.json ties it "
         'to the embedding; set "tie_word_embeddings": false.'
@@ -103,15 +110,35 @@ def _assemble(
   dtype = np.dtype(model.config.param_dtype)
   params = {}
   for name, slot in slots.items():
-    array = read(stored[name])
+    if part is not None:
+      params[slot.path] = _stored(part(names_of[name]), slot, dtype, path)
+      continue
+    array = read(names_of[name])
     if array.dtype.name not in _STORED_DTYPES:
       raise ValueError(
-        f"{path}: {stored[name]} is stored as {array.dtype.name}; one of "
+        f"{path}: {names_of[name]} is stored as {array.dtype.name}; one of "
         f"{', '.join(_STORED_DTYPES)} is needed."
       )
     array = array.astype(dtype, copy=False)
     params[slot.path] = array.T if slot.transpose else array
   return traverse_util.unflatten_dict(params)
+
+
+def _stored(tensor: Any, slot: _Slot, dtype: Any, path: Any) -> stored.Stored:
+  """Returns a tensor of a file that is read part by part, as it is used."""
+  if tensor.get_dtype() not in ("F16", "BF16", "F32", "F64"):
+    raise ValueError(
+      f"{path}: {'/'.join(slot.path)} is stored as {tensor.get_dtype()}; one "
+      f"of {', '.join(_STORED_DTYPES)} is needed."
+    )
+
+  def read(index):
+    found = tensor[index[::-1] if slot.transpose else index]
+    found = np.asarray(found).astype(dtype, copy=False)
+    return found.T if slot.transpose else found
+
+  shape = slot.shape[::-1] if slot.transpose else slot.shape
+  return stored.Stored(shape, dtype, read)
 
 
 def _check_tensors(
@@ -148,8 +175,16 @@ def from_arrays(
   return _assemble(model, shapes, arrays.__getitem__, path)
 
 
-def from_safetensors(directory: pathlib.Path, model: nn.Module) -> Params:
-  """Reads the parameters of a model from the files of a folder."""
+def from_safetensors(
+  directory: pathlib.Path, model: nn.Module, *, lazy: bool = False
+) -> Params:
+  """Reads the parameters of a model from the files of a folder.
+
+  Args:
+    directory: with the files.
+    model: whose parameters they are.
+    lazy: whether they stay there until they are placed, as `stored.Stored`.
+  """
   import safetensors
 
   shapes, files = {}, {}
@@ -162,8 +197,14 @@ def from_safetensors(directory: pathlib.Path, model: nn.Module) -> Params:
       for name in file.keys():  # noqa: SIM118 (it is not a mapping).
         shapes[name] = tuple(file.get_slice(name).get_shape())
         files[name] = file
+    if lazy:
+      stack.pop_all()  # What is read later keeps the files open.
     return _assemble(
-      model, shapes, lambda name: files[name].get_tensor(name), directory
+      model,
+      shapes,
+      lambda name: files[name].get_tensor(name),
+      directory,
+      part=(lambda name: files[name].get_slice(name)) if lazy else None,
     )
 
 
