@@ -89,6 +89,7 @@ def load(
   remat: bool = False,
   tokenizer: bool = True,
   step: int | None = None,
+  lazy: bool = False,
 ) -> LanguageModel:
   """Loads a model by name.
 
@@ -105,6 +106,8 @@ def load(
     remat: whether the backward pass recomputes each layer.
     tokenizer: whether to load the tokenizer as well.
     step: which checkpoint of a workdir; None is the latest.
+    lazy: whether the weights of a Hugging Face directory stay there until
+      `meshes.place` reads what each device gets, as `stored.Stored`.
 
   Returns:
     The model, with parameters as numpy arrays on the host.
@@ -114,7 +117,8 @@ def load(
       of a supported type with exactly the expected tensors.
   """
   settings = configs.settings(dtype, param_dtype, remat)
-  return LanguageModel(*_load(name, settings, tokenizer, step, "policy"))
+  found = _load(name, settings, tokenizer, step, "policy", lazy)
+  return LanguageModel(*found)
 
 
 def load_classifier(
@@ -379,6 +383,7 @@ def _load(
   tokenizer: bool,
   step: int | None,
   entry: str,
+  lazy: bool = False,
 ) -> tuple[nn.Module, Params, Any | None, str, str | None]:
   """Does what `load` and `load_classifier` share.
 
@@ -389,6 +394,7 @@ def _load(
     step: of a workdir.
     entry: of a checkpoint's parameters: "policy" for language models,
       "reward_model" for classifiers.
+    lazy: see `load`.
 
   Returns:
     Model, parameters, tokenizer, source and directory.
@@ -416,7 +422,7 @@ def _load(
     elif kind == "workdir":
       params = weights.from_checkpoint(path, model, step, entry)
     else:
-      params = weights.from_safetensors(path, model)
+      params = weights.from_safetensors(path, model, lazy=lazy)
   if plan is not None:
     params = planning.shapes(weights.shapes(model))
   if text is not None:

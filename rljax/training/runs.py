@@ -255,7 +255,8 @@ class Run:
       "optimizer": optimizer.init(params),
       **more,
     }
-    state = jax.eval_shape(make, params)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    state = jax.eval_shape(make, jax.tree.map(like, params))
     self._state_shardings = meshes.shardings(state, rules, self.mesh)
 
   def compile(
