@@ -29,8 +29,6 @@ import numpy as np
 from absl import flags
 
 from rljax import cli
-from rljax.evaluation import answers
-from rljax.evaluation import held_out as held_out_lib
 from rljax.generation import rollouts
 from rljax.losses import preference
 from rljax.models import hf
@@ -144,7 +142,7 @@ def main():
   policy, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer, join=True)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)
-  score, answer, dev = cli.load_selection(FLAGS, loaded, run.mesh)
+  selection = cli.load_selection(FLAGS, loaded, run)
 
   # Which replies are compared: M comparisons of K, the best one first. PRO
   # wants logits, and a cache holds rewards that are not negative.
@@ -278,35 +276,25 @@ def main():
   ref_params = run.place({"policy": loaded.params}, rules) if is_kto else None
   update = run.compile(update, returns_state=True)
 
-  def held_out_metrics(params, ref_params, batch):
+  def held_out_metrics(params, batch, ref_params):
     point = reference_point_of(params, ref_params, batch) if is_kto else None
     return loss_fn(params, batch, point)[1]
 
-  held_out_metrics = run.compile(held_out_metrics, name="held-out loss")
-
-  def evaluate(step):
-    """The dev reward or held-out loss, by which --keep_best selects."""
-    if score is None:
-      metrics_of = lambda rows: held_out_metrics(
-        state["params"], ref_params, run.shard(batch_of(held_out, rows))
-      )
-      num_rows = len(held_out.rows)
-      metrics = held_out_lib.means(metrics_of, num_rows, FLAGS.batch_size)
-      run.keep_best(step, -metrics["eval/loss"], state["params"])
-      return metrics
-    rows = answers.evaluate(answer, state["params"]["policy"], score)
-    run.evaluated(step, rows)
-    run.samples(step, rows)
-    metrics = answers.means(rows, prefix="dev/")
-    run.keep_best(step, metrics["dev/reward"], state["params"])
-    return metrics | answers.wording(rows, prefix="dev/")
+  selection.by_loss(
+    held_out_metrics,
+    lambda rows: batch_of(held_out, rows),
+    len(held_out.rows),
+    ref_params,
+  )
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note("\n".join(compared.notes))
-    run.has_read(log, *dev)
-    for step in run.steps(freeze=[update, answer or held_out_metrics]):
+    run.has_read(log, *selection.dev)
+    for step in run.steps(freeze=[update, selection.program]):
       # Row `step` of the metrics is about the policy after `step` updates.
-      metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
+      metrics = {}
+      if step % FLAGS.eval_every == 0:
+        metrics = selection.evaluate(step, state["params"])
       started = time.perf_counter()
       drawn = batches.batch_indices(
         len(compared.rows), FLAGS.batch_size, step, seed=FLAGS.seed
@@ -319,8 +307,9 @@ def main():
       run.log(step, metrics)
       run.save(step + 1, state)
     if run.is_complete:
-      run.log(FLAGS.steps, evaluate(FLAGS.steps))
-      run.summarise(**cli.summary_options(FLAGS, score))
+      last = selection.evaluate(FLAGS.steps, state["params"])
+      run.log(FLAGS.steps, last)
+      selection.summarise()
   return run.exit_status
 
 
