@@ -215,6 +215,7 @@ def main():
         batch = batches.supervised_batch(
           [pairs[i] for i in chosen], num_rows=FLAGS.batch_size, **shape
         )
+        part.check_learner(gradients, state["params"], batch)
         state, metrics = update(
           state, run.shard(batch), jnp.float32(rates(step))
         )

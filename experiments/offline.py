@@ -230,6 +230,8 @@ def main():
     optimizer=transform,
   )
   update = run.compile(update, returns_state=True)
+  first = batch_of(draws.draw(FLAGS.batch_size, 0))
+  run.check_learner(gradients, state["params"], first)
 
   def weigh(params, batch):
     """What multiplies the gradient of each token, with the penalty."""
