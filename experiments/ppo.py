@@ -181,11 +181,12 @@ def main():
 
   def loss_fn(params, batch, kl_coef):
     rollout = batch["rollout"]
-    mask, old_log_probs = rollout.response_mask, batch["old_log_probs"]
+    mask, old = rollout.response_mask, batch["old_log_probs"]
     statistics, hidden, values = forward(params, rollout)
+    new = statistics.log_probs
     policy_loss, metrics = ppo.clipped_policy_loss(
-      statistics.log_probs,
-      old_log_probs,
+      new,
+      old,
       batch["advantages"],
       mask,
       clip_epsilon=FLAGS.clip_epsilon,
@@ -205,13 +206,9 @@ def main():
       spread, _ = batch_entropy(params, hidden, mask)
       loss -= FLAGS.batch_entropy_coef * spread
     if FLAGS.kl == "old":
-      loss += kl_coef * ppo.kl_from_old(
-        statistics.log_probs, old_log_probs, mask
-      )
+      loss += kl_coef * ppo.kl_from_old(new, old, mask)
     if FLAGS.ratio_guard:
-      loss *= ppo.ratio_guard(
-        statistics.log_probs, old_log_probs, mask, threshold=FLAGS.ratio_guard
-      )
+      loss *= ppo.ratio_guard(new, old, mask, threshold=FLAGS.ratio_guard)
     return loss, {"loss": loss, **metrics, **value_metrics}
 
   # Means are over tokens: a micro-batch weighs by its share of them. The ratio
@@ -243,8 +240,12 @@ def main():
         kl_coef=state["kl"].coef,
         kind=FLAGS.kl_estimator,
       )
-      token_rewards += penalty
-      metrics |= drift
+      token_rewards, metrics = token_rewards + penalty, metrics | drift
+    metrics["reward/with_kl"] = token_rewards.sum(axis=1).mean()
+    if FLAGS.whiten_rewards:  # Their mean stays.
+      token_rewards = masking.masked_whiten(
+        token_rewards, mask, shift_mean=False
+      )
     token_advantages, returns = advantages.gae(
       token_rewards,
       values,
@@ -255,8 +256,7 @@ def main():
     if FLAGS.whiten_advantages:
       token_advantages = masking.masked_whiten(token_advantages, mask)
     metrics |= rollouts.metrics(rollout, old) | {
-      "reward/with_kl": token_rewards.sum(axis=1).mean(),
-      "values/mean": masking.masked_mean(values, mask),
+      "values/mean": masking.masked_mean(values, mask)
     }
     batch = {
       "rollout": rollout,

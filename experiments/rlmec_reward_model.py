@@ -53,7 +53,7 @@ cli.define_sampler(
   top_p=0.95,
   sample_batch_size=64,
 )
-cli.define_rewriting("compact", locate=True)
+cli.define_rewriting("compact", locate=True, teacher=True)
 cli.define_random_model(hidden_size=64, num_layers=3, max_positions=128)
 cli.define_batches(32, text="Records of an update.", micro_batches=False)
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
@@ -322,7 +322,7 @@ def main():
 def load_teacher(task, run):
   """Who rewrites the wrong samples of the policy."""
   if FLAGS.teacher != "model":
-    return rewriters.of_teacher(FLAGS.teacher, task)
+    return rewriters.of_teacher(FLAGS.teacher, task, FLAGS.teacher_seconds)
   return rewriters.of_model(
     run.place_model(hf.load(FLAGS.teacher_model, dtype=FLAGS.dtype)),
     "instruction",

@@ -80,7 +80,7 @@ from rljax.cli import entry
 
 cli.define_run(steps=8, eval_every=2)
 cli.define_batches(16, minibatches=True)
-cli.define_task("arithmetic")
+cli.define_task()
 flags.DEFINE_string("policy", "", "A model that nobody loads.")
 cli.define_sampler(max_length=4, online=True)
 cli.define_optimizer(1e-3)
@@ -301,7 +301,8 @@ SAME_NAMES = {
 NO_PATHS = {
   *("arm", "bad_tag", "good_tag", "k", "mesh", "metrics", "new_vs", "split"),
   *("reward_template", "reward_terms", "reward_transform", "stop_strings"),
-  *("task", "title", "wandb_project"),
+  *("run_name", "run_tags", "solution_column", "stop_tokens", "system_prompt"),
+  *("task", "template_options", "title", "wandb_project"),
 }
 
 

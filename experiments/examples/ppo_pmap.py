@@ -38,7 +38,7 @@ from rljax.generation import rollouts
 from rljax.losses import entropy, ppo
 from rljax.models import heads, hf
 from rljax.ops import advantages, masking, rewards, sampling
-from rljax.storage import checkpoint
+from rljax.storage import checkpoint, locks
 from rljax.text import batches, keywords, prompts, tokens
 from rljax.training import guards, logs, optimizers
 
@@ -123,6 +123,7 @@ def main():
       f"{FLAGS.batch_size}."
     )
   checkpoint.prepare_workdir(FLAGS.workdir)
+  lock = locks.take(FLAGS.workdir)
   if os.path.exists(os.path.join(FLAGS.workdir, "checkpoints")):
     raise ValueError(
       f"--workdir={FLAGS.workdir} holds a run, and this example does not "
@@ -294,6 +295,7 @@ def main():
   state = {"params": jax.tree.map(lambda x: x[0], params)}
   with checkpoint.Checkpoints(FLAGS.workdir) as checkpoints:
     checkpoints.save(FLAGS.steps, state, {"step": FLAGS.steps})
+  lock.close()
 
 
 if __name__ == "__main__":

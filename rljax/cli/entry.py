@@ -9,7 +9,7 @@ import numpy as np
 from absl import app, flags
 
 from rljax.cli import terminal
-from rljax.storage import paths
+from rljax.storage import calls, paths
 from rljax.training import guards, preflight
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -19,10 +19,11 @@ PATHS = frozenset(
   (
     *("workdir", "compilation_cache", "stages", "cache", "output", "corpus"),
     *("data", "dev_data", "eval_data", "value_data", "samples"),
-    *("new_vs_samples", "labels", "profile_file"),
+    *("new_vs_samples", "labels", "solutions", "profile_file"),
+    *("task", "rewards"),
     *("policy", "policies", "reference", "base", "critic", "frozen"),
-    *("reward_model", "rerank_model", "teacher_model", "teacher"),
-    *("task_options", "score_options", "example_options"),
+    *("reward_model", "rerank_model", "teacher_model", "teacher", "rewards"),
+    *("task_options", "score_options", "example_options", "solutions"),
   )
 )
 
@@ -45,6 +46,9 @@ def run(main: Callable[[], int | None]) -> None:
     try:
       check(values, argv[1:])
       return main()
+    except calls.Ended as error:
+      print("Stopped by a signal; everything so far is saved.", flush=True)
+      return error.exit_status
     except (OSError, *_STOPPED) as error:
       if isinstance(error, OSError) and not isinstance(error, paths.DiskError):
         if not paths.is_full_or_closed(error):

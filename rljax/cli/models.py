@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import flags
 
-from rljax.models import hf
+from rljax.models import fresh, hf
 from rljax.training import runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -116,7 +116,7 @@ def define_random_model(
   flags.DEFINE_enum(
     "family",
     "gpt2",
-    ["gpt2", "llama"],
+    fresh.FAMILIES,
     "Architecture of a model that starts from random weights.",
   )
   for name, default, text in (

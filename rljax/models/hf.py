@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from rljax.distributed import planning
 from rljax.models import (
@@ -127,8 +128,8 @@ def load_classifier(
 ) -> Classifier:
   """Loads a classifier of texts, such as a reward model, by name.
 
-  These are the `...ForSequenceClassification` models of transformers: BERT,
-  DistilBERT and RoBERTa, and the types of language models that `load` reads.
+  These are the `...ForSequenceClassification` models of transformers: BERT and
+  its kin, and the types of language models that `load` reads.
 
   Args:
     name: a Hugging Face directory, a workdir whose checkpoints hold a
@@ -240,7 +241,8 @@ def partition_rules(
     mesh: from `meshes.make`.
 
   Returns:
-    (path pattern, PartitionSpec) pairs for `meshes.shardings`.
+    (path pattern, PartitionSpec) pairs for `meshes.shardings`. A vocabulary
+    that `tensor` does not divide is split by the width of its rows instead.
 
   Raises:
     ValueError: if the model's heads do not divide over the devices of `tensor`,
@@ -264,7 +266,18 @@ def partition_rules(
         f"the {num_devices} devices of tensor; change tensor in --mesh to "
         f"{' or '.join(sizes)}."
       )
-  return families.of(model).partition_rules
+  rules = families.of(model).partition_rules
+  if config.vocab_size % num_devices == 0:
+    return rules
+  # An odd vocabulary, such as GPT-2's 50,257: split the width of its rows.
+  return (
+    (
+      r"(embed_tokens|wte|word_embeddings)/embedding$",
+      PartitionSpec(None, ("fsdp", "tensor")),
+    ),
+    (r"lm_head/kernel$", PartitionSpec(("fsdp", "tensor"), None)),
+    *rules,
+  )
 
 
 def save(

@@ -39,6 +39,7 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.storage import calls, checkpoint, locks, paths
+from rljax.storage import rows as rows_lib
 from rljax.training import (
   announce,
   guards,
@@ -64,7 +65,8 @@ def start(
   Joins the processes, sets the compilation cache, takes the workdir with its
   lock, holds the flags against those that the run there began with, and makes
   the mesh. Reads flags that `cli.define_run` defines. Flags that may differ
-  when a run is started again carry the attribute `may_change`.
+  when a run is started again carry the attribute `may_change`, those that may
+  only grow `may_grow`; see `longer.check`.
 
   Args:
     values: the absl flags of the script.
@@ -439,10 +441,11 @@ class Run:
       stack.enter_context(self.signals())
       try:
         yield self
-      except (checkpoint.Stopped, calls.CallError):
+      except (checkpoint.Stopped, calls.CallError) as error:
         # The next step asked a function of the user's, for an answer that
         # does not come: those before it are not lost.
         self._save_latest()
+        self._file_answers(error.rows)
         raise
 
   def file_flags(self) -> None:
@@ -608,6 +611,14 @@ class Run:
     if guards.first_not_finite(self._latest[1]) is None:
       self._checkpoints.save(*self._latest)
 
+  def _file_answers(self, rows):
+    """Files what a batch asked and was answered before it failed."""
+    if rows and processes.is_first():
+      answered = rows_lib.Appender(os.path.join(self.workdir, "answered.jsonl"))
+      strict = (logs.strict(dict(row)) for row in rows)
+      answered.write("".join(json.dumps(row) + "\n" for row in strict))
+      answered.close()
+
   def _check_finite(self, tree, what):
     if (bad := guards.first_not_finite(tree)) is not None:
       raise guards.NotFinite(f"{what}: {bad} is not finite.")
@@ -734,9 +745,14 @@ class Run:
     preflight.enforce(checks, mode)
     self._is_checked.append(True)
 
-  def watch(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Ends a run that metrics show to be lost; see `guards.Watch.look`."""
+  def watch(self, step: int, metrics: Mapping[str, Any]) -> bool:
+    """Ends a run that metrics show to be lost; see `guards.Watch.look`.
+
+    Returns:
+      Whether the last update was applied.
+    """
     self._watch.look(step, metrics)
+    return self._watch.skipping_since is None
 
   def note(self, text: str) -> None:
     """Prints a line above the progress line, or once that is there."""
@@ -893,6 +909,10 @@ class Run:
     """Writes and prints a summary of the script's own; see `logs.Logs`."""
     self._wait()
     self._log.summary(values, title=self._with_best(title), **options)
+    if not options and processes.is_first():  # What it was made of is done.
+      scores = pathlib.Path(self.workdir, rows_lib.SCORES)
+      for path in (scores, scores.with_suffix(".json")):
+        path.unlink(missing_ok=True)
 
   def _with_best(self, title):
     """Adds to the title of a summary of the last step which one is best."""

@@ -1,8 +1,10 @@
 """Tests of samplers: prompts in, texts out, however they are batched."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import io
 import pathlib
 import tempfile
 import types
@@ -12,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from absl.testing import parameterized
 
 from rljax.distributed import meshes
 from rljax.evaluation import answers
 from rljax.generation import rollouts, samplers
 from rljax.ops import sampling
+from rljax.storage import calls
 from rljax.tasks import arithmetic, word_lists
 from rljax.text import asked, batches, files, prompts, tokens
-from tests import stand_in, tiny
+from tests import conftest, stand_in, tiny
 from tests.generation import grammars_test
 
 pytest.importorskip("tokenizers")
@@ -824,6 +828,51 @@ class CollectTest(parameterized.TestCase):
     self.assertEqual(self.collect(), whole)
     self.assertEqual(self.asked, [])
 
+  @parameterized.parameters(0, 2, 3, 5)
+  def test_what_was_scored_before_an_error_is_kept(self, num_scored):
+    whole = self.collect()
+    content = self.path.read_bytes()
+    self.path.unlink()
+    self.asked = []
+    batches = []
+
+    def fail(prompts, replies):
+      """Answers a part of the second batch."""
+      batches.append(len(prompts))
+      if len(batches) != 2:
+        return self.score(prompts, replies)
+      scores, parts = self.score(prompts[:num_scored], replies[:num_scored])
+      done = list(zip(scores, parts, strict=True))
+      raise calls.CallError("no answer.", done)
+
+    fail.source = "each by itself"
+    responder = _responder(settings=SAMPLED, batch_size=2, num_samples=3)
+    arguments = self.path, responder, self.params, PROMPTS, fail
+    with self.assertRaisesRegex(
+      calls.CallError,
+      f"no answer. {6 + num_scored} responses .*x.jsonl: the same command"
+      if num_scored
+      else "no answer.$",
+    ):
+      samplers.collect(*arguments)
+    self.assertLen(files.read_jsonl(self.path), 6 + num_scored)
+    self.assertEqual(samplers.collect(*arguments), whole)
+    self.assertEqual(self.path.read_bytes(), content)
+    self.assertLen(self.asked, 21)  # None twice.
+
+  def test_a_damaged_file_is_set_aside(self):
+    whole = self.collect()
+    content = self.path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    damaged = b"".join([*lines[:6], b"\0\0\n", *lines[7:]])
+    self.path.write_bytes(damaged)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+      self.assertEqual(self.collect(), whole)
+    self.assertRegex(said.getvalue(), "x.jsonl:7: not JSON .*x.jsonl.old1")
+    self.assertEqual(self.path.read_bytes(), content)
+    aside = self.path.with_name("x.jsonl.old1")
+    self.assertEqual(aside.read_bytes(), damaged)
+
   def test_further_draws(self):
     first = self.collect(draw=1)
     self.path.unlink()
@@ -875,6 +924,37 @@ class ProgressTest(parameterized.TestCase):
 
 
 class ReadTest(parameterized.TestCase):
+  def _drawn(self, tokenizer, ids):
+    ids = np.array([ids])
+    prompt = np.array([tokenizer.encode("Once")])
+    return rollouts.Rollout(
+      prompt_ids=prompt,
+      prompt_mask=prompt >= 0,
+      response_ids=ids,
+      response_mask=ids >= 0,
+      log_probs=np.zeros(ids.shape),
+      truncated_log_probs=np.zeros(ids.shape),
+      finished=np.array([True]),
+    )
+
+  def test_cut_where_the_sampler_stopped(self):
+    folder = conftest.shared("data/models/stories260k")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    byte = lambda i: tokenizer.convert_tokens_to_ids(f"<0x{i:02X}>")
+    # A blank in front of the first token, which SentencePiece would take off.
+    for ids, stops, expected in (
+      (encode("upon a"), [" upon"], ""),
+      (encode("upon a"), [], " upon a"),
+      (encode("upon a"), [" a"], " upon"),
+      # Bytes that are no UTF-8, in one run with a stop string and without.
+      ([byte(0xC3), byte(0x0A), byte(0x41)], ["\n"], "\ufffd"),
+      ([byte(0xC3), byte(0xA9), byte(0x0A)], ["\n"], "é"),
+      ([*encode("a"), byte(0x0A), byte(0xFF)], ["\n"], " a"),
+    ):
+      drawn = self._drawn(tokenizer, ids)
+      self.assertEqual(samplers.read(tokenizer, drawn, stops), [expected])
+
   def test_texts(self):
     # "3+4=7" with the end token, "12" cut short, nothing, and "=+".
     ids = [[3, 100, 4, 102, 7, 104], [1, 2, 9, 9, 9, 9], [104] + [9] * 5]
@@ -897,5 +977,8 @@ class ReadTest(parameterized.TestCase):
       (("=", "+4"), ["3", "12", "", ""]),
       (("+4", "="), ["3", "12", "", ""]),
       (("4=7",), ["3+", "12", "", "=+"]),
+      # One that begins first may lie in what another would cut off.
+      (("4=", "+4"), ["3", "12", "", "=+"]),
+      (("+4", "4="), ["3", "12", "", "=+"]),
     ):
       self.assertEqual(samplers.read(NUMBERS, drawn, stops), expected)
