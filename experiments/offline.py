@@ -278,6 +278,7 @@ def main():
       metrics = evaluate(step) if step % eval_every == 0 else {}
       started = time.perf_counter()
       batch = batch_of(draws.draw(FLAGS.batch_size, step))
+      run.check_learner(gradients, state["params"], batch)
       state, learnt = update(state, run.shard(batch))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started

@@ -188,8 +188,7 @@ def main():
   )
   beta = FLAGS.beta or (2.0 if FLAGS.algorithm == "simpo" else 0.1)
 
-  def fold(x):
-    return x.reshape(-1, x.shape[-1])  # [B, K, T] -> [B * K, T]
+  fold = lambda x: x.reshape(-1, x.shape[-1])  # [B, K, T] -> [B * K, T]
 
   def log_probs_of(params, batch):
     names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
@@ -260,10 +259,9 @@ def main():
   transform = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
 
   def update(state, ref_params, batch):
-    params, reference_point = state["params"], None
-    if is_kto:
-      reference_point = reference_point_of(params, ref_params, batch)
-    grads, metrics = gradients(params, batch, reference_point)
+    params = state["params"]
+    point = reference_point_of(params, ref_params, batch) if is_kto else None
+    grads, metrics = gradients(params, batch, point)
     params, optimizer_state, metrics = optimizers.step(
       transform, grads, state["optimizer"], params, metrics
     )
@@ -275,6 +273,11 @@ def main():
   # KTO keeps the reference, for its mismatched pairs are new in every step.
   ref_params = run.place({"policy": loaded.params}, rules) if is_kto else None
   update = run.compile(update, returns_state=True)
+  run.check_learner(
+    *(gradients, state["params"], batch_of(0)),
+    more=lambda batch: (np.float32(0) if is_kto else None,),
+    pads_count=FLAGS.pro_mask == "published",
+  )
 
   def held_out_metrics(params, batch, ref_params):
     point = reference_point_of(params, ref_params, batch) if is_kto else None
