@@ -9,8 +9,8 @@ Half a minute on two CPU cores, after experiments/sft.py has made the reference:
 Rows of the log have two replies or more, or one with its reward, as samples of
 an online run do, of which those to one prompt are compared. Their order, as
 people made it, or their rewards say which is the better one (--order). PRO
-ranks all replies of a row, by raw logits of a reward model, not by sigmoids; the
-others set the best against the worst; KTO learns from each of the two alone.
+ranks all replies of a row, by raw logits of a reward model; the others set the
+best against the worst; KTO learns from each of the two alone.
 
 The policy starts as the reference. The parameters with the best reward on the
 prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>.
