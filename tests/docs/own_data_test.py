@@ -24,7 +24,7 @@ SMALL = {
     *("--steps=2", "--max_length=6", "--num_samples=2", "--eval_every=1"),
     *("--num_eval_prompts=4", "--preflight=off"),
   ),
-  "offline_value": ("--epochs=1", "--num_value_prompts=8"),
+  "offline_value": ("--epochs=1", "--num_value_prompts=8", "--batch_size=4"),
   "offline": ("--steps=2", "--batch_size=4", "--num_dev_prompts=8"),
   "preference": ("--steps=2", "--batch_size=2", "--num_dev_prompts=8"),
 }
