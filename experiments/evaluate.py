@@ -361,7 +361,7 @@ def check_flags(seeds):
       f"for it; got {FLAGS.num_samples} and --metrics={','.join(measured)}.",
     ),
     (
-      is_reasoning and not (FLAGS.stop_at_eos or FLAGS.stop_strings),
+      is_reasoning and not cli.has_end(FLAGS),
       "A response that does not end is never right, and nothing ends one: "
       "give --stop_at_eos or --stop_strings.",
     ),

@@ -34,7 +34,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli, tasks
@@ -185,11 +184,10 @@ def main():
 
   def update(state, batch, learning_rate):
     grads, metrics = gradients(state["params"], batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], state["params"]
+    params, optimizer_state, metrics = optimizers.step(
+      *(transform, grads, state["optimizer"], state["params"], metrics),
+      rate=learning_rate,
     )
-    updates = jax.tree.map(lambda x: learning_rate * x, updates)
-    params = optax.apply_updates(state["params"], updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   run.expect({"policy": base.params}, rules, optimizer=transform)
@@ -220,7 +218,9 @@ def main():
         state, metrics = update(
           state, run.shard(batch), jnp.float32(rates(step))
         )
-        losses = [*losses, float(metrics["nll/loss"])][-50:]
+        part.watch(step, metrics)
+        if np.isfinite(metrics["nll/loss"]):  # Else it was skipped.
+          losses = [*losses, float(metrics["nll/loss"])][-50:]
         part.save(step + 1, state, losses=losses)
     about |= {"fit/steps": num_updates, "fit/loss": np.mean(losses)}
     return state["params"]["policy"], about

@@ -25,7 +25,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 from rljax import cli
@@ -268,18 +267,17 @@ def main():
       params, optimizer_state = carry
       minibatch = microbatch.take(batch, rows, run.rows_sharding)
       grads, metrics = gradients(sizes.num_parts)(params, minibatch)
-      metrics["gradient_norm"] = optax.global_norm(grads)
-      updates, optimizer_state = transform.update(
-        grads, optimizer_state, params
+      params, optimizer_state, metrics = optimizers.step(
+        transform, grads, optimizer_state, params, metrics
       )
-      return (optax.apply_updates(params, updates), optimizer_state), metrics
+      return (params, optimizer_state), metrics
 
     (params, optimizer_state), history = jax.lax.scan(
       update,
       (state["params"], state["optimizer"]),
       microbatch.orders(key, sizes, epochs=FLAGS.epochs),
     )
-    metrics |= microbatch.over_updates(history)
+    metrics |= microbatch.over_updates(history, FLAGS.epochs)
     state = {"params": params, "optimizer": optimizer_state}
     return state, (metrics, batch["advantages"])
 

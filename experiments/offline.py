@@ -9,7 +9,8 @@ and experiments/offline_value.py its values:
     --workdir=runs/a_lol
 
 The policy starts as the reference. The parameters with the best reward on the
-prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>. To try
+prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>; where
+nothing scores new replies, those with the lowest held-out loss. To try
 a method, copy this file and change `weights_of`: what the log-likelihood of
 each logged token is multiplied by.
 
@@ -26,12 +27,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
 from rljax.distributed import meshes
 from rljax.evaluation import answers, token_pages
+from rljax.evaluation import held_out as held_out_lib
 from rljax.generation import rollouts
 from rljax.losses import offline
 from rljax.models import hf
@@ -46,9 +47,10 @@ cli.define_run(
 )
 cli.define_task()
 cli.define_log()
+cli.define_held_out()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_cache()
-cli.define_dev()
+cli.define_dev(needed=False)
 cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
@@ -109,20 +111,21 @@ flags.register_multi_flags_validator(
 )
 FLAGS = flags.FLAGS
 
-COLUMNS = ("offline/loss", "dev/reward", "dev/words", "tokens_per_second")
+COLUMNS = (
+  *("offline/loss", "dev/reward", "dev/words", "eval/loss"),
+  "tokens_per_second",
+)
 
 
 def main():
   run = runs.start(FLAGS)
   sizes = cli.batch_sizes(FLAGS, run.mesh)
-  score = cli.load_scorer(FLAGS, run.mesh, batch_size=FLAGS.sample_batch_size)
-
   # The policy, the log, and the prompts whose replies select parameters.
   loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
   policy, tokenizer = loaded.model, loaded.tokenizer
-  log, dev = cli.read_log(FLAGS, tokenizer), cli.read_dev(FLAGS, tokenizer)
+  log = cli.read_log(FLAGS, tokenizer)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)
-  answer = cli.load_responder(FLAGS, loaded, dev, run.mesh)
+  score, answer, dev = cli.load_selection(FLAGS, loaded, run.mesh)
 
   # What methods weigh by: rewards, advantages `[N, K]` and reference
   # log-probabilities `[N, K, T]` of up to K replies to each of N prompts.
@@ -140,7 +143,7 @@ def main():
   )
   if "rewards" in known:
     logged.check_rewards(known["rewards"])
-  for text in cached.other_scorer(FLAGS.cache, score):
+  for text in cached.other_scorer(FLAGS.cache, score) if score else ():
     run.note(text)
 
   # Which replies are drawn, and how often.
@@ -152,6 +155,10 @@ def main():
       scores, shares, double_weighting=FLAGS.double_weighting
     )
   )
+  held_out = np.flatnonzero(shares * log.is_held_out[:, None])
+  if log.is_held_out.any() and not len(held_out):
+    raise ValueError("No held-out reply can be drawn: give --eval_data.")
+  shares = shares * ~log.is_held_out[:, None]
   draws = batches.PrioritySampler(
     shares.ravel(), seed=FLAGS.seed, replace=FLAGS.replace
   )
@@ -219,11 +226,9 @@ def main():
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], state["params"]
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], state["params"], metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(state["params"], updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -233,6 +238,9 @@ def main():
     optimizer=transform,
   )
   update = run.compile(update, returns_state=True)
+  held_out_metrics = run.compile(
+    lambda params, batch: loss_fn(params, batch)[1], name="held-out loss"
+  )
 
   def weigh(params, batch):
     """What multiplies the gradient of each token, with the penalty."""
@@ -259,7 +267,17 @@ def main():
     )
 
   def evaluate(step):
-    """The dev reward, by which --keep_best selects; replies are filed."""
+    """The dev reward or held-out loss, by which --keep_best selects."""
+    if score is None:
+      metrics = held_out_lib.means(
+        lambda rows: held_out_metrics(
+          state["params"], run.shard(batch_of(held_out[rows]))
+        ),
+        len(held_out),
+        FLAGS.batch_size,
+      )
+      run.keep_best(step, -metrics["eval/loss"], state["params"])
+      return metrics
     rows = answers.evaluate(answer, state["params"]["policy"], score)
     run.evaluated(step, rows)
     run.samples(step, rows)
@@ -274,8 +292,8 @@ def main():
       f"{draws.num_rows} of {log.present.sum()} replies can be drawn; "
       f"{run.total_steps} steps."
     )
-    run.has_read(log, dev)
-    for step in run.steps(freeze=[update, answer, weigh]):
+    run.has_read(log, *dev)
+    for step in run.steps(freeze=[update, answer or held_out_metrics, weigh]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % eval_every == 0 else {}
       started = time.perf_counter()
@@ -288,7 +306,7 @@ def main():
       run.save(step + 1, state)
     if run.is_complete:
       run.log(run.total_steps, evaluate(run.total_steps))
-      run.summarise(prefix="dev/")
+      run.summarise(**cli.summary_options(FLAGS, score))
   return run.exit_status
 
 

@@ -21,7 +21,6 @@ import functools
 import time
 
 import jax
-import optax
 from absl import flags
 
 from rljax import cli
@@ -183,11 +182,12 @@ def main():
 
   def loss_fn(params, batch, kl_coef):
     rollout = batch["rollout"]
-    mask, old_log_probs = rollout.response_mask, batch["old_log_probs"]
+    mask, old = rollout.response_mask, batch["old_log_probs"]
     statistics, hidden, values = forward(params, rollout)
+    new = statistics.log_probs
     policy_loss, metrics = ppo.clipped_policy_loss(
-      statistics.log_probs,
-      old_log_probs,
+      new,
+      old,
       batch["advantages"],
       mask,
       clip_epsilon=FLAGS.clip_epsilon,
@@ -207,13 +207,9 @@ def main():
       spread, _ = batch_entropy(params, hidden, mask)
       loss -= FLAGS.batch_entropy_coef * spread
     if FLAGS.kl == "old":
-      loss += kl_coef * ppo.kl_from_old(
-        statistics.log_probs, old_log_probs, mask
-      )
+      loss += kl_coef * ppo.kl_from_old(new, old, mask)
     if FLAGS.ratio_guard:
-      loss *= ppo.ratio_guard(
-        statistics.log_probs, old_log_probs, mask, threshold=FLAGS.ratio_guard
-      )
+      loss *= ppo.ratio_guard(new, old, mask, threshold=FLAGS.ratio_guard)
     return loss, {"loss": loss, **metrics, **value_metrics}
 
   # Means are over tokens: a micro-batch weighs by its share of them. The ratio
@@ -245,8 +241,12 @@ def main():
         kl_coef=state["kl"].coef,
         kind=FLAGS.kl_estimator,
       )
-      token_rewards += penalty
-      metrics |= drift
+      token_rewards, metrics = token_rewards + penalty, metrics | drift
+    metrics["reward/with_kl"] = token_rewards.sum(axis=1).mean()
+    if FLAGS.whiten_rewards:  # Their mean stays.
+      token_rewards = masking.masked_whiten(
+        token_rewards, mask, shift_mean=False
+      )
     token_advantages, returns = advantages.gae(
       token_rewards,
       values,
@@ -257,8 +257,7 @@ def main():
     if FLAGS.whiten_advantages:
       token_advantages = masking.masked_whiten(token_advantages, mask)
     metrics |= rollouts.metrics(rollout, old) | {
-      "reward/with_kl": token_rewards.sum(axis=1).mean(),
-      "values/mean": masking.masked_mean(values, mask),
+      "values/mean": masking.masked_mean(values, mask)
     }
     batch = {
       "rollout": rollout,
@@ -279,11 +278,10 @@ def main():
       grads, metrics = gradients(sizes.num_parts)(
         params, minibatch, state["kl"].coef
       )
-      updates, optimizer_state = transform.update(
-        grads, optimizer_state, params
+      params, optimizer_state, metrics = optimizers.step(
+        transform, grads, optimizer_state, params, metrics
       )
-      metrics["gradient_norm"] = optax.global_norm(grads)
-      return (optax.apply_updates(params, updates), optimizer_state), metrics
+      return (params, optimizer_state), metrics
 
     (params, optimizer_state), history = jax.lax.scan(
       update,
@@ -298,7 +296,8 @@ def main():
         target=FLAGS.kl_target,
         horizon=FLAGS.kl_horizon,
       )
-    metrics |= microbatch.over_updates(history)
+      metrics["kl/ignored"] = controller.num_ignored
+    metrics |= microbatch.over_updates(history, FLAGS.epochs)
     state = {"params": params, "optimizer": optimizer_state, "kl": controller}
     return state, (metrics, batch["advantages"])
 

@@ -9,11 +9,12 @@ Half a minute on two CPU cores, after experiments/sft.py has made the reference:
 Rows of the log have two replies or more, or one with its reward, as samples of
 an online run do, of which those to one prompt are compared. Their order, as
 people made it, or their rewards say which is the better one (--order). PRO
-ranks all replies of a row, by raw logits of a reward model; the others set the
-best against the worst; KTO learns from each of the two alone.
+ranks all replies of a row, by raw logits of a reward model, not by sigmoids;
+the others set the best against the worst; KTO learns from each alone.
 
 The policy starts as the reference. The parameters with the best reward on the
-prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>.
+prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>. Where
+nothing scores new replies, the best are those with the lowest held-out loss.
 
 Source: see losses/preference.py. DPO and PRO have the settings of Baheti et al.
 (2024), arXiv 2305.14718. Departures: reference log-probabilities are read or
@@ -25,11 +26,11 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
 from rljax.evaluation import answers
+from rljax.evaluation import held_out as held_out_lib
 from rljax.generation import rollouts
 from rljax.losses import preference
 from rljax.models import hf
@@ -41,9 +42,10 @@ from rljax.training import microbatch, optimizers, runs
 cli.define_run(steps=9000, save_every=500, eval_every=900, keep_best=True)
 cli.define_task()
 cli.define_log()
+cli.define_held_out()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_cache()
-cli.define_dev()
+cli.define_dev(needed=False)
 cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
@@ -128,7 +130,8 @@ FLAGS = flags.FLAGS
 
 COLUMNS = (
   *(f"{name}/{metric}" for name in READS for metric in ("loss", "accuracy")),
-  *("dev/reward", "dev/words", "tokens_per_second"),
+  *("dev/reward", "dev/words", "eval/loss", "eval/accuracy"),
+  "tokens_per_second",
 )
 
 
@@ -136,20 +139,19 @@ def main():
   run = runs.start(FLAGS, total_steps=FLAGS.steps)
   sizes = cli.batch_sizes(FLAGS, run.mesh)
   check_flags()
-  score = cli.load_scorer(FLAGS, run.mesh, batch_size=FLAGS.sample_batch_size)
-
   # The policy, the log, and the prompts whose replies select parameters.
   loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
   policy, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer, join=True)
-  dev = cli.read_dev(FLAGS, tokenizer)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)
-  answer = cli.load_responder(FLAGS, loaded, dev, run.mesh)
+  score, answer, dev = cli.load_selection(FLAGS, loaded, run.mesh)
 
   # Which replies are compared: M comparisons of K, the best one first. PRO
   # wants logits, and a cache holds rewards that are not negative.
   is_pro, is_kto = (FLAGS.algorithm == name for name in ("pro", "kto"))
   by_reward, threshold = order() == "reward", FLAGS.kto_threshold
+  if is_kto and all(row.form == "labelled completions" for row in log.rows):
+    threshold = threshold or 0.5  # Their labels are 1 and 0.
   known = cli.load_known(
     FLAGS,
     log,
@@ -164,16 +166,14 @@ def main():
     compared = comparisons.ranked(rows, rewards, all_replies=is_pro)
   else:
     compared = comparisons.singles(rows, rewards, threshold)
+  compared, held_out = compared.split(log.is_held_out)
   compared.check_batch(FLAGS.batch_size)
   if FLAGS.algorithm in ("dpo", "ipo", "kto") and not FLAGS.reference_free:
     known |= cli.load_known(FLAGS, log, loaded, ["ref_log_probs"], run.mesh)
 
-  def batch_of(step):
+  def batch_of(part, drawn):
     """Arrays `[B, K, ...]`; prompts stand before each of their replies."""
-    drawn = batches.batch_indices(
-      len(compared.rows), FLAGS.batch_size, step, seed=FLAGS.seed
-    )
-    rows, candidates = at = compared.rows[drawn, None], compared.ranks[drawn]
+    rows, candidates = at = part.rows[drawn, None], part.ranks[drawn]
     batch = log.batch(*at) | {name: x[at] for name, x in known.items()}
     if is_kto:
       batch["is_desirable"] = (
@@ -181,12 +181,7 @@ def main():
         if threshold is None
         else batch["rewards"] >= threshold
       )
-      # Behind each prompt the replies of the next one, if it is another.
-      following = np.roll(np.arange(len(drawn)), -1)
-      asked = np.array([log.rows[i].prompt for i in rows[:, 0]], object)
-      is_other = (asked != asked[following])[:, None, None]
-      batch["other_ids"] = batch["response_ids"][following]
-      batch["other_mask"] = batch["response_mask"][following] & is_other
+      batch |= comparisons.others(log.rows, rows[:, 0], batch)
     return batch
 
   # What is differentiated.
@@ -271,11 +266,9 @@ def main():
     if is_kto:
       reference_point = reference_point_of(params, ref_params, batch)
     grads, metrics = gradients(params, batch, reference_point)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], params, metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(params, updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -285,8 +278,22 @@ def main():
   ref_params = run.place({"policy": loaded.params}, rules) if is_kto else None
   update = run.compile(update, returns_state=True)
 
+  def held_out_metrics(params, ref_params, batch):
+    point = reference_point_of(params, ref_params, batch) if is_kto else None
+    return loss_fn(params, batch, point)[1]
+
+  held_out_metrics = run.compile(held_out_metrics, name="held-out loss")
+
   def evaluate(step):
-    """The dev reward, by which --keep_best selects; replies are filed."""
+    """The dev reward or held-out loss, by which --keep_best selects."""
+    if score is None:
+      metrics_of = lambda rows: held_out_metrics(
+        state["params"], ref_params, run.shard(batch_of(held_out, rows))
+      )
+      num_rows = len(held_out.rows)
+      metrics = held_out_lib.means(metrics_of, num_rows, FLAGS.batch_size)
+      run.keep_best(step, -metrics["eval/loss"], state["params"])
+      return metrics
     rows = answers.evaluate(answer, state["params"]["policy"], score)
     run.evaluated(step, rows)
     run.samples(step, rows)
@@ -296,12 +303,15 @@ def main():
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note("\n".join(compared.notes))
-    run.has_read(log, dev)
-    for step in run.steps(freeze=[update, answer]):
+    run.has_read(log, *dev)
+    for step in run.steps(freeze=[update, answer or held_out_metrics]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      batch = batch_of(step)
+      drawn = batches.batch_indices(
+        len(compared.rows), FLAGS.batch_size, step, seed=FLAGS.seed
+      )
+      batch = batch_of(compared, drawn)
       state, learnt = update(state, ref_params, run.shard(batch))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
@@ -310,7 +320,7 @@ def main():
       run.save(step + 1, state)
     if run.is_complete:
       run.log(FLAGS.steps, evaluate(FLAGS.steps))
-      run.summarise(prefix="dev/")
+      run.summarise(**cli.summary_options(FLAGS, score))
   return run.exit_status
 
 

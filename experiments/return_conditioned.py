@@ -32,7 +32,6 @@ import os
 import time
 
 import jax
-import optax
 from absl import flags
 
 from rljax import cli, tasks
@@ -271,13 +270,10 @@ def main():
   transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
-    params = state["params"]
-    grads, metrics = gradients(params, batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    grads, metrics = gradients(state["params"], batch)
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], state["params"], metrics
     )
-    params = optax.apply_updates(params, updates)
-    metrics |= {"gradient_norm": optax.global_norm(grads)}
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.

@@ -39,7 +39,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 from rljax import cli
@@ -319,11 +318,9 @@ def main():
       for name in ("rewards", "weights")
     }
     grads, metrics = gradients(state["params"], batch, counts)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], state["params"]
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], state["params"], metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(state["params"], updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.

@@ -28,7 +28,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
@@ -54,7 +53,7 @@ cli.define_sampler(
   top_p=0.95,
   sample_batch_size=64,
 )
-cli.define_rewriting("compact", locate=True)
+cli.define_rewriting("compact", locate=True, teacher=True)
 cli.define_random_model(hidden_size=64, num_layers=3, max_positions=128)
 cli.define_batches(32, text="Records of an update.", micro_batches=False)
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
@@ -234,11 +233,9 @@ def main():
   def update(state, batch):
     params = state["params"]
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], params, metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(params, updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -322,7 +319,7 @@ def main():
 def load_teacher(task, run):
   """Who rewrites the wrong samples of the policy."""
   if FLAGS.teacher != "model":
-    return rewriters.of_teacher(FLAGS.teacher, task)
+    return rewriters.of_teacher(FLAGS.teacher, task, FLAGS.teacher_seconds)
   return rewriters.of_model(
     run.place_model(hf.load(FLAGS.teacher_model, dtype=FLAGS.dtype)),
     "instruction",

@@ -64,7 +64,7 @@ def export(
   flags = _read(place / "flags.json")
   path = directory / "generation_config.json"
   settings = generation_config(flags, loaded.tokenizer)
-  settings = _read(path) | settings
+  settings |= _read(path)  # All end tokens of the model are in there.
   paths.write_whole(path, json.dumps(settings, indent=2) + "\n")
   card = model_card(
     directory.resolve().name, str(source), flags, _read(place / "summary.json")

@@ -301,8 +301,8 @@ SAME_NAMES = {
 NO_PATHS = {
   *("arm", "bad_tag", "good_tag", "k", "mesh", "metrics", "new_vs", "split"),
   *("reward_template", "reward_terms", "reward_transform", "stop_strings"),
-  *("title", "wandb_project", "run_name", "run_tags", "system_prompt"),
-  *("template_options", "solution_column"),
+  *("run_name", "run_tags", "solution_column", "stop_tokens", "system_prompt"),
+  *("task", "template_options", "title", "wandb_project"),
 }
 
 

@@ -346,6 +346,7 @@ class DryRunTest(LaunchTest):
       (["queue"], {}),
       (["create"], {"SHARED": "10.0.0.2:/share"}),
       (["create"], {"SPOT": 0, "PROJECT": "mine"}),
+      (["create", *train[1:]], {}),
       (["setup"], {"SHARED": "10.0.0.2:/share"}),
       (["sync"], {}),
       (["doctor", "--seconds=5"], {}),
@@ -377,6 +378,25 @@ class DryRunTest(LaunchTest):
     status, output = call("bash", LAUNCH / "tpu_vm.sh", "create", **variables)
     self.assertEqual(status, 1)
     self.assertStartsWith(output, f"Set {name}: ")
+
+  def test_tpu_vm_asks_for_nothing_that_does_not_fit(self):
+    """The script is planned by the Python that is to run it."""
+    asked = self.folder / "asked"
+    write_tools(
+      self.folder,
+      {"gcloud": f"touch {asked}", "python": 'echo "python $*" && exit 1'},
+    )
+    path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
+    variables = {k: v for k, v in self.TPU.items() if k != "DRY_RUN"}
+    words = ["create", "--", "python", "experiments/ppo.py", "--steps=2"]
+    status, output = call(
+      "bash", LAUNCH / "tpu_vm.sh", *words, **(variables | {"PATH": path})
+    )
+    self.assertEqual(status, 1)
+    want = "python -m rljax.plan --target=v6e-16 -- experiments/ppo.py"
+    self.assertStartsWith(output, f"{want} --steps=2\n")
+    self.assertIn("The plan for a v6e-16 failed or does not fit", output)
+    self.assertFalse(asked.exists())
 
   def test_tpu_vm_help(self):
     for words in ([], ["fly"]):

@@ -23,6 +23,7 @@ is the one room of the library that knows flags by their names.
 from rljax.cli.data import (
   define_cache,
   define_dev,
+  define_held_out,
   define_lengths,
   define_log,
   define_prompts,
@@ -51,6 +52,7 @@ from rljax.cli.entry import (
 from rljax.cli.learning import (
   batch_sizes,
   define_batches,
+  define_max_skipped,
   define_optimizer,
   optimizer_options,
   schedule_options,
@@ -67,6 +69,7 @@ from rljax.cli.models import (
 from rljax.cli.rewards import (
   define_adaptive_kl,
   define_kl,
+  define_pairwise,
   define_reasoning,
   define_reward_model,
   define_reward_terms,
@@ -74,6 +77,7 @@ from rljax.cli.rewards import (
   load_reward_model,
   load_reward_terms,
   load_scorer,
+  pairwise_options,
   reward_model_options,
   task_scorer,
 )
@@ -90,9 +94,11 @@ from rljax.cli.sampling import (
   define_replies,
   define_sampler,
   define_stop_strings,
+  has_end,
   load_responder,
   sampler_settings,
 )
+from rljax.cli.selection import load_selection, summary_options
 
 # Flags of the groups below whose default, or help, the script chooses. All
 # others are the same in all scripts.
@@ -123,9 +129,12 @@ __all__ = (
   "define_ends",
   "define_kl",
   "define_lengths",
+  "define_held_out",
   "define_log",
   "define_models",
+  "define_max_skipped",
   "define_optimizer",
+  "define_pairwise",
   "define_overlong_penalty",
   "define_preflight",
   "define_prompts",
@@ -143,6 +152,7 @@ __all__ = (
   "encode_options",
   "file_options",
   "length_options",
+  "has_end",
   "load_known",
   "load_like",
   "load_reference",
@@ -150,11 +160,14 @@ __all__ = (
   "load_reward_model",
   "load_reward_terms",
   "load_scorer",
+  "load_selection",
+  "summary_options",
   "load_task",
   "may_change",
   "may_grow",
   "model_options",
   "optimizer_options",
+  "pairwise_options",
   "preset",
   "prompt_format",
   "prompt_options",

@@ -9,10 +9,11 @@ import numpy as np
 from absl import app, flags
 
 from rljax.cli import terminal
-from rljax.storage import paths
-from rljax.training import preflight
+from rljax.storage import calls, paths
+from rljax.training import guards, preflight
 
 _LARGEST = float(np.finfo(np.float32).max)
+_STOPPED = (ValueError, preflight.Refused, guards.NotFinite, guards.Stale)
 # Flags that hold paths, or texts with paths in them.
 PATHS = frozenset(
   (
@@ -21,8 +22,8 @@ PATHS = frozenset(
     *("new_vs_samples", "labels", "solutions", "profile_file"),
     *("task", "rewards"),
     *("policy", "policies", "reference", "base", "critic", "frozen"),
-    *("reward_model", "rerank_model", "teacher_model", "teacher"),
-    *("task_options", "score_options", "example_options"),
+    *("reward_model", "rerank_model", "teacher_model", "teacher", "rewards"),
+    *("task_options", "score_options", "example_options", "solutions"),
   )
 )
 
@@ -31,10 +32,10 @@ def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs a script's main function, and exits.
 
   A flag that cannot be parsed, a word that is no flag, a number that is not
-  finite, a path that is none of this machine, a disk that is full, and a
-  ValueError of the script are one line on standard error, and the exit status
-  is 1; `--verbosity=1` shows where the error came from. A path that begins with
-  ~ is expanded.
+  finite, a path that is none of this machine, a disk that is full, a ValueError
+  of the script, and a run that its checks have ended, are one line on standard
+  error, and the exit status is 1; `--verbosity=1` shows where the error came
+  from. A path that begins with ~ is expanded.
 
   Args:
     main: takes nothing, and returns the exit status.
@@ -45,7 +46,10 @@ def run(main: Callable[[], int | None]) -> None:
     try:
       check(values, argv[1:])
       return main()
-    except (ValueError, OSError, preflight.Refused) as error:
+    except calls.Ended as error:
+      print("Stopped by a signal; everything so far is saved.", flush=True)
+      return error.exit_status
+    except (OSError, *_STOPPED) as error:
       if isinstance(error, OSError) and not isinstance(error, paths.DiskError):
         if not paths.is_full_or_closed(error):
           raise

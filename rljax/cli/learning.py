@@ -4,6 +4,7 @@ from typing import Any
 
 from absl import flags
 
+from rljax.cli import entry
 from rljax.distributed import meshes
 from rljax.training import microbatch, optimizers
 
@@ -154,6 +155,19 @@ def define_optimizer(
     "Norm to which a larger gradient is cut; 0 cuts none.",
     lower_bound=0.0,
   )
+  define_max_skipped()
+
+
+def define_max_skipped() -> None:
+  """Defines when a run ends whose updates are not finite."""
+  flags.DEFINE_integer(
+    "max_skipped",
+    20,
+    "Updates in a row that are skipped, because a loss, a gradient or a new "
+    "parameter is not finite, before the run stops; 0 stops at the first.",
+    lower_bound=0,
+  )
+  entry.may_change("max_skipped")
 
 
 def optimizer_options(values: flags.FlagValues) -> dict[str, Any]:

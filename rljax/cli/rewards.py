@@ -8,7 +8,7 @@ from absl import flags
 from rljax.cli import entry
 from rljax.models import hf
 from rljax.rlmec import prompts as rewriting
-from rljax.scoring import reward_terms, scorers
+from rljax.scoring import kept, reward_terms, scorers
 from rljax.text import keywords, steps
 
 # Flags that are defined below belong to the script that calls the group.
@@ -20,6 +20,14 @@ def define_rewards() -> None:
 
   `define_task` does so where responses are scored.
   """
+  flags.DEFINE_float(
+    "score_seconds",
+    120.0,
+    "Seconds that scoring a response by --task may take, and a batch that is "
+    "scored at once that many times its responses; 0: no limit.",
+    lower_bound=0.0,
+  )
+  entry.may_change("score_seconds")
   flags.DEFINE_list(
     "rewards",
     [],
@@ -98,7 +106,7 @@ def task_scorer(
     )
   if task is None and "reward_terms" in values:
     return load_reward_model(values, mesh, batch_size=values.batch_size)
-  return scorers.of_task(task, values.score_options)
+  return scorers.of_task(task, values.score_options, values.score_seconds)
 
 
 def define_reward_model(text: str = "") -> None:
@@ -176,6 +184,8 @@ def load_scorer(
 ) -> scorers.Scorer:
   """Returns what scores responses: --rewards, --reward_model or --task.
 
+  In scripts without checkpoints it keeps what it was told; see `kept.scorer`.
+
   Args:
     values: parsed flags.
     mesh: from `meshes.make`.
@@ -189,15 +199,24 @@ def load_scorer(
       raise ValueError(
         "--rewards and --reward_model both score the responses: give one."
       )
-    return task_scorer(values, None)
-  return scorers.scorer(
+    return _kept(values, task_scorer(values, None))
+  score = scorers.scorer(
     values.task,
     keywords.parse(values.score_options),
     values.reward_model,
+    seconds=values.score_seconds,
     **reward_model_options(values),
     batch_size=batch_size,
     mesh=mesh,
   )
+  return _kept(values, score)
+
+
+def _kept(values, score):
+  """Lets scripts without checkpoints keep what a scorer has told them."""
+  if "save_every" in values:
+    return score
+  return kept.scorer(score, values.workdir)
 
 
 def define_reward_terms() -> None:
@@ -219,6 +238,12 @@ def define_reward_terms() -> None:
     "step_reward_limit",
     0.5,
     "Most that the lines of a response earn, for the reward term steps.",
+  )
+  flags.DEFINE_bool(
+    "whiten_rewards",
+    False,
+    "Whether rewards, KL penalties among them, are divided by their standard "
+    "deviation over the tokens of a step; their mean stays.",
   )
   flags.DEFINE_float(
     "step_coef", 1.0, "Scale of the reward term dense_reward_model."
@@ -319,13 +344,25 @@ def define_reasoning() -> None:
   )
 
 
-def define_rewriting(template: str, *, locate: bool | None) -> None:
+def define_rewriting(
+  template: str, *, locate: bool | None, teacher: bool = False
+) -> None:
   """Defines how a generative reward model is asked for rewrites.
 
   Args:
     template: default of --template; "": as the model was trained.
     locate: default of --locate; None: likewise.
+    teacher: whether a teacher is asked, too.
   """
+  if teacher:
+    flags.DEFINE_float(
+      "teacher_seconds",
+      600.0,
+      "Seconds that a rewrite by --teacher may take, if that is a function; 0: "
+      "no limit.",
+      lower_bound=0.0,
+    )
+    entry.may_change("teacher_seconds")
   flags.DEFINE_string(
     "stages",
     "",
@@ -355,6 +392,30 @@ def define_rewriting(template: str, *, locate: bool | None) -> None:
     "included; longer ones are left out.",
     lower_bound=1,
   )
+
+
+def define_pairwise() -> None:
+  """Defines the margins and the centre of a loss of comparisons."""
+  for name, text in (
+    ("margin", "Score by which the better of two replies is to lead; 0: none."),
+    (
+      "reward_margin",
+      "Further score by which it is to lead, for each unit of the difference "
+      "of the replies' rewards; 0: none.",
+    ),
+    (
+      "center_coef",
+      "Weight of the squared sum of the two scores, which draws them to a mean "
+      "of 0, such as 0.01; 0: the loss leaves their level open.",
+    ),
+  ):
+    flags.DEFINE_float(name, 0.0, f"{text} For --loss=pairwise.", 0)
+
+
+def pairwise_options(values: flags.FlagValues) -> dict[str, float]:
+  """Returns keyword arguments of `supervised.pairwise_loss`."""
+  names = ("margin", "reward_margin", "center_coef")
+  return {name: values[name].value for name in names}
 
 
 def define_kl(

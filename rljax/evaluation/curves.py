@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from rljax.storage import paths
+from rljax.storage import rows as rows_lib
 
 Path = str | os.PathLike[str]
 Panels = Mapping[str, Sequence[str]]
@@ -104,20 +105,12 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
   Returns:
     For each metric its steps `[N]` int64 and values `[N]` float64, in order of
-    step. Nulls are left out, and so is an incomplete last line.
+    step. What is no number is left out, and so are lines that cannot be read.
   """
   found = {}
-  try:
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-  except FileNotFoundError:
-    return {}
-  for line in text.split("\n"):
-    try:
-      row = json.loads(line)
-    except ValueError:
-      continue
+  for row in rows_lib.readable(path):
     for name, value in row.items():
-      if name != "step" and value is not None:
+      if name != "step" and isinstance(value, (int, float)):
         found.setdefault(name, {})[row["step"]] = value
   series = {}
   for name, values in found.items():

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.models import products
 from rljax.ops import log_probs, sampling
 
 Array = chex.Array
@@ -160,6 +161,7 @@ def sample(
   forced: Array | None = None,
   constraint: Any = None,
   split_cache: Callable[[Any], Any] | None = None,
+  split_logits: Callable[[Array], Array] | None = None,
   pad_id: int = 0,
 ) -> Samples:
   """Draws `num_samples` responses to each prompt.
@@ -201,6 +203,8 @@ def sample(
       those of the constrained policy.
     split_cache: keeps the keys and values sharded over a mesh, see
       `meshes.cache_splitter`; None leaves that to the compiler.
+    split_logits: likewise for the logits `[N, V]`, see
+      `meshes.logits_splitter`.
     pad_id: what stands after the end.
 
   Returns:
@@ -225,8 +229,8 @@ def sample(
     chex.assert_rank(forced, 1)
   if constraint is not None:
     constraint = constraint.repeat(num_samples)
-  if split_cache is None:
-    split_cache = lambda cache: cache
+  split_cache = split_cache or (lambda cache: cache)
+  split_logits = split_logits or (lambda logits: logits)
   advance = functools.partial(
     _advance,
     keys=row_keys(key, prompt_indices, num_samples),
@@ -240,7 +244,7 @@ def sample(
     lengths=lengths,
     pad_id=pad_id,
   )
-  apply = functools.partial(model.apply, {"params": params})
+  apply = functools.partial(model.apply, {"params": _narrowed(model, params)})
 
   # The first token comes from the prompts' last column, once per prompt.
   hidden, cache = apply(
@@ -248,7 +252,7 @@ def sample(
   )
   cache = split_cache(cache)
   logits = apply(hidden[:, -1], method="logits")  # [B, V]
-  logits = jnp.repeat(logits, num_samples, axis=0)
+  logits = split_logits(jnp.repeat(logits, num_samples, axis=0))
   state = _start((num_rows, max_length), logits.shape[-1], constraint, pad_id)
   state = advance(0, state, logits)
 
@@ -261,7 +265,7 @@ def sample(
     step, state, cache = carry
     hidden, cache = apply(state["tokens"], cache, method="decode")
     cache = split_cache(cache)
-    logits = apply(hidden, method="logits")  # [N, V]
+    logits = split_logits(apply(hidden, method="logits"))  # [N, V]
     return step + 1, advance(step, state, logits), cache
 
   if max_length > 1:
@@ -274,6 +278,15 @@ def sample(
     finished=state["finished"],
     allowed=state.get("allowed"),
   )
+
+
+def _narrowed(model: Any, params: Any) -> Any:
+  """Converts parameters to the compute dtype once, rather than every step."""
+  config = getattr(model, "config", None)
+  if not hasattr(config, "dtype"):
+    return params
+  wide = getattr(model, "wide_parameters", ())
+  return products.narrowed(params, config.dtype, wide)
 
 
 def _check_request(

@@ -1,8 +1,8 @@
 """Classifiers of texts on a causal backbone, reward models among them.
 
-They are the `...ForSequenceClassification` models of transformers for GPT-2,
-Llama, Mistral, Qwen2 and Qwen3: a decoder without its output layer, and a
-linear layer that reads the hidden state of the last real token.
+They are the `...ForSequenceClassification` models of transformers for the
+families of `MODEL_TYPES`: a decoder without its output layer, and a linear
+layer that reads the hidden state of the last real token.
 """
 
 import dataclasses
@@ -12,20 +12,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from rljax.models import decoder, gpt2, heads, llama
+from rljax.models import fields, heads, language_models
 
 Array = jax.Array
 
 # Where parameters live on a mesh: the first pattern that a path contains.
-PARTITION_RULES = (*gpt2.PARTITION_RULES[:-1], *decoder.PARTITION_RULES)
+PARTITION_RULES = language_models.PARTITION_RULES
 
+# Names of transformers that do not end as those of most language models do.
 _ARCHITECTURES = {
   "gpt2": "GPT2ForSequenceClassification",
-  "llama": "LlamaForSequenceClassification",
-  "mistral": "MistralForSequenceClassification",
-  "qwen2": "Qwen2ForSequenceClassification",
-  "qwen3": "Qwen3ForSequenceClassification",
+  "gemma3_text": "Gemma3TextForSequenceClassification",
 }
+# transformers has no classifier of Granite.
+MODEL_TYPES = tuple(t for t in language_models.CONFIGS if t != "granite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CausalClassifierConfig:
     problem_type: kept for `to_hf`; what transformers trains it for.
   """
 
-  backbone: gpt2.GPT2Config | decoder.DecoderConfig
+  backbone: language_models.Config
   labels: tuple[str, ...] = ("LABEL_0",)
   problem_type: str | None = None
 
@@ -75,8 +75,7 @@ class CausalClassifierConfig:
     """Reads the content of a config.json.
 
     Args:
-      config: the fields, with `model_type` gpt2, llama, mistral, qwen2 or
-        qwen3.
+      config: the fields, with a `model_type` of `MODEL_TYPES`.
 
     Returns:
       The settings, with the backbone's `dtype`, `param_dtype` and `remat` at
@@ -86,10 +85,14 @@ class CausalClassifierConfig:
       ValueError: if a field is missing or asks for what is not implemented;
         the message names the field.
     """
-    is_gpt2 = config.get("model_type") == "gpt2"
-    family = gpt2.GPT2Config if is_gpt2 else llama.LlamaConfig
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+      raise ValueError(
+        f'config field "model_type" must be one of {", ".join(MODEL_TYPES)}, '
+        f"got {model_type!r}."
+      )
     return cls(
-      backbone=family.from_hf(config),
+      backbone=language_models.CONFIGS[model_type].from_hf(config),
       labels=labels_from_hf(config),
       problem_type=config.get("problem_type"),
     )
@@ -100,9 +103,13 @@ class CausalClassifierConfig:
     Returns:
       JSON-serialisable fields.
     """
-    fields = self.backbone.to_hf()
-    fields["architectures"] = [_ARCHITECTURES[fields["model_type"]]]
-    return {**fields, **labels_to_hf(self.labels, self.problem_type)}
+    config = self.backbone.to_hf()
+    model_type, name = config["model_type"], config["architectures"][0]
+    if model_type not in MODEL_TYPES:
+      raise ValueError(f"transformers has no classifier of a {model_type}.")
+    usual = name.replace("ForCausalLM", "ForSequenceClassification")
+    config["architectures"] = [_ARCHITECTURES.get(model_type, usual)]
+    return {**config, **labels_to_hf(self.labels, self.problem_type)}
 
 
 def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -115,11 +122,21 @@ def labels_from_hf(config: Mapping[str, Any]) -> tuple[str, ...]:
   if not names:
     # What transformers leaves out of the file is its default: two labels.
     return default_labels(config.get("num_labels", 2))
-  by_id = {int(id_): str(name) for id_, name in names.items()}
-  if sorted(by_id) != list(range(len(by_id))):
+  if not isinstance(names, Mapping):
+    raise ValueError(
+      f'config field "id2label" must be a JSON object, got '
+      f"{fields.shown(names)}."
+    )
+  ids = [str(id_) for id_ in names]
+  by_id = {
+    int(id_): str(name)
+    for id_, name in zip(ids, names.values(), strict=True)
+    if id_.isdecimal() and len(id_) < 10
+  }
+  if len(by_id) < len(ids) or sorted(by_id) != list(range(len(by_id))):
     raise ValueError(
       'config field "id2label" must number the labels 0, 1, 2, ..., got '
-      f"{', '.join(str(id_) for id_ in names)}."
+      f"{', '.join(ids[:20])}."
     )
   return tuple(by_id[id_] for id_ in range(len(by_id)))
 
@@ -152,13 +169,10 @@ def parameter_names(
     Tensor name -> (path in `params`, whether to transpose). One entry per
     parameter of the model.
   """
-  is_gpt2 = isinstance(config.backbone, gpt2.GPT2Config)
-  family = gpt2 if is_gpt2 else decoder
+  backbone = language_models.parameter_names(config.backbone)
   names = {
     name: (("backbone", *path), transpose)
-    for name, (path, transpose) in family.parameter_names(
-      config.backbone
-    ).items()
+    for name, (path, transpose) in backbone.items()
   }
   names["score.weight"] = (("score", "kernel"), True)
   return names
@@ -171,9 +185,7 @@ class CausalClassifier(nn.Module):
 
   def setup(self):
     c = self.config
-    is_gpt2 = isinstance(c.backbone, gpt2.GPT2Config)
-    family = gpt2.GPT2 if is_gpt2 else decoder.Decoder
-    self.backbone = family(c.backbone)
+    self.backbone = language_models.module(c.backbone)
     self.score = heads.LabelHead(len(c.labels), c.param_dtype)
 
   def __call__(self, ids: Array, mask: Array) -> Array:

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rljax.models import fields
+
 # Our name of a setting -> the field of config.json.
 SIZES = {
   "vocab_size": "vocab_size",
@@ -22,7 +24,7 @@ class Reader:
   """Reads fields of a config.json, with the defaults of its model type.
 
   Attributes:
-    config: the fields as they are.
+    config: the fields, as `fields.checked` returns them.
     defaults: what transformers takes for a field that is not there.
   """
 
@@ -42,17 +44,12 @@ class Reader:
     Raises:
       ValueError: if the model is of another type, or its weights are quantised.
     """
-    self.config, self.defaults = config, defaults
-    model_type = config.get("model_type")
+    self.config, self.defaults = fields.checked(config), defaults
+    model_type = self.config.get("model_type")
     if model_type not in model_types:
       raise ValueError(
         f'config field "model_type" must be one of '
         f"{', '.join(model_types)}, got {model_type!r}."
-      )
-    if config.get("quantization_config"):
-      raise ValueError(
-        'config field "quantization_config": quantised weights are not '
-        "supported."
       )
 
   def __getitem__(self, name: str) -> Any:

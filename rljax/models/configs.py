@@ -9,7 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rljax.models import classifier, families
+from rljax.distributed import planning
+from rljax.models import classifier, families, fields, language_models
+from rljax.storage import folders
 
 # How transformers names the architectures that `load_classifier` reads.
 CLASSIFICATION = "ForSequenceClassification"
@@ -29,7 +31,9 @@ def settings(dtype: str, param_dtype: str, remat: bool) -> dict[str, Any]:
 
 def architecture(config: Mapping[str, Any]) -> str | None:
   """Returns the class of transformers that a config.json names, if any."""
-  names = config.get("architectures") or [None]
+  names = config.get("architectures")
+  if not isinstance(names, list) or not names or not isinstance(names[0], str):
+    return None
   return names[0]
 
 
@@ -63,19 +67,36 @@ def build(
   if describes_classifier(config):
     known = families.CLASSIFIERS
   model_type = config.get("model_type")
-  if model_type not in known:
+  if not isinstance(model_type, str) or model_type not in known:
+    shown = fields.shown(model_type).replace("'", '"')
     raise ValueError(
-      f'{path} has the model_type "{model_type}"; supported: '
-      f"{', '.join(known)}."
+      f"{path} has the model_type {shown}; supported: {', '.join(known)}."
     )
-  family = known[model_type]
+  family, config = known[model_type], _at_depth(config)
   try:
-    sizes = family.config.from_hf(config)
+    sizes = family.config.from_hf(fields.checked(config))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   if isinstance(sizes, classifier.CausalClassifierConfig):
     settings = {"backbone": dataclasses.replace(sizes.backbone, **settings)}
-  return family.model(dataclasses.replace(sizes, **settings))
+  sizes = dataclasses.replace(sizes, **settings)
+  if (
+    model_type in language_models.CONFIGS and known is not families.CLASSIFIERS
+  ):
+    return language_models.module(sizes)
+  return family.model(sizes)
+
+
+def _at_depth(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config with as many layers as a plan asks for."""
+  changed = dict(config)
+  for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+    if isinstance(config.get(name), int):
+      changed[name] = planning.num_layers(config[name])
+      kinds = config.get("layer_types")
+      if isinstance(kinds, list) and changed[name] != config[name]:
+        changed["layer_types"] = kinds[: changed[name]]
+  return changed
 
 
 def check_dtype(name: str, dtype: str) -> None:
@@ -85,11 +106,77 @@ def check_dtype(name: str, dtype: str) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON file."""
+  """Reads a JSON object; a byte order mark in front of it is no harm.
+
+  Raises:
+    ValueError: if the file cannot be read, is not UTF-8, is not JSON or holds
+      anything but an object; or if a name stands twice in an object, with
+      different values.
+  """
   try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not JSON: {error}.") from error
+    found = json.loads(
+      path.read_bytes().decode("utf-8-sig"),
+      object_pairs_hook=_unambiguous,
+      parse_constant=_not_finite,
+    )
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8: {error}.") from error
+  except (ValueError, RecursionError, MemoryError) as error:
+    reason = str(error) or "it is nested too deeply"
+    raise ValueError(f"{path} is not JSON: {reason}.") from error
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+  if not isinstance(found, dict):
+    raise ValueError(
+      f"{path} must hold a JSON object, got {fields.shown(found)}."
+    )
+  return found
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads the config.json of a folder, with all the end tokens of its model.
+
+  Those of generation_config.json count as well: the config of a chat model may
+  name the end of a text alone, and not that of a turn.
+
+  Raises:
+    ValueError: as `read_json`, or if there is an end token that is no id.
+  """
+  config = read_json(folders.inside(folder, "config.json"))
+  several = [
+    ("config.json", config),
+    ("config.json", config.get("text_config")),
+  ]
+  name = "generation_config.json"
+  if (folder / name).exists():
+    several.append((name, read_json(folders.inside(folder, name))))
+  ends: list[int] = []
+  is_list = isinstance(config.get("eos_token_id"), list)
+  for source, content in several:
+    if not isinstance(content, dict) or content.get("eos_token_id") is None:
+      continue
+    try:
+      found = fields.end_ids(content["eos_token_id"])
+    except ValueError as error:
+      raise ValueError(f"{folder / source}: {error}") from error
+    ends += found if isinstance(found, list) else [found]
+  ends = [id_ for id_ in dict.fromkeys(ends) if id_ is not None]
+  if ends:
+    config["eos_token_id"] = ends if is_list or len(ends) > 1 else ends[0]
+  return config
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    for name, value in pairs:
+      if found[name] != value:
+        raise ValueError(f'"{name}" stands twice in one object')
+  return found
+
+
+def _not_finite(name: str) -> None:
+  raise ValueError(f"{name} is no JSON number")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

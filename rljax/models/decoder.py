@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, moe, norms
+from rljax.models import attention, moe, norms, products
 from rljax.models import rope as rope_lib
 
 Array = jax.Array
@@ -65,6 +65,8 @@ class DecoderConfig:
     norm_eps: added to the mean square, or to the variance.
     model_type: of transformers.
     norm: "rms", "rms_plus_one" (the factor is 1 + scale) or "layer".
+    norm_bias: whether norms of the kind "layer" have a bias.
+    first_norm: whether the first block norms what its attention reads.
     pre_norm: whether attention and feed-forward read a norm of the stream.
     post_norm: whether what they add to the stream goes through a norm.
     activation: of the feed-forward, one of `ACTIVATIONS`.
@@ -119,6 +121,8 @@ class DecoderConfig:
   norm_eps: float = 1e-5
   model_type: str = ""
   norm: str = "rms"
+  norm_bias: bool = True
+  first_norm: bool = True
   pre_norm: bool = True
   post_norm: bool = False
   activation: str = "silu"
@@ -253,7 +257,7 @@ def parameter_names(config: DecoderConfig) -> Names:
     if bias:
       names[f"{theirs}.bias"] = ((*ours, "bias"), False)
 
-  layer_norm = config.norm == "layer"
+  layer_norm = config.norm == "layer" and config.norm_bias
   add(model, (), "embed_tokens", "embedding")
   if config.learned_positions is not None:
     add(model, (), "embed_positions", "embedding")
@@ -261,7 +265,7 @@ def parameter_names(config: DecoderConfig) -> Names:
   for i in range(config.num_layers):
     layers = renamed.get("layers", "layers")
     place = (f"{model}.{layers}.{i}", (f"layers_{i}",))
-    for norm in _layer_norms(config):
+    for norm in _layer_norms(config, i):
       add(*place, norm, "scale", layer_norm and "self_attn" not in norm)
     for dense, bias in _denses(config, config.is_sparse(i)).items():
       add(*place, dense, "kernel", bias)
@@ -277,11 +281,12 @@ def parameter_names(config: DecoderConfig) -> Names:
   return names
 
 
-def _layer_norms(config: DecoderConfig) -> list[str]:
+def _layer_norms(config: DecoderConfig, layer: int) -> list[str]:
   """Names of the norms of one block."""
   found = []
   if config.pre_norm:
-    found += ["input_layernorm", "post_attention_layernorm"]
+    found += ["input_layernorm"] if layer or config.first_norm else []
+    found += ["post_attention_layernorm"]
   if config.post_norm:
     found += ["attention_output_norm", "mlp_output_norm"]
   if config.qk_norm:
@@ -319,8 +324,8 @@ class Attention(nn.Module):
       self.qkv_proj = _dense(c, sum(sizes) * c.head_dim, c.qkv_bias)
     self.o_proj = _dense(c, c.hidden_size, c.output_bias, into_residual=True)
     if c.qk_norm:
-      self.q_norm = _norm(c)
-      self.k_norm = _norm(c)
+      self.q_norm = make_norm(c)
+      self.k_norm = make_norm(c)
 
   def _heads(self, x):
     """`[..., D]` to queries, keys and values, `[..., H|K, d]`."""
@@ -331,8 +336,10 @@ class Attention(nn.Module):
       joined = joined.reshape(*x.shape[:-1], c.num_heads, -1)
       return jnp.split(joined, 3, axis=-1)
     if c.qkv_layout == "joined":
-      ends = [c.num_heads * c.head_dim, -c.num_kv_heads * c.head_dim]
-      queries, keys, values = jnp.split(self.qkv_proj(x), ends, axis=-1)
+      wide, narrow = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+      queries, keys, values = jnp.split(
+        self.qkv_proj(x), (wide, wide + narrow), axis=-1
+      )
     else:
       queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
     if c.qk_norm == "whole":
@@ -406,12 +413,13 @@ class Block(nn.Module):
 
   def setup(self):
     c = self.config
+    if self._norms_input:
+      self.input_layernorm = make_norm(c)
     if c.pre_norm:
-      self.input_layernorm = _norm(c)
-      self.post_attention_layernorm = _norm(c)
+      self.post_attention_layernorm = make_norm(c)
     if c.post_norm:
-      self.attention_output_norm = _norm(c)
-      self.mlp_output_norm = _norm(c)
+      self.attention_output_norm = make_norm(c)
+      self.mlp_output_norm = make_norm(c)
     self.self_attn = Attention(c, c.window(self.index))
     if c.is_sparse(self.index):
       self.mlp = moe.Experts(
@@ -428,6 +436,11 @@ class Block(nn.Module):
     else:
       self.mlp = FeedForward(c)
 
+  @property
+  def _norms_input(self):
+    c = self.config
+    return c.pre_norm and (c.first_norm or self.index > 0)
+
   def __call__(self, x, angles, mask):
     return self._residuals(x, lambda y: self.self_attn(y, angles, mask))
 
@@ -440,7 +453,7 @@ class Block(nn.Module):
   def _residuals(self, x, attend):
     """The block around attention, which returns its output and keys."""
     c = self.config
-    y, kept = attend(self.input_layernorm(x) if c.pre_norm else x)
+    y, kept = attend(self.input_layernorm(x) if self._norms_input else x)
     if c.post_norm:
       y = self.attention_output_norm(y)
     after = x + _scaled(y, c.residual_scale)
@@ -449,6 +462,27 @@ class Block(nn.Module):
     if c.post_norm:
       z = self.mlp_output_norm(z)
     return after + _scaled(z, c.residual_scale), kept
+
+
+def layer_angles(
+  config: DecoderConfig, positions: Array
+) -> list[tuple[Array, Array] | None]:
+  """Computes the rotation of each layer.
+
+  Args:
+    config: the model's settings.
+    positions: `[...]` int32.
+
+  Returns:
+    Per layer, the cosines and sines of `rope.angles`, or None where nothing
+    turns.
+  """
+  ropes = [config.layer_rope(i) for i in range(config.num_layers)]
+  found = {None: None}
+  for rope in ropes:
+    if rope not in found:
+      found[rope] = rope_lib.angles(positions, rope, config.head_dim)
+  return [found[rope] for rope in ropes]
 
 
 class OutputLayer(nn.Module):
@@ -465,11 +499,8 @@ class OutputLayer(nn.Module):
       (c.hidden_size, c.vocab_size),
       c.param_dtype,
     )
-    return jnp.einsum(
-      "...d,dv->...v",
-      hidden.astype(c.dtype),
-      kernel.astype(c.dtype),
-      preferred_element_type=jnp.float32,
+    return products.einsum(
+      "...d,dv->...v", hidden.astype(c.dtype), kernel.astype(c.dtype)
     )
 
 
@@ -480,38 +511,27 @@ class Decoder(nn.Module):
 
   def setup(self):
     c = self.config
-    self.embed_tokens = _embedding(c, c.vocab_size)
+    self.embed_tokens = embed(c, c.vocab_size)
     if c.learned_positions is not None:
       rows = c.max_positions + c.learned_positions
-      self.embed_positions = _embedding(c, rows)
+      self.embed_positions = embed(c, rows)
     block = nn.remat(Block) if c.remat else Block
     self.layers = [block(c, i) for i in range(c.num_layers)]
-    self.norm = _norm(c)
+    self.norm = make_norm(c)
     if not c.tie_word_embeddings:
       self.lm_head = OutputLayer(c)
 
   def _embed(self, ids, positions):
     c = self.config
-    x = self.embed_tokens(ids)
+    x = self.embed_tokens(ids).astype(c.dtype)
     if c.learned_positions is not None:
-      x += self.embed_positions(positions + c.learned_positions)
-    return _scaled(x.astype(c.dtype), c.embedding_scale)
-
-  def _angles(self, positions):
-    """Per layer, the cosines and sines of each position, or None."""
-    c = self.config
-    ropes = [c.layer_rope(i) for i in range(c.num_layers)]
-    found = {
-      rope: None
-      if rope is None
-      else rope_lib.angles(positions, rope, c.head_dim)
-      for rope in dict.fromkeys(ropes)
-    }
-    return [found[rope] for rope in ropes]
+      places = self.embed_positions(positions + c.learned_positions)
+      x += places.astype(c.dtype)
+    return _scaled(x, c.embedding_scale)
 
   def _layers(self, x, mask, positions):
     c = self.config
-    angles = self._angles(positions)
+    angles = layer_angles(c, positions)
     windows = [c.window(i) for i in range(c.num_layers)]
     allowed = {
       window: attention.causal_mask(mask, window)
@@ -594,7 +614,7 @@ class Decoder(nn.Module):
     """
     positions = attention.decode_positions(cache, ids.shape[0])
     x = self._embed(ids, positions)
-    angles = self._angles(positions)
+    angles = layer_angles(self.config, positions)
     layers = []
     for i, (block, layer) in enumerate(
       zip(self.layers, cache["layers"], strict=True)
@@ -612,11 +632,10 @@ class Decoder(nn.Module):
     if not c.tie_word_embeddings:
       logits = self.lm_head(hidden)
     else:
-      logits = jnp.einsum(
+      logits = products.einsum(
         "...d,vd->...v",
         hidden.astype(c.dtype),
         self.embed_tokens.embedding.astype(c.dtype),
-        preferred_element_type=jnp.float32,
       )
     if c.logits_scale != 1:
       logits = logits / c.logits_scale
@@ -630,14 +649,18 @@ def _scaled(x: Array, scale: float) -> Array:
   return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
-def _norm(config: DecoderConfig) -> nn.Module:
+def make_norm(config: DecoderConfig) -> nn.Module:
+  """Returns a norm of the kind that the settings name."""
   if config.norm == "layer":
-    return norms.LayerNorm(config.norm_eps, config.param_dtype)
+    return norms.LayerNorm(
+      config.norm_eps, config.param_dtype, config.norm_bias
+    )
   plus_one = config.norm == "rms_plus_one"
   return norms.RMSNorm(config.norm_eps, config.param_dtype, plus_one)
 
 
-def _embedding(config: DecoderConfig, rows: int) -> nn.Embed:
+def embed(config: DecoderConfig, rows: int) -> nn.Embed:
+  """Returns a table of vectors of the model's width."""
   return nn.Embed(
     rows,
     config.hidden_size,

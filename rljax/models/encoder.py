@@ -1,10 +1,11 @@
-"""BERT, RoBERTa and DistilBERT as classifiers of texts.
+"""BERT, RoBERTa, XLM-RoBERTa, DistilBERT and ELECTRA, to classify texts.
 
 They are the `...ForSequenceClassification` models of transformers: encoder
 blocks with the norm after each sum, learned positions, and a head that reads
 the first token. `model_type` says what differs: RoBERTa numbers its positions
-from the padding id on, DistilBERT has no token types, and the first layer of
-its head has a ReLU instead of tanh.
+from the padding id on, DistilBERT has no token types, ELECTRA may have a
+narrow embedding, and the first layer of their heads has a ReLU or GELU instead
+of tanh.
 
 Dropout, with which the originals were trained, is not applied.
 """
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, classifier, norms
+from rljax.models import attention, classifier, fields, norms
 
 Array = jax.Array
 
@@ -35,7 +36,16 @@ PARTITION_RULES = (
 _ARCHITECTURES = {
   "bert": "BertForSequenceClassification",
   "roberta": "RobertaForSequenceClassification",
+  "xlm-roberta": "XLMRobertaForSequenceClassification",
   "distilbert": "DistilBertForSequenceClassification",
+  "electra": "ElectraForSequenceClassification",
+}
+MODEL_TYPES = tuple(_ARCHITECTURES)
+_ROBERTAS = ("roberta", "xlm-roberta")
+# What the first layer of a head does with its product; the others take tanh.
+_SQUASH = {
+  "distilbert": nn.relu,
+  "electra": lambda x: nn.gelu(x, approximate=False),
 }
 _ACTIVATIONS = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -55,7 +65,8 @@ class EncoderConfig:
     intermediate_size: width of the feed-forward.
     max_positions: longest text, in tokens. A row with more real tokens than
       that gives NaN; other rows are not affected.
-    model_type: "bert", "roberta" or "distilbert".
+    model_type: "bert", "roberta", "xlm-roberta", "distilbert" or "electra".
+    embedding_size: electra: width of the tables; None: D.
     type_vocab_size: number of token types; 0 for DistilBERT.
     activation: "gelu" or "relu".
     layer_norm_eps: added to the variance.
@@ -63,7 +74,7 @@ class EncoderConfig:
     labels: names of the labels, in the order of the logits.
     problem_type: kept for `to_hf`; what transformers trains it for.
     bos_token_id: kept for `to_hf`.
-    eos_token_id: kept for `to_hf`.
+    eos_token_id: kept for `to_hf`; an int, or a tuple of them.
     pad_token_id: kept for `to_hf`. In RoBERTa's table of positions, the first
       `pad_token_id + 1` rows stay unused.
     dtype: of activations. Norms, softmax and the head are float32 regardless.
@@ -83,9 +94,10 @@ class EncoderConfig:
   layer_norm_eps: float = 1e-12
   initializer_range: float = 0.02
   labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+  embedding_size: int | None = None
   problem_type: str | None = None
   bos_token_id: int | None = None
-  eos_token_id: int | None = None
+  eos_token_id: int | tuple[int, ...] | None = None
   pad_token_id: int | None = 0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -109,8 +121,17 @@ class EncoderConfig:
       )
     if not self.labels:
       raise ValueError("labels must name at least one label.")
-    if self.model_type == "roberta" and self.pad_token_id is None:
-      raise ValueError("pad_token_id must be set for roberta, got None.")
+    if self.model_type in _ROBERTAS and self.pad_token_id is None:
+      raise ValueError(
+        f"pad_token_id must be set for {self.model_type}, got None."
+      )
+    if self.embedding_size is None:
+      object.__setattr__(self, "embedding_size", self.hidden_size)
+    if self.model_type != "electra" and self.embedding_size != self.hidden_size:
+      raise ValueError(
+        f"embedding_size must be {self.hidden_size} for {self.model_type}, "
+        f"got {self.embedding_size}."
+      )
     if self.max_positions < 1:
       raise ValueError(
         f"max_positions must be positive, got {self.max_positions}."
@@ -124,14 +145,14 @@ class EncoderConfig:
   @property
   def position_offset(self) -> int:
     """The row of the position table that the first token takes."""
-    return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+    return self.pad_token_id + 1 if self.model_type in _ROBERTAS else 0
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "EncoderConfig":
     """Reads the content of a config.json.
 
     Args:
-      config: the fields, with `model_type` bert, roberta or distilbert.
+      config: the fields, with a `model_type` as above.
 
     Returns:
       The settings, with `dtype`, `param_dtype` and `remat` at their defaults.
@@ -140,6 +161,7 @@ class EncoderConfig:
       ValueError: if a field is missing or asks for what is not implemented;
         the message names the field.
     """
+    config = fields.checked(config)
     model_type = config.get("model_type")
     if model_type not in _ARCHITECTURES:
       raise ValueError(
@@ -156,11 +178,6 @@ class EncoderConfig:
         raise ValueError(
           f'config field "{name}" must be {value!r}, got {config[name]!r}.'
         )
-    if config.get("quantization_config"):
-      raise ValueError(
-        'config field "quantization_config": quantised weights are not '
-        "supported."
-      )
 
     def required(name):
       if config.get(name) is None:
@@ -175,11 +192,14 @@ class EncoderConfig:
         f'config field "{names["activation"]}" must be one of '
         f'{", ".join(_ACTIVATIONS)}, got "{activation}".'
       )
-    is_roberta = model_type == "roberta"
+    is_roberta = model_type in _ROBERTAS
     pad_token_id = config.get("pad_token_id", int(is_roberta))
     if is_roberta and pad_token_id is None:
       raise ValueError('config field "pad_token_id" is missing.')
     rows = required("max_position_embeddings")
+    ends = config.get("eos_token_id")
+    if isinstance(ends, list):
+      ends = tuple(ends)
     return cls(
       vocab_size=required("vocab_size"),
       hidden_size=required(names["hidden_size"]),
@@ -188,6 +208,9 @@ class EncoderConfig:
       intermediate_size=required(names["intermediate_size"]),
       max_positions=rows - (pad_token_id + 1 if is_roberta else 0),
       model_type=model_type,
+      embedding_size=(
+        config.get("embedding_size", 128) if model_type == "electra" else None
+      ),
       type_vocab_size=0 if is_distilbert else config.get("type_vocab_size", 2),
       activation=activation,
       # DistilBERT has no such field.
@@ -198,7 +221,7 @@ class EncoderConfig:
       labels=classifier.labels_from_hf(config),
       problem_type=config.get("problem_type"),
       bos_token_id=config.get("bos_token_id"),
-      eos_token_id=config.get("eos_token_id"),
+      eos_token_id=ends,
       pad_token_id=pad_token_id,
     )
 
@@ -206,7 +229,7 @@ class EncoderConfig:
     """Returns the content of a config.json that describes this model.
 
     Returns:
-      JSON-serialisable fields.
+      JSON-serialisable config.
 
     Raises:
       ValueError: if there is no field for a setting.
@@ -218,7 +241,7 @@ class EncoderConfig:
         f"no field for it, got {self.layer_norm_eps}."
       )
     names = _FIELDS["distilbert" if is_distilbert else "bert"]
-    fields = {
+    config = {
       "architectures": [_ARCHITECTURES[self.model_type]],
       "model_type": self.model_type,
       "vocab_size": self.vocab_size,
@@ -227,7 +250,9 @@ class EncoderConfig:
       "initializer_range": self.initializer_range,
       **classifier.labels_to_hf(self.labels, self.problem_type),
       "bos_token_id": self.bos_token_id,
-      "eos_token_id": self.eos_token_id,
+      "eos_token_id": list(self.eos_token_id)
+      if isinstance(self.eos_token_id, tuple)
+      else self.eos_token_id,
       "pad_token_id": self.pad_token_id,
       "dtype": jnp.dtype(self.param_dtype).name,
     }
@@ -235,10 +260,12 @@ class EncoderConfig:
       dropouts = ("dropout", "attention_dropout", "seq_classif_dropout")
     else:
       dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-      fields["type_vocab_size"] = self.type_vocab_size
-      fields["layer_norm_eps"] = self.layer_norm_eps
-      fields["position_embedding_type"] = "absolute"
-    return {**fields, **dict.fromkeys(dropouts, 0.0)}
+      config["type_vocab_size"] = self.type_vocab_size
+      config["layer_norm_eps"] = self.layer_norm_eps
+      config["position_embedding_type"] = "absolute"
+    if self.model_type == "electra":
+      config["embedding_size"] = self.embedding_size
+    return {**config, **dict.fromkeys(dropouts, 0.0)}
 
 
 # Our name of a setting -> the field of config.json.
@@ -282,12 +309,15 @@ _BLOCK_NAMES = {
     "feed_forward_norm": "output_layer_norm",
   },
 }
+_TWO_LAYERS = {
+  "pooler": "classifier.dense",
+  "classifier": "classifier.out_proj",
+}
 _HEAD_NAMES = {
   "bert": {"pooler": "bert.pooler.dense", "classifier": "classifier"},
-  "roberta": {
-    "pooler": "classifier.dense",
-    "classifier": "classifier.out_proj",
-  },
+  "roberta": _TWO_LAYERS,
+  "xlm-roberta": _TWO_LAYERS,
+  "electra": _TWO_LAYERS,
   "distilbert": {"pooler": "pre_classifier", "classifier": "classifier"},
 }
 
@@ -304,8 +334,8 @@ def parameter_names(
     Tensor name -> (path in `params`, whether to transpose). One entry per
     parameter of the model.
   """
-  prefix = config.model_type
-  is_distilbert = prefix == "distilbert"
+  is_distilbert = config.model_type == "distilbert"
+  prefix = "roberta" if config.model_type in _ROBERTAS else config.model_type
   names = {}
   tables = ["word_embeddings", "position_embeddings"]
   if config.type_vocab_size:
@@ -321,12 +351,14 @@ def parameter_names(
     names[f"{theirs}.bias"] = ((*ours, "bias"), False)
 
   add(f"{prefix}.embeddings.LayerNorm", ("embedding_norm",))
+  if config.embedding_size != config.hidden_size:
+    add(f"{prefix}.embeddings_project", ("embeddings_project",))
   blocks = "transformer.layer" if is_distilbert else "encoder.layer"
   block_names = _BLOCK_NAMES["distilbert" if is_distilbert else "bert"]
   for i in range(config.num_layers):
     for ours, theirs in block_names.items():
       add(f"{prefix}.{blocks}.{i}.{theirs}", (f"layers_{i}", *ours.split("/")))
-  for ours, theirs in _HEAD_NAMES[prefix].items():
+  for ours, theirs in _HEAD_NAMES[config.model_type].items():
     add(theirs, (ours,))
   return names
 
@@ -395,6 +427,8 @@ class Encoder(nn.Module):
     if c.type_vocab_size:
       self.token_type_embeddings = _embedding(c, c.type_vocab_size)
     self.embedding_norm = _norm(c)
+    if c.embedding_size != c.hidden_size:
+      self.embeddings_project = _dense(c, c.hidden_size)
     block = nn.remat(Block) if c.remat else Block
     self.layers = [block(c) for _ in range(c.num_layers)]
     in_float32 = dataclasses.replace(c, dtype=jnp.float32)
@@ -438,6 +472,8 @@ class Encoder(nn.Module):
     if c.type_vocab_size:
       x += self.token_type_embeddings(token_type_ids)
     x = self.embedding_norm(x.astype(c.dtype))
+    if c.embedding_size != c.hidden_size:
+      x = self.embeddings_project(x)
 
     batch, length = mask.shape
     seen = jnp.broadcast_to(mask[:, None], (batch, length, length))
@@ -446,14 +482,14 @@ class Encoder(nn.Module):
 
     first = jnp.argmax(mask, axis=1)  # [B]
     x = jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0]
-    squash = nn.relu if c.model_type == "distilbert" else jnp.tanh
+    squash = _SQUASH.get(c.model_type, jnp.tanh)
     return self.classifier(squash(self.pooler(x)))
 
 
 def _embedding(config: EncoderConfig, rows: int) -> nn.Embed:
   return nn.Embed(
     rows,
-    config.hidden_size,
+    config.embedding_size,
     param_dtype=config.param_dtype,
     embedding_init=nn.initializers.normal(config.initializer_range),
   )

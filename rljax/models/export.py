@@ -32,9 +32,7 @@ def by_name(params: Params, model: nn.Module) -> dict[str, tuple[Any, bool]]:
   """Maps Hugging Face names to (array as in params, whether to transpose)."""
   slots = weights.slots_of(model)
   flat = weights.flat_checked(params, slots, "params")
-  return {
-    name: (flat[slot.path], slot.transpose) for name, slot in slots.items()
-  }
+  return {name: (slot.of(flat), slot.transpose) for name, slot in slots.items()}
 
 
 def shards(
@@ -111,15 +109,22 @@ def write_config(
   configs.write_json(stage / "generation_config.json", generation)
 
 
-def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, int]:
-  """Returns the tokenizer's special ids, unless the config says more."""
+def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+  """Returns the tokenizer's special ids, and all end tokens of the model."""
   ids = {role: getattr(tokenizer, role) for role in _SPECIAL}
-  ends = config.get("eos_token_id")
-  if isinstance(ends, list) and ids["eos_token_id"] in ends:
-    del ids["eos_token_id"]  # Chat models end a turn in several ways.
-  if config["model_type"] == "roberta":
+  if ids["eos_token_id"] is not None:
+    ids["eos_token_id"] = _all_ends(config, ids["eos_token_id"])
+  if config["model_type"] in ("roberta", "xlm-roberta"):
     del ids["pad_token_id"]  # Its positions are counted from the model's own.
   return {role: id_ for role, id_ in ids.items() if id_ is not None}
+
+
+def _all_ends(config: Mapping[str, Any], own: int) -> int | list[int]:
+  """Returns the end tokens of a config, then that of the tokenizer."""
+  ends = config.get("eos_token_id")
+  several = ends if isinstance(ends, list) else [ends]
+  found = list(dict.fromkeys(i for i in [*several, own] if i is not None))
+  return found if isinstance(ends, list) or len(found) > 1 else own
 
 
 def staged(

@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 
-from rljax.models import classifier, decoder, encoder, gpt2, llama
+from rljax.models import (
+  classifier,
+  decoder,
+  encoder,
+  gpt2,
+  language_models,
+  modernbert,
+)
 
 
 class Family(NamedTuple):
@@ -24,21 +31,14 @@ class Family(NamedTuple):
   partition_rules: tuple[tuple[str, Any], ...]
 
 
-_LLAMA = Family(
-  llama.LlamaConfig,
-  llama.Llama,
-  decoder.parameter_names,
-  decoder.PARTITION_RULES,
-)
-_GPT2 = Family(
-  gpt2.GPT2Config, gpt2.GPT2, gpt2.parameter_names, gpt2.PARTITION_RULES
-)
 LANGUAGE_MODELS = {
-  "gpt2": _GPT2,
-  "llama": _LLAMA,
-  "mistral": _LLAMA,
-  "qwen2": _LLAMA,
-  "qwen3": _LLAMA,
+  model_type: Family(
+    config,
+    gpt2.GPT2 if config is gpt2.GPT2Config else decoder.Decoder,
+    language_models.parameter_names,
+    (gpt2 if config is gpt2.GPT2Config else decoder).PARTITION_RULES,
+  )
+  for model_type, config in language_models.CONFIGS.items()
 }
 _CAUSAL = Family(
   classifier.CausalClassifierConfig,
@@ -53,10 +53,14 @@ _ENCODER = Family(
   encoder.PARTITION_RULES,
 )
 CLASSIFIERS = {
-  **dict.fromkeys(LANGUAGE_MODELS, _CAUSAL),
-  "bert": _ENCODER,
-  "distilbert": _ENCODER,
-  "roberta": _ENCODER,
+  **dict.fromkeys(classifier.MODEL_TYPES, _CAUSAL),
+  **dict.fromkeys(encoder.MODEL_TYPES, _ENCODER),
+  "modernbert": Family(
+    modernbert.ModernBertConfig,
+    modernbert.ModernBert,
+    modernbert.parameter_names,
+    decoder.PARTITION_RULES,
+  ),
 }
 
 

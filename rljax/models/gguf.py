@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from rljax.models import gguf_header
+
 _TENSOR_NAMES = {
   "token_embd.weight": "model.embed_tokens.weight",
   "output_norm.weight": "model.norm.weight",
@@ -51,9 +53,10 @@ def open_reader(path: str | os.PathLike) -> Any:
 
   if not pathlib.Path(path).is_file():
     raise ValueError(f"{path} does not exist.")
+  gguf_header.check(path)
   try:
     reader = gguf.GGUFReader(path)
-  except ValueError as error:
+  except Exception as error:  # It raises whatever numpy does.
     raise ValueError(f"{path} is not a GGUF file: {error}.") from error
   architecture = _field(reader, "general.architecture")
   if architecture != "llama":
@@ -76,12 +79,12 @@ def config(reader: Any) -> dict[str, Any]:
       f'the file scales its rotary positions (type "{scaling}"), which is not '
       "read from GGUF; load the model's Hugging Face directory instead."
     )
-  num_heads = _field(reader, "llama.attention.head_count")
-  hidden_size = _field(reader, "llama.embedding_length")
+  num_heads = _size(reader, "llama.attention.head_count")
+  hidden_size = _size(reader, "llama.embedding_length")
   return {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": len(_field(reader, "tokenizer.ggml.tokens")),
+    "vocab_size": len(_texts(reader, "tokenizer.ggml.tokens")),
     "hidden_size": hidden_size,
     "intermediate_size": _field(reader, "llama.feed_forward_length"),
     "num_hidden_layers": _field(reader, "llama.block_count"),
@@ -100,7 +103,7 @@ def config(reader: Any) -> dict[str, Any]:
     "attention_bias": False,
     "mlp_bias": False,
     "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id", None),
-    "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id", None),
+    "eos_token_id": _end_ids(reader),
     "pad_token_id": _field(reader, "tokenizer.ggml.padding_token_id", None),
   }
 
@@ -117,7 +120,7 @@ def tensors(reader: Any) -> dict[str, np.ndarray]:
   """
   import gguf
 
-  num_heads = _field(reader, "llama.attention.head_count")
+  num_heads = _size(reader, "llama.attention.head_count")
   heads = {"attn_q": num_heads, "attn_k": _num_key_value_heads(reader)}
   found = {}
   for tensor in reader.tensors:
@@ -129,10 +132,15 @@ def tensors(reader: Any) -> dict[str, np.ndarray]:
       name = f"model.layers.{layer[1]}.{_LAYER_TENSOR_NAMES[part]}.weight"
     else:
       raise ValueError(f"the GGUF tensor {tensor.name} is not part of a Llama.")
-    array = gguf.dequantize(tensor.data, tensor.tensor_type)
-    array = np.asarray(array, np.float32)
-    if part in heads:
-      array = _to_rotate_half(array, heads[part])
+    try:
+      array = gguf.dequantize(tensor.data, tensor.tensor_type)
+      array = np.asarray(array, np.float32)
+      if part in heads:
+        array = _to_rotate_half(array, heads[part])
+    except Exception as error:  # It raises whatever numpy does.
+      raise ValueError(
+        f"the GGUF tensor {tensor.name} cannot be read: {error}."
+      ) from error
     found[name] = array
   return found
 
@@ -152,19 +160,29 @@ def tokenizer(reader: Any) -> Any:
       f'the file\'s tokenizer is of kind "{kind}"; only "gpt2" (byte-level '
       "BPE) is read from GGUF."
     )
-  tokens = _field(reader, "tokenizer.ggml.tokens")
-  merges = _field(reader, "tokenizer.ggml.merges")
-  backend = tokenizers.Tokenizer(
-    tokenizers.models.BPE(
+  tokens = _texts(reader, "tokenizer.ggml.tokens")
+  merges = _texts(reader, "tokenizer.ggml.merges")
+  try:
+    model = tokenizers.models.BPE(
       vocab={token: i for i, token in enumerate(tokens)},
       merges=[tuple(merge.split(" ")) for merge in merges],
     )
-  )
+  except Exception as error:
+    raise ValueError(
+      'the GGUF field "tokenizer.ggml.merges" does not fit the tokens: '
+      f"{error}."
+    ) from error
+  backend = tokenizers.Tokenizer(model)
   backend.pre_tokenizer = _pre_tokenizer(
     _field(reader, "tokenizer.ggml.pre", "gpt-2")
   )
   backend.decoder = tokenizers.decoders.ByteLevel()
   types = _field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+  if not isinstance(types, list) or len(types) != len(tokens):
+    raise ValueError(
+      'the GGUF field "tokenizer.ggml.token_type" must have one number for '
+      f"each of the {len(tokens)} tokens."
+    )
   added = [
     tokenizers.AddedToken(
       token, special=token_type == _CONTROL, normalized=False
@@ -183,8 +201,14 @@ def tokenizer(reader: Any) -> Any:
   ):
     token_id = _field(reader, f"tokenizer.ggml.{key}_token_id", None)
     if token_id is not None:
+      if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        raise ValueError(
+          f'the GGUF field "tokenizer.ggml.{key}_token_id" must be the id of a '
+          f"token, below {len(tokens)}, got {token_id}."
+        )
       names[role] = tokens[token_id]
-  if _field(reader, "tokenizer.ggml.add_bos_token", False):
+  has_start = "bos_token" in names
+  if has_start and _field(reader, "tokenizer.ggml.add_bos_token", False):
     backend.post_processor = tokenizers.processors.TemplateProcessing(
       single=[names["bos_token"], "$A"],
       special_tokens=[
@@ -232,11 +256,10 @@ def _to_rotate_half(array: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def _num_key_value_heads(reader: Any) -> int:
-  return _field(
-    reader,
-    "llama.attention.head_count_kv",
-    _field(reader, "llama.attention.head_count"),
-  )
+  key = "llama.attention.head_count_kv"
+  if _field(reader, key, None) is None:
+    key = "llama.attention.head_count"
+  return _size(reader, key)
 
 
 def _tensor_names(reader: Any) -> set[str]:
@@ -245,6 +268,8 @@ def _tensor_names(reader: Any) -> set[str]:
 
 def _decimal(x: float) -> float:
   """Returns the shortest decimal of a float32: 1e-05, not 9.9999997e-06."""
+  if isinstance(x, bool) or not isinstance(x, int | float):
+    raise ValueError(f"a number is needed in the GGUF file, got {x!r:.60}.")
   return float(str(np.float32(x)))
 
 
@@ -254,7 +279,40 @@ _REQUIRED = object()
 def _field(reader: Any, key: str, default: Any = _REQUIRED) -> Any:
   field = reader.fields.get(key)
   if field is not None:
-    return field.contents()
+    try:
+      return field.contents()
+    except Exception as error:
+      raise ValueError(
+        f'the GGUF field "{key}" cannot be read: {error}.'
+      ) from error
   if default is _REQUIRED:
     raise ValueError(f'the GGUF file lacks the metadata field "{key}".')
   return default
+
+
+def _end_ids(reader: Any) -> Any:
+  """Returns the end of a text, and those of a turn and a message if it has."""
+  found = [
+    _field(reader, f"tokenizer.ggml.{name}_token_id", None)
+    for name in ("eos", "eot", "eom")
+  ]
+  found = [id_ for i, id_ in enumerate(found) if id_ not in found[:i]]
+  found = [id_ for id_ in found if id_ is not None]
+  return found if len(found) > 1 else next(iter(found), None)
+
+
+def _size(reader: Any, key: str) -> int:
+  value = _field(reader, key)
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise ValueError(
+      f'the GGUF field "{key}" must be a whole number above 0, got '
+      f"{value!r:.60}."
+    )
+  return value
+
+
+def _texts(reader: Any, key: str) -> list[str]:
+  value = _field(reader, key)
+  if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+    raise ValueError(f'the GGUF field "{key}" must be a list of texts.')
+  return value

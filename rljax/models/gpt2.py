@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, norms
+from rljax.models import attention, fields, norms, products
 
 Array = jax.Array
 Cache = attention.Cache
@@ -103,6 +103,7 @@ class GPT2Config:
       ValueError: if a field is missing or asks for what is not implemented;
         the message names the field.
     """
+    config = fields.checked(config)
     only = {
       "model_type": "gpt2",
       "scale_attn_weights": True,
@@ -121,11 +122,6 @@ class GPT2Config:
       raise ValueError(
         'config field "activation_function" must be one of '
         f'{", ".join(_ACTIVATIONS)}, got "{activation}".'
-      )
-    if config.get("quantization_config"):
-      raise ValueError(
-        'config field "quantization_config": quantised weights are not '
-        "supported."
       )
 
     def required(name):
@@ -300,7 +296,8 @@ class GPT2(nn.Module):
     self.ln_f = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
 
   def _embed(self, ids, positions):
-    return (self.wte(ids) + self.wpe(positions)).astype(self.config.dtype)
+    narrow = lambda x: x.astype(self.config.dtype)
+    return narrow(self.wte(ids)) + narrow(self.wpe(positions))
 
   def _forward(self, ids, mask):
     return self._layers(self._embed(ids, attention.positions(mask)), mask)
@@ -384,11 +381,10 @@ class GPT2(nn.Module):
   def logits(self, hidden: Array) -> Array:
     """Maps `[..., D]` hidden states to `[..., V]` float32 logits."""
     c = self.config
-    return jnp.einsum(
+    return products.einsum(
       "...d,vd->...v",
       hidden.astype(c.dtype),
       self.wte.embedding.astype(c.dtype),
-      preferred_element_type=jnp.float32,
     )
 
 

@@ -14,13 +14,16 @@ torch is not needed, and nothing is unpickled.
 
 import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
+from rljax.distributed import planning
 from rljax.models import (
   classifier,
   configs,
@@ -86,6 +89,7 @@ def load(
   remat: bool = False,
   tokenizer: bool = True,
   step: int | None = None,
+  lazy: bool = False,
 ) -> LanguageModel:
   """Loads a model by name.
 
@@ -96,12 +100,14 @@ def load(
       - a workdir: model/config.json and checkpoints/<step>;
       - a packaged model, one of `PACKAGED`;
       - a GGUF file of the Llama architecture;
-      - a hub name such as "org/name".
+      - a hub name such as "org/name", or "org/name@revision".
     dtype: of the computation, "float32" or "bfloat16".
     param_dtype: of the returned parameters, "float32" or "bfloat16".
     remat: whether the backward pass recomputes each layer.
     tokenizer: whether to load the tokenizer as well.
     step: which checkpoint of a workdir; None is the latest.
+    lazy: whether the weights of a Hugging Face directory stay there until
+      `meshes.place` reads what each device gets, as `stored.Stored`.
 
   Returns:
     The model, with parameters as numpy arrays on the host.
@@ -111,7 +117,8 @@ def load(
       of a supported type with exactly the expected tensors.
   """
   settings = configs.settings(dtype, param_dtype, remat)
-  return LanguageModel(*_load(name, settings, tokenizer, step, "policy"))
+  found = _load(name, settings, tokenizer, step, "policy", lazy)
+  return LanguageModel(*found)
 
 
 def load_classifier(
@@ -125,8 +132,8 @@ def load_classifier(
 ) -> Classifier:
   """Loads a classifier of texts, such as a reward model, by name.
 
-  These are the `...ForSequenceClassification` models of transformers: BERT,
-  DistilBERT and RoBERTa, and the types of language models that `load` reads.
+  These are the `...ForSequenceClassification` models of transformers: BERT and
+  its kin, and the types of language models that `load` reads.
 
   Args:
     name: a Hugging Face directory, a workdir whose checkpoints hold a
@@ -211,18 +218,18 @@ def load_module(
 ) -> nn.Module:
   """Makes the module of the model that a name leads to, without weights."""
   settings = configs.settings(dtype, param_dtype, remat)
-  kind, path = sources.find(name, weights=False)
+  kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     config = gguf.config(gguf.open_reader(path))
   else:
     path = sources.model_folder(kind, path)
-    config = configs.read_json(path / "config.json")
+    config = configs.read_config(path)
   return configs.build(config, path, settings)
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """Reads the tokenizer of the model that a name leads to, but no weights."""
-  kind, path = sources.find(name, weights=False)
+  kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
   return tokenizers.read(sources.model_folder(kind, path))
@@ -238,7 +245,8 @@ def partition_rules(
     mesh: from `meshes.make`.
 
   Returns:
-    (path pattern, PartitionSpec) pairs for `meshes.shardings`.
+    (path pattern, PartitionSpec) pairs for `meshes.shardings`. A vocabulary
+    that `tensor` does not divide is split by the width of its rows instead.
 
   Raises:
     ValueError: if the model's heads do not divide over the devices of `tensor`,
@@ -262,7 +270,18 @@ def partition_rules(
         f"the {num_devices} devices of tensor; change tensor in --mesh to "
         f"{' or '.join(sizes)}."
       )
-  return families.of(model).partition_rules
+  rules = families.of(model).partition_rules
+  if config.vocab_size % num_devices == 0:
+    return rules
+  # An odd vocabulary, such as GPT-2's 50,257: split the width of its rows.
+  return (
+    (
+      r"(embed_tokens|wte|word_embeddings)/embedding$",
+      PartitionSpec(None, ("fsdp", "tensor")),
+    ),
+    (r"lm_head/kernel$", PartitionSpec(("fsdp", "tensor"), None)),
+    *rules,
+  )
 
 
 def save(
@@ -364,6 +383,7 @@ def _load(
   tokenizer: bool,
   step: int | None,
   entry: str,
+  lazy: bool = False,
 ) -> tuple[nn.Module, Params, Any | None, str, str | None]:
   """Does what `load` and `load_classifier` share.
 
@@ -374,11 +394,13 @@ def _load(
     step: of a workdir.
     entry: of a checkpoint's parameters: "policy" for language models,
       "reward_model" for classifiers.
+    lazy: see `load`.
 
   Returns:
     Model, parameters, tokenizer, source and directory.
   """
-  kind, path = sources.find(name, weights=True)
+  plan = planning.current()  # It needs no weights.
+  kind, path = sources.find(name, with_weights=plan is None)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "GGUF file":
@@ -386,19 +408,34 @@ def _load(
     config = gguf.config(reader)
     configs.check_kind(config, path, entry)
     model = configs.build(config, path, settings)
-    params = weights.from_arrays(gguf.tensors(reader), model, path)
+    if plan is None:
+      params = weights.from_arrays(gguf.tensors(reader), model, path)
     text = gguf.tokenizer(reader) if tokenizer else None
   else:
     folder = sources.model_folder(kind, path)
-    config = configs.read_json(folder / "config.json")
+    config = configs.read_config(folder)
     configs.check_kind(config, folder, entry)
     model = configs.build(config, folder, settings)
-    text = tokenizers.read(folder) if tokenizer else None
-    if kind == "workdir":
+    text = _tokenizer_of(folder) if tokenizer else None
+    if plan is not None:
+      pass
+    elif kind == "workdir":
       params = weights.from_checkpoint(path, model, step, entry)
     else:
-      params = weights.from_safetensors(path, model)
+      params = weights.from_safetensors(path, model, lazy=lazy)
+  if plan is not None:
+    params = planning.shapes(weights.shapes(model))
   if text is not None:
     tokenizers.check_vocabulary(text, model, path)
   directory = None if kind == "GGUF file" else str(path)
   return model, params, text, str(name), directory
+
+
+def _tokenizer_of(folder: pathlib.Path) -> Any:
+  """Reads a folder's tokenizer; a plan may have another one in its place."""
+  plan = planning.current()
+  names = ("tokenizer.json", "tokenizer_config.json")
+  is_there = any((folder / name).is_file() for name in names)
+  if plan and plan.tokenizer and not is_there:
+    return load_tokenizer(plan.tokenizer)
+  return tokenizers.read(folder)

@@ -74,7 +74,7 @@ class LlamaConfig(decoder.DecoderConfig):
         the message names the field.
     """
     read = config_fields.Reader(config, tuple(_ARCHITECTURES), _DEFAULTS)
-    model_type = config["model_type"]
+    config, model_type = read.config, read.config["model_type"]
     read.only(hidden_act=("silu", "swish"))
 
     def required(name):
@@ -85,7 +85,7 @@ class LlamaConfig(decoder.DecoderConfig):
     hidden_size = required("hidden_size")
     num_heads = required("num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads")
-    if num_kv_heads is None and model_type != "llama":
+    if "num_key_value_heads" not in config and model_type != "llama":
       required("num_key_value_heads")
     head_dim = config.get("head_dim")
     if head_dim is None and model_type == "qwen3":

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rljax.distributed import planning
+
 Array = jax.Array
 Metrics = dict[str, Array]
 
@@ -77,7 +79,8 @@ class Experts(nn.Module):
     )
     if self.normalise:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    kernels = [kernel.astype(self.dtype) for kernel in self.experts()]
+    # Arrays of jax, to be indexed by a traced number in `_blocks`.
+    kernels = [jnp.asarray(kernel, self.dtype) for kernel in self.experts()]
     mixed = mix(rows, chosen, weights, *kernels, activation=self.activation)
     return mixed.astype(x.dtype).reshape(x.shape)
 
@@ -135,7 +138,7 @@ def mix(
   feed_forward = lambda product, y: product(
     activation(product(y, gate)) * product(y, up), down
   )
-  if jax.default_backend() == "cpu":
+  if planning.platform() == "cpu":
     # There, `ragged_dot` multiplies every row by every expert: 18 times the
     # time of blocks at 1,024 rows, 32 experts and 4 for each row.
     mixed = _blocks(x[row], experts[order], sizes, feed_forward)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.models import fields
+
 Array = jax.Array
 
 _FIELDS = {
@@ -40,6 +42,12 @@ _FIELDS = {
 _OPTIONAL = {
   "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
   "longrope": ("factor", "attention_factor"),
+}
+
+
+_KNOWN = {name for names in _FIELDS.values() for name in names} | {
+  *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+  *("mscale", "mscale_all_dim", "finetuned", "max_position_embeddings"),
 }
 
 
@@ -87,7 +95,7 @@ class Rope:
     *,
     theta: float = 10_000.0,
     partial: float | None = None,
-    longrope: bool = False,
+    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn"),
   ) -> "Rope":
     """Reads `rope_parameters`, or the older `rope_theta`/`rope_scaling`.
 
@@ -96,7 +104,7 @@ class Rope:
       theta: of the family, where the config gives none.
       partial: share of the dimensions that turn in the family, where the
         config gives none; None: its models turn all of them, always.
-      longrope: whether the family knows this type.
+      types: the values of `rope_type` that the family knows.
 
     Returns:
       The settings.
@@ -106,21 +114,27 @@ class Rope:
         its fields is missing.
     """
     source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    given = dict(config.get(source) or {})
+    given = _one_for_all_layers(source, config)
     rope_type = given.get("rope_type", given.get("type", "default"))
-    known = [name for name in _FIELDS if longrope or name != "longrope"]
-    if rope_type not in known:
+    if not isinstance(rope_type, str) or rope_type not in types:
       raise ValueError(
-        f'config field "{source}": rope_type "{rope_type}" is not supported, '
-        f"only {', '.join(known)}."
+        f'config field "{source}": rope_type "{fields.shown(rope_type)}" is '
+        f"not supported, only {', '.join(types)}."
+      )
+    unknown = [str(name) for name in given if name not in _KNOWN]
+    if unknown:
+      raise ValueError(
+        f'config field "{source}": {", ".join(unknown)} is not supported; '
+        f"known are {', '.join(sorted(_KNOWN))}."
       )
     share = given.get(
       "partial_rotary_factor", config.get("partial_rotary_factor")
     )
     if share is None:
       share = 1.0 if partial is None else partial
-    if (partial is None and share != 1) or not 0 < share <= 1:
-      allowed = "1" if partial is None else "above 0 and at most 1"
+    fields.number("partial_rotary_factor", share, above=0)
+    if share > 1 or (partial is None and share != 1):
+      allowed = "1" if partial is None else "at most 1"
       raise ValueError(
         f'config field "partial_rotary_factor" must be {allowed}, got {share}.'
       )
@@ -129,8 +143,12 @@ class Rope:
         f'config field "{source}": "mscale" is not supported; give '
         '"attention_factor".'
       )
-    base = given.get("rope_theta", config.get("rope_theta"))
-    values = {"theta": float(theta if base is None else base)}
+    base = given.get("rope_theta")
+    if base is None:
+      base = config.get("rope_theta")
+    if base is None:
+      base = theta
+    values = {"theta": float(fields.number("rope_theta", base, above=1))}
     values["partial"] = float(share)
     if "original_max_position_embeddings" in _FIELDS[rope_type]:
       # Some configs have it beside the dict too; that one takes precedence.
@@ -140,20 +158,40 @@ class Rope:
         config.get("max_position_embeddings"),
       ):
         if length is not None:
-          values["original_max_position_embeddings"] = int(length)
+          values["original_max_position_embeddings"] = fields.whole(
+            "original_max_position_embeddings", length, most=2**40
+          )
           break
     for name in _FIELDS[rope_type]:
       if name in values:
         continue
-      if given.get(name) is not None:
-        found = given[name]
-        values[name] = tuple(found) if isinstance(found, list) else found
-      elif name not in _OPTIONAL.get(rope_type, ()):
-        raise ValueError(f'config field "{source}": "{name}" is missing.')
+      if given.get(name) is None:
+        if name not in _OPTIONAL.get(rope_type, ()):
+          raise ValueError(f'config field "{source}": "{name}" is missing.')
+      elif name == "truncate":
+        if not isinstance(given[name], bool):
+          raise ValueError(
+            f'config field "{source}": "truncate" must be true or false, got '
+            f"{fields.shown(given[name])}."
+          )
+        values[name] = given[name]
+      elif name in ("short_factor", "long_factor"):
+        values[name] = _factors(f"{source}.{name}", given[name])
+      else:
+        values[name] = fields.number(f"{source}.{name}", given[name], above=0)
     if rope_type == "longrope" and "factor" not in values:
       length = values["original_max_position_embeddings"]
       values["factor"] = config["max_position_embeddings"] / length
-    return cls(rope_type=rope_type, **values)
+    rope = cls(rope_type=rope_type, **values)
+    if rope_type == "llama3" and not (
+      rope.low_freq_factor < rope.high_freq_factor
+    ):
+      raise ValueError(
+        f'config field "{source}": "low_freq_factor" must be below '
+        f'"high_freq_factor", got {rope.low_freq_factor} and '
+        f"{rope.high_freq_factor}."
+      )
+    return rope
 
   def to_hf(self) -> dict[str, Any]:
     """Returns the fields that `from_hf` reads, in the new and the old form."""
@@ -167,13 +205,13 @@ class Rope:
       if name in scaling:
         scaling[name] = list(scaling[name])
     parameters = {"rope_theta": self.theta, **scaling}
-    fields = {"rope_parameters": parameters, "rope_theta": self.theta}
+    written = {"rope_parameters": parameters, "rope_theta": self.theta}
     if self.partial != 1:
       parameters["partial_rotary_factor"] = self.partial
-      fields["partial_rotary_factor"] = self.partial
+      written["partial_rotary_factor"] = self.partial
     if self.rope_type != "default":
-      fields["rope_scaling"] = scaling
-    return fields
+      written["rope_scaling"] = scaling
+    return written
 
 
 def rotary_dim(rope: Rope, head_dim: int) -> int:
@@ -276,6 +314,67 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return turned.astype(x.dtype)
+
+
+def _factors(name: str, value: Any) -> tuple[float, ...]:
+  """Returns a list of positive numbers as a tuple."""
+  if not isinstance(value, list | tuple):
+    raise ValueError(
+      f'config field "{name}" must be a list of numbers, got '
+      f"{fields.shown(value)}."
+    )
+  return tuple(fields.number(name, one, above=0) for one in value)
+
+
+def by_layer_type(
+  config: Mapping[str, Any], kinds: tuple[str, ...]
+) -> Mapping[str, Any]:
+  """Returns `rope_parameters` of a model whose kinds of layers have their own.
+
+  Args:
+    config: content of a config.json.
+    kinds: of layers, which are the names that may stand there.
+
+  Raises:
+    ValueError: if anything else stands there, such as settings for all layers,
+      which transformers would not use.
+  """
+  nested = config.get("rope_parameters") or {}
+  for name, value in nested.items():
+    if name not in kinds or not isinstance(value, Mapping | None):
+      raise ValueError(
+        'config field "rope_parameters" must have an object for each of '
+        f"{', '.join(kinds)}, got {fields.shown(name)}: {fields.shown(value)}."
+      )
+  return nested
+
+
+def _one_for_all_layers(
+  source: str, config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns settings that stand in one object, or in one per type of layer.
+
+  Raises:
+    ValueError: if layers differ.
+  """
+  given = config.get(source) or {}
+  if not isinstance(given, Mapping):
+    raise ValueError(
+      f'config field "{source}" must be a JSON object, got '
+      f"{fields.shown(given)}."
+    )
+  kinds = {name: v for name, v in given.items() if isinstance(v, Mapping)}
+  if not kinds:
+    return dict(given)
+  used = config.get("layer_types") or list(kinds)
+  several = [kinds[name] for name in dict.fromkeys(used) if name in kinds]
+  is_whole = len(several) == len(set(used)) and len(kinds) == len(given)
+  if not is_whole or any(one != several[0] for one in several):
+    raise ValueError(
+      f'config field "{source}" has settings of its own for '
+      f"{', '.join(map(str, kinds))}; only one for all layers is supported."
+    )
+  return dict(several[0])
 
 
 def _blend(kept: np.ndarray, lowered: np.ndarray, share: np.ndarray):

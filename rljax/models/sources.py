@@ -27,6 +27,8 @@ PACKAGED = {
 }
 _HUB_FILES = (
   "config.json",
+  "generation_config.json",
+  weights.INDEX,
   "tokenizer*",
   "special_tokens_map.json",
   "added_tokens.json",
@@ -35,15 +37,26 @@ _HUB_FILES = (
   "vocab.txt",
   "chat_template*",
 )
-_HUB_WEIGHTS = ("*.safetensors", weights.INDEX)
+_HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
 
 
-def find(name: str | os.PathLike, *, weights: bool) -> tuple[str, pathlib.Path]:
+def find(
+  name: str | os.PathLike, *, with_weights: bool
+) -> tuple[str, pathlib.Path]:
   """Tells what kind of thing `name` is, and where; cheap checks come first."""
   paths.check_local(name, "The model")
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     whole = folders.current(path)
+    has_weights = any(
+      (whole / name).exists() for name in (weights.WEIGHTS, weights.INDEX)
+    )
+    if (path / "adapter_config.json").is_file() and not has_weights:
+      raise ValueError(
+        f"{name} holds an adapter (adapter_config.json), not a whole model. "
+        "Merge it into its base model once, where peft is installed: "
+        "model.merge_and_unload().save_pretrained(...), and name that folder."
+      )
     if (whole / "config.json").is_file():
       return "Hugging Face directory", whole
     if (model_folder("workdir", path) / "config.json").is_file():
@@ -62,7 +75,7 @@ def find(name: str | os.PathLike, *, weights: bool) -> tuple[str, pathlib.Path]:
     )
   if str(name) in PACKAGED:
     return "GGUF file", _packaged_file(str(name))
-  return "Hugging Face directory", _download(str(name), weights)
+  return "Hugging Face directory", _download(str(name), with_weights)
 
 
 def model_folder(kind: str, path: pathlib.Path) -> pathlib.Path:
@@ -82,23 +95,46 @@ def _packaged_file(name: str) -> pathlib.Path:
   )
 
 
-def _download(name: str, weights: bool) -> pathlib.Path:
+def _fetch(
+  repository: str, revision: str | None, files: tuple[str, ...]
+) -> pathlib.Path:
+  """Downloads files of a repository of the hub; returns their folder."""
+  import huggingface_hub
+
+  return pathlib.Path(
+    huggingface_hub.snapshot_download(
+      repository,
+      revision=revision,
+      allow_patterns=files,
+      ignore_patterns=["*/*"],
+    )
+  )
+
+
+def _weight_files(folder: pathlib.Path) -> tuple[str, ...]:
+  """Returns the weights to download: those that an index names, or the one.
+
+  A repository may hold them a second time, as consolidated.safetensors say.
+  """
+  if not (folder / weights.INDEX).is_file():
+    return (weights.WEIGHTS,)
+  return tuple(weights.shards_of(folder))
+
+
+def _download(name: str, with_weights: bool) -> pathlib.Path:
   # Hub names have at most one slash: anything else is a mistyped path.
   error = None
-  if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
-    import huggingface_hub
-
+  known = _HUB_NAME.fullmatch(name)
+  if known and not name.startswith("."):
     try:
-      folder = huggingface_hub.snapshot_download(
-        name,
-        allow_patterns=_HUB_FILES + (_HUB_WEIGHTS if weights else ()),
-        ignore_patterns=["*/*"],
-      )
+      folder = _fetch(known[1], known[2], _HUB_FILES)
+      if with_weights:
+        _fetch(known[1], known[2], _weight_files(folder))
     except (OSError, ValueError, RuntimeError) as caught:
       error = caught
     else:
-      if (pathlib.Path(folder) / "config.json").is_file():
-        return pathlib.Path(folder)
+      if (folder / "config.json").is_file():
+        return folder
   reason = f": {error}".splitlines()[0] if error else "."
   raise ValueError(
     f"{name} is neither a directory, nor a workdir, nor a packaged model "

@@ -6,7 +6,7 @@ import chex
 import flax.linen as nn
 import jax
 
-from rljax.models import decoder, gpt2
+from rljax.models import language_models
 
 Array = jax.Array
 
@@ -30,15 +30,14 @@ class ValueBranch(nn.Module):
     read the last states, after the last norm, is our choice.
   """
 
-  config: gpt2.GPT2Config | decoder.DecoderConfig
+  config: language_models.Config
   num_layers: int
 
   def setup(self):
     if self.num_layers < 1:
       raise ValueError(f"num_layers must be positive, got {self.num_layers}.")
     config = dataclasses.replace(self.config, num_layers=self.num_layers)
-    is_gpt2 = isinstance(config, gpt2.GPT2Config)
-    self.decoder = gpt2.GPT2(config) if is_gpt2 else decoder.Decoder(config)
+    self.decoder = language_models.module(config)
 
   def __call__(self, hidden: Array, mask: Array) -> Array:
     """Computes states for a value head.

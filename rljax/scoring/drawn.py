@@ -1,16 +1,19 @@
 """Responses that are drawn and scored once, and kept with what they are of."""
 
+import contextlib
 import functools
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from rljax.distributed import processes
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.scoring import cached, scorers
-from rljax.storage import stages
+from rljax.storage import calls, checkpoint, stages
 from rljax.text import encoding, forms, logged
 
 
@@ -28,7 +31,8 @@ def collect(
   """Draws and scores what a file lacks of the responses to all prompts.
 
   Beside the file stands what it was made of, with the suffix .json; samples of
-  another policy, of other prompts, scores or settings are drawn again.
+  another policy, of other prompts, scores or settings are drawn again, and the
+  old file is set aside.
 
   Args:
     path: the file, see `samplers.collect`; its folder is made.
@@ -56,12 +60,22 @@ def collect(
     **more,
   )
   # Of several processes, one looks, and all wait for it.
-  processes.from_first(functools.partial(stages.discard_unless, path, made_of))
-  samplers.collect(
-    path,
-    responder,
-    policy.params,
-    responder.texts,
-    score,
-    progress=samplers.Progress(pathlib.Path(path).stem, len(rows)),
-  )
+  look = functools.partial(stages.set_aside_unless, path, made_of)
+  processes.from_first(look)
+  shown = samplers.Progress(pathlib.Path(path).stem, len(rows))
+
+  def progress(done, batch):
+    shown(done, batch)
+    calls.check_stop()
+
+  with contextlib.ExitStack() as stack:
+    if not calls.CATCHERS and jax.process_count() == 1:
+      stack.enter_context(checkpoint.Preemption())
+    samplers.collect(
+      path,
+      responder,
+      policy.params,
+      responder.texts,
+      score,
+      progress=progress,
+    )

@@ -32,22 +32,27 @@ class CallError(ValueError):
 
   Attributes:
     done: what was answered before.
+    rows: what was asked, with what was answered, where `tasks` has asked it.
   """
 
   def __init__(self, message: str, done: Sequence[Any] = ()):
     """Takes the message, and what was answered before."""
     super().__init__(message)
     self.done = list(done)
+    self.rows: list[dict[str, Any]] = []
 
 
 class Ended(Exception):
   """Ends work for a signal; the base of `checkpoint.Stopped`.
 
   Attributes:
-    done: answers to the call that was interrupted.
+    done: answers to the call that was interrupted; `rows`: as of `CallError`.
+    exit_status: of the process.
   """
 
   done: Sequence[Any] = ()
+  rows: Sequence[dict[str, Any]] = ()
+  exit_status = 0
 
 
 class _Interrupt(BaseException):
@@ -72,6 +77,7 @@ def check_stop(done: Sequence[Any] = (), seconds: float = 0.0) -> None:
   if _seconds_since_signal() > seconds:
     stopped = CATCHERS[-1].stopped()
     stopped.done = list(done)
+    stopped.exit_status = CATCHERS[-1].exit_status
     raise stopped
 
 
@@ -92,7 +98,8 @@ def guard(
   Args:
     call: the function.
     what: who is called, as a message begins.
-    about: says what it was called for, when something is wrong.
+    about: says what it was called for, when something is wrong; "" if the
+      errors of the function name that themselves.
     seconds: that it may take, counted anew where `done` grows; 0: no limit.
     done: what it has answered, if it answers piece by piece.
 
@@ -114,11 +121,69 @@ def guard(
   except (CallError, Ended, paths.DiskError):
     raise
   except Exception as error:
+    if isinstance(error, ValueError) and not about():
+      raise CallError(str(error), done) from error
     message = str(error).rstrip(".") or "no message"
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     raise CallError(f"{what} failed {about()}: {kind}{message}.", done) from (
       error
     )
+
+
+def tell(
+  error: CallError | Ended, prompts: Sequence[str], responses: Sequence[str]
+) -> None:
+  """Lets an error carry what was asked, with what was answered, as `rows`."""
+  error.rows = [
+    {"prompt": str(prompt), "response": response}
+    for prompt, response in zip(prompts, responses, strict=True)
+  ]
+  for row, outcome in zip(error.rows, error.done, strict=False):
+    pair = outcome if isinstance(outcome, tuple) else (outcome, {})
+    row["reward"], row["parts"] = pair
+
+
+def one_by_one(
+  function: Callable[..., Any],
+  items: Sequence[tuple[Any, ...]],
+  *,
+  what: str,
+  about: Callable[[int], str],
+  seconds: float = 0.0,
+) -> list[Any]:
+  """Calls a function with one item after another; see `guard`.
+
+  After a signal it ends behind an answer, with what was answered so far.
+
+  Args:
+    function: of the user's own.
+    items: arguments of each call.
+    what: see `guard`.
+    about: says what the call of this number was for.
+    seconds: that a call may take; 0: no limit.
+
+  Returns:
+    What the function returned for each item.
+
+  Raises:
+    CallError: as `guard`, naming the item.
+    Exception: `checkpoint.Stopped`.
+  """
+  done: list[Any] = []
+
+  def call():
+    for item in items:
+      done.append(function(*item))
+      check_stop(done, SECONDS_TO_ANSWER)
+
+  guard(
+    call,
+    what=what,
+    about=lambda: about(min(len(done), len(items) - 1)),
+    seconds=seconds,
+    done=done,
+  )
+  return done
 
 
 class _Watch:

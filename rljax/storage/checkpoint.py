@@ -112,7 +112,8 @@ class Checkpoints:
     self.wait()
     # Named by its step, so that the leftovers of a kill can be told.
     unfinished = self._folder / f"{step}{_UNFINISHED}"
-    with self._writing(step, unfinished):
+    logging.get_absl_logger().addFilter(_is_ours)
+    with self._writing(step):
       if _is_first():
         self._folder.mkdir(parents=True, exist_ok=True)
       with _context():
@@ -217,6 +218,7 @@ class Checkpoints:
       multihost_utils.sync_global_devices("rljax checkpoint")
     failure, self._failure = self._failure, None
     if failure is not None:
+      self._remove_unfinished()  # Orbax may have written on for a while.
       raise failure
 
   def check(self) -> None:
@@ -246,22 +248,19 @@ class Checkpoints:
   def _commit(self, step, unfinished, response, leaves):
     """Ends a save, in its thread."""
     try:
-      with self._writing(step, unfinished):
+      with self._writing(step):
         self._finish(step, unfinished, response, leaves)
     except BaseException as error:
       self._failure = error
 
   @contextlib.contextmanager
-  def _writing(self, step, unfinished):
+  def _writing(self, step):
     """Makes what fails within the block a `DiskError`, and tidies up."""
     try:
       yield
     except BaseException as error:
       self._saved.discard(step)
-      if _is_first():  # It may be what fills the disk.
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for left in self._folder.glob(f"{unfinished.name}*"):
-          shutil.rmtree(left, ignore_errors=True)
+      self._remove_unfinished()
       if not isinstance(error, Exception):
         raise
       name = f"The checkpoint {self._folder / str(step)}"
@@ -285,6 +284,12 @@ class Checkpoints:
     done = [old for old in self.all_steps() if old <= step]
     for old in done[: -self._keep]:
       _remove(self._folder / str(old))
+
+  def _remove_unfinished(self):
+    """Deletes what a failed save has left, which may be what fills the disk."""
+    if _is_first():
+      for left in self._folder.glob(f"*{_UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
   def _clear(self):
     """Deletes what a killed run left behind."""
@@ -511,22 +516,32 @@ def fingerprint(tree: Tree) -> str:
 
   Returns:
     SHA-256, in hexadecimal, of the path, dtype, shape and bytes of every leaf,
-    in the order of the paths.
+    in the order of the paths. A leaf without a value, as a plan has them,
+    counts by path, dtype and shape.
   """
-  leaves = {}
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    leaf = _to_disk(leaf)
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      from jax.experimental import multihost_utils
-
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    leaves[_path(keys)] = np.asarray(leaf)
+  leaves = {
+    _path(keys): leaf
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   digest = hashlib.sha256()
-  for path in sorted(leaves):
+  for path in sorted(leaves):  # One after another: together they may not fit.
     leaf = leaves[path]
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+      leaf = _on_host(leaf)
     digest.update(f"{path} {leaf.dtype.name} {leaf.shape}\n".encode())
-    digest.update(leaf.tobytes())
+    if isinstance(leaf, np.ndarray):
+      digest.update(leaf.tobytes())
   return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+  """Returns an array that may be spread over several processes."""
+  leaf = _to_disk(leaf)
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    from jax.experimental import multihost_utils
+
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf)
 
 
 class Stopped(calls.Ended):
@@ -577,11 +592,13 @@ class Preemption:
       ):
         continue
       self._previous[number] = signal.signal(number, self._handle)
-    calls.CATCHERS.append(self)
+    if jax.process_count() == 1:  # Several have to end together.
+      calls.CATCHERS.append(self)
     return self
 
   def __exit__(self, *error):
-    calls.CATCHERS.remove(self)
+    if self in calls.CATCHERS:
+      calls.CATCHERS.remove(self)
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
@@ -599,6 +616,12 @@ class Preemption:
 
 def _is_first():
   return jax.process_index() == 0
+
+
+def _is_ours(record):
+  """Leaves out the tracebacks of Orbax's threads, which raise as well."""
+  is_shown = logging.get_verbosity() >= logging.DEBUG
+  return is_shown or not (record.exc_info and "orbax" in record.pathname)
 
 
 def _agree(step):

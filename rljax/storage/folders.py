@@ -37,6 +37,37 @@ def current(directory: str | os.PathLike[str]) -> pathlib.Path:
   return whole if whole.is_dir() else directory
 
 
+def inside(directory: str | os.PathLike[str], name: str) -> pathlib.Path:
+  """Returns the path of a file in a folder, once it is known to lie there.
+
+  The snapshots of the Hugging Face hub's cache are links to the blobs beside
+  them, which counts as inside.
+
+  Args:
+    directory: the folder.
+    name: of the file.
+
+  Raises:
+    ValueError: if the name is a path, or a link that leads out of the folder.
+  """
+  directory = pathlib.Path(directory)
+  if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    raise ValueError(f"{name!r} is not the name of a file in {directory}.")
+  path = directory / name
+  try:
+    target, root = path.resolve(), directory.resolve()
+  except (OSError, RuntimeError) as error:  # Links in a circle.
+    raise ValueError(f"{path} leads nowhere: {error}.") from error
+  if root.parent.name == "snapshots":
+    root = root.parent.parent
+  if root not in target.parents:
+    raise ValueError(
+      f"{path} is a link to {target}, outside of its folder; only files within "
+      "are opened: copy it there."
+    )
+  return path
+
+
 @contextlib.contextmanager
 def replaced(
   directory: str | os.PathLike[str],

@@ -31,7 +31,8 @@ class DiskError(OSError):
     number = getattr(error, "errno", None)
     reason = getattr(error, "strerror", None) or _first_line(error)
     if number is None and "No space left" in str(error):
-      number = errno.ENOSPC  # As a library says it.
+      number = errno.ENOSPC  # A library says it in its own words.
+      reason = os.strerror(number)
     if number in _FULL:
       advice = "Free some space on its disk"
     elif number in _CLOSED:

@@ -17,6 +17,8 @@ from rljax.storage import paths
 
 Row = dict[str, Any]
 
+# What scores are kept in until the work that asked for them is done.
+SCORES = "scores.jsonl"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -35,13 +37,16 @@ class Appender:
       self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
 
   def write(self, text: str) -> None:
-    """Writes lines.
+    """Writes lines; a file that was deleted meanwhile is made again.
 
     Raises:
       DiskError: if they cannot be written; the file is then as it was.
     """
     content = text.encode("utf-8")
     with paths.writing(self._path):
+      if not self._is_there():
+        self._file.close()
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
       size = os.fstat(self._file.fileno()).st_size
       try:
         while content:
@@ -56,6 +61,15 @@ class Appender:
     """Closes the file; a second call does nothing."""
     self._file.close()
 
+  def _is_there(self):
+    """Tells whether the path still leads to the open file."""
+    try:
+      return os.path.samestat(
+        os.stat(self._path), os.fstat(self._file.fileno())
+      )
+    except FileNotFoundError:
+      return False
+
 
 class _Found(NamedTuple):
   """What is in a file: lines by step, and what is wrong with it."""
@@ -65,6 +79,14 @@ class _Found(NamedTuple):
   has_torn: bool  # Half a line at its end, as a kill leaves it.
   is_sorted: bool
   is_plain: bool  # Nothing but these lines is there.
+
+
+def readable(path: str | os.PathLike[str]) -> list[Row]:
+  """Reads the rows of a file that can be read, by step; none if it is gone."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    return []
+  return [row for row, _ in _read(path.read_bytes()).rows]
 
 
 def reopen(

@@ -195,12 +195,12 @@ class Rounds:
     return found
 
 
-def discard_unless(
+def set_aside_unless(
   path: str | os.PathLike[str],
   made_of: Mapping[str, Any],
   note: Callable[[str], None] = print,
 ) -> None:
-  """Deletes a file that was made of something else than what is named.
+  """Sets a file aside that was made of something else than what is named.
 
   What a file is made of stands beside it, in `<path>` with the suffix .json,
   before the first line of the file: no line is ever beside another's manifest.
@@ -208,18 +208,33 @@ def discard_unless(
   Args:
     path: the file, which may be absent. Its folder is made.
     made_of: all that its content depends on, as values that `json` can write.
-    note: called with a line if the file is deleted.
+    note: called with a line if the file is set aside.
   """
   path = pathlib.Path(path)
-  manifest = path.with_suffix(".json")
-  made_of = json.loads(json.dumps(made_of))
   if path.exists():
-    if _read(manifest) == made_of:
+    if is_of(path, made_of):
       return
-    note(f"{path} is of another policy or other flags: drawn again.")
-    path.unlink()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  _write(manifest, made_of)
+    aside = paths.set_aside(path)
+    note(
+      f"{path} is of another policy or other flags: drawn again; the old file "
+      f"is now {aside.name}."
+    )
+  describe(path, made_of)
+
+
+def is_of(path: str | os.PathLike[str], made_of: Mapping[str, Any]) -> bool:
+  """Tells whether a file is there, and made of what is named."""
+  path = pathlib.Path(path)
+  made_of = json.loads(json.dumps(made_of))
+  return path.exists() and _read(path.with_suffix(".json")) == made_of
+
+
+def describe(path: str | os.PathLike[str], made_of: Mapping[str, Any]) -> None:
+  """Files what a file is about to be made of, beside it; makes its folder."""
+  path = pathlib.Path(path)
+  with paths.writing(path.parent):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  _write(path.with_suffix(".json"), json.loads(json.dumps(made_of)))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:

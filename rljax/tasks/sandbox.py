@@ -288,13 +288,15 @@ class _Worker:
       )
     finally:
       theirs.close()
-    self._guard = subprocess.Popen(
-      ["/bin/sh", "-c", _GUARD, "guard", str(self._process.pid)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-      start_new_session=True,
-    )
+    self._guard = None
+    with contextlib.suppress(OSError):  # Without a shell, `_watch` is left.
+      self._guard = subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD, "guard", str(self._process.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+      )
     self.is_idle = False
     self.is_broken = False  # What it sends cannot be understood.
     self.item: int | None = None
@@ -340,9 +342,10 @@ class _Worker:
         os.killpg(self._process.pid, signal.SIGKILL)
       except (ProcessLookupError, PermissionError):
         self._process.kill()
-    self._guard.kill()
-    self._guard.wait()
-    self._guard.stdin.close()
+    if self._guard is not None:
+      self._guard.kill()
+      self._guard.wait()
+      self._guard.stdin.close()
     self._process.wait()
     self.channel.close()
 

@@ -4,24 +4,17 @@ The format of prompts is one text, so that it can be filed and compared:
 "plain", "chat", or what `describe` makes of a system prompt and of variables.
 """
 
-import contextlib
 import dataclasses
 import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rljax.text import templates
 
 Message = Mapping[str, str]
 
-# A template is a program that came with a model.
-SECONDS = 5.0
-# It may write this much more than it was given.
+# A template may write this much more than it was given.
 _MOST_CHARACTERS = 100_000
-
-
-class _TookTooLong(Exception):
-  """Raised in a template that does not end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +94,8 @@ def render(messages: Sequence[Message], template: Template) -> str:
     What transformers' `apply_chat_template` returns.
 
   Raises:
-    ValueError: if the template refuses the messages, leaves one out, does not
-      end within `SECONDS`, or writes without end.
+    ValueError: as `templates.render`; or if the template leaves a message out,
+      or writes without end.
   """
   messages = [dict(message) for message in messages]
   roles = [message["role"] for message in messages]
@@ -110,22 +103,13 @@ def render(messages: Sequence[Message], template: Template) -> str:
     system = {"role": "system", "content": template.system_prompt}
     messages = [system, *messages]
   goes_on = roles[-1] == "assistant"
-  try:
-    with _at_most(SECONDS):
-      text = template.tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=not goes_on,
-        continue_final_message=goes_on,
-        **template.options,
-      )
-  except _TookTooLong as error:
-    raise ValueError(
-      f"the chat template did not end within {SECONDS:g} seconds"
-    ) from error
-  except Exception as error:  # Templates may raise anything.
-    reason = str(error).rstrip(".") or type(error).__name__
-    raise ValueError(reason) from error
+  text = templates.render(
+    template.tokenizer,
+    messages,
+    add_generation_prompt=not goes_on,
+    continue_final_message=goes_on,
+    variables=template.options,
+  )
   size = sum(len(message["content"]) for message in messages)
   if len(text) > 10 * size + _MOST_CHARACTERS:
     raise ValueError(
@@ -140,26 +124,3 @@ def render(messages: Sequence[Message], template: Template) -> str:
         f"the chat template leaves out the message of the {message['role']}"
       )
   return text
-
-
-@contextlib.contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-  """Raises `_TookTooLong` in the block after so many seconds.
-
-  Only the main thread can be interrupted; in others the block is not limited.
-  """
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-
-  def interrupt(number, frame):
-    del number, frame
-    raise _TookTooLong
-
-  before = signal.signal(signal.SIGALRM, interrupt)
-  signal.setitimer(signal.ITIMER_REAL, seconds)
-  try:
-    yield
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)

@@ -68,7 +68,7 @@ def read_jsonl(
   """
   return [
     _checked(_raised(row), place, required, optional)
-    for place, row in _placed_lines(path)
+    for place, row in placed_lines(path)
   ]
 
 
@@ -113,6 +113,15 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
       file.truncate(kept)
       logging.warning("%s: cut off a half-written last line.", path)
     file.write(content)
+
+
+def keep_aside(path: str | os.PathLike) -> str:
+  """Keeps a file that is about to be replaced under another name.
+
+  Returns:
+    Where it is kept.
+  """
+  return os.fspath(paths.keep_copy(path))
 
 
 def load_rows(
@@ -222,7 +231,7 @@ def _reader(path: pathlib.Path):
   """Returns the function that reads a file, by its ending."""
   stem = path.name.removesuffix(".gz")
   for ending, read in (
-    (".jsonl", _placed_lines),
+    (".jsonl", placed_lines),
     (".json", _placed_items),
     (".csv", _placed_cells),
     (".parquet", _placed_records),
@@ -256,10 +265,14 @@ def _byte_lines(path: str | os.PathLike) -> Iterator[bytes]:
     raise ValueError(f"{path}: not a gzip file ({error}).") from error
 
 
-def _placed_lines(
+def placed_lines(
   path: str | os.PathLike,
 ) -> Iterator[tuple[str, Row | ValueError]]:
-  """Yields the rows of a .jsonl file, see `load_placed_rows`."""
+  """Yields the rows of a file of JSON lines, as `load_placed_rows` does.
+
+  Args:
+    path: the file; a name ending in `.gz` is unpacked.
+  """
   place = None
   for number, line in enumerate(_byte_lines(path), start=1):
     if not line.strip():
@@ -285,7 +298,7 @@ def _placed_items(
   except (ValueError, RecursionError) as error:
     # Others call a file of JSON lines so.
     if lines and lines[0].strip().endswith(b"}"):
-      yield from _placed_lines(path)
+      yield from placed_lines(path)
       return
     raise ValueError(f"{path}: not JSON ({error}).") from error
   if not isinstance(rows, list):

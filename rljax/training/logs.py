@@ -176,7 +176,7 @@ class Logs:
     """Records samples, each a mapping such as prompt, response and score."""
     if not self._on:
       return
-    rows = [_strict({"step": int(step), **row}) for row in rows]
+    rows = [strict({"step": int(step), **row}) for row in rows]
     self._add("samples.jsonl", rows)
     if rows:
       for tracker in self._trackers:
@@ -185,7 +185,7 @@ class Logs:
   def evaluations(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Records what an evaluation said of each held-out prompt."""
     if self._on:
-      rows = [_strict({"step": int(step), **row}) for row in rows]
+      rows = [strict({"step": int(step), **row}) for row in rows]
       self._add("evaluations.jsonl", rows)
 
   def histograms(self, step: int, counts: Mapping[str, Mapping]) -> None:
@@ -250,7 +250,7 @@ class Logs:
     if not self._on:
       return
     path = self._workdir / file
-    text = json.dumps(_strict(dict(values)), indent=2, ensure_ascii=False)
+    text = json.dumps(strict(dict(values)), indent=2, ensure_ascii=False)
     paths.write_whole(path, text + "\n")
     self._progress.stop()
     print_table(values, title)
@@ -314,10 +314,8 @@ class Logs:
 
 
 def read_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Returns the rows of a run's `metrics.jsonl`, in their order."""
-  path = pathlib.Path(workdir, "metrics.jsonl")
-  with path.open(encoding="utf-8") as file:
-    return [json.loads(line) for line in file]
+  """Returns the rows of a run's `metrics.jsonl` that can be read, by step."""
+  return rows_lib.readable(pathlib.Path(workdir, "metrics.jsonl"))
 
 
 class _Lines:
@@ -470,14 +468,14 @@ def _number(name, value):
   return float(array.item())
 
 
-def _strict(value):
-  """The value as strict JSON takes it: without arrays, NaN and infinity."""
+def strict(value: Any) -> Any:
+  """Returns a value as strict JSON takes it: no arrays, NaN or infinity."""
   if isinstance(value, Mapping):
-    return {str(name): _strict(item) for name, item in value.items()}
+    return {str(name): strict(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_strict(item) for item in value]
+    return [strict(item) for item in value]
   if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-    return _strict(np.asarray(value).tolist())
+    return strict(np.asarray(value).tolist())
   if isinstance(value, float) and not math.isfinite(value):
     return None
   if isinstance(value, os.PathLike):

@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -32,13 +33,14 @@ import jax
 import optax
 from absl import flags, logging
 
-from rljax.distributed import compiled, meshes, processes
+from rljax.distributed import compiled, meshes, planning, processes
 from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.storage import calls, checkpoint, locks, paths
-from rljax.training import announce, logs, longer, preflight, trackers
+from rljax.storage import rows as rows_lib
+from rljax.training import announce, guards, logs, longer, preflight, trackers
 
 Tree = Any
 
@@ -54,7 +56,8 @@ def start(
   Joins the processes, sets the compilation cache, takes the workdir with its
   lock, holds the flags against those that the run there began with, and makes
   the mesh. Reads flags that `cli.define_run` defines. Flags that may differ
-  when a run is started again carry the attribute `may_change`.
+  when a run is started again carry the attribute `may_change`, those that may
+  only grow `may_grow`; see `longer.check`.
 
   Args:
     values: the absl flags of the script.
@@ -138,10 +141,23 @@ class Run:
     self._notes: list[str] = []
     self._log = self._checkpoints = self._signals = self._best = None
     self._state_shardings = None
-    self._stopped = self._lacks_page = False
+    self._stopped = self._lacks_page = self._is_overdue = False
     self._latest: tuple[Any, ...] | None = None  # What `save` was last given.
     self._memory: dict[str, Tree] = {}
     self._has_shown: list[bool] = []  # Of programs; shared with parts.
+    self._watch = self._new_watch()
+
+  def _new_watch(self):
+    """What looks at the metrics, by the flags that the script has."""
+    values = self._values
+    mode = values.preflight if "preflight" in values else "off"
+    is_float32 = "dtype" not in values or values.dtype == "float32"
+    return guards.Watch(
+      self.note,
+      max_skipped=values.max_skipped if "max_skipped" in values else 0,
+      max_gap=None if mode == "off" else guards.tolerance(is_float32),
+      is_strict=mode == "strict",
+    )
 
   # State.
 
@@ -184,10 +200,16 @@ class Run:
       ValueError: if the checkpoint is of another model or optimizer, or of a
         later step than the last one.
     """
-    params = self.place(params, rules)
-    state = {"params": params, "optimizer": optimizer.init(params), **more}
-    self._state_shardings = meshes.shardings(state, rules, self.mesh)
-    state = meshes.place(state, self._state_shardings)
+    self.expect(params, rules, optimizer=optimizer, **more)
+    shardings = self._state_shardings
+    params = meshes.place(params, shardings["params"])
+    # Made where it will lie: whole, it need not fit a device or the host.
+    start = compiled.Compiled(
+      "optimizer", optimizer.init, out_shardings=shardings["optimizer"]
+    )
+    state = {"params": params, "optimizer": start(params)}
+    for name, tree in more.items():
+      state[name] = meshes.place(tree, shardings[name])
     shape = lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=x.sharding
     )
@@ -197,7 +219,13 @@ class Run:
     if restored := self._checkpoints.restore_latest(state):
       self.first_step, state, self.meta = restored
       self.best = self.meta.get("best")
+      self._watch.restore(self.meta)
     longer.check_done(self.first_step, self.total_steps, self.workdir)
+    if (bad := guards.first_not_finite(state)) is not None:
+      raise ValueError(
+        f"The run in {self.workdir} would start from numbers that are not "
+        f"finite: {bad}. The model of the flags, or the checkpoint, is damaged."
+      )
     if self._keeps_best:
       self._best = checkpoint.Checkpoints(self._best_folder, keep=1)
       self._recall_best()
@@ -227,7 +255,8 @@ class Run:
       "optimizer": optimizer.init(params),
       **more,
     }
-    state = jax.eval_shape(make, params)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    state = jax.eval_shape(make, jax.tree.map(like, params))
     self._state_shardings = meshes.shardings(state, rules, self.mesh)
 
   def compile(
@@ -361,6 +390,7 @@ class Run:
     part.is_complete = part._stopped = False
     part._checkpoints = checkpoint.Checkpoints(part.workdir, keep=keep)
     part._best, part._keeps_best = None, False
+    part._watch, part._is_overdue = part._new_watch(), False
     with part._checkpoints:
       yield part
     if part.is_stopped:
@@ -402,10 +432,11 @@ class Run:
       stack.enter_context(self.signals())
       try:
         yield self
-      except (checkpoint.Stopped, calls.CallError):
+      except (checkpoint.Stopped, calls.CallError) as error:
         # The next step asked a function of the user's, for an answer that
         # does not come: those before it are not lost.
         self._save_latest()
+        self._file_answers(error.rows)
         raise
 
   def file_flags(self) -> None:
@@ -462,7 +493,7 @@ class Run:
         ),
       )
     )
-    if has_metrics:
+    if has_metrics and not planning.current():
       draw = functools.partial(
         curves.curves,
         panels=curves.PANELS,
@@ -483,7 +514,12 @@ class Run:
     Yields:
       Each step, from `first_step`. The loop calls `save` in every one of them.
     """
-    for step in range(self.first_step, self.total_steps):
+    plan, stop = planning.current(), self.total_steps
+    if plan is not None:
+      stop = min(stop, self.first_step + planning.STEPS)
+    for step in range(self.first_step, stop):
+      if plan is not None:
+        plan.begins(step)
       yield step
       freeze = list(freeze)
       if step == self.first_step:
@@ -493,7 +529,7 @@ class Run:
         return
       for program in freeze:
         program.freeze()
-    self.is_complete = True
+    self.is_complete = plan is None
 
   def _show_programs(self, programs: Sequence[Any]) -> None:
     """Shows once what was compiled, and the memory that a device has of it."""
@@ -528,18 +564,31 @@ class Run:
   def save(self, done: int, state: Tree, **meta: Any) -> None:
     """Saves every --save_every steps, at the end, and after a signal.
 
+    While updates are skipped, which are not finite, a save waits for the first
+    one that is not.
+
     Args:
       done: number of finished steps.
       state: as `restore` returned it.
       **meta: what is not an array; comes back in `meta`.
+
+    Raises:
+      guards.NotFinite: if the state is not, or the last steps of a run have
+        taught it nothing.
     """
-    stop = self.should_stop()
-    is_due = done % self._values.save_every == 0 or done == self.total_steps
+    if planning.current():
+      return
+    stop, is_last = self.should_stop(), done == self.total_steps
+    is_due = done % self._values.save_every == 0 or is_last or self._is_overdue
     rows = {} if self._log is None else dict(self._log.num_rows)
-    meta = {"step": done, "best": self.best, "rows": rows, **meta}
-    self._latest = (done, state, meta)
+    about = {"step": done, "best": self.best, "rows": rows}
+    self._latest = (done, state, {**about, **self._watch.state, **meta})
     self._checkpoints.check()
-    if is_due or stop:
+    if is_last:
+      self._watch.check_end(done - 1)
+    self._is_overdue = is_due and bool(self._watch.skipping_since)
+    if stop or is_last or (is_due and not self._is_overdue):
+      self._check_finite(state, f"The state after step {done} is not saved")
       self._checkpoints.save(*self._latest)
     self._stopped = stop and done < self.total_steps
 
@@ -548,8 +597,22 @@ class Run:
     if self._latest is None or jax.process_count() > 1:
       return
     leaves = jax.tree.leaves(self._latest[1])
-    if not any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+      return
+    if guards.first_not_finite(self._latest[1]) is None:
       self._checkpoints.save(*self._latest)
+
+  def _file_answers(self, rows):
+    """Files what a batch asked and was answered before it failed."""
+    if rows and processes.is_first():
+      answered = rows_lib.Appender(os.path.join(self.workdir, "answered.jsonl"))
+      strict = (logs.strict(dict(row)) for row in rows)
+      answered.write("".join(json.dumps(row) + "\n" for row in strict))
+      answered.close()
+
+  def _check_finite(self, tree, what):
+    if (bad := guards.first_not_finite(tree)) is not None:
+      raise guards.NotFinite(f"{what}: {bad} is not finite.")
 
   # The best.
 
@@ -575,19 +638,28 @@ class Run:
     """Keeps the parameters of the best evaluation, with --keep_best.
 
     The first evaluation, of what the run starts from, is to be beaten; if none
-    does, the last parameters count as the best.
+    does, the last parameters count as the best. A value that is not finite is
+    no evaluation.
 
     Args:
       step: of the evaluation.
       value: the larger, the better.
       params: what is kept in `<workdir>/best`.
+
+    Raises:
+      guards.NotFinite: if parameters are not finite.
     """
-    if not self._keeps_best:
+    if not self._keeps_best or planning.current():
       return
     value = float(value)
+    if not math.isfinite(value):
+      self.note(f"step {step}: the evaluation is {value}, and never the best.")
+      # Whatever comes after the start is then better than that.
+      self.best = self.best or {"step": step, "value": None, "kept": None}
+      return
     if self.best is None:
       self.best = {"step": step, "value": value, "kept": None}
-    is_better = value > self.best["value"]
+    is_better = self.best["value"] is None or value > self.best["value"]
     if is_better:
       self.best = {"step": step, "value": value, "kept": step}
     elif step == self.total_steps and self.best["kept"] is None:
@@ -595,6 +667,7 @@ class Run:
       self.best = self.best | {"kept": step}
     else:
       return
+    self._check_finite(params, f"The best of step {step} is not kept")
     self._best.save(step, {"params": params}, self.best)
     # Before the state that says so: a kill between them repeats these steps.
     self._best.wait()
@@ -602,8 +675,13 @@ class Run:
   # What is left for people to look at.
 
   def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Writes one row of metrics."""
+    """Writes one row of metrics, and ends a run that they show to be lost."""
     self._log.write(step, metrics)
+    self.watch(step, metrics)
+
+  def watch(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Ends a run that metrics show to be lost; see `guards.Watch.look`."""
+    self._watch.look(step, metrics)
 
   def note(self, text: str) -> None:
     """Prints a line above the progress line, or once that is there."""
@@ -760,6 +838,10 @@ class Run:
     """Writes and prints a summary of the script's own; see `logs.Logs`."""
     self._wait()
     self._log.summary(values, title=self._with_best(title), **options)
+    if not options and processes.is_first():  # What it was made of is done.
+      scores = pathlib.Path(self.workdir, rows_lib.SCORES)
+      for path in (scores, scores.with_suffix(".json")):
+        path.unlink(missing_ok=True)
 
   def _with_best(self, title):
     """Adds to the title of a summary of the last step which one is best."""
@@ -837,12 +919,23 @@ def check_same_kind(name: str, other: Any, policy: Any) -> None:
     other: the model, its `model` and `tokenizer`, as `hf.load` gives them.
     policy: likewise.
   """
-  if other.model.config != policy.model.config:
+  if _without_ids(other.model.config) != _without_ids(policy.model.config):
     raise ValueError(
       f"{name} is another architecture than the policy: {other.model.config} "
       f"and {policy.model.config}."
     )
   check_same_tokens(name, other, policy)
+
+
+def _without_ids(config: Any) -> Any:
+  """A config but for special ids, of which an export names more."""
+  if not dataclasses.is_dataclass(config):
+    return config
+  names = ("bos_token_id", "eos_token_id", "pad_token_id")
+  known = {field.name for field in dataclasses.fields(config)}
+  return dataclasses.replace(
+    config, **{name: None for name in names if name in known}
+  )
 
 
 def check_same_tokens(name: str, other: Any, policy: Any) -> None:

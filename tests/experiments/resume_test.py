@@ -277,6 +277,28 @@ class ResumeTest(parameterized.TestCase):
     self.assertNotEqual(done.returncode, 0)
     self.assertRegex(done.stderr, "learning_rate: was 0.0003, now 0.5")
 
+  def test_finished_run_goes_on_with_more_steps(self):
+    workdir = scripts.scratch() / "longer"
+    flags = (*TINY_PPO, f"--policy={_policy()}")
+    errors = scripts.drive(
+      PPO,
+      [
+        (workdir, *flags, "--steps=3", "--save_every=1", "--eval_every=3"),
+        (workdir, *flags),
+        (workdir, *flags, "--steps=5"),
+        (workdir, *flags, "--steps=9", "--schedule=linear"),
+      ],
+    )
+    self.assertEqual(errors[:2], [None, None])
+    self.assertRegex(errors[2], "--steps=6, now 5: it may grow, not fall")
+    self.assertRegex(errors[3], "schedule: was .constant., now .linear.")
+    self.assertEqual(
+      scripts.fingerprint(workdir), scripts.fingerprint(_finished())
+    )
+    # The longer run evaluates steps 0 and 4, the shorter one 0 and 3.
+    rows = scripts.steady(scripts.rows(_finished()))
+    self.assertEqual(scripts.steady(scripts.rows(workdir)), rows)
+
   def test_finished_run_stays_as_it_is(self):
     before = scripts.rows(_finished())
     scripts.run(PPO, _finished(), *TINY_PPO, f"--policy={_policy()}")
@@ -316,11 +338,13 @@ class SupervisedTest(parameterized.TestCase):
       ),
       "best": ("--keep_best", "--learning_rate=1", "--max_grad_norm=0"),
       "improves": ("--keep_best",),
+      "longer": ("--keep_best",),
     }
     found = {name: scripts.scratch() / f"sft-{name}" for name in flags}
-    errors = scripts.drive(
-      SFT, [(found[name], *cls.FLAGS, *more) for name, more in flags.items()]
-    )
+    runs = [(found[name], *cls.FLAGS, *more) for name, more in flags.items()]
+    # It has ended once before.
+    runs.insert(-1, (*runs[-1], "--steps=3", "--save_every=5"))
+    errors = scripts.drive(SFT, runs)
     if any(errors):
       raise AssertionError(errors)
     return found
@@ -385,6 +409,18 @@ class SupervisedTest(parameterized.TestCase):
       )
     self.assertEqual(
       scripts.steady(scripts.rows(killed)), scripts.steady(scripts.rows(whole))
+    )
+
+  def test_a_longer_run_ends_with_the_same_bits(self):
+    runs = self._runs()
+    for folder in (".", "best"):
+      self.assertEqual(
+        scripts.fingerprint(runs["longer"] / folder),
+        scripts.fingerprint(runs["improves"] / folder),
+      )
+    self.assertEqual(
+      scripts.steady(scripts.rows(runs["longer"])),
+      scripts.steady(scripts.rows(runs["improves"])),
     )
 
   def test_rows_of_a_file(self):

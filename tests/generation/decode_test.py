@@ -343,6 +343,30 @@ class SampleTest(parameterized.TestCase):
 class RealModelTest(parameterized.TestCase):
   """The log-probabilities that the sampler returns are the trainer's."""
 
+  def test_parameters_are_narrowed_once(self):
+    """The loop reads bfloat16 matrices, and draws as before."""
+    config = tiny.llama_config(dtype=jnp.bfloat16)
+    model, params = tiny.model(config), tiny.params(config)
+    ids, mask = _prompts(np.random.default_rng(0))
+    options = {"max_length": 4, "settings": sampling.Settings()}
+
+    def run(params):
+      return decode.sample(
+        jax.random.key(0), model, params, ids, mask, **options
+      )
+
+    (loop,) = (
+      e for e in jax.make_jaxpr(run)(params).eqns if e.primitive.name == "while"
+    )
+    matrices = [
+      x.aval.dtype
+      for x in loop.invars
+      if x.aval.shape
+      in {p.shape for p in jax.tree.leaves(params) if p.ndim > 1}
+    ]
+    self.assertGreaterEqual(len(matrices), 14)
+    self.assertEqual(set(matrices), {jnp.dtype(jnp.bfloat16)})
+
   @parameterized.parameters("gpt2", "llama")
   def test_log_probs_are_the_full_forward_passes(self, family):
     config = {"gpt2": tiny.gpt2_config, "llama": tiny.llama_config}[family]()

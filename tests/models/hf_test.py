@@ -532,9 +532,21 @@ class NameTest(FolderTestCase):
       huggingface_hub, "snapshot_download", return_value=str(self.path)
     ) as download:
       loaded = hf.load("org/name")
-      self.assertIn("*.safetensors", download.call_args[1]["allow_patterns"])
+      # consolidated.safetensors, a second copy of the same, is not fetched.
+      files = [call[1]["allow_patterns"] for call in download.call_args_list]
+      self.assertEqual(files[1:], [("model.safetensors",)])
+      self.assertIn("config.json", files[0])
+      self.assertIn("model.safetensors.index.json", files[0])
+      self.assertNotIn("*.safetensors", files[0])
       self.assertEqual(hf.load_config("org/name"), loaded.model.config)
-      self.assertNotIn("*.safetensors", download.call_args[1]["allow_patterns"])
+      self.assertEqual(download.call_args[1]["allow_patterns"], files[0])
+      self.assertIsNone(download.call_args[1]["revision"])
+      hf.save(self.path, model, params, _tokenizer(), max_shard_bytes=9_000)
+      hf.load("org/name@v1.0")
+      names = sorted(p.name for p in self.path.glob("*.safetensors"))
+      self.assertEqual(list(download.call_args[1]["allow_patterns"]), names)
+      self.assertEqual(download.call_args[0], ("org/name",))
+      self.assertEqual(download.call_args[1]["revision"], "v1.0")
     _assert_same_bits(loaded.params, params)
     self.assertEqual(loaded.source, "org/name")
     self.assertEqual(loaded.directory, str(self.path))
@@ -582,7 +594,7 @@ class TokenizerTest(FolderTestCase):
     generation = self.path / "generation_config.json"
     self.assertEqual(json.loads(generation.read_text()), ids)
 
-  @parameterized.parameters(([1, 7], [1, 7]), ([7, 8], 1), (7, 1))
+  @parameterized.parameters(([1, 7], [1, 7]), ([7, 8], [7, 8, 1]), (7, [7, 1]))
   def test_several_end_tokens_are_kept(self, configured, written):
     _write_config(self.path, eos_token_id=configured)
     model = _module(hf.load_config(self.path))
@@ -936,7 +948,7 @@ class ClassifierTest(FolderTestCase):
       self.path, "albert", architectures=["AlbertForSequenceClassification"]
     )
     with self.assertRaisesRegex(
-      ValueError, '"albert"; supported: gpt2, .*qwen3, bert, distilbert, rob'
+      ValueError, '"albert"; supported: gpt2, .*qwen3, .*roberta, .*distilb'
     ):
       load()
 

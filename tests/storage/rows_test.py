@@ -142,6 +142,23 @@ class ReopenTest(_RowsTest):
     self.assertEqual(self.reopen(num_rows=None), [])
 
 
+class ReadableTest(_RowsTest):
+  @parameterized.parameters(
+    (b"", []),
+    (b"".join(FOUR)[:-3], [0, 1, 2]),
+    (b"\xff\xfe" + b"".join(FOUR), [1, 2, 3]),
+    (FOUR[2] + b"[]\n" + FOUR[1], [1, 2]),
+  )
+  def test_what_can_be_read(self, content, steps):
+    self.path.write_bytes(content)
+    found = rows.readable(self.path)
+    self.assertEqual([row["step"] for row in found], steps)
+    self.assertEqual(self.path.read_bytes(), content)
+
+  def test_a_file_that_is_gone(self):
+    self.assertEqual(rows.readable(self.path), [])
+
+
 class TableTest(_RowsTest):
   def keep(self, text, steps, first_step=4):
     path = self.folder / "metrics.csv"
@@ -176,6 +193,14 @@ class AppenderTest(_RowsTest):
     appender.write("é\n")
     self.assertEqual(self.path.read_text(), "old\né\n")
     appender.close()
+    appender.close()
+
+  def test_a_file_that_is_deleted_is_made_again(self):
+    appender = rows.Appender(self.path)
+    appender.write("1\n")
+    self.path.unlink()
+    appender.write("2\n")
+    self.assertEqual(self.path.read_text(), "2\n")
     appender.close()
 
   def test_a_full_disk_leaves_no_half_of_a_line(self):

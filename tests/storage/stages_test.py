@@ -218,27 +218,30 @@ class DiscardUnlessTest(parameterized.TestCase):
     self.path = pathlib.Path(folder.name, "samples", "a.jsonl")
     self.notes = []
 
-  def discard(self, **made_of):
-    stages.discard_unless(self.path, made_of, self.notes.append)
+  def look(self, **made_of):
+    stages.set_aside_unless(self.path, made_of, self.notes.append)
 
   def test_a_file_of_the_same_stays(self):
-    self.discard(seed=1, stop_strings=("a", "b"))
+    self.look(seed=1, stop_strings=("a", "b"))
     manifest = json.loads((self.path.parent / "a.json").read_text())
     self.assertEqual(manifest, {"seed": 1, "stop_strings": ["a", "b"]})
     self.path.write_text("rows\n")
-    self.discard(stop_strings=["a", "b"], seed=1)
+    self.look(stop_strings=["a", "b"], seed=1)
     self.assertEqual(self.path.read_text(), "rows\n")
     self.assertEmpty(self.notes)
 
   @parameterized.parameters("{}", '{"seed": 2}', '{"seed": 1', None)
-  def test_a_file_of_something_else_goes(self, manifest):
+  def test_a_file_of_something_else_is_set_aside(self, manifest):
     self.path.parent.mkdir()
     self.path.write_text("rows\n")
     if manifest is not None:
       (self.path.parent / "a.json").write_text(manifest)
-    self.discard(seed=1)
+    self.look(seed=1)
     self.assertFalse(self.path.exists())
     self.assertIn("a.jsonl is of another policy", self.notes[0])
+    aside = self.path.with_name("a.jsonl.old1")
+    self.assertIn("is now a.jsonl.old1", self.notes[0])
+    self.assertEqual(aside.read_text(), "rows\n")
     found = json.loads((self.path.parent / "a.json").read_text())
     self.assertEqual(found, {"seed": 1})
 

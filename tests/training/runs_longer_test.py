@@ -328,6 +328,20 @@ class UserTest(_RunTest):
     self.train(self.start("--steps=10"))
     np.testing.assert_array_equal(params, self.params())
 
+  def test_the_batch_that_failed_is_filed(self):
+    error = calls.CallError("no answer")
+    error.rows = [
+      {"prompt": "p", "response": "r", "reward": np.float32(0.5), "parts": {}},
+      {"prompt": "p", "response": "s"},
+    ]
+    for _ in range(2):
+      with self.assertRaises(calls.CallError):
+        self.train(self.start(), evaluate=_Failing(error))
+    expected = {"prompt": "p", "response": "r", "reward": 0.5, "parts": {}}
+    found = self.rows("answered.jsonl")
+    self.assertEqual(found[0], expected)
+    self.assertLen(found, 4)
+
   def test_nothing_is_saved_behind_an_error_of_the_script(self):
     run = self.start("--steps=10", "--save_every=100")
     with self.assertRaises(KeyError):

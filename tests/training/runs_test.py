@@ -402,6 +402,27 @@ class ProgramsTest(_RunTest):
     placed = run.place({"wide": np.zeros((4, 2))}, [("wide", tensor)])
     self.assertEqual(placed["wide"].sharding.spec, tensor)
 
+  def test_moments_are_made_where_they_lie(self):
+    """Inside a program: whole, they need not fit a device or the host."""
+    inner, made = optax.adam(1e-3), []
+
+    def init(params):
+      made.extend(jax.tree.leaves(params))
+      return inner.init(params)
+
+    tensor = jax.sharding.PartitionSpec("tensor")
+    state = self.start("--mesh=data:2,tensor:2").restore(
+      {"wide": np.ones((4, 2), np.float32)},
+      [("wide", tensor)],
+      optimizer=optax.GradientTransformation(init, inner.update),
+    )
+    self.assertNotEmpty(made)
+    for leaf in made:
+      self.assertIsInstance(leaf, jax.core.Tracer)
+    moments = state["optimizer"][0].mu["wide"]
+    self.assertEqual(moments.sharding.spec, tensor)
+    self.assertEqual(moments.addressable_shards[0].data.shape, (2, 2))
+
 
 class KeepBestTest(_RunTest):
   """One evaluation before every step, and one at the end."""
