@@ -202,7 +202,7 @@ class Functions:
       for i, (value, more, _) in enumerate(column):
         weighted = None if value is None else reward.weight * value
         name = f"rewards/{reward.name}"
-        parts[i] |= {name: value, f"{name}/weighted": weighted}
+        parts[i] |= {name: value, name + "/weighted": weighted}
         for key, part in more.items():
           taken = key in parts[i]
           parts[i][f"{reward.name}/{key}" if taken else key] = part

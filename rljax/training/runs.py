@@ -499,9 +499,7 @@ class Run:
         repeats=repeats,
         keep=bool(damaged),
         about=trackers.About(
-          has_metrics and self._values.run_name,
-          self._values.run_tags if has_metrics else (),
-          self._in_force,
+          self._flag("run_name", ""), self._flag("run_tags", ()), self._in_force
         ),
       )
     )
@@ -509,7 +507,7 @@ class Run:
       draw = functools.partial(
         curves.curves,
         panels=curves.PANELS,
-        title=self._values.run_name
+        title=self._flag("run_name", "")
         or pathlib.Path(self.workdir).resolve().name,
       )
       self._log.curves(draw)
@@ -557,9 +555,11 @@ class Run:
   @property
   def _about(self) -> str:
     """What the prompts are of: the data, or the task."""
-    names = [x for x in ("data", "task") if x in self._values]
-    found = [str(self._values[x].value) for x in names if self._values[x].value]
-    return found[0] if found else self.workdir
+    return self._flag("data") or self._flag("task") or self.workdir
+
+  def _flag(self, name: str, default: Any = None) -> Any:
+    """Returns a flag that not every script has."""
+    return self._values[name].value if name in self._values else default
 
   @property
   def is_stopped(self) -> bool:

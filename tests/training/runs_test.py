@@ -283,7 +283,8 @@ class GoOnTest(_RunTest):
     ) as save:
       self.train(run)
     self.assertEqual([call.args[1] for call in save.call_args_list], [4, 8, 10])
-    rows = {"metrics.jsonl": 10, "samples.jsonl": 0, "histograms.jsonl": 0}
+    files = ("samples.jsonl", "histograms.jsonl", "evaluations.jsonl")
+    rows = {"metrics.jsonl": 10} | dict.fromkeys(files, 0)
     self.assertEqual(
       save.call_args.args[3],
       {"step": 10, "best": None, "drawn": 27, "rows": rows},
