@@ -4,7 +4,7 @@
 
 GRPO on GSM8K with the settings of a flagfile, for language models of six sizes
 and machines that are not there: `python -m rljax.plan` compiles the optimizer's
-start, the sampler and the learner at 2 and 4 layers, and extrapolates. The
+start, the sampler and the learner at 1 and 2 layers, and extrapolates. The
 models have the sizes of well-known ones; their prompts are counted with the
 tokenizer of SmolLM2, whatever their own is. Rows that the file has already are
 left alone, so that a run may be stopped. TPUs and GPUs need what
@@ -29,7 +29,7 @@ flags.DEFINE_integer("timeout", 1500, "Seconds after which a row is given up.")
 FLAGS = flags.FLAGS
 
 FLAGFILE = "experiments/flags/grpo/qwen25_05b_gsm8k.flags"
-LAYERS = "2,4"
+LAYERS = "1,2"
 
 
 def _model(layers, width, heads, kv_heads, feed_forward, vocab_size, **more):
@@ -122,7 +122,16 @@ def plan(model, target):
     if not output.exists():
       raise SystemExit(f"{model}@{target} failed: {done.stderr[-2000:]}")
     content = json.loads(output.read_text())
-  keep = ("name", "memory", "beside", "peak", "error", "rounds", "warnings")
+  keep = (
+    "name",
+    "seconds",
+    "memory",
+    "beside",
+    "peak",
+    "error",
+    "rounds",
+    "warnings",
+  )
   return {
     "summary": content["summary"],
     "programs": [{k: row[k] for k in keep} for row in content["programs"]],

@@ -31,7 +31,7 @@ from rljax.distributed import meshes
 from rljax.evaluation import answers, metrics
 from rljax.models import heads, hf
 from rljax.scoring import cached
-from rljax.text import batches, logged, tokens
+from rljax.text import batches, logged, splits, tokens
 from rljax.training import optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -96,16 +96,16 @@ def main():
   tokens.check_positions(sum(log.lengths), model.config.max_positions)
   answer = cli.load_responder(FLAGS, loaded, asked, run.mesh)
   params = run.place(loaded.params, hf.partition_rules(model, run.mesh))
-  num_heldout = round(FLAGS.heldout_fraction * len(asked))
-  num_fitted = len(asked) - num_heldout
+  heldout, fitted = splits.shuffled(
+    asked.texts, FLAGS.heldout_fraction, seed=FLAGS.seed
+  )
+  num_heldout, num_fitted = len(heldout), len(fitted)
   if num_heldout < 2 or num_fitted < FLAGS.batch_size:
     raise ValueError(
       f"Of {len(asked)} value prompts, {num_heldout} would be held out and "
       f"{num_fitted} fitted to, in batches of {FLAGS.batch_size}: give more "
       "prompts or another --heldout_fraction."
     )
-  order = batches.epoch_order(len(asked), seed=FLAGS.seed, epoch=0)
-  heldout, fitted = order[:num_heldout], order[num_heldout:]
   steps_per_epoch = num_fitted // FLAGS.batch_size
 
   def in_batches(function, arrays, batch_size=FLAGS.sample_batch_size):
@@ -154,6 +154,11 @@ def main():
 
     def values_of(head_params, batch):
       return head.apply({"params": head_params}, *batch)
+
+    if FLAGS.value_pad_mask:
+      few = slice(FLAGS.batch_size)
+      values_at_first = functools.partial(values_of, head_params)
+      run.check_rows(values_at_first, hidden[few], mask[few])
 
     def loss_fn(head_params, batch, targets, key):
       values = head.apply(

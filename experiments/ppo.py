@@ -35,7 +35,6 @@ from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
-cli.define_preflight()
 cli.define_task(num_prompts=131_072, num_eval_prompts=512)
 cli.define_models()
 cli.define_sampler(max_length=256, num_samples=1, online=True)
@@ -182,11 +181,12 @@ def main():
 
   def loss_fn(params, batch, kl_coef):
     rollout = batch["rollout"]
-    mask, old_log_probs = rollout.response_mask, batch["old_log_probs"]
+    mask, old = rollout.response_mask, batch["old_log_probs"]
     statistics, hidden, values = forward(params, rollout)
+    new = statistics.log_probs
     policy_loss, metrics = ppo.clipped_policy_loss(
-      statistics.log_probs,
-      old_log_probs,
+      new,
+      old,
       batch["advantages"],
       mask,
       clip_epsilon=FLAGS.clip_epsilon,
@@ -206,13 +206,9 @@ def main():
       spread, _ = batch_entropy(params, hidden, mask)
       loss -= FLAGS.batch_entropy_coef * spread
     if FLAGS.kl == "old":
-      loss += kl_coef * ppo.kl_from_old(
-        statistics.log_probs, old_log_probs, mask
-      )
+      loss += kl_coef * ppo.kl_from_old(new, old, mask)
     if FLAGS.ratio_guard:
-      loss *= ppo.ratio_guard(
-        statistics.log_probs, old_log_probs, mask, threshold=FLAGS.ratio_guard
-      )
+      loss *= ppo.ratio_guard(new, old, mask, threshold=FLAGS.ratio_guard)
     return loss, {"loss": loss, **metrics, **value_metrics}
 
   # Means are over tokens: a micro-batch weighs by its share of them. The ratio
@@ -244,8 +240,12 @@ def main():
         kl_coef=state["kl"].coef,
         kind=FLAGS.kl_estimator,
       )
-      token_rewards += penalty
-      metrics |= drift
+      token_rewards, metrics = token_rewards + penalty, metrics | drift
+    metrics["reward/with_kl"] = token_rewards.sum(axis=1).mean()
+    if FLAGS.whiten_rewards:  # Their mean stays.
+      token_rewards = masking.masked_whiten(
+        token_rewards, mask, shift_mean=False
+      )
     token_advantages, returns = advantages.gae(
       token_rewards,
       values,
@@ -256,8 +256,7 @@ def main():
     if FLAGS.whiten_advantages:
       token_advantages = masking.masked_whiten(token_advantages, mask)
     metrics |= rollouts.metrics(rollout, old) | {
-      "reward/with_kl": token_rewards.sum(axis=1).mean(),
-      "values/mean": masking.masked_mean(values, mask),
+      "values/mean": masking.masked_mean(values, mask)
     }
     batch = {
       "rollout": rollout,
@@ -334,22 +333,16 @@ def main():
     samples, inputs = roll_out(run.first_step)
     rollout = run.shard(samples.rollout)
     learn.compile(state, reference, *inputs)
-    batch, _ = jax.jit(prepare)(state, reference, rollout, inputs[1])
-    rows = jax.tree.map(lambda x: x[: sizes.micro_batch], batch)
     preflight.run(
-      FLAGS.preflight,
-      lambda params, rollout: read(params, rollout).log_probs,
-      state["params"]["policy"],
-      rollout,
+      *(FLAGS.preflight, prepare, state, reference, rollout, inputs[1]),
       sampler=sampler,
-      gradients=lambda num_parts: jax.jit(gradients(num_parts))(
-        state["params"], rows, state["kl"].coef
-      ),
-      num_rows=sizes.micro_batch // meshes.num_batch_shards(run.mesh),
+      gradients=gradients,
+      more=[state["kl"].coef],
+      micro_batch=sizes.micro_batch,
+      num_shards=meshes.num_batch_shards(run.mesh),
       is_float32=FLAGS.dtype == "float32",
       parts_add_up=not FLAGS.batch_entropy_coef,
       programs=[sampler, terms, learn],
-      memory=state | {"reference": reference},
     )
 
   models = {"policy": loaded.params, "reference": reference}

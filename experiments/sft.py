@@ -5,7 +5,8 @@ Ten seconds on two CPU cores, the short warm start of the arithmetic study:
   python experiments/sft.py --flagfile=experiments/flags/padula/sft_cpu.flags \
     --workdir=runs/sft
 
-A pretrained model on a file of logged rows, of which it learns the first reply:
+A pretrained model on a file of rows, of which it learns the first reply, or all
+turns of the assistant in a dialogue:
 
   python experiments/sft.py --policy=smollm2-135m --data=rows.jsonl \
     --workdir=runs/sft --steps=100
@@ -15,7 +16,6 @@ responses are learnt. To try an idea, copy this file and change `examples` (what
 is learnt from) or `loss_fn` (how).
 """
 
-import functools
 import time
 
 import jax
@@ -35,6 +35,7 @@ from rljax.training import microbatch, optimizers, runs
 cli.define_run(steps=8, save_every=500, eval_every=50)
 cli.define_task(num_eval_prompts=256, eval_split=None, scores=False)
 cli.define_log()
+cli.define_held_out()
 cli.define_lengths(max_response_length=512, too_long="error")
 cli.define_models(required=False)
 cli.require_examples()
@@ -136,17 +137,21 @@ def main():
     sizes.micro_batch, model.config.vocab_size
   )
 
+  def learnt_mask(batch):
+    """Which tokens are learnt: of a dialogue, the assistant's."""
+    return batch.get("learnt_mask", batch["response_mask"])
+
   def loss_fn(params, batch):
     statistics, _ = rollouts.token_statistics(
       model, params["policy"], batch, temperature=1.0, chunk_size=chunk_size
     )
     return supervised.nll_loss(
-      statistics.log_probs, batch["response_mask"], normalizer=FLAGS.normalizer
+      statistics.log_probs, learnt_mask(batch), normalizer=FLAGS.normalizer
     )
 
   def weight(part):
     """What the loss of a micro-batch divides by: its tokens or responses."""
-    mask = part["response_mask"]
+    mask = learnt_mask(part)
     is_over_tokens = FLAGS.normalizer == "token_mean"
     return (mask if is_over_tokens else mask.any(axis=1)).sum()
 
@@ -169,6 +174,8 @@ def main():
   starts_from = {"policy": params if FLAGS.policy else None}
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
+  first = batch_of(train, np.arange(FLAGS.batch_size))
+  run.check_learner(gradients, state["params"], first)
   held_out_loss = run.compile(
     lambda params, batch: (loss_fn(params, batch)[0], weight(batch)),
     name="held-out loss",
@@ -209,15 +216,14 @@ def main():
 
 def examples(task, tokenizer):
   """Rows to learn from and held-out ones as ids, and what was left out."""
-  prepare = functools.partial(
-    encoding.prepare, tokenizer, **cli.length_options(FLAGS)
-  )
   if not FLAGS.data:
     train, held_out = (
-      prepare(
+      encoding.prepare(
+        tokenizer,
         logged.task_examples(
           task, split, FLAGS.seed, num, keywords.parse(FLAGS.task_options)
-        )
+        ),
+        **cli.length_options(FLAGS),
       )
       for split, num in (
         ("train", FLAGS.num_examples),
@@ -226,22 +232,16 @@ def examples(task, tokenizer):
     )
     skipped = [*train.skipped, *held_out.skipped]
     return encoding.Split(train, held_out, skipped, {}, [])
-  # Of a file, the first reply of every row; the last rows are held out.
-  rows, unusable, notes = logged.load(FLAGS.data)
-  rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
-  found = prepare(logged.first_replies(rows))
-  num_rows, num_held_out = len(found.rows), FLAGS.num_eval_prompts
-  if num_rows <= num_held_out:
-    raise ValueError(
-      f"{FLAGS.data} has {num_rows} rows, of which --num_eval_prompts="
-      f"{num_held_out} are held out: nothing is left to train on."
-    )
-  return encoding.Split(
-    encoding.take(found, range(num_rows - num_held_out)),
-    encoding.take(found, range(num_rows - num_held_out, num_rows)),
-    [*unusable, *found.skipped],
-    {},
-    notes,
+  return encoding.examples(
+    tokenizer,
+    FLAGS.data,
+    FLAGS.eval_data,
+    share=FLAGS.eval_share,
+    most=FLAGS.num_eval_prompts,
+    seed=FLAGS.seed,
+    first_row=FLAGS.first_row,
+    num_rows=FLAGS.num_rows,
+    settings=cli.length_options(FLAGS),
   )
 
 

@@ -9,6 +9,8 @@ after, and all flags. `--push` sends the folder to the Hugging Face hub.
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,7 +18,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rljax
 from rljax.models import hf
 from rljax.storage import paths
 
@@ -63,7 +64,7 @@ def export(
   flags = _read(place / "flags.json")
   path = directory / "generation_config.json"
   settings = generation_config(flags, loaded.tokenizer)
-  settings = _read(path) | settings
+  settings |= _read(path)  # All end tokens of the model are in there.
   paths.write_whole(path, json.dumps(settings, indent=2) + "\n")
   card = model_card(
     directory.resolve().name, str(source), flags, _read(place / "summary.json")
@@ -109,9 +110,10 @@ def model_card(
   head = ["---", "library_name: transformers", "tags: [rljax]"]
   head += [f"base_model: {base}"] if is_hub else []
   lines = [*head, "---", "", f"# {title}", ""]
-  lines += [
-    f"Trained with rljax {rljax.__version__}; exported from `{source}`."
-  ]
+  version = ""
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    version = f" {importlib.metadata.version('rljax-lm')}"
+  lines += [f"Trained with rljax{version}; exported from `{source}`."]
   facts = {
     "Base model": base or (flags and "random weights"),
     "Data": flags.get("data") or flags.get("task"),

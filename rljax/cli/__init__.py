@@ -23,6 +23,7 @@ is the one room of the library that knows flags by their names.
 from rljax.cli.data import (
   define_cache,
   define_dev,
+  define_held_out,
   define_lengths,
   define_log,
   define_prompts,
@@ -97,6 +98,7 @@ from rljax.cli.sampling import (
   load_responder,
   sampler_settings,
 )
+from rljax.cli.selection import load_selection
 
 # Flags of the groups below whose default, or help, the script chooses. All
 # others are the same in all scripts.
@@ -127,6 +129,7 @@ __all__ = (
   "define_ends",
   "define_kl",
   "define_lengths",
+  "define_held_out",
   "define_log",
   "define_models",
   "define_max_skipped",
@@ -157,6 +160,7 @@ __all__ = (
   "load_reward_model",
   "load_reward_terms",
   "load_scorer",
+  "load_selection",
   "load_task",
   "may_change",
   "may_grow",

@@ -281,8 +281,9 @@ def define_log() -> None:
   flags.DEFINE_string(
     "data",
     "",
-    "Logged replies: a .jsonl or .json file, a folder of splits or "
-    "tfds:<name>; docs/data.md shows the fields. Empty: those of the task.",
+    "Logged replies: a .jsonl, .json, .csv or .parquet file, a folder of "
+    "splits, tfds:<name> or hub:<name>; docs/data.md shows the columns. Empty: "
+    "those of the task.",
   )
   flags.DEFINE_integer(
     "first_row",
@@ -298,12 +299,39 @@ def define_log() -> None:
   )
 
 
-def read_log(values: flags.FlagValues, tokenizer: Any) -> encoding.Log:
+def define_held_out() -> None:
+  """Defines which rows of a file are held out."""
+  flags.DEFINE_string(
+    "eval_data",
+    "",
+    "Held-out rows, in the forms of --data; empty: --eval_share of its "
+    "prompts.",
+  )
+  flags.DEFINE_float(
+    "eval_share",
+    0.1,
+    "Share of the different prompts of --data, between 0 and 1, that is held "
+    "out where there is no --eval_data; the seed shuffles them.",
+  )
+
+
+def read_log(
+  values: flags.FlagValues, tokenizer: Any, *, join: bool = False
+) -> encoding.Log:
   """Reads --data, or the log of --task.
+
+  Args:
+    values: parsed flags.
+    tokenizer: of the policy.
+    join: see `encoding.read`.
 
   Raises:
     ValueError: as `encoding.read`.
   """
+  held_out = {}
+  if "eval_share" in values and not has_scorer(values):
+    names = ("eval_data", "eval_share")
+    held_out = {name: values[name].value for name in names}
   return encoding.read(
     tokenizer,
     name=values.data,
@@ -312,8 +340,26 @@ def read_log(values: flags.FlagValues, tokenizer: Any) -> encoding.Log:
     task_options=keywords.parse(values.task_options),
     first_row=values.first_row,
     num_rows=values.num_rows,
+    join=join,
+    **held_out,
     **length_options(values),
   )
+
+
+def has_scorer(values: flags.FlagValues) -> bool:
+  """Whether something scores new replies: else held-out rows select.
+
+  Raises:
+    ValueError: if there are prompts to reply to, and nothing that scores.
+  """
+  found = bool(values.task or values.reward_model or values.rewards)
+  if values.dev_data and not found:
+    raise ValueError(
+      f"Nothing scores the replies to --dev_data={values.dev_data}: give "
+      "--rewards, a --reward_model or a --task; or leave it out, to select by "
+      "the loss on held-out rows."
+    )
+  return found
 
 
 def require_examples() -> None:
@@ -367,12 +413,15 @@ def load_known(
 def define_dev(
   name: str = "dev",
   text: str = "Prompts by whose replies the best parameters are selected",
+  *,
+  needed: bool = True,
 ) -> None:
   """Defines prompts that the policy answers, after the task and the log.
 
   Args:
     name: of the prompts: the flags are --<name>_data and --num_<name>_prompts.
     text: what they are.
+    needed: whether there must be such prompts; else rows can be held out.
   """
   flags.DEFINE_string(
     f"{name}_data",
@@ -388,8 +437,9 @@ def define_dev(
   )
   entry.require(
     ["task", "data", f"{name}_data"],
-    lambda v: v["task"] or (v["data"] and v[f"{name}_data"]),
-    f"Without a --task, give --data and --{name}_data.",
+    lambda v: v["task"] or (v["data"] and (v[f"{name}_data"] or not needed)),
+    "Without a --task, give --data"
+    + (f" and --{name}_data." if needed else ", a file of rows."),
   )
 
 

@@ -19,7 +19,8 @@ PATHS = frozenset(
   (
     *("workdir", "compilation_cache", "stages", "cache", "output", "corpus"),
     *("data", "dev_data", "eval_data", "value_data", "samples"),
-    *("new_vs_samples", "labels", "profile_file"),
+    *("new_vs_samples", "labels", "solutions", "profile_file"),
+    *("task", "rewards"),
     *("policy", "policies", "reference", "base", "critic", "frozen"),
     *("reward_model", "rerank_model", "teacher_model", "teacher", "rewards"),
     *("task_options", "score_options", "example_options", "solutions"),

@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import flags
 
-from rljax.models import hf
+from rljax.models import fresh, hf
 from rljax.training import runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -70,7 +70,11 @@ def define_compute(*, remat: bool = True, logits: bool = True) -> None:
 
 
 def model_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `hf.load`."""
+  """Returns keyword arguments of `hf.load`; weights are read where they lie."""
+  return {**_compute_options(values), "lazy": True}
+
+
+def _compute_options(values):
   return {
     "dtype": values.dtype,
     "remat": "remat" in values and values.remat,
@@ -116,7 +120,7 @@ def define_random_model(
   flags.DEFINE_enum(
     "family",
     "gpt2",
-    ["gpt2", "llama"],
+    fresh.FAMILIES,
     "Architecture of a model that starts from random weights.",
   )
   for name, default, text in (
@@ -141,5 +145,5 @@ def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
     "num_layers": values.num_layers,
     "num_heads": values.num_heads,
     "max_positions": values.max_positions,
-    **model_options(values),
+    **_compute_options(values),
   }

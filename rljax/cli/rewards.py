@@ -239,6 +239,12 @@ def define_reward_terms() -> None:
     0.5,
     "Most that the lines of a response earn, for the reward term steps.",
   )
+  flags.DEFINE_bool(
+    "whiten_rewards",
+    False,
+    "Whether rewards, KL penalties among them, are divided by their standard "
+    "deviation over the tokens of a step; their mean stays.",
+  )
   flags.DEFINE_float(
     "step_coef", 1.0, "Scale of the reward term dense_reward_model."
   )

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rljax.distributed import planning, processes
+from rljax.distributed import planning, processes, stored
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -143,7 +143,8 @@ def place(tree: Tree, shardings: Tree) -> Tree:
   the processes.
 
   Args:
-    tree: numpy or jax arrays, typed keys among them.
+    tree: numpy or jax arrays, typed keys among them; of arrays on disk, see
+      `stored.Stored`, a host reads the parts of its devices alone.
     shardings: one sharding for all, or a tree of them with the same structure.
 
   Returns:
@@ -154,6 +155,7 @@ def place(tree: Tree, shardings: Tree) -> Tree:
     shardings = jax.tree.map(lambda _: one, tree)
   if plan := planning.current():
     return plan.absent(tree, shardings)
+  tree = jax.tree.map(_read_parts, tree, shardings)
   if jax.process_count() == 1:
     return jax.device_put(tree, shardings)
   return jax.tree.map(_place_global, tree, shardings)
@@ -318,6 +320,13 @@ def map_batches(
     for start in range(0, num_rows, batch_size)
   ]
   return jax.tree.map(lambda *x: np.concatenate(x)[:num_rows], *results)
+
+
+def _read_parts(leaf, sharding):
+  """Reads an array on disk to where it will lie; others stay as they are."""
+  if not isinstance(leaf, stored.Stored):
+    return leaf
+  return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
 
 
 def _parse(spec):

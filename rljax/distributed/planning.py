@@ -142,7 +142,8 @@ class Plan:
     """Returns arrays on the target: shapes and dtypes with these shardings."""
 
     def one(leaf, sharding):
-      leaf = _described(leaf)
+      is_array = hasattr(leaf, "dtype")
+      leaf = _described(leaf if is_array else np.asarray(leaf))
       array = Absent(leaf.shape, leaf.dtype, sharding=sharding)
       self._placed[id(array)] = weakref.ref(array)
       return array
@@ -334,7 +335,10 @@ def _described(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
   if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
     # An array of this host, such as a key, goes to wherever the program is.
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    dtype = leaf.dtype
+    if isinstance(dtype, np.dtype):
+      dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
   return leaf
 
 

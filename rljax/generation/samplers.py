@@ -31,6 +31,7 @@ def read(
   rollout: rollouts.Rollout,
   stop_strings: Sequence[str] = (),
   stop_ids: Sequence[int] = (),
+  pieces: Sequence[bytes] = (),
 ) -> list[str]:
   """The responses of a rollout as texts, without the strings that ended them.
 
@@ -40,15 +41,20 @@ def read(
   Args:
     tokenizer: Hugging Face tokenizer.
     rollout: N rows.
-    stop_strings: texts that end a response: it is cut in front of the first.
+    stop_strings: texts that end a response: it is cut in front of the one that
+      begins first, among the bytes by which the sampler found it.
     stop_ids: tokens that end a response, and are no part of its text, even
       where they are no special tokens.
+    pieces: of `tokens.token_bytes`, if they are at hand.
 
   Returns:
-    N texts.
+    N texts, each as it stands behind its prompt.
   """
-  ids, mask, log_probs = processes.gather(
-    (rollout.response_ids, rollout.response_mask, rollout.log_probs)
+  ids, mask, prompt_ids, prompt_mask, log_probs = processes.gather(
+    (
+      *(rollout.response_ids, rollout.response_mask),
+      *(rollout.prompt_ids, rollout.prompt_mask, rollout.log_probs),
+    )
   )
   num_nan = int((np.isnan(log_probs) & mask).any(axis=1).sum())
   if num_nan:
@@ -58,9 +64,23 @@ def read(
       num_nan,
       len(mask),
     )
-  texts = tokens.decode(tokenizer, ids, mask & ~np.isin(ids, stop_ids))
-  for stop in stop_strings:
-    texts = [text.split(stop)[0] for text in texts]
+  mask = mask & ~np.isin(ids, stop_ids)
+  behind = tokens.has_text(tokenizer, prompt_ids, prompt_mask)
+  texts = tokens.decode(tokenizer, ids, mask, behind=behind)
+  if not stop_strings:
+    return texts
+  pieces = pieces or tokens.token_bytes(tokenizer)
+  stops = [stop.encode("utf-8") for stop in stop_strings]
+  for n, text in enumerate(texts):
+    written = b"".join(
+      pieces[token] for token in ids[n][mask[n]] if token < len(pieces)
+    )
+    places = [place for stop in stops if (place := written.find(stop)) >= 0]
+    if places:
+      cut = written[: min(places)].decode("utf-8", errors="replace")
+      # A tokenizer may take a blank off the front, which the bytes have.
+      is_stripped = cut.startswith(" ") and not text.startswith(" ")
+      texts[n] = cut[1:] if is_stripped else cut
   return texts
 
 
@@ -394,16 +414,14 @@ class Sampler:
     )
     self.allowed = jnp.asarray(allowed)
     self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
-    self._task, self._grammar = task, None
+    self._task, self._grammar, self._pieces = task, None, ()
     if settings.constraint == "grammar":
       grammar = grammars.of_task(task, tokenizer, vocab_size, self.stop_ids)
       self._grammar = meshes.replicate(grammar, mesh)
     stop_table = None
     if settings.stop_strings:
-      stop_table = decode.stop_table(
-        settings.stop_strings,
-        tokens.token_bytes(tokenizer, vocab_size=vocab_size),
-      )
+      self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
+      stop_table = decode.stop_table(settings.stop_strings, self._pieces)
 
     def sample(key, params, ids, mask, lengths, within):
       return rollouts.sample(
@@ -484,7 +502,11 @@ class Sampler:
       rollout=rollout,
       prompts=[text for text in texts for _ in range(num_samples)],
       texts=read(
-        self._tokenizer, rollout, self.settings.stop_strings, self.stop_ids
+        self._tokenizer,
+        rollout,
+        self.settings.stop_strings,
+        self.stop_ids,
+        self._pieces,
       ),
       settings=self.settings,
       policy_step=step,
@@ -659,11 +681,10 @@ class Responder:
     )
     vocab_size = model.config.vocab_size
     stop_ids, allowed = ends(model, tokenizer, stop_at_eos, stop_tokens)
-    stop_table = None
+    stop_table, self._pieces = None, ()
     if stop_strings:
-      stop_table = decode.stop_table(
-        stop_strings, tokens.token_bytes(tokenizer, vocab_size=vocab_size)
-      )
+      self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
+      stop_table = decode.stop_table(stop_strings, self._pieces)
 
     def sample(key, params, batch):
       within = None
@@ -756,7 +777,13 @@ class Responder:
       rollout = jax.tree.map(lambda x, n=num_rows: x[:n], rollout)
       if self._forced is not None:
         rollout = self._without_forced(rollout)
-      texts = read(self._tokenizer, rollout, self._stop_strings, self._stop_ids)
+      texts = read(
+        self._tokenizer,
+        rollout,
+        self._stop_strings,
+        self._stop_ids,
+        self._pieces,
+      )
       yield range(start, end), texts, rollout.finished
 
   def _without_forced(self, rollout: rollouts.Rollout) -> rollouts.Rollout:

@@ -114,7 +114,7 @@ def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
   ids = {role: getattr(tokenizer, role) for role in _SPECIAL}
   if ids["eos_token_id"] is not None:
     ids["eos_token_id"] = _all_ends(config, ids["eos_token_id"])
-  if config["model_type"] == "roberta":
+  if config["model_type"] in ("roberta", "xlm-roberta"):
     del ids["pad_token_id"]  # Its positions are counted from the model's own.
   return {role: id_ for role, id_ in ids.items() if id_ is not None}
 

@@ -111,6 +111,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
   },
   "bert": {**_BERT, "pad_token_id": 0},
   "roberta": {**_BERT, "pad_token_id": 1},
+  "xlm-roberta": {**_BERT, "pad_token_id": 1},
+  "electra": {**_BERT, "pad_token_id": 0, "embedding_size": 128},
   "distilbert": {
     "activation": "gelu",
     "initializer_range": 0.02,

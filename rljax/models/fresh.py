@@ -1,5 +1,6 @@
 """Language models with random weights, of a given shape."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rljax.distributed import planning
-from rljax.models import gpt2, llama, tokenizers
+from rljax.models import gpt2, language_models, llama, tokenizers
 
 Params = dict[str, Any]
+FAMILIES = tuple(language_models.CONFIGS)
 
 
 def make(
@@ -26,10 +28,14 @@ def make(
   dtype: str = "float32",
   remat: bool = False,
 ) -> nn.Module:
-  """Makes a small model of one of two families.
+  """Makes a small model of a family.
+
+  Feed-forwards are four times as wide as the model; GPT-2 and Llama have
+  widths of their own. A mixture has four experts of the model's width, two of
+  them for each token.
 
   Args:
-    family: "gpt2" or "llama".
+    family: one of `FAMILIES`, which are model types of transformers.
     tokenizer: of the model, which has a row for each of its tokens.
     vocab_size: rows of the vocabulary; 0 takes the tokenizer's.
     hidden_size: width D.
@@ -46,8 +52,10 @@ def make(
     ValueError: if there is no such family, the sizes do not fit each other, or
       the vocabulary is smaller than the tokenizer's.
   """
-  if family not in ("gpt2", "llama"):
-    raise ValueError(f"family must be gpt2 or llama, got {family!r}.")
+  if family not in FAMILIES:
+    raise ValueError(
+      f"family must be one of {', '.join(FAMILIES)}, got {family!r}."
+    )
   rows = tokenizers.largest_id(tokenizer) + 1  # Vocabularies have holes.
   if vocab_size and vocab_size < rows:
     raise ValueError(
@@ -65,7 +73,44 @@ def make(
   }
   if family == "gpt2":
     return gpt2.GPT2(gpt2.GPT2Config(**sizes))
-  return llama.Llama(llama.LlamaConfig(**sizes))
+  if family == "llama":
+    return llama.Llama(llama.LlamaConfig(**sizes))
+  if hidden_size % num_heads:
+    raise ValueError(
+      f"hidden_size must be divisible by the {num_heads} heads, got "
+      f"{hidden_size}."
+    )
+  precision = {"dtype": dtype, "remat": remat}
+  config = language_models.CONFIGS[family].from_hf(_fields(family, sizes))
+  return language_models.module(dataclasses.replace(config, **precision))
+
+
+def _fields(family: str, sizes: dict[str, Any]) -> dict[str, Any]:
+  """Returns a config.json of a family with these sizes.
+
+  Readers take what their family has of it.
+  """
+  width, num_heads = sizes["hidden_size"], sizes["num_heads"]
+  head_dim = width // num_heads
+  return {
+    "model_type": family,
+    "vocab_size": sizes["vocab_size"],
+    "hidden_size": width,
+    "num_hidden_layers": sizes["num_layers"],
+    "num_attention_heads": num_heads,
+    "num_key_value_heads": num_heads,
+    "head_dim": head_dim,
+    "max_position_embeddings": sizes["max_positions"],
+    "intermediate_size": 4 * width,
+    "ffn_dim": 4 * width,
+    "moe_intermediate_size": width,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "query_pre_attn_scalar": head_dim,
+    "attention_multiplier": head_dim**-0.5,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+  }
 
 
 def shapes(model: nn.Module) -> Params:

@@ -96,9 +96,10 @@ class GemmaConfig(decoder.DecoderConfig):
       config_fields.SLIDING if (i + 1) % period else config_fields.FULL
       for i in range(read["num_hidden_layers"])
     )
-    ropes = {"rope": rope_lib.Rope.from_hf(config)}
     if model_type == "gemma3_text":
       ropes = _ropes(config)
+    else:
+      ropes = {"rope": rope_lib.Rope.from_hf(config)}
     return cls(
       **settings,
       **ropes,

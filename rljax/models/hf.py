@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from rljax.distributed import planning
 from rljax.models import (
@@ -88,6 +89,7 @@ def load(
   remat: bool = False,
   tokenizer: bool = True,
   step: int | None = None,
+  lazy: bool = False,
 ) -> LanguageModel:
   """Loads a model by name.
 
@@ -104,6 +106,8 @@ def load(
     remat: whether the backward pass recomputes each layer.
     tokenizer: whether to load the tokenizer as well.
     step: which checkpoint of a workdir; None is the latest.
+    lazy: whether the weights of a Hugging Face directory stay there until
+      `meshes.place` reads what each device gets, as `stored.Stored`.
 
   Returns:
     The model, with parameters as numpy arrays on the host.
@@ -113,7 +117,8 @@ def load(
       of a supported type with exactly the expected tensors.
   """
   settings = configs.settings(dtype, param_dtype, remat)
-  return LanguageModel(*_load(name, settings, tokenizer, step, "policy"))
+  found = _load(name, settings, tokenizer, step, "policy", lazy)
+  return LanguageModel(*found)
 
 
 def load_classifier(
@@ -127,8 +132,8 @@ def load_classifier(
 ) -> Classifier:
   """Loads a classifier of texts, such as a reward model, by name.
 
-  These are the `...ForSequenceClassification` models of transformers: BERT,
-  DistilBERT and RoBERTa, and the types of language models that `load` reads.
+  These are the `...ForSequenceClassification` models of transformers: BERT and
+  its kin, and the types of language models that `load` reads.
 
   Args:
     name: a Hugging Face directory, a workdir whose checkpoints hold a
@@ -240,7 +245,8 @@ def partition_rules(
     mesh: from `meshes.make`.
 
   Returns:
-    (path pattern, PartitionSpec) pairs for `meshes.shardings`.
+    (path pattern, PartitionSpec) pairs for `meshes.shardings`. A vocabulary
+    that `tensor` does not divide is split by the width of its rows instead.
 
   Raises:
     ValueError: if the model's heads do not divide over the devices of `tensor`,
@@ -264,7 +270,18 @@ def partition_rules(
         f"the {num_devices} devices of tensor; change tensor in --mesh to "
         f"{' or '.join(sizes)}."
       )
-  return families.of(model).partition_rules
+  rules = families.of(model).partition_rules
+  if config.vocab_size % num_devices == 0:
+    return rules
+  # An odd vocabulary, such as GPT-2's 50,257: split the width of its rows.
+  return (
+    (
+      r"(embed_tokens|wte|word_embeddings)/embedding$",
+      PartitionSpec(None, ("fsdp", "tensor")),
+    ),
+    (r"lm_head/kernel$", PartitionSpec(("fsdp", "tensor"), None)),
+    *rules,
+  )
 
 
 def save(
@@ -366,6 +383,7 @@ def _load(
   tokenizer: bool,
   step: int | None,
   entry: str,
+  lazy: bool = False,
 ) -> tuple[nn.Module, Params, Any | None, str, str | None]:
   """Does what `load` and `load_classifier` share.
 
@@ -376,6 +394,7 @@ def _load(
     step: of a workdir.
     entry: of a checkpoint's parameters: "policy" for language models,
       "reward_model" for classifiers.
+    lazy: see `load`.
 
   Returns:
     Model, parameters, tokenizer, source and directory.
@@ -403,7 +422,7 @@ def _load(
     elif kind == "workdir":
       params = weights.from_checkpoint(path, model, step, entry)
     else:
-      params = weights.from_safetensors(path, model)
+      params = weights.from_safetensors(path, model, lazy=lazy)
   if plan is not None:
     params = planning.shapes(weights.shapes(model))
   if text is not None:

@@ -71,6 +71,10 @@ class ModernBertConfig(decoder.DecoderConfig):
     "mlp.down_proj": "mlp.Wo",
   }
 
+  @property
+  def type_vocab_size(self) -> int:
+    return 0  # There are no token types.
+
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "ModernBertConfig":
     """Reads the content of a config.json; see `decoder.DecoderConfig`."""

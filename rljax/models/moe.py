@@ -79,7 +79,8 @@ class Experts(nn.Module):
     )
     if self.normalise:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    kernels = [kernel.astype(self.dtype) for kernel in self.experts()]
+    # Arrays of jax, to be indexed by a traced number in `_blocks`.
+    kernels = [jnp.asarray(kernel, self.dtype) for kernel in self.experts()]
     mixed = mix(rows, chosen, weights, *kernels, activation=self.activation)
     return mixed.astype(x.dtype).reshape(x.shape)
 

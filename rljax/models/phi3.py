@@ -105,10 +105,6 @@ def _rope(read: config_fields.Reader) -> rope_lib.Rope:
       kind = given.get("rope_type", kind)
       given["rope_type"] = "longrope" if kind in ("su", "yarn") else kind
       config[name] = given
-  rope = rope_lib.Rope.from_hf(config, partial=1.0, longrope=True)
-  if rope.rope_type not in ("default", "longrope"):
-    raise ValueError(
-      'config field "rope_scaling": rope_type must be "longrope" for phi3, '
-      f'got "{rope.rope_type}".'
-    )
-  return rope
+  return rope_lib.Rope.from_hf(
+    config, partial=1.0, types=("default", "longrope")
+  )

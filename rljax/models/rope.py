@@ -95,7 +95,7 @@ class Rope:
     *,
     theta: float = 10_000.0,
     partial: float | None = None,
-    longrope: bool = False,
+    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn"),
   ) -> "Rope":
     """Reads `rope_parameters`, or the older `rope_theta`/`rope_scaling`.
 
@@ -104,7 +104,7 @@ class Rope:
       theta: of the family, where the config gives none.
       partial: share of the dimensions that turn in the family, where the
         config gives none; None: its models turn all of them, always.
-      longrope: whether the family knows this type.
+      types: the values of `rope_type` that the family knows.
 
     Returns:
       The settings.
@@ -116,11 +116,10 @@ class Rope:
     source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     given = _one_for_all_layers(source, config)
     rope_type = given.get("rope_type", given.get("type", "default"))
-    known = [name for name in _FIELDS if longrope or name != "longrope"]
-    if not isinstance(rope_type, str) or rope_type not in known:
+    if not isinstance(rope_type, str) or rope_type not in types:
       raise ValueError(
         f'config field "{source}": rope_type "{fields.shown(rope_type)}" is '
-        f"not supported, only {', '.join(known)}."
+        f"not supported, only {', '.join(types)}."
       )
     unknown = [str(name) for name in given if name not in _KNOWN]
     if unknown:

@@ -281,37 +281,34 @@ class _Walk:
     return name
 
   def _collective(self, line, table, times, depth, rounds, fixed, part):
-    opcode = line.opcode.removesuffix("-start")
-    inside = []
-    if line.opcode == "fusion" and (target := line.called("calls")):
-      inside = [
-        x
-        for x in self._computations.get(target, ())
-        if x.opcode.removesuffix("-start") in COLLECTIVES
-      ]
-    for x in inside:
-      self._collective(
-        x, self._table(target), times, depth, rounds, frozenset(), part
+    target = line.called("calls") if line.opcode == "fusion" else None
+    for inner in self._computations.get(target, ()):
+      # A TPU sums and keeps a part of it in one fusion.
+      self._add_collective(
+        inner, times, depth, part, kept=sum(_sizes(line.arrays))
       )
+    self._add_collective(line, times, depth, part)
+    is_gather = line.opcode.removesuffix("-start") == "all-gather"
+    if rounds is not None and is_gather:
+      sources = {self._source(name, table) for name in line.operands}
+      if sources & fixed:
+        self._found["gather"] += times * sum(_sizes(_results(line)))
+
+  def _add_collective(self, line, times, depth, part, kept=None):
+    opcode = line.opcode.removesuffix("-start")
     if opcode not in COLLECTIVES:
       return
-    arrays = line.arrays
-    is_pair = line.opcode.endswith("-start") and len(arrays) > 1
-    if is_pair and opcode in ("all-gather", "collective-permute"):
-      arrays = arrays[1:2]  # What goes in stands first.
-    size = sum(_bytes(x, any_memory=True) for x in arrays)
+    size = sum(_sizes(_results(line)))
     devices = _group_size(line.attributes)
     if opcode == "reduce-scatter":
       size *= devices  # What goes in, as for the others.
+    elif opcode == "all-reduce" and kept and kept * devices <= size:
+      opcode = "reduce-scatter"
     found = part.collectives[opcode, depth]
     found[0] += times
     found[1] += times * size
     sent = size * (1 - 1 / devices) if opcode != "collective-permute" else size
     part.link_bytes += times * sent * (2 if opcode == "all-reduce" else 1)
-    if rounds is not None and opcode == "all-gather":
-      sources = {self._source(name, table) for name in line.operands}
-      if sources & fixed:
-        self._found["gather"] += times * size
 
   def _moved(self, line, table) -> float:
     """Returns bytes that an instruction reads and writes."""
@@ -443,6 +440,20 @@ def _bytes(array, any_memory=False) -> int:
   if not any_memory and re.search(r"S\([1-9]", layout):
     return 0
   return math.prod(shape) * _SIZES.get(dtype, 0)
+
+
+def _sizes(arrays) -> list[int]:
+  """Returns the bytes of arrays, in whatever memory they lie."""
+  return [_bytes(x, any_memory=True) for x in arrays]
+
+
+def _results(line) -> Sequence[Any]:
+  """Returns the arrays that a collective makes."""
+  opcode = line.opcode.removesuffix("-start")
+  is_pair = line.opcode.endswith("-start") and len(line.arrays) > 1
+  if is_pair and opcode in ("all-gather", "collective-permute"):
+    return line.arrays[1:2]  # What goes in stands first.
+  return line.arrays
 
 
 def _group_size(attributes: str) -> int:

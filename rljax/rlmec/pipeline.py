@@ -314,6 +314,7 @@ def supervise(
     prompts_lib.TEMPLATES[template],
     limits=limits,
     max_positions=reward_model.model.config.max_positions,
+    end_id=tokens.end_id(policy.tokenizer, prompt_format),
   )
   if all(row["is_right"] for row in found):
     raise ValueError(

@@ -491,7 +491,7 @@ def _longest_location(
   """Tokens of the longest reply that names one of `num_steps` steps."""
   targets = [template.locate_target(step) for step in (0, num_steps)]
   return max(
-    len(tokens.encode_response(tokenizer, "", [], target)[0])
+    len(tokens.encode_response(tokenizer, "", [], target).ids)
     for target in targets
   )
 

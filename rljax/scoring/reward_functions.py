@@ -34,6 +34,7 @@ from absl import logging
 from rljax.tasks import own, sandbox
 from rljax.text import asked, files
 
+_LARGEST = float(np.finfo(np.float32).max)
 _SPEC = re.compile(
   r"(?P<source>[^*]+?):(?P<name>[A-Za-z_]\w*)(?:\*(?P<weight>.+))?"
 )
@@ -83,7 +84,7 @@ def parse(specs: Sequence[str]) -> list[Reward]:
       weight = float(match["weight"] or 1.0) if match else math.nan
     except ValueError:
       weight = math.nan
-    if not math.isfinite(weight):
+    if not abs(weight) <= _LARGEST:
       raise ValueError(
         "--rewards names functions as file.py:function or module:function, "
         f"each with a weight behind it or none, such as *0.5; got {spec!r}."
@@ -201,7 +202,7 @@ class Functions:
       for i, (value, more, _) in enumerate(column):
         weighted = None if value is None else reward.weight * value
         name = f"rewards/{reward.name}"
-        parts[i] |= {name: value, f"{name}/weighted": weighted}
+        parts[i] |= {name: value, name + "/weighted": weighted}
         for key, part in more.items():
           taken = key in parts[i]
           parts[i][f"{reward.name}/{key}" if taken else key] = part
@@ -459,7 +460,7 @@ def _checked(returned: Any, num: int) -> list[Said]:
     value = _plain(value)
     if value is not None:
       is_number = isinstance(value, (bool, int, float))
-      if not is_number or not math.isfinite(value):
+      if not is_number or not abs(value) <= _LARGEST:  # NaN neither.
         raise ValueError(
           f"returned {files.shorten(item)}, which is neither a finite number "
           "nor None"

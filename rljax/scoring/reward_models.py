@@ -243,8 +243,8 @@ class RewardModel:
     ids = tokenizer(text, add_special_tokens=not has_start, verbose=False)
     ids = list(ids["input_ids"])
     end = tokenizer.eos_token_id
-    if ids and ids[-1] in self._ends:
-      end = ids.pop()  # Some tokenizers and chat templates put it there.
+    while ids and ids[-1] in self._ends:
+      end = ids.pop()  # Tokenizers, chat templates and texts put it there.
     room = self._max_length - 1
     is_cut = len(ids) > room
     ids = tokens.cut_prompt(tokenizer, ids, room)

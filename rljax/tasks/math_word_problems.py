@@ -480,7 +480,19 @@ def _rows(dataset: str, data: str, split: str) -> tuple[_Row, ...]:
       rows.append(read(row))
     except (AttributeError, TypeError, ValueError) as error:
       raise ValueError(f"{name}, row {i + 1}: {error}") from error
-  return tuple(rows)
+  # A question that stands twice would be drawn twice, and on two sides of a
+  # split.
+  distinct = {}
+  for row in rows:
+    distinct.setdefault((row.question, str(row.truth)), row)
+  if len(distinct) < len(rows):
+    logging.warning(
+      "%s: %d of %d questions stand there already, and are left out.",
+      name,
+      len(rows) - len(distinct),
+      len(rows),
+    )
+  return tuple(distinct.values())
 
 
 def _gsm8k_row(row: dict[str, Any]) -> _Row:

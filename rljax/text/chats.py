@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from rljax.text import asked, chat, dialogues, forms
+from rljax.text import asked, chat, dialogues, forms, templates
 
 Row = forms.Row
 
@@ -92,6 +92,54 @@ def render_prompts(
       f"{len(skipped)} prompts do not fit the chat template: {skipped[0]}"
     )
   return [row.prompt for row in rows]
+
+
+def spans(
+  row: Row, template: chat.Template
+) -> tuple[str, list[tuple[str, bool]]] | None:
+  """Renders a dialogue, and tells the assistant's turns from the others.
+
+  A turn of the assistant begins where the template asks for it, and ends with
+  what the template puts behind it, without the blanks that follow.
+
+  Args:
+    row: with a `dialogue`.
+    template: see `chat.parse`.
+
+  Returns:
+    The text before the first turn to learn from, and the texts behind it, each
+    with whether it is one to learn from, the first and the last of them; or
+    None, if the template writes earlier turns anew once others follow.
+  """
+
+  messages, num_asked = [dict(x) for x in row.dialogue], row.num_asked
+  if template.system_prompt and messages[0]["role"] != "system":
+    messages.insert(0, {"role": "system", "content": template.system_prompt})
+    num_asked += 1
+
+  def rendered(number, ask):
+    return templates.render(
+      template.tokenizer,
+      messages[:number],
+      add_generation_prompt=ask,
+      variables=template.options,
+    )
+
+  whole = rendered(len(messages), False)
+  places = []
+  for i, message in enumerate(messages):
+    if i < num_asked or message["role"] != "assistant":
+      continue
+    before, after = rendered(i, True), rendered(i + 1, False)
+    if not (after.startswith(before) and whole.startswith(after)):
+      return None
+    places += [len(before), len(after.rstrip())]
+  if places != sorted(places):
+    return None
+  cuts = zip(places, places[1:], strict=False)
+  return whole[: places[0]], [
+    (whole[start:end], i % 2 == 0) for i, (start, end) in enumerate(cuts)
+  ]
 
 
 # Helpers.

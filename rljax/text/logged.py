@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rljax.text import chats, files, forms, keywords
+from rljax.text import asked, chats, files, forms, keywords
 
 Row = forms.Row
 
@@ -219,6 +219,33 @@ def _load(name, split, data_dir, *, answered, limit=None) -> Loaded:
 
 
 # Rows.
+
+
+def joined(rows: Iterable[Row]) -> list[Row]:
+  """Joins rows with one scored reply each to rows with all those of a prompt.
+
+  So samples of an online run, of which each is a row, become replies that can
+  be compared. Other rows, and those whose prompt has one reply, stay as they
+  are; a joined row stands where its first reply stood, and has the place, the
+  columns and the ids of that one.
+  """
+  found: dict[Any, list[Row]] = {}
+  for number, row in enumerate(rows):
+    alone = len(row.candidates) != 1 or row.rewards is None
+    name = number if alone else asked.key(row.prompt)
+    found.setdefault(name, []).append(row)
+  return [
+    several[0]
+    if len(several) == 1
+    else dataclasses.replace(
+      several[0],
+      candidates=tuple(row.candidates[0] for row in several),
+      rewards=tuple(row.rewards[0] for row in several),
+      finished=tuple((row.finished or (True,))[0] for row in several),
+      advantage=None,
+    )
+    for several in found.values()
+  ]
 
 
 def first_replies(rows: Iterable[Row]) -> list[Row]:

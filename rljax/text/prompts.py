@@ -16,6 +16,7 @@ from rljax.text import (
   forms,
   keywords,
   logged,
+  splits,
   tokens,
 )
 
@@ -119,11 +120,11 @@ def encode_pairs(
   texts = [prompt for prompt, _ in pairs]
   rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
-  end_id = tokens.turn_end(tokenizer) if prompt_format == "chat" else None
+  end_id = tokens.end_id(tokenizer, prompt_format)
   return [
     (
       ids,
-      tokens.encode_response(tokenizer, text, ids, response, end_id=end_id)[0],
+      tokens.encode_response(tokenizer, text, ids, response, end_id=end_id).ids,
     )
     for text, ids, (_, response) in zip(rendered, encoded, pairs, strict=True)
   ]
@@ -368,18 +369,10 @@ def split_rows(
     return train, held_out
   loaded = logged.load_prompts(data, "train")
   rows = loaded.rows
-  different = list(dict.fromkeys(asked.key(row.prompt) for row in rows))
-  if len(different) < 2:
-    raise ValueError(
-      f"{data} has one prompt, of which none can be held out: give more, or "
-      "--eval_data."
-    )
-  num_held_out = min(max(1, round(share * len(different))), len(different) - 1)
-  order = np.random.default_rng([seed, 3]).permutation(len(different))
-  chosen = {different[i] for i in order[:num_held_out]}
+  is_apart = splits.held_out([row.prompt for row in rows], share, seed=seed)
   sides = [], []
-  for row in rows:
-    sides[asked.key(row.prompt) in chosen].append(row)
+  for row, side in zip(rows, is_apart, strict=True):
+    sides[int(side)].append(row)
   train, held_out = sides
   return loaded._replace(rows=train), logged.Loaded(held_out, [], [])
 

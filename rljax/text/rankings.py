@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import encoding, forms, logged
+from rljax.text import encoding, forms, logged, splits
 
 # What ranks the replies of a row: its rewards where it has them and else its
 # own order, its order, or its rewards.
@@ -18,6 +18,7 @@ def read(
   data: str,
   eval_data: str = "",
   *,
+  eval_share: float = 0.1,
   num_eval_rows: int,
   first_row: int = 0,
   num_rows: int = 0,
@@ -33,6 +34,8 @@ def read(
     tokenizer: encodes them.
     data: a file, see `logged.load`; empty: the task's log.
     eval_data: the same, of the held-out ones.
+    eval_share: share of the different prompts in `data` that is held out,
+      where there is no `eval_data`.
     num_eval_rows: held-out rows that are used at most, the first ones.
     first_row: rows of `data` that are passed over at its beginning.
     num_rows: rows that are used from there on; 0 uses all.
@@ -68,13 +71,31 @@ def read(
       raise ValueError(
         f"{source} holds no comparison: {' '.join(unusable[:3])}"
       )
-    encoded = encoding.prepare(tokenizer, kept, **settings)
-    skipped.extend([*unusable, *encoded.skipped])
-    return encoded
+    skipped.extend(unusable)
+    return kept
 
-  train = compared(data, "train", first_row, num_rows)
-  held_out = compared(eval_data, "validation", 0, num_eval_rows)
-  return encoding.Split(train, held_out, skipped, {}, notes)
+  def encoded(rows):
+    found = encoding.prepare(tokenizer, rows, **settings)
+    skipped.extend(found.skipped)
+    notes.extend(found.notes)
+    return found
+
+  rows = compared(data, "train", first_row, num_rows)
+  if data and not eval_data:
+    prompts = [row.prompt for row in rows]
+    apart = splits.held_out(prompts, eval_share, seed=seed)
+    held_out = [row for row, x in zip(rows, apart, strict=True) if x]
+    left = [row for row, x in zip(rows, apart, strict=True) if not x]
+    held_out = held_out[:num_eval_rows]
+  else:
+    held_out = compared(eval_data, "validation", 0, num_eval_rows)
+    # The splits of a task are its own business.
+    left = splits.without(rows, held_out) if data else rows
+  num_shared = len(rows) - len(left) if eval_data else 0
+  counts = {"comparisons of held-out prompts left out": num_shared}
+  return encoding.Split(
+    encoded(left), encoded(held_out), skipped, counts, notes
+  )
 
 
 class NothingToCompare(ValueError):

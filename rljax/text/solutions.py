@@ -59,7 +59,7 @@ def read(
   data: str,
   eval_data: str = "",
   *,
-  eval_share: float = 0.0,
+  eval_share: float = 0.1,
   num_eval_rows: int,
   first_row: int = 0,
   num_rows: int = 0,
@@ -82,8 +82,8 @@ def read(
     tokenizer: encodes them.
     data: files with commas between them, see `load`; empty: the task's log.
     eval_data: the same, of the held-out ones.
-    eval_share: share of the prompts in `data` that are held out instead; 0 for
-      none.
+    eval_share: share of the different prompts in `data` that is held out,
+      where there is no `eval_data`.
     num_eval_rows: held-out solutions that are used at most, the first ones.
     first_row: solutions of `data` that are passed over at its beginning.
     num_rows: solutions that are used from there on; 0 uses all.
@@ -128,7 +128,7 @@ def read(
   rows = scored(data, "train")[first_row:]
   rows = rendered(rows[: num_rows or None])
   num_shared = 0
-  if eval_share:
+  if data and not eval_data:
     rows, held_out = split_prompts(rows, eval_share, seed=seed)
   else:
     held_out = rendered(scored(eval_data, "validation"))

@@ -23,7 +23,7 @@ def render(
   add_generation_prompt: bool = False,
   continue_final_message: bool = False,
   variables: Mapping[str, Any] | None = None,
-  seconds: float = SECONDS,
+  seconds: float | None = None,
 ) -> str:
   """Returns messages as the text that a model reads.
 
@@ -34,13 +34,14 @@ def render(
       begins.
     continue_final_message: whether it ends in the last message, which goes on.
     variables: further ones of the template, such as enable_thinking.
-    seconds: how long the template may take. Python can only be stopped in the
-      main thread; elsewhere there is no limit.
+    seconds: how long the template may take; None: `SECONDS`. Python can only be
+      stopped in the main thread; elsewhere there is no limit.
 
   Raises:
     ValueError: if the template refuses the messages, or takes too much time or
       memory.
   """
+  seconds = SECONDS if seconds is None else seconds
   try:
     with _limits(seconds):
       text = tokenizer.apply_chat_template(

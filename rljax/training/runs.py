@@ -40,7 +40,16 @@ from rljax.generation import samplers
 from rljax.models import hf
 from rljax.storage import calls, checkpoint, locks, paths
 from rljax.storage import rows as rows_lib
-from rljax.training import announce, guards, logs, longer, preflight, trackers
+from rljax.training import (
+  announce,
+  guards,
+  learner_checks,
+  logs,
+  longer,
+  microbatch,
+  preflight,
+  trackers,
+)
 
 Tree = Any
 
@@ -146,6 +155,7 @@ class Run:
     self._memory: dict[str, Tree] = {}
     self._has_shown: list[bool] = []  # Of programs; shared with parts.
     self._watch = self._new_watch()
+    self._is_checked: list[bool] = []  # Shared by the parts of a run.
 
   def _new_watch(self):
     """What looks at the metrics, by the flags that the script has."""
@@ -255,7 +265,8 @@ class Run:
       "optimizer": optimizer.init(params),
       **more,
     }
-    state = jax.eval_shape(make, params)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    state = jax.eval_shape(make, jax.tree.map(like, params))
     self._state_shardings = meshes.shardings(state, rules, self.mesh)
 
   def compile(
@@ -476,10 +487,6 @@ class Run:
     if "save_every" in self._values:
       repeats = 2 * max(self._values.save_every, self._saved_every)
     damaged = self._checkpoints is not None and self._checkpoints.unreadable
-    name, tags = (
-      self._values[flag].value if flag in self._values else default
-      for flag, default in (("run_name", ""), ("run_tags", ()))
-    )
     self._log = stack.enter_context(
       logs.Logs(
         self.workdir,
@@ -491,14 +498,17 @@ class Run:
         num_rows=self.meta.get("rows"),
         repeats=repeats,
         keep=bool(damaged),
-        about=trackers.About(name, tags, self._in_force),
+        about=trackers.About(
+          self._flag("run_name", ""), self._flag("run_tags", ()), self._in_force
+        ),
       )
     )
     if has_metrics and not planning.current():
       draw = functools.partial(
         curves.curves,
         panels=curves.PANELS,
-        title=name or pathlib.Path(self.workdir).resolve().name,
+        title=self._flag("run_name", "")
+        or pathlib.Path(self.workdir).resolve().name,
       )
       self._log.curves(draw)
     for text in self._notes:
@@ -533,9 +543,9 @@ class Run:
 
   def _show_programs(self, programs: Sequence[Any]) -> None:
     """Shows once what was compiled, and the memory that a device has of it."""
-    has_preflight = "preflight" in self._values
-    if has_preflight and self._values.preflight != "off":
-      self._has_shown.append(True)  # The preflight has done so.
+    is_online = "samples_every" in self._values
+    if is_online and self._values.preflight != "off":
+      self._has_shown.append(True)  # `preflight.run` has done so.
     if programs and not self._has_shown:
       found = (getattr(x, "program", x) for x in programs)
       rows = [row for x in found for row in getattr(x, "compilations", ())]
@@ -545,9 +555,11 @@ class Run:
   @property
   def _about(self) -> str:
     """What the prompts are of: the data, or the task."""
-    names = [x for x in ("data", "task") if x in self._values]
-    found = [str(self._values[x].value) for x in names if self._values[x].value]
-    return found[0] if found else self.workdir
+    return self._flag("data") or self._flag("task") or self.workdir
+
+  def _flag(self, name: str, default: Any = None) -> Any:
+    """Returns a flag that not every script has."""
+    return self._values[name].value if name in self._values else default
 
   @property
   def is_stopped(self) -> bool:
@@ -677,9 +689,71 @@ class Run:
     self._log.write(step, metrics)
     self.watch(step, metrics)
 
-  def watch(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Ends a run that metrics show to be lost; see `guards.Watch.look`."""
+  def check_learner(
+    self,
+    gradients: microbatch.Gradient,
+    params: Tree,
+    batch: Mapping[str, Any],
+    more: Callable[..., tuple[Any, ...]] = lambda batch: (),
+    **options: Any,
+  ) -> None:
+    """Checks, once, what a script learns from given texts; see --preflight.
+
+    Args:
+      gradients: of the script; see `learner_checks.check`, likewise the others.
+      params: that it differentiates.
+      batch: rows of an update; those of its first pass are looked at.
+      more: maps a batch to further arguments of the gradient.
+      **options: of `learner_checks.check`.
+
+    Raises:
+      preflight.Refused: if a check fails, with --preflight=strict.
+    """
+    num_rows = len(batch["prompt_ids"]) // gradients.num_parts
+    num_own = num_rows // meshes.num_batch_shards(self.mesh)
+    self._enforce(
+      lambda is_float32: learner_checks.check(
+        gradients,
+        params,
+        {name: x[:num_rows] for name, x in batch.items()},
+        more=more,
+        place=self.shard,
+        is_float32=is_float32,
+        **{
+          "num_parts": preflight.smallest_divisor(num_own),
+          "is_start": not self.first_step,
+          **options,
+        },
+      )
+    )
+
+  def check_rows(
+    self, function: Callable[..., Any], arrays: jax.Array, mask: jax.Array
+  ) -> None:
+    """Checks that a function reads rows by themselves, as `check_learner`."""
+    self._enforce(
+      lambda is_float32: learner_checks.check_rows(
+        function, arrays, mask, is_float32=is_float32
+      )
+    )
+
+  def _enforce(self, check):
+    mode = self._values.preflight
+    if mode == "off" or self._is_checked or planning.current():
+      return
+    checks = check(self._values.dtype == "float32")
+    preflight.show(checks)
+    preflight.enforce(checks, mode)
+    self._is_checked.append(True)
+
+  def watch(self, step: int, metrics: Mapping[str, Any]) -> bool:
+    """Ends a run that metrics show to be lost; see `guards.Watch.look`.
+
+    Returns:
+      Whether the last update was applied.
+    """
     self._watch.look(step, metrics)
+    return self._watch.skipping_since is None
 
   def note(self, text: str) -> None:
     """Prints a line above the progress line, or once that is there."""

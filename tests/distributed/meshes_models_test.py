@@ -154,14 +154,23 @@ class RulesTest(parameterized.TestCase):
       hf.partition_rules(model, mesh)
 
   def test_vocabulary_that_tensor_does_not_divide(self):
-    model = tiny.model(tiny.gpt2_config(vocab_size=41))
-    mesh = meshes.make(MESH)
-    with self.assertRaisesRegex(
-      ValueError,
-      "dimension 0 of wte/embedding, of size 41, is not divisible by the 2 "
-      "devices of tensor; change tensor in --mesh",
-    ):
-      meshes.shardings(_shapes(model), hf.partition_rules(model, mesh), mesh)
+    """Its rows are split by their width, if that divides."""
+    mesh = meshes.make("fsdp:4,tensor:2")
+    for width, fits in ((24, True), (20, False)):
+      config = tiny.gpt2_config(vocab_size=41, hidden_size=width)
+      model = tiny.model(config)
+      rules = hf.partition_rules(model, mesh)
+      if fits:
+        found = meshes.shardings(_shapes(model), rules, mesh)
+        shard = found["wte"]["embedding"].shard_shape((41, width))
+        self.assertEqual(shard, (41, 3))
+        continue
+      with self.assertRaisesRegex(
+        ValueError,
+        "dimension 1 of wte/embedding, of size 20, is not divisible by the 8 "
+        "devices of fsdp x tensor; change fsdp or tensor in --mesh",
+      ):
+        meshes.shardings(_shapes(model), rules, mesh)
 
 
 class SamplerTest(parameterized.TestCase):

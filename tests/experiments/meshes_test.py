@@ -243,13 +243,19 @@ class TrainingTest(parameterized.TestCase):
   def test_what_does_not_fit(self):
     cases = [
       ("--mesh=tensor:8", "4 query heads of a Llama .* tensor in --mesh to 1"),
-      ("--vocab_size=115", "embed_tokens/embedding, of size 115, .* tensor in"),
+      (
+        "--vocab_size=115 --hidden_size=20 --num_heads=2 "
+        "--mesh=fsdp:4,tensor:2",
+        "embed_tokens/embedding, of size 20, .* fsdp or tensor in --mesh",
+      ),
       ("--batch_size=6", "--batch_size must be divisible by the 4 devices"),
       ("--mesh=data:16", "asks for 16 devices, but 8 were found; lower a size"),
     ]
     workdir = scripts.scratch() / "bad"
     errors = scripts.drive(
-      SFT, [(workdir, *TINY_SFT, MESH, flag) for flag, _ in cases], devices=8
+      SFT,
+      [(workdir, *TINY_SFT, MESH, *flag.split()) for flag, _ in cases],
+      devices=8,
     )
     for (flag, message), error in zip(cases, errors, strict=True):
       with self.subTest(flag):

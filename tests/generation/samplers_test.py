@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from absl.testing import parameterized
 
 from rljax.distributed import meshes
@@ -23,7 +24,7 @@ from rljax.ops import sampling
 from rljax.storage import calls
 from rljax.tasks import arithmetic, word_lists
 from rljax.text import asked, batches, files, prompts, tokens
-from tests import stand_in, tiny
+from tests import conftest, stand_in, tiny
 from tests.generation import grammars_test
 
 pytest.importorskip("tokenizers")
@@ -923,6 +924,37 @@ class ProgressTest(parameterized.TestCase):
 
 
 class ReadTest(parameterized.TestCase):
+  def _drawn(self, tokenizer, ids):
+    ids = np.array([ids])
+    prompt = np.array([tokenizer.encode("Once")])
+    return rollouts.Rollout(
+      prompt_ids=prompt,
+      prompt_mask=prompt >= 0,
+      response_ids=ids,
+      response_mask=ids >= 0,
+      log_probs=np.zeros(ids.shape),
+      truncated_log_probs=np.zeros(ids.shape),
+      finished=np.array([True]),
+    )
+
+  def test_cut_where_the_sampler_stopped(self):
+    folder = conftest.shared("data/models/stories260k")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    byte = lambda i: tokenizer.convert_tokens_to_ids(f"<0x{i:02X}>")
+    # A blank in front of the first token, which SentencePiece would take off.
+    for ids, stops, expected in (
+      (encode("upon a"), [" upon"], ""),
+      (encode("upon a"), [], " upon a"),
+      (encode("upon a"), [" a"], " upon"),
+      # Bytes that are no UTF-8, in one run with a stop string and without.
+      ([byte(0xC3), byte(0x0A), byte(0x41)], ["\n"], "\ufffd"),
+      ([byte(0xC3), byte(0xA9), byte(0x0A)], ["\n"], "é"),
+      ([*encode("a"), byte(0x0A), byte(0xFF)], ["\n"], " a"),
+    ):
+      drawn = self._drawn(tokenizer, ids)
+      self.assertEqual(samplers.read(tokenizer, drawn, stops), [expected])
+
   def test_texts(self):
     # "3+4=7" with the end token, "12" cut short, nothing, and "=+".
     ids = [[3, 100, 4, 102, 7, 104], [1, 2, 9, 9, 9, 9], [104] + [9] * 5]
@@ -945,5 +977,8 @@ class ReadTest(parameterized.TestCase):
       (("=", "+4"), ["3", "12", "", ""]),
       (("+4", "="), ["3", "12", "", ""]),
       (("4=7",), ["3+", "12", "", "=+"]),
+      # One that begins first may lie in what another would cut off.
+      (("4=", "+4"), ["3", "12", "", "=+"]),
+      (("+4", "4="), ["3", "12", "", "=+"]),
     ):
       self.assertEqual(samplers.read(NUMBERS, drawn, stops), expected)

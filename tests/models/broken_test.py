@@ -16,6 +16,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from rljax.models import fresh, gguf_header, hf, sources, tokenizers
+from rljax.tasks import tokenizers as word_tokenizers
 from tests.models import hf_test
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -263,6 +264,22 @@ class TokenizersTest(FolderTestCase):
       except ValueError as error:
         self.assertRegex(str(error), "exported")
       (self.path / name).write_bytes(before)
+
+  def test_tokenizers_of_a_few_words(self):
+    words = word_tokenizers.of_words(["owl"], "\\w+")
+    words.save_pretrained(self.path)
+    self.assertIn("owl", tokenizers.read(self.path).get_vocab())
+
+  def test_byte_order_marks_are_read_over(self):
+    template = self.path / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    for path in (*(self.path / name for name in names), template):
+      path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    tokenizer = hf.load(self.path).tokenizer
+    self.assertEqual(tokenizer.get_vocab(), hf_test._tokenizer().get_vocab())
+    self.assertEqual(tokenizer.chat_template, "{{ messages[0].content }}")
+    self.assertEqual(tokenizer.name_or_path, str(self.path))
 
   def test_code_of_the_folder_is_never_run(self):
     ran = self.folder / "ran"

@@ -8,6 +8,7 @@ import tempfile
 import pytest
 from absl.testing import absltest, parameterized
 
+from rljax import export
 from rljax.models import configs, fields, rope
 from tests import tiny
 from tests.models import hf_test
@@ -388,6 +389,11 @@ class EndTokensTest(absltest.TestCase):
     for name in ("config.json", "generation_config.json"):
       written = json.loads((exported / name).read_text())
       self.assertEqual(written["eos_token_id"], [7, 8, 1])
+    export.export(exported, self.path / "again")
+    written = json.loads(
+      (self.path / "again" / "generation_config.json").read_text()
+    )
+    self.assertEqual(written["eos_token_id"], [7, 8, 1])
     self.assertEqual(
       hf_test.hf.load(exported).model.config,
       dataclasses.replace(

@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import tempfile
+from unittest import mock
 
 import chex
 import jax
@@ -14,9 +15,17 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from rljax.distributed import meshes
-from rljax.models import configs, hf, language_models
+from rljax.models import (
+  attention,
+  configs,
+  families,
+  fresh,
+  hf,
+  language_models,
+  moe,
+)
 from rljax.models import weights as weights_lib
-from tests import tiny
+from tests import conftest, tiny
 
 NAMES = (
   *("mistral_window", "qwen2_window", "gemma", "gemma2", "gemma3"),
@@ -187,6 +196,237 @@ def _classify(model, params, ids, mask):
   return model.apply({"params": params}, ids, mask)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _classifier_gradients(model, params, ids, mask):
+  """Gradients of a sum of squares of logits."""
+
+  def loss(params):
+    return jnp.sum(jnp.square(model.apply({"params": params}, ids, mask)))
+
+  return jax.grad(loss)(params)
+
+
+class WindowsTest(parameterized.TestCase):
+  def test_mask_by_hand(self):
+    mask = jnp.array([[False, True, True, True, True]])
+    found = attention.causal_mask(mask, 2)[0].astype(int)
+    np.testing.assert_array_equal(
+      found,
+      [
+        [0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1],
+      ],
+    )
+    for window in (None, 5, 9):  # They hold the whole text.
+      np.testing.assert_array_equal(
+        attention.causal_mask(mask, window), attention.causal_mask(mask)
+      )
+
+  def test_cache_is_as_long_as_the_window(self):
+    golden, model, params = _loaded("gemma2")  # Windows of 5 tokens.
+    self.assertEqual(model.config.windows, (5, None, 5))
+    _, cache = model.apply(
+      {"params": params},
+      golden["prompts"],
+      golden["prompt_mask"],
+      3,
+      NUM_NEW,
+      method="prefill",
+    )
+    lengths = [
+      (layer["prompt_keys"].shape[2], layer["values"].shape[2])
+      for layer in cache["layers"]
+    ]
+    self.assertEqual(lengths, [(4, 5), (11, NUM_NEW), (4, 5)])
+
+  @parameterized.parameters(1, 2, 3, 4, 8, 30)
+  def test_every_window_decodes_as_it_reads(self, window):
+    config = tiny.llama_config(
+      model_type="mistral", windows=(window, None), num_layers=2
+    )
+    model, params = tiny.model(config), tiny.params(config)
+    prompts, mask = tiny.batch(1, (2, 6))
+    ids, logits = _greedy(model, params, prompts, mask, 8)
+    whole = jnp.concatenate([prompts, ids], axis=1)
+    mask = jnp.pad(mask, ((0, 0), (0, 8)), constant_values=True)
+    expected = _logits(model, params, whole, mask)[:, 5:-1]
+    np.testing.assert_allclose(logits, expected, atol=3e-5, rtol=2e-5)
+
+  def test_branch_may_have_any_number_of_layers(self):
+    _, model, _ = _loaded("gemma3")
+    config = dataclasses.replace(model.config, num_layers=9)
+    self.assertEqual(
+      [config.window(i) for i in range(9)],
+      [6, 6, None, 6, 6, 6, None, 6, 6],
+    )
+
+
+class MixtureTest(parameterized.TestCase):
+  @parameterized.parameters((1, 4, 1), (7, 4, 2), (40, 3, 2), (300, 4, 3))
+  def test_products(self, num_rows, num_experts, num_chosen):
+    rng = np.random.default_rng(num_rows)
+    x = rng.normal(size=(num_rows, 6)).astype("float32")
+    gate, up = rng.normal(size=(2, num_experts, 6, 5)).astype("float32")
+    down = rng.normal(size=(num_experts, 5, 6)).astype("float32")
+    # The last expert is chosen by nobody.
+    chosen = np.argsort(rng.random((num_rows, num_experts - 1)), axis=1)
+    chosen = chosen[:, :num_chosen].astype("int32")
+    weights = rng.random(chosen.shape).astype("float32")
+    expected = np.zeros_like(x)
+    for row, experts in enumerate(chosen):
+      for expert, weight in zip(experts, weights[row], strict=True):
+        hidden = np.tanh(x[row] @ gate[expert]) * (x[row] @ up[expert])
+        expected[row] += weight * (hidden @ down[expert])
+
+    def mixed(platform, *arrays):
+      with mock.patch.object(jax, "default_backend", lambda: platform):
+        mix = functools.partial(moe.mix, activation=jnp.tanh)
+        value, pullback = jax.vjp(
+          lambda x, weights, *kernels: mix(x, chosen, weights, *kernels),
+          *arrays,
+        )
+        return value, pullback(jnp.cos(value))
+
+    arrays = x, weights, gate, up, down
+    on_cpu, elsewhere = (mixed(name, *arrays) for name in ("cpu", "tpu"))
+    np.testing.assert_allclose(on_cpu[0], expected, atol=2e-4, rtol=1e-4)
+    chex.assert_trees_all_close(on_cpu, elsewhere, atol=2e-4, rtol=1e-4)
+
+  @parameterized.parameters("mixtral", "qwen3_moe")
+  def test_load_balance_loss(self, name):
+    golden, model, params = _loaded(name)
+    mask = jnp.asarray(golden["mask"])
+    _, left = model.apply(
+      {"params": params}, golden["ids"], mask, mutable=[moe.ROUTER]
+    )
+    loss, metrics = moe.load_balance_loss(
+      left[moe.ROUTER],
+      mask,
+      experts_per_token=model.config.experts_per_token,
+    )
+    np.testing.assert_allclose(loss, golden["load_balance_loss"], rtol=1e-5)
+    self.assertEqual(metrics["router/load_balance_loss"], loss)
+    largest, smallest = (
+      metrics[f"router/{kind}_share"] for kind in ("largest", "smallest")
+    )
+    even = 1 / model.config.num_experts
+    self.assertBetween(smallest, 0, even)
+    self.assertBetween(largest, even, 1)
+
+  def test_even_router_has_the_least_loss(self):
+    # Two tokens, two experts, one each: 2 (1/2 1/2 + 1/2 1/2) = 1.
+    logits = jnp.array([[[20.0, -20.0], [-20.0, 20.0], [9.0, 0.0]]])
+    mask = jnp.array([[True, True, False]])
+    loss, metrics = moe.load_balance_loss(
+      {"layer": (logits,)}, mask, experts_per_token=1
+    )
+    np.testing.assert_allclose(loss, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(metrics["router/entropy"], 0, atol=1e-6)
+
+  def test_dense_models_have_no_router(self):
+    with self.assertRaisesRegex(ValueError, "no logits of a router"):
+      moe.load_balance_loss({}, jnp.ones((1, 1), bool), experts_per_token=1)
+
+
+class RefusedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("gemma", "use_bidirectional_attention", True, "use_bidirectional"),
+    ("gemma2", "sliding_window", 0, '"sliding_window"'),
+    ("gemma2", "layer_types", ["full_attention"], '"layer_types".*3 layers'),
+    ("gemma2", "hidden_activation", "mish", '"hidden_activation".*mish'),
+    ("gemma3", "layer_types", ["chunked_attention"] * 4, "chunked"),
+    ("gpt_neox", "rotary_pct", 0.4, "partial_rotary_factor 0.4"),
+    ("gpt_neox", "hidden_act", "gelu_10", '"hidden_act".*gelu_10'),
+    ("opt", "do_layer_norm_before", False, '"do_layer_norm_before" must be'),
+    ("opt", "word_embed_proj_dim", 7, '"word_embed_proj_dim" must be 20'),
+    ("opt", "_remove_final_layer_norm", True, "_remove_final_layer_norm"),
+    ("smollm3", "no_rope_layers", [1], '"no_rope_layers".*3 layers'),
+    ("phi3", "rope_parameters", {"rope_type": "linear"}, "longrope"),
+    ("granite", "logits_scaling", 0, '"logits_scaling"'),
+    ("mixtral", "num_experts_per_tok", 9, "at most the 3 experts, got 9"),
+    ("qwen3_moe", "num_experts", "many", '"num_experts"'),
+    ("olmo2", "num_attention_heads", None, '"num_attention_heads" is missing'),
+    ("mixtral", "vocab_size", 0, '"vocab_size"'),
+    ("modernbert", "classifier_pooling", "max", '"classifier_pooling".*max'),
+    ("electra", "hidden_act", "mish", '"hidden_act".*mish'),
+  )
+  def test_config(self, name, field, value, message):
+    golden, _, _ = _loaded(name)
+    settings = configs.settings("float32", "float32", False)
+    config = {**golden["config"], field: value}
+    if field in ("rotary_pct", "num_experts"):
+      config.pop("rope_parameters", None)
+      config.pop("num_local_experts", None)
+    with self.assertRaisesRegex(ValueError, f"here: .*{message}"):
+      configs.build(config, "here", settings)
+
+  def test_longrope_factors_of_another_width(self):
+    config = dict(tiny.golden("phi3")["config"])
+    config["rope_parameters"] = {
+      **config["rope_parameters"],
+      "short_factor": [1.0],
+    }
+    with self.assertRaisesRegex(ValueError, "3 pairs of dimensions.*got 1"):
+      configs.build(
+        config, "here", configs.settings("float32", "float32", False)
+      )
+
+  def test_longrope_ends_at_the_pretraining_context(self):
+    _, model, _ = _loaded("phi3")
+    self.assertEqual(model.config.max_positions, 40)
+    self.assertEqual(model.config.to_hf()["max_position_embeddings"], 64)
+
+  def test_tied_output_layer_of_another_name(self):
+    golden, model, _ = _loaded("gpt_neox_serial")
+    other = golden["weights"]["gpt_neox.embed_in.weight"] + 1
+    for name in ("lm_head.weight", "embed_out.weight"):
+      with self.assertRaisesRegex(ValueError, f"{name} of its own"):
+        weights_lib.from_arrays({**golden["weights"], name: other}, model, "x")
+
+
+ON_MESH = (
+  *("gemma2", "gemma3", "gpt_neox_serial", "granite", "mixtral", "olmo2"),
+  *("opt", "phi3", "qwen3_moe", "smollm3", "mistral_window"),
+)
+
+
+class MeshTest(parameterized.TestCase):
+  @parameterized.parameters(*ON_MESH)
+  def test_logits(self, name):
+    golden, model, params = _loaded(name)
+    mesh = meshes.make("data:2,fsdp:2,tensor:2")
+    rules = hf.partition_rules(model, mesh)
+    params = meshes.place(params, meshes.shardings(params, rules, mesh))
+    ids, mask = meshes.shard_batch((golden["ids"], golden["mask"]), mesh)
+    found = _logits(model, params, ids, mask)
+    chosen = golden["mask"]
+    np.testing.assert_allclose(
+      found[chosen], golden["logits"][chosen], atol=5e-5, rtol=2e-5
+    )
+
+  @parameterized.parameters("gpt2", "llama")
+  def test_odd_vocabulary(self, family):
+    make = tiny.gpt2_config if family == "gpt2" else tiny.llama_config
+    config = make(vocab_size=41)
+    if family == "llama":
+      config = dataclasses.replace(config, tie_word_embeddings=False)
+    model, params = tiny.model(config), tiny.params(config)
+    ids, mask = tiny.batch(0)
+    expected = _logits(model, params, ids, mask)
+    mesh = meshes.make("data:2,fsdp:2,tensor:2")
+    shardings = meshes.shardings(params, hf.partition_rules(model, mesh), mesh)
+    params = meshes.place(params, shardings)
+    table = params["wte" if family == "gpt2" else "embed_tokens"]["embedding"]
+    self.assertEqual(table.sharding.shard_shape(table.shape), (41, 4))
+    ids, mask = meshes.shard_batch((ids, mask), mesh)
+    found = _logits(model, params, ids, mask)
+    self.assertEqual(found.shape[-1], 41)
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
+
+
 class ClassifiersTest(parameterized.TestCase):
   @parameterized.parameters(*CLASSIFIERS)
   def test_logits(self, name):
@@ -225,6 +465,87 @@ class ClassifiersTest(parameterized.TestCase):
     fields = theirs.to_dict()
     self.assertEqual(fields["architectures"], golden["config"]["architectures"])
     self.assertEqual(config.from_hf(fields), model.config)
+
+  @parameterized.parameters(*CLASSIFIERS)
+  def test_gradients(self, name):
+    golden, model, params = _loaded(name)
+    gradients = _classifier_gradients(
+      model, params, golden["ids"], golden["mask"]
+    )
+    chex.assert_tree_all_finite(gradients)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+      self.assertTrue(np.any(leaf), jax.tree_util.keystr(path))
+
+
+class FreshTest(parameterized.TestCase):
+  @parameterized.parameters(*fresh.FAMILIES)
+  def test_random_model(self, family):
+    tokenizer = mock.MagicMock()
+    tokenizer.__len__.return_value = 30
+    model = fresh.make(
+      family,
+      tokenizer,
+      hidden_size=32,
+      num_layers=2,
+      num_heads=4,
+      max_positions=16,
+      dtype="bfloat16",
+    )
+    config = model.config
+    self.assertEqual((config.vocab_size, config.dtype), (30, "bfloat16"))
+    self.assertIsNone(config.eos_token_id)
+    shapes = fresh.shapes(model)
+    paths = jax.tree_util.tree_leaves_with_path(shapes)
+    names = language_models.parameter_names(config)
+    self.assertEqual(
+      {tuple(key.key for key in path) for path, _ in paths},
+      {
+        path[:-1] if isinstance(path[-1], int) else path
+        for path, _ in names.values()
+      },
+    )
+    again = type(config).from_hf(json.loads(json.dumps(config.to_hf())))
+    self.assertEqual(dataclasses.replace(again, dtype="bfloat16"), config)
+
+  def test_sizes_that_do_not_fit(self):
+    with self.assertRaisesRegex(ValueError, "divisible by the 4 heads, got 30"):
+      fresh.make(
+        "gpt_neox",
+        range(9),
+        hidden_size=30,
+        num_layers=1,
+        num_heads=4,
+        max_positions=8,
+      )
+
+
+class TableTest(absltest.TestCase):
+  def test_page_shows_what_is_tested(self):
+    types = lambda names: {
+      tiny.golden(n)["config"]["model_type"] for n in names
+    }
+    # Of these, other files test all that is marked.
+    old = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
+    writers = old | types(NAMES)
+    readers = {"bert", "distilbert", "roberta", "gpt2", "llama"}
+    readers |= types(CLASSIFIERS)
+    meshes_of = {"gpt2", "qwen2", "bert"} | types(ON_MESH)
+    rows = []
+    for kind in (*families.LANGUAGE_MODELS, *families.CLASSIFIERS):
+      writes = kind in families.LANGUAGE_MODELS
+      judges = kind in families.CLASSIFIERS
+      mark = lambda can, tested: ("✓" if tested else "·") if can else ""
+      cells = [
+        *[mark(True, kind in (writers if writes else readers))] * 2,
+        mark(writes, kind in writers),
+        mark(True, kind in (writers if writes else readers)),
+        mark(judges, kind in readers),
+        mark(True, kind in meshes_of),
+      ]
+      rows.append(f"| `{kind}` | {' | '.join(cells)} |".replace("  ", " "))
+    page = (conftest.REPOSITORY / "docs" / "models.md").read_text()
+    for row in dict.fromkeys(rows):
+      self.assertIn(row, page.splitlines())
 
 
 # Fields that two configs of one model may differ in.

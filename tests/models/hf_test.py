@@ -948,7 +948,7 @@ class ClassifierTest(FolderTestCase):
       self.path, "albert", architectures=["AlbertForSequenceClassification"]
     )
     with self.assertRaisesRegex(
-      ValueError, '"albert"; supported: gpt2, .*qwen3, bert, distilbert, rob'
+      ValueError, '"albert"; supported: gpt2, .*qwen3, .*roberta, .*distilb'
     ):
       load()
 

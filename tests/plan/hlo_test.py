@@ -135,6 +135,27 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
 """
     self.assertEqual(hlo.measure(text).outside.traffic, 2 * 256)
 
+  def test_sum_of_which_a_part_is_kept(self):
+    """As a TPU scatters a sum, in one fusion."""
+    text = """HloModule scatter
+
+%scatter (p: f32[1024]) -> f32[256] {
+  %p = f32[1024]{0} parameter(0)
+  %r = f32[1024]{0} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %d = f32[256]{0} dynamic-slice(%r), dynamic_slice_sizes={256}
+}
+
+ENTRY %main (x: f32[1024]) -> f32[256] {
+  %x = f32[1024]{0} parameter(0)
+  ROOT %f = f32[256]{0} fusion(%x), kind=kCustom, calls=%scatter
+}
+"""
+    found = hlo.measure(text).outside
+    self.assertEqual(
+      dict(found.collectives), {("reduce-scatter", 0): [1, 4096]}
+    )
+    self.assertEqual(found.link_bytes, 0.75 * 4096)
+
   def test_groups_of_a_mesh(self):
     line = (
       "ENTRY %main (x: f32[256]) -> f32[1024] {\n"

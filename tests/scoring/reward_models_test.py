@@ -1,5 +1,6 @@
 """Tests of classifiers as rewards."""
 
+import dataclasses
 import functools
 import pathlib
 import tempfile
@@ -150,6 +151,22 @@ class ScoreTest(RewardModelTestCase):
     scores, _ = scorer.score_batch(["[CLS]ab"], ["c[SEP]"])
     expected = logits([2, *_ids("abc"), 3])
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+  def test_any_end_token_of_the_model_ends_a_text(self):
+    # A chat model ends a turn by another token than its tokenizer a text.
+    (turn,) = _ids("c")
+    model = classifier.CausalClassifier(
+      classifier.CausalClassifierConfig(
+        dataclasses.replace(_backbone(), eos_token_id=(turn,)), ("reward",)
+      )
+    )
+    path, logits = self._saved(model, _tokenizer())
+    scorer = reward_models.RewardModel(path, max_length=32, transform="raw")
+    scores, _ = scorer.score_batch(["ab", "ab"], ["c", "ca"])
+    for score, ids in zip(
+      scores, ([*_ids("ab"), turn], [*_ids("abca"), 3]), strict=True
+    ):
+      np.testing.assert_allclose(score, logits(ids)[0], rtol=1e-5)
 
   def test_template(self):
     path, logits = self._causal()

@@ -15,7 +15,13 @@ from absl.testing import parameterized
 
 from rljax import tasks
 from rljax.tasks import math_word_problems, sandbox
-from rljax.tasks.answers import comparison, expressions, extraction, numbers
+from rljax.tasks.answers import (
+  comparison,
+  expressions,
+  extraction,
+  normalisation,
+  numbers,
+)
 from rljax.text import files, keywords
 from tests import conftest
 
@@ -516,7 +522,7 @@ class MathVerifyTest(parameterized.TestCase):
   def test_nothing_hangs(self):
     responses = (
       "#### 9^{9^{9^{9}}}",
-      "#### " + "(" * 80 + "42" + ")" * 80,
+      "#### " + "(" * 80 + "6*7" + ")" * 80,
       "#### 42*1",
     )
     start = time.monotonic()
@@ -587,6 +593,17 @@ class DataTest(parameterized.TestCase):
     )
     questions = {f"Question: What is {i}+1?\nAnswer:\n" for i in range(40)}
     self.assertEqual({*splits["train"], *splits["validation"]}, questions)
+
+  def test_a_question_that_stands_twice(self):
+    path = self.folder / "gsm8k_train.jsonl"
+    whole = self._prompts("train") + self._prompts("validation")
+    path.write_text(path.read_text() * 2)
+    math_word_problems._rows.cache_clear()
+    with self.assertLogs("absl", "WARNING") as logs:
+      again = self._prompts("train"), self._prompts("validation")
+    self.assertRegex(logs.output[0], "questions stand there already")
+    self.assertEqual(again[0] + again[1], whole)
+    self.assertFalse(set(again[0]) & set(again[1]))
 
   def test_splits_of_svamp(self):
     splits = [
@@ -809,6 +826,7 @@ class RealDataTest(parameterized.TestCase):
     for prompt in prompts[:60]:
       problem = math_word_problems._PROBLEMS[prompt]
       _, _, rest = solutions[problem.question].rpartition("\\boxed")
-      pairs.append((problem.truth, extraction.braced(rest)))
+      text = normalisation.normalise(extraction.braced(rest))
+      pairs.append((problem.truth, text))
     outcomes = comparison.pool().map(pairs)
     self.assertEqual({outcome.value for outcome in outcomes}, {True})

@@ -79,7 +79,7 @@ class LoadTest(absltest.TestCase):
 
   def test_what_cannot_be_used_is_named(self):
     files.write_jsonl(
-      self.file, [{"prompt": "1" * 30}, {"prompt": ""}, *self.rows]
+      self.file, [{"prompt": "1+" * 15}, {"prompt": ""}, *self.rows]
     )
     with self.assertLogs("absl", "WARNING"):
       train, held_out = self.load()

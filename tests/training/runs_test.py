@@ -22,7 +22,7 @@ from absl.testing import absltest, parameterized
 
 from rljax.distributed import processes
 from rljax.storage import checkpoint
-from rljax.training import logs, runs
+from rljax.training import runs
 from tests import conftest, tiny
 
 SCRIPT = "experiments/script.py"
@@ -283,7 +283,8 @@ class GoOnTest(_RunTest):
     ) as save:
       self.train(run)
     self.assertEqual([call.args[1] for call in save.call_args_list], [4, 8, 10])
-    rows = dict.fromkeys(logs._FILES, 0) | {"metrics.jsonl": 10}
+    files = ("samples.jsonl", "histograms.jsonl", "evaluations.jsonl")
+    rows = {"metrics.jsonl": 10} | dict.fromkeys(files, 0)
     self.assertEqual(
       save.call_args.args[3],
       {"step": 10, "best": None, "drawn": 27, "rows": rows},

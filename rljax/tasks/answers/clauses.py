@@ -50,8 +50,9 @@ _MARKER = re.compile(
   r"(?<![<>!=:])=+(?!=)"
   r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
   r"|giving|gave|gets?|got|leaves?|leaving|left with|yields?|totals?|total of"
-  r"|total|becomes?|so|thus|hence|therefore|then|altogether|in all|overall"
-  r"|she|he|they|we|it|you|sold|needs?|earns?|earned|pays?|paid|costs?|comes to"
+  r"|total|contain(?:s|ed)|becomes?|so|thus|hence|therefore|altogether|in all"
+  r"|overall|she|he|they|we|it|you|sold|needs?|earns?|earned|pays?|paid"
+  r"|costs?|comes to"
   r"|takes?|took|spends?|spent|ends? up with"
   r"|es|son|ist|sind|est|sont|são|tiene|hat|a un total de|共有|一共)\b"
   r"|[共有是为為]",
@@ -62,8 +63,28 @@ _CHOICE = re.compile(
   re.IGNORECASE,
 )
 BARE = re.compile(r"[\W\d_]*[0-9][\W\d_]*")
+# Where a sentence goes on to say something else.
+_ASIDE = re.compile(
+  r"(?:,\s*(?:so|which|who|since|because|as|and)|\s(?:in|for|after|when"
+  r"|because|since|who|that|which|are|is|was|were|will|would|can|could|did|do|does|left|so"
+  r"|during|at|on|with|now|while|before|per|they|he|she|it|from|than|by|to))\s",
+  re.IGNORECASE,
+)
+_IF = re.compile(r"\s(?:if|unless)\s", re.IGNORECASE)
+# What judges the number before it.
+_JUDGED = re.compile(
+  r"^\W*(?:\w+\W+){0,2}(?:or|nor|to|versus|vs|through)\W+[0-9]"
+  r"|\b(?:is|are|was|were) (?:wrong|incorrect|false|too|only|just)\b"
+  r"|\b(?:is|are|was|were) not"
+  r"(?:\W*$| (?:the|right|correct|it|true|possible)\b)"
+  r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
+  r"|^\W*(?:or|minus|plus|times|not)\b",
+  re.IGNORECASE,
+)
 # x = 41 and y = 42.
-_NAMED = re.compile(r"(?:[,;&]|\band\b)\s*\\?[A-Za-z]\w?\s*=", re.IGNORECASE)
+_NAMED = re.compile(
+  r"(?:[,;&]|\b(?:and|or)\b)\s*\\?[A-Za-z]\w?\s*=", re.IGNORECASE
+)
 
 
 def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
@@ -95,7 +116,7 @@ def last_clause(tail: str) -> str | None:
   match = _SIMPLE.fullmatch(tail)  # Most short replies.
   if match:
     return match[1]
-  tail = tail.rstrip()
+  tail = tail.rstrip().replace(" vs. ", " vs ")
   if not tail.isascii():
     tail = tail[: -2 * WINDOW] + normalisation.characters(tail[-2 * WINDOW :])
   place = max(tail.rfind(digit) for digit in "0123456789")
@@ -160,16 +181,32 @@ def _may_follow(previous: str, sentence: str) -> bool:
 
 
 def _last_of_several(sentence: str) -> str | None:
-  """Cuts a sentence down to what it says of its last number."""
+  """Cuts a sentence down to what it says of its result, or its last number."""
   text = numbers.without_labels(numbers.plain(sentence))
   found = literals.quantities(text)
-  if len(found) < 2:
+  if not found:
     return sentence
-  gap = text[found[-2].end : found[-1].start]
-  marker = last_match(_MARKER, gap)
-  if HEDGE.search(sentence):
-    return None
-  if marker is None or words.REFUSED.search(gap) or _NAMED.search(gap):
-    return sentence  # For `number`, which refuses most.
-  rest = text[found[-2].end + marker.start() :]
-  return re.sub(r"^\W*=*", "", rest) if "=" in marker[0] else rest
+  number, start = found[-1], 0
+  signs = [sign.start() for sign in numbers.EQUALITY.finditer(text)]
+  behind = [one for one in found if signs and one.start > signs[-1]]
+  if behind and len(text[signs[-1] + 1 : behind[0].start].split()) < 3:
+    number, start = behind[0], signs[-1] + 1
+    if _NAMED.search(text[signs[0] : start]) or (
+      len(behind) > 1 and not _ASIDE.search(text[number.end : behind[1].start])
+    ):
+      return sentence  # For `number`, which refuses most.
+    condition = _IF.search(text, number.end)
+    text = text[: condition.start()] if condition else text
+  elif len(found) > 1:
+    if HEDGE.search(sentence):
+      return None
+    gap = text[found[-2].end : number.start]
+    marker = last_match(_MARKER, gap)
+    if marker is None or words.REFUSED.search(gap):
+      return sentence
+    start = found[-2].end + marker.start()
+  rest = text[number.end :]
+  aside = _ASIDE.search(rest)
+  if aside and not _JUDGED.search(rest):
+    rest = rest[: aside.start()]
+  return text[start : number.end] + rest

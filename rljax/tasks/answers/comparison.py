@@ -131,7 +131,9 @@ def compare(truth: str, text: str | None, rule: str) -> tuple[str | None, str]:
   value = numbers.number(text)
   if value is not None and not _VARIABLE.search(truth + bare):
     return value, "unsettled"  # 1 million is 10^6.
-  if rule in _PROSE + ("line", "number") and not _is_expression(bare):
+  if rule in _PROSE:
+    bare = _without_unit(bare.replace("$", " "))
+  if rule in (*_PROSE, "line", "number") and not _is_expression(bare):
     return None, "none"
   return bare, "unsettled"
 
@@ -162,15 +164,7 @@ def _compare_number(text: str, rule: str) -> tuple[str | None, str]:
     return value, "exact"
   bare = normalisation.normalise(text)
   bare = _LEFT_SIDE.sub("", bare).strip() if "=" in bare else bare
-  unit = _UNIT.search(bare)
-  if unit and not (
-    words.REFUSED.search(unit[0])
-    or words.CHANGES_NEXT.match(unit[0])
-    or words.CHANGES_BEHIND.search(unit[0])
-    or words.has_number_word(unit[0])
-    or len(unit[0].strip()) < 2
-  ):
-    bare = bare[: unit.start()].strip()
+  bare = _without_unit(bare)
   if (
     not _DIGIT.search(bare)
     and "\\pi" not in bare
@@ -186,13 +180,27 @@ def _compare_number(text: str, rule: str) -> tuple[str | None, str]:
   return bare, "unsettled"
 
 
+def _without_unit(text: str) -> str:
+  """Strips the words behind an expression, unless they change it."""
+  unit = _UNIT.search(text)
+  if not unit or (
+    words.REFUSED.search(unit[0])
+    or words.CHANGES_NEXT.match(unit[0])
+    or words.CHANGES_BEHIND.search(unit[0])
+    or words.has_number_word(unit[0])
+    or len(unit[0].strip()) < 2
+  ):
+    return text
+  return text[: unit.start()].strip()
+
+
 def _compare_word(truth: str, text: str) -> tuple[str, str]:
   """Compares texts, whose words may differ in case."""
   if re.fullmatch(r"[A-Z]", truth):
     choice = _CHOICE.fullmatch(text)
     return (choice[1] if choice else text), "exact"
   plain, known = (
-    "".join(re.sub(r"[_{}]", lambda m: "_" if m[0] == "_" else "", t).split())
+    "".join(re.sub("[{}()]" if "_" in truth else "[{}]", "", t).split())
     for t in (text, truth)
   )
   is_shouted = truth.isupper() or len(truth) == 1

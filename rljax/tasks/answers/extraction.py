@@ -39,18 +39,26 @@ _ANSWER_HEADING = re.compile(
   r"|respuesta|antwort|r[ée]ponse|答案|答)",
   re.IGNORECASE,
 )
+# The most common ones, to be quick.
+_ANNOUNCED = frozenset(
+  f"{start}answer{end}"
+  for start in ("", "the ", "final ", "the final ", "so the ", "so, the ")
+  for end in (":", " is", " is:")
+)
 _DENIED = re.compile(
   r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|suppose"
   r"|cannot)\b|n't\b",
   re.IGNORECASE,
 )
 _TURNED = re.compile(r"\b(?:but|however|no|wait|so|anyway)\b", re.IGNORECASE)
+_IS = re.compile(r"\b(?:is|was)\s(?!.*\b(?:is|was)\s)")
 _MARKUP = re.compile(r"^(?:[\s*_:$\"']|\\[\[(](?!\w))+")
 _ABBREVIATED = re.compile(r"\b(Rs|approx|ca|No|i\.e|e\.g)\.\s")
 _CONNECTORS = re.compile(
   r"(?:[\s.,;:!?$*_()\[\]|/&~-]|\\[\[\]()]|\\text\{|\}|\\quad|\\qquad"
   r"|\b(?:or|and|maybe|perhaps|possibly|also|either|else|then|is|it|the|answer"
-  r"|could|may|might|be|another|alternatively|oder|und|ou|et|y|o|vs)\b)*",
+  r"|could|may|might|be|another|alternatively|oder|und|ou|et|y|o|vs)\b"
+  r"|\b(?:answer|option|choice|guess|candidate)\s*(?:\d|[A-E])?\b)*",
   re.IGNORECASE,
 )
 # A minus, but not a bullet.
@@ -59,6 +67,7 @@ _OPERATOR_BEFORE = re.compile(
   r"|(?:[0-9)}+/^_×÷<>≤≥≠]"
   r"|\\(?:cdot|times|div|pm|sqrt|neq?|[lg]eq?|leqslant|geqslant|ll|gg))[\s{$]*$"
 )
+_WORKED_OUT = re.compile(r"[-+*/^=×÷]|\\(?:cdot|times|frac|div|sqrt)")
 _BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
 
 
@@ -267,7 +276,8 @@ def _marked(text: str, is_number: bool) -> Extract:
   if not is_number:
     line = text.strip().rpartition("\n")[2]
     if 0 < len(line) <= 60:
-      return Extract(line, "line")
+      said = None if _DENIED.search(line) else _IS.search(line)
+      return Extract(line[said.end() :] if said else line, "line")
   clause = clauses.last_clause(text[-MAX_READ:])
   return Extract(clause, None if clause is None else "number")
 
@@ -327,13 +337,15 @@ def _is_changed_before(before: str) -> bool:
   if _OPERATOR_BEFORE.search(before):
     return True
   before = _BEFORE_WORD.sub("", before)
+  if re.search(r"\bor$", before) and _WORKED_OUT.search(before[-28:]):
+    return False  # 50 \cdot 12, or \boxed{600}.
   before = re.split(r"[.!?;:,\n=]", before)[-1]
   last = " ".join(before.split()[-3:])
   return (
     re.search(
-      r"\b(?:not|never|than|at least|at most|except|minus|negative|twice"
+      r"\b(?:not|never|than|except|minus|negative|twice"
       r"|double|half of|or|times|over|under|cannot be|but|without|plus"
-      r"|square root of|square of|to|oder|ou)$|n't(?: be)?$|或$",
+      r"|square root of|square of|oder|ou)$|n't(?: be)?$|或$",
       last,
       re.IGNORECASE,
     )
@@ -377,7 +389,7 @@ def _in_box(text: str) -> Extract | None:
       and _is_gap_of_hedge(text[closing:place])
     ):
       return Extract(None, "boxed")
-  if inner:
+  if inner and text[end - 1 : end] == "}":
     behind, before = text[end : end + 80], text[max(0, place - 80) : place]
     if (behind.strip(" .$\n") and _is_taken_back(behind)) or (
       not before.rstrip(" $").endswith(("is", "are", ":", "\n", "= "))
@@ -426,12 +438,14 @@ def _announced(
   if not has_number and (is_number or len(sentence.split()) > 4):
     return None
   before = text[max(0, start - 100) : start]
-  before = clauses.SENTENCE_START.split(before)[-1] + text[start:end]
-  turned = clauses.last_match(_TURNED, before)
-  if _DENIED.search(
-    before[turned.end() if turned else 0 :]
-  ) or clauses.OR.search(before[: len(before) - (end - start)]):
-    return Extract(None, "answer_is")
+  before = clauses.SENTENCE_START.split(before)[-1]
+  said = before + text[start:end]
+  if said.lower() not in _ANNOUNCED:
+    turned = clauses.last_match(_TURNED, said)
+    if _DENIED.search(said, turned.end() if turned else 0) or clauses.OR.search(
+      before
+    ):
+      return Extract(None, "answer_is")
   if clauses.TAKEN_UP.match(rest):
     sentence = f"{sentence}. {rest.strip()[:80]}"
   return Extract(sentence, "answer_is")

@@ -13,7 +13,7 @@ LITERAL = r"""(?:
   |[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]*)?        # 12,34,567
   |[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]{1,2}                  # 1.234,50
   |[0-9]{1,3}(?:\.[0-9]{3}){2,}                          # 1.234.567
-  |[1-9][0-9]{0,2}(?:[ '_][0-9]{3})+(?:[.][0-9]*)?       # 1 234.50
+  |[1-9][0-9]{0,2}(?:[ '_][0-9]{3})+(?:[.][0-9]*|,[0-9]{1,2})?  # 1 234.50
   |[0-9]*\.[0-9]*(?:\\(?:overline|bar|dot)\s*\{?[0-9]+\}?|\([0-9]+\))
   |[0-9]+(?:\.[0-9]*)?|\.[0-9]+
 )(?:[eE][-+]?[0-9]{1,9}(?![0-9.]))?"""
@@ -90,7 +90,8 @@ def _literal(text: str) -> fractions.Fraction | None:
   mantissa, _, exponent = text.lower().partition("e")
   if not exponent.lstrip("+-").isdigit() and exponent:
     return None
-  mantissa = re.sub("[ '_]", "", mantissa)
+  if re.search("[ '_]", mantissa):
+    mantissa = re.sub("[ '_]", "", mantissa).replace(",", ".")
   if mantissa.count(".") > 1 or re.search(r"\.[0-9]+,", mantissa):
     mantissa = mantissa.replace(".", "").replace(",", ".")
   mantissa = mantissa.replace(",", "")

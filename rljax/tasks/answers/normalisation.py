@@ -91,7 +91,7 @@ _GROUPED = re.compile(
 _SPACE = re.compile(
   r"(?<!\\)\\[,:;!> ]|~"
   r"|\\(?:en(?:space|skip)|(?:thin|med|thick)space|displaystyle|textstyle"
-  r"|Large|large|huge|Huge|bf|rm|it|limits|phantom\{\})(?![A-Za-z])"
+  r"|pounds|euro|yen|Large|large|huge|Huge|bf|rm|it|limits|phantom\{\})(?![A-Za-z])"
 )
 _WIDE = re.compile(
   r"\\q?quad(?![A-Za-z])|\\[hm]space\*?\s*\{[^{}]*\}|(?<!\\)\\\\(?!begin|end)"
@@ -102,6 +102,7 @@ _DEGREES = re.compile(
 _DELIMITERS = re.compile(
   r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\[\[\]()]"
 )
+_ROOT_SIGN = re.compile(r"√\s*(?:([0-9]+(?:\.[0-9]+)?)|\(([^()]*)\))")
 _ROOT = re.compile(r"(?<![\\\w])sqrt\s*\(([^()]*)\)")
 _ARROW = re.compile(
   r"[-=]+>|\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])"
@@ -143,6 +144,8 @@ def characters(text: str) -> str:
       ),
       text,
     )
+  if "√" in text:
+    text = _ROOT_SIGN.sub(r"\\sqrt{\1\2}", text)
   text = text.translate(_SIGNS)
   if any("\uff01" <= c <= "\uff5e" or c in "％＄￥￡￦" for c in text):
     text = "".join(
@@ -223,7 +226,7 @@ def _outer(text: str) -> str:
   """Strips what stands around an answer."""
   for _ in range(4):
     before = text
-    text = text.strip(" \t\r\n_`\"'#&").lstrip("=:,;!?")
+    text = text.strip(" \t\r\n_`\"'#&").lstrip("=:,;?")
     if not text.endswith(".."):
       text = text.rstrip(",;:?.")
     text = text.strip("$")

@@ -43,11 +43,11 @@ _LABEL = re.compile(
   r"\s*\#?[0-9]{1,4}\s*[:.)](?=\s)",
   re.IGNORECASE,
 )
-_CHOICE = re.compile(r"\(?[A-Ja-j]\)(?:[.:])?\s+|[A-J][.:]\s+")
 # five (5); 5, i.e. five.
 _SAME_AGAIN = re.compile(
   r"[^()]*(?:\(\s*|,\s*(?:i\.?e\.?|namely|meaning),?\s+)", re.IGNORECASE
 )
+_NO_CENTS = re.compile(r"(?<=[0-9])[,/]-(?![0-9])")
 _PER = re.compile(r"\b(?:per|pro|por|par)\s+[0-9]+\b", re.IGNORECASE)
 _BELOW_ZERO = re.compile(
   r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below\s+"
@@ -61,12 +61,12 @@ _CORRECTION = re.compile(
 )
 _IS = re.compile(
   r"(?<![<>!=:])=+(?!=)|:=|\\(?:equiv)(?![A-Za-z])"
-  r"|\b(?:is|are|was|were|be|equals?|makes?|gives?|yields?|totals?|becomes?|gets?"
+  r"|\b(?:is|are|was|were|be|equals?|makes?|gives?|yields?|totals|becomes?|gets?"
   r"|es|son|ist|sind|est|sont|são|é|è|sono|равно)\b"
   r"|[是为為]|です",
   re.IGNORECASE,
 )
-_EQUALITY = re.compile(r"(?<![<>!=:])=+(?!=)")
+EQUALITY = re.compile(r"(?<![<>!=:])=+(?!=)")
 # What may follow "5 is": nothing that judges it otherwise.
 _IS_THE_ANSWER = re.compile(
   r"\W*(?:(?:the|my|our|your|a|indeed|thus|therefore|clearly|final|correct|right"
@@ -82,7 +82,7 @@ _SUM = re.compile(r"[-+0-9., ]+")
 _NUMBER_ALONE = re.compile(r"[-0-9., ]+")
 # What may be attached to a number, of one or two letters: 5m, but not 5x.
 _ATTACHED = re.compile(
-  "[ghlmsACFJKLNVW]|Hz|hp|hr|ft|nd|rd|st|th|(?:am|cm|dm|gb|GB|ha|in|kb|kB|KB"
+  "[ghlmsACFJKLNVW]|Hz|hp|hr|ft|nd|rd|st|th|(?:am|cm|dm|gb|GB|ha|in|kb|kB|KB|Mb|Gb"
   "|km|KM|kg|Kg|KG|kw|kW|lb|mb|MB|mg|mi|mL|ml|mm|ms|oz|pm|PM|AM|sq|yd)"
 )
 _LETTERS = frozenset("aghlmsCFJLNVW")  # One-letter words: "5 a day", "5 m".
@@ -148,8 +148,8 @@ def plain(text: str) -> str:
     text = _ABBREVIATED.sub(r"\1 ", text)
   if "^" in text:
     text = _UNIT_POWER.sub("", text)
-  if "/-" in text:
-    text = text.replace("/-", "")
+  if "/-" in text or ",-" in text:  # Rs 50/-, 50,- €.
+    text = _NO_CENTS.sub("", text)
   text = words.with_digits(text)
   return _PER.sub(" ", text) if "p" in text.lower() else text
 
@@ -172,13 +172,10 @@ def _value(text: str) -> fractions.Fraction | None:
       return None
     text = parts[-1]
   text, num_below = _BELOW_ZERO.subn(" ", text)
-  if words.REFUSED.search(text):
+  if words.REFUSED.search(text) or words.DATE.search(text):
     return None
   text = without_labels(text)
   text = text.lstrip(" :=#*")
-  choice = _CHOICE.match(text)
-  if choice and choice.end() < len(text):
-    text = text[choice.end() :]
   sides = _IS.split(text)
   if len(sides) == 1:
     value = single(text)
@@ -189,7 +186,7 @@ def _value(text: str) -> fractions.Fraction | None:
 
 def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   """Reads the last side of an equality with a number."""
-  equal = _EQUALITY.split(text)
+  equal = EQUALITY.split(text)
   if any(_SEPARATED.search(_grouped_away(side)) for side in equal[1:-1]):
     return None  # x = 41, y = 42.
   last = len(sides) - 1
@@ -305,7 +302,7 @@ def _may_precede(before: str) -> bool:
     return True
   if words.CHANGES_BEFORE.search(before):
     return False
-  if re.search(r"[\\^_|%+*/√]|\.\.\s*$", before):
+  if re.search(r"[\\^_|%+*/√]|\.\.\s*$|!$", before):
     return False
   last = before[-1]
   if re.search(r"\w\s?[(\[{]$", before) and not before[-2].isspace():
@@ -358,7 +355,7 @@ def _factor(
     ):
       return None, value, behind
     return words.MAGNITUDES[match[1].lower()], value, match[2]
-  match = re.match(r"\s+([A-Z]|[bmt]n)\b", behind)
+  match = re.match(r"\s+([A-Z]|[bmt]n)\b(?![&'])", behind)
   if match and match[1] in words.SUFFIXES:
     return words.SUFFIXES[match[1]], value, behind[match.end() :]
   return 1, value, behind

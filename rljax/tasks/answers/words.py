@@ -79,7 +79,9 @@ _DECIMAL = re.compile(
   re.IGNORECASE,
 )
 _ALONE = re.compile(r"\W*(?:a |one )?half\W*", re.IGNORECASE)
-_AND_A_HALF = re.compile(r"(?<=[0-9]) and (?:a|one) half\b", re.IGNORECASE)
+_AND_A_PART = re.compile(
+  r"(?<=[0-9]) and (?:a|one) (half|third|quarter|fourth|fifth)\b", re.IGNORECASE
+)
 _PRONOUN = re.compile(r"[0-9]|\b(?:each|every|no|any|this|that|the|only) one\b")
 
 
@@ -120,7 +122,7 @@ def with_digits(text: str) -> str:
   """
   if _ALONE.fullmatch(text):
     return "1/2"
-  text = _AND_A_HALF.sub(" 1/2", text)
+  text = _AND_A_PART.sub(lambda match: f" 1/{_PARTS[match[1].lower()]}", text)
   if not _ANY.search(text):
     return text
   is_pronoun = _PRONOUN.search(text) is not None
@@ -154,8 +156,9 @@ REFUSED = re.compile(
   r"\b(?:or|nor|either|neither|not|never|cannot|wrong|incorrect(?:ly)?|false"
   r"|untrue|mistaken|invalid|impossible|unknown|undefined|unclear|unlikely"
   r"|except|excluding|versus|vs|instead|too|insufficient|unsure|uncertain"
-  r"|anything|everything|mod|modulo|dozens?|gross|factorial|squared|cubed"
-  r"|halves|pi|nan|inf|halved|doubled|tripled|quadrupled|twice|divisible"
+  r"|anything|everything|mod|modulo|dozens?|dutzend|docenas?|douzaines?"
+  r"|dúzias?|dozzin[ae]|gross|factorial|squared|cubed"
+  r"|rejected|refused|errors?|mistakes?|halves|pi|nan|inf|halved|doubled|tripled|quadrupled|twice|divisible"
   # Other languages.
   r"|oder|ou|oppure|veya|eller|albo|nebo|atau|nicht|kein|keine|nunca|nein"
   r"|falsch|falso|faux|incorrecto|errado|sbagliato"
@@ -166,8 +169,15 @@ REFUSED = re.compile(
   r"|錯|错|또는|혹은|아니|아닌"
   r"|\\(?:n?[lg]e?q?q?|neq?|leqslant|geqslant|pm|mp|sim|not|in|ll|gg|cup|cap"
   r"|vee|wedge|lor|neg|ldots|dots|cdots|subset|infty)(?![A-Za-z])"
-  r"|[<>≮≯~|]|!=",
+  r"|[<>≮≯~|‰‱]|!=|[0-9]-?ish\b|\(\s*no\b",
   re.IGNORECASE,
+)
+_MONTHS = (
+  "(?:Jan(?:uary)?|Feb(?:ruary)?|March|April|May|June|July|Aug(?:ust)?"
+  "|Sept(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
+)
+DATE = re.compile(
+  rf"\b{_MONTHS}\s+[0-9]|[0-9](?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTHS}\b"
 )
 # Before a number.
 CHANGES_BEFORE = re.compile(
@@ -183,7 +193,7 @@ CHANGES_BEFORE = re.compile(
   r"|version|room|chapter|page|figure|equation"
   # Other languages.
   r"|menos|más|mais|moins|meno|più|weniger|mehr|mindestens|höchstens"
-  r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad"
+  r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad|doppelte|doble|dobro|doppio|dreifache"
   r"|moitié|minder|meer|более|менее|меньше|больше|минус|около)\b"
   r"|至少|至多|最多|最少|超过|超過|不到|少于|少於|多于|多於|大于|小于|大於|小於"
   r"|接近|负|負|平方根|之间|최소|최대|마이너스",
@@ -214,7 +224,8 @@ CHANGES_BEHIND = re.compile(
   r"|to the|power|raised|root|scores?"
   r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
   r"|thousandth|millionth|billionth|trillionth)s"
-  r"|tens|hundreds|thousands|millions|billions|trillions|lakhs|crores)\b",
+  r"|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|hundreds"
+  r"|thousands|millions|billions|trillions|lakhs|crores)\b",
   re.IGNORECASE,
 )
 # Right behind a number.
@@ -222,7 +233,8 @@ CHANGES_NEXT = re.compile(
   r"[\s(]*(?:(?:half|quarter|pi|mil|mille|mila|milliers?|millones|millón"
   r"|milhões|milhão|millionen|milliarden?|milliards?|mio|mrd|tausend|hundert"
   r"|mln|mlrd|млн|млрд|тыс|тысяч[аи]?|миллион\w*|миллиард\w*|bin|milyon|milyar"
-  r"|tisíc|tysięcy|tysiąc|cientos|below|under|times (?:as|the|that)|of)\b"
-  r"|[万萬億亿千百만억천백多余餘几幾点點分之以]|个?半|個?半)",
+  r"|tisíc|tysięcy|tysiąc|cientos"
+  r"|grand|bil|tril|zillion|myriad|below|under|times (?:as|the|that))\b"
+  r"|[%个個]?\s?[万萬億亿千百만억천백多余餘几幾点點分之以]|个?半|個?半)",
   re.IGNORECASE,
 )
