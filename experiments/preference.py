@@ -295,9 +295,8 @@ def main():
     run.has_read(log, *selection.dev)
     for step in run.steps(freeze=[update, selection.program]):
       # Row `step` of the metrics is about the policy after `step` updates.
-      metrics = {}
-      if step % FLAGS.eval_every == 0:
-        metrics = selection.evaluate(step, state["params"])
+      is_due = step % FLAGS.eval_every == 0
+      metrics = selection.evaluate(step, state["params"]) if is_due else {}
       started = time.perf_counter()
       drawn = batches.batch_indices(
         len(compared.rows), FLAGS.batch_size, step, seed=FLAGS.seed
@@ -310,8 +309,7 @@ def main():
       run.log(step, metrics)
       run.save(step + 1, state)
     if run.is_complete:
-      last = selection.evaluate(FLAGS.steps, state["params"])
-      run.log(FLAGS.steps, last)
+      run.log(FLAGS.steps, selection.evaluate(FLAGS.steps, state["params"]))
       selection.summarise()
   return run.exit_status
 
