@@ -91,6 +91,8 @@ class PagesTest(parameterized.TestCase):
           if word in copies:  # With the flags that the page adds.
             more = re.findall(r'(?m)^\+  "(\w+)",', TEXTS[page])
             known = known | dict.fromkeys(more, {"kind": "float"})
+          if "rljax.plan" in words:  # It writes to a folder of its own.
+            known = known | {"workdir": known["workdir"] | {"default": ""}}
           self.check_flags(word, known, given)
         elif re.fullmatch(r"benchmarks\.\w+|rljax\.[\w.]+", word):
           # The commands of the doctor and of the plan are in their rooms.
