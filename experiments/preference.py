@@ -33,7 +33,7 @@ from rljax.generation import rollouts
 from rljax.losses import preference
 from rljax.models import hf
 from rljax.ops import log_probs
-from rljax.text import batches, comparisons, tokens
+from rljax.text import comparisons, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -169,6 +169,8 @@ def main():
   if FLAGS.algorithm in ("dpo", "ipo", "kto") and not FLAGS.reference_free:
     known |= cli.load_known(FLAGS, log, loaded, ["ref_log_probs"], run.mesh)
 
+  draw = lambda step: compared.draw(FLAGS.batch_size, step, FLAGS.seed)
+
   def batch_of(part, drawn):
     """Arrays `[B, K, ...]`; prompts stand before each of their replies."""
     rows, candidates = at = part.rows[drawn, None], part.ranks[drawn]
@@ -274,7 +276,7 @@ def main():
   ref_params = run.place({"policy": loaded.params}, rules) if is_kto else None
   update = run.compile(update, returns_state=True)
   run.check_learner(
-    *(gradients, state["params"], batch_of(0)),
+    *(gradients, state["params"], batch_of(compared, draw(0))),
     more=lambda batch: (np.float32(0) if is_kto else None,),
     pads_count=FLAGS.pro_mask == "published",
   )
@@ -298,10 +300,7 @@ def main():
       is_due = step % FLAGS.eval_every == 0
       metrics = selection.evaluate(step, state["params"]) if is_due else {}
       started = time.perf_counter()
-      drawn = batches.batch_indices(
-        len(compared.rows), FLAGS.batch_size, step, seed=FLAGS.seed
-      )
-      batch = batch_of(compared, drawn)
+      batch = batch_of(compared, draw(step))
       state, learnt = update(state, ref_params, run.shard(batch))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started

@@ -541,7 +541,7 @@ class EvaluateTest(absltest.TestCase):
         )
       ],
     )
-    self.assertRegex(error, "^ValueError: Nothing says how replies")
+    self.assertRegex(error, "Nothing scores the responses: give --rewards")
 
   def test_bad_input(self):
     cases = [
