@@ -21,6 +21,7 @@ from absl import app, flags
 
 from benchmarks import machine
 from rljax.tasks import math_word_problems
+from rljax.tasks.answers import comparison, numbers
 from rljax.text import files
 
 flags.DEFINE_integer("plain", 5_000, "Replies of the plain path.")
@@ -82,7 +83,8 @@ def measure(name, prompts, replies, *, cold=False, repeats=None):
   times, own_times = [], []
   for _ in range(repeats or FLAGS.repeats):
     if cold:
-      math_word_problems.number.cache_clear()
+      numbers.number.cache_clear()
+      comparison.compare.cache_clear()
     start, own_start = time.perf_counter(), time.process_time()
     scores, _ = math_word_problems.score_batch(prompts, replies)
     times.append(time.perf_counter() - start)

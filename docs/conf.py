@@ -73,7 +73,15 @@ html_theme_options = {
 PAGES = {
   "Papers": ["ppo_programmed_rewards", "a_lol", "reasoning", "grpo", "rlmec"],
   "Guides": [
-    *("forking", "tasks", "data", "devices", "generated/launching", "speed"),
+    *(
+      "own_data",
+      "forking",
+      "tasks",
+      "data",
+      "devices",
+      "generated/launching",
+      "speed",
+    ),
   ],
   "Reference": [
     *("metrics", "flags", "generated/api/index", "generated/changelog"),

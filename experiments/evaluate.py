@@ -3,18 +3,18 @@
 The arms of the arithmetic study; a label given twice is another seed of it:
   python experiments/evaluate.py --workdir=runs/evaluation \
     --policies=start=runs/sft,none=runs/none,batch=runs/batch \
-    --task_options=style=last
+    --task=arithmetic --task_options=style=last --max_length=1 --nostop_at_eos
 
 Replies to the prompts of a file, scored by a classifier, as texts and beside
 the logged ones; the metric perplexity says how likely --reference finds them:
-  python experiments/evaluate.py --workdir=runs/evaluation --stop_at_eos \
+  python experiments/evaluate.py --workdir=runs/evaluation \
     --policies=reference=runs/reference,a_lol=runs/a_lol/best \
     --data=test.jsonl --reward_model=runs/reward_model --metrics=text,log \
     --reference=runs/reference --max_length=128
 
 Reasoning by 32 samples of a question and a greedy one: how many are right, how
 their vote is, and what is among them that the first policy does not write:
-  python experiments/evaluate.py --workdir=runs/evaluation --stop_at_eos \
+  python experiments/evaluate.py --workdir=runs/evaluation \
     --policies=sft=runs/sft,ei=runs/ei,ei=runs/ei_1 --task=merge_sums \
     --max_length=24 --num_samples=32 --k=1,8,32 --temperature=0.7 \
     --reference=runs/sft --new_vs=sft --rerank_model=runs/outcome_reward_model
@@ -30,27 +30,26 @@ every question by itself (`questions.jsonl`). Its samples are kept under
 import functools
 import os
 
-import numpy as np
 from absl import flags
 
 from rljax import cli, tasks
 from rljax.distributed import meshes, processes
-from rljax.evaluation import arms, curves, metrics, reasoning, replies, tables
+from rljax.evaluation import arms, curves, reasoning, replies, tables
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.scoring import drawn, likelihood
-from rljax.text import files, keywords, logged, prompts
+from rljax.text import encoding, files, keywords, logged, prompts
 from rljax.training import runs
 
 METRICS = ("answers", "text", "perplexity", "log", "reasoning")
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(save_every=None, logs=False)
-cli.define_task("arithmetic")
+cli.define_task()
 cli.define_lengths(max_response_length=512, too_long="error")
 cli.define_reward_model()
 cli.define_compute(remat=False)
-cli.define_sampler(max_length=1, num_samples=1)
+cli.define_sampler(max_length=256, num_samples=1)
 cli.define_ends()
 cli.define_reasoning()
 
@@ -107,6 +106,7 @@ flags.DEFINE_float(
   0,
   1,
 )
+cli.require_prompts("reward_model")
 FLAGS = flags.FLAGS
 
 
@@ -119,8 +119,9 @@ def main():
   read = logged.load_or_draw if "log" in measured else logged.load_or_ask
   options = keywords.parse(FLAGS.task_options) | {"num": FLAGS.num_prompts}
   task = cli.load_task(FLAGS)
-  rows, _ = read(FLAGS.data, task, FLAGS.split, FLAGS.seed, options)
-  rows = logged.first_replies(rows[: FLAGS.num_prompts])
+  loaded = read(FLAGS.data, task, FLAGS.split, FLAGS.seed, options)
+  run.has_read(loaded)
+  rows = logged.first_replies(loaded.rows[: FLAGS.num_prompts])
   for name in arms.models(seeds):  # Before hours go into the first of them.
     hf.load_config(name)
   if measured == ["reasoning"]:
@@ -145,17 +146,17 @@ def compare_replies(run, seeds, rows, score, measured):
   table, rewards = {}, {}
   for label, several in found.items():
     scores, parts, texts, replied, likely = zip(*several, strict=True)
-    table[label] = replies.rewards(scores)
+    table[label] = replies.rewards(scores, parts)
     if "answers" in measured:
       table[label] |= replies.answers(parts, replied)
     if "text" in measured:
       table[label] |= tables.mean_and_range(map(replies.words, texts, replied))
     table[label] |= tables.mean_and_range(likely)
     # Seeds answer the same prompts: average them first, then resample prompts.
-    rewards[label] = np.mean(scores, axis=0)
+    rewards[label] = replies.mean_scores(scores)
     if label != seeds[0].label:
       table[label][f"reward - {seeds[0].label}"] = tables.interval(
-        metrics.paired_interval(rewards[label], rewards[seeds[0].label])
+        replies.paired_interval(rewards[label], rewards[seeds[0].label])
       )
   with run.reporting():
     run.samples(0, samples)
@@ -167,7 +168,7 @@ def compare_reasoning(run, seeds, rows, score):
   """K samples of every policy for each question, and a greedy response."""
   if isinstance(rows[0].prompt, str):
     _, parts = score([rows[0].prompt], [""])  # What does it speak of?
-    tasks.check_parts(FLAGS.task, parts, "is_correct", "answer")
+    tasks.check_parts(score.description, parts, "is_correct", "answer")
   arms.check_file_names(seeds)
   rerank = cli.load_reward_model(
     FLAGS, run.mesh, batch_size=FLAGS.batch_size, name="rerank_model"
@@ -236,7 +237,9 @@ def compare_reasoning(run, seeds, rows, score):
 def ask(run, seed, rows):
   """A policy on the mesh, what it is asked as ids, and as scored prompts."""
   policy = run.place_model(hf.load(seed.model, **cli.model_options(FLAGS)))
-  encoded = logged.prepare(policy.tokenizer, rows, **cli.length_options(FLAGS))
+  encoded = encoding.prepare(
+    policy.tokenizer, rows, **cli.length_options(FLAGS)
+  )
   templated = bool(FLAGS.reward_model)
   return policy, encoded, prompts.of_rows(rows, encoded, templated=templated)
 
@@ -269,7 +272,7 @@ def reply(run, seed, rows, measured):
       *(likelihood.of_replies(model, encoded, **sizes) for model in models),
       clip_epsilon=FLAGS.clip_epsilon,
     )
-  texts, given = answer(policy.params), logged.as_given(rows, encoded)
+  texts, given = answer(policy.params), encoding.as_given(rows, encoded)
   if "perplexity" in measured:
     candidates = [[text] if text else [] for text in texts]
     likely |= replies.perplexity(
@@ -283,7 +286,7 @@ def reply(run, seed, rows, measured):
 def draw(run, seed, rows, score):
   """Rows, prompts, and files of greedy responses and samples, drawn once."""
   policy, encoded, asked = ask(run, seed, rows)
-  given = logged.as_given(rows, encoded)
+  given = encoding.as_given(rows, encoded)
   run.file_flags()
   paths, sampled = [], cli.sampler_settings(FLAGS, greedy=False)
   greedy = sampled._replace(greedy=True, num_samples=1)
@@ -338,12 +341,11 @@ def finish(run, table, texts, *more):
 def check_flags(seeds):
   """Returns what is measured; raises ValueError for flags that do not fit."""
   several = FLAGS.num_samples > 1
-  default = "text" if FLAGS.reward_model else "answers"
+  default = "text" if FLAGS.reward_model or FLAGS.rewards else "answers"
   measured = FLAGS.metrics or ["reasoning" if several else default]
   unknown = ", ".join(sorted(set(measured) - set(METRICS)))
   is_reasoning = measured == ["reasoning"]
   labels = dict.fromkeys(seed.label for seed in seeds)
-  has_scorer = FLAGS.reward_model or not FLAGS["task"].using_default_value
   for is_wrong, message in (
     (
       unknown,
@@ -354,17 +356,12 @@ def check_flags(seeds):
       "--metrics=perplexity needs a --reference to say how likely replies are.",
     ),
     (
-      FLAGS.data and not has_scorer,
-      "Nothing says how replies to the prompts of --data are scored: give "
-      "--task or --reward_model.",
-    ),
-    (
       (several or "reasoning" in measured) and not (several and is_reasoning),
       "--metrics=reasoning stands alone and needs several --num_samples, only "
       f"for it; got {FLAGS.num_samples} and --metrics={','.join(measured)}.",
     ),
     (
-      is_reasoning and not (FLAGS.stop_at_eos or FLAGS.stop_strings),
+      is_reasoning and not cli.has_end(FLAGS),
       "A response that does not end is never right, and nothing ends one: "
       "give --stop_at_eos or --stop_strings.",
     ),

@@ -34,7 +34,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli, tasks
@@ -44,21 +43,19 @@ from rljax.generation import rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
 from rljax.ops import log_probs
-from rljax.scoring import scorers
 from rljax.storage import checkpoint, stages
 from rljax.text import batches, files, prompts, steps, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(save_every=500)
-cli.define_task(
-  "merge_sums", num_prompts=300, num_eval_prompts=100, eval_split="validation"
-)
+cli.define_task(num_prompts=300, num_eval_prompts=100, eval_split="validation")
+cli.define_prompts()
 cli.define_models(policy="Language model that samples in round 1.")
-cli.define_sampler(max_length=40, num_samples=16, sample_batch_size=16)
+cli.define_sampler(max_length=256, num_samples=16, sample_batch_size=16)
 cli.define_reward_model("Classifier for --filter=reward_model and both.")
 cli.define_batches(64, epochs=8)
-cli.define_optimizer(1e-3, schedule="cosine", max_grad_norm=1.0)
+cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of expert iteration.
 flags.DEFINE_integer("rounds", 3, "Rounds of sampling and fitting.", 1)
@@ -108,6 +105,7 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
   "max_per_prompt", 0, "Solutions of a prompt that are kept; 0: no limit.", 0
 )
+cli.may_grow("rounds", kind="parts")
 FLAGS = flags.FLAGS
 
 COLUMNS = ("samples/is_correct", "data/new", "data/size", "eval/is_correct")
@@ -130,9 +128,11 @@ def main():
   # Text: prompts, supervised pairs, and what scores responses.
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = cli.task_scorer(FLAGS, task)
   _, parts = score(held_out.texts[:1], [""])
-  tasks.check_parts(FLAGS.task, parts, "is_correct", *NEEDED[FLAGS.filter])
+  tasks.check_parts(
+    score.description, parts, "is_correct", *NEEDED[FLAGS.filter]
+  )
   trust = cli.load_reward_model(FLAGS, run.mesh, batch_size=FLAGS.batch_size)
   solved = functools.partial(prompts.solved, task, **cli.solved_options(FLAGS))
   examples = solved("train", num=FLAGS.num_examples)
@@ -184,11 +184,10 @@ def main():
 
   def update(state, batch, learning_rate):
     grads, metrics = gradients(state["params"], batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], state["params"]
+    params, optimizer_state, metrics = optimizers.step(
+      *(transform, grads, state["optimizer"], state["params"], metrics),
+      rate=learning_rate,
     )
-    updates = jax.tree.map(lambda x: learning_rate * x, updates)
-    params = optax.apply_updates(state["params"], updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   run.expect({"policy": base.params}, rules, optimizer=transform)
@@ -208,7 +207,7 @@ def main():
     ) as part:
       state = part.restore({"policy": start}, rules, optimizer=transform)
       losses = part.meta.get("losses", [])
-      for step in part.steps():
+      for step in part.steps(freeze=[update]):
         # Every round has an order of its own.
         chosen = batches.indices_or_all(
           len(pairs), FLAGS.batch_size, step, seed=FLAGS.seed * 1000 + number
@@ -216,10 +215,12 @@ def main():
         batch = batches.supervised_batch(
           [pairs[i] for i in chosen], num_rows=FLAGS.batch_size, **shape
         )
+        part.check_learner(gradients, state["params"], batch)
         state, metrics = update(
           state, run.shard(batch), jnp.float32(rates(step))
         )
-        losses = [*losses, float(metrics["nll/loss"])][-50:]
+        if part.watch(step, metrics):  # Else it was skipped.
+          losses = [*losses, float(metrics["nll/loss"])][-50:]
         part.save(step + 1, state, losses=losses)
     about |= {"fit/steps": num_updates, "fit/loss": np.mean(losses)}
     return state["params"]["policy"], about
@@ -250,7 +251,7 @@ def main():
     sampled = time.perf_counter()
     data = [{"prompt": p, "response": r} for p, r in examples]
     if number > 1:
-      data = files.read_jsonl(rounds.path(number - 1, "data.jsonl"))
+      data = train.read(rounds.path(number - 1, "data.jsonl"))
     data, counts = steps.add_distinct(
       data,
       samples,
@@ -314,7 +315,7 @@ def main():
         f"round {row['round']}": {n: row[n] for n in shown if n in row}
         for row in rounds.finished
       },
-      title=f"{FLAGS.task}: round {best} is the best, and in "
+      title=f"{FLAGS.data or FLAGS.task}: round {best} is the best, and in "
       + os.path.join(run.workdir, "best"),
     )
   return run.exit_status

@@ -6,9 +6,8 @@ with experiments/flags/padula/sft_cpu.flags:
   python experiments/grpo.py --policy=runs/sft --workdir=runs/grpo \
     --flagfile=experiments/flags/grpo/arithmetic.flags
 
-There is no critic: a group of --num_samples responses to a prompt is its own
-baseline. --algorithm names a preset, one of PRESETS below. All that a preset
-does not set has one default for all of them; flags.json has what is in force.
+A group of --num_samples responses to a prompt is its own baseline. --algorithm
+names a preset, one of PRESETS below; flags.json has what is in force.
 
 Sources: GRPO, Shao et al. (2024), arXiv 2402.03300; Dr. GRPO, Liu et al.
 (2025), arXiv 2503.20783; DAPO, Yu et al. (2025), arXiv 2503.14476; RLOO,
@@ -26,7 +25,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 from rljax import cli
@@ -36,7 +34,6 @@ from rljax.generation import groups, rollouts, samplers
 from rljax.losses import ppo
 from rljax.models import hf
 from rljax.ops import advantages, log_probs, masking, rewards
-from rljax.scoring import scorers
 from rljax.text import batches, prompts
 from rljax.training import microbatch, optimizers, preflight, runs
 
@@ -62,10 +59,10 @@ SCALES = {"grpo": "group", "dr_grpo": "none", "reinforce_pp_baseline": "batch"}
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_presets("grpo", PRESETS, paired=PAIRED)
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
-cli.define_preflight()
-cli.define_task("arithmetic", num_prompts=131_072, num_eval_prompts=512)
+cli.define_task(num_prompts=131_072, num_eval_prompts=512)
+cli.define_prompts()
 cli.define_models()
-cli.define_sampler(max_length=1, num_samples=8, online=True)
+cli.define_sampler(max_length=256, num_samples=8, online=True)
 cli.define_dynamic_sampling()
 cli.define_overlong_penalty()
 cli.define_kl(
@@ -76,7 +73,7 @@ cli.define_kl(
   estimator="",
 )
 cli.define_batches(16, epochs=1, text="Prompts of each step.", minibatches=True)
-cli.define_optimizer(1e-6)
+cli.define_optimizer(1e-6, warmup=0.03, max_grad_norm=1.0)
 
 # Flags of GRPO and its kin.
 flags.DEFINE_enum(
@@ -151,7 +148,7 @@ def main():
     policy, tokenizer, cli.sampler_settings(FLAGS), mesh=run.mesh, task=task
   )
   answer = sampler.greedy(held_out, batch_size=FLAGS.batch_size)
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = cli.task_scorer(FLAGS, task)
   score(held_out.texts[:1], [""])  # Bad options show here, not after a rollout.
 
   # What is differentiated.
@@ -191,13 +188,11 @@ def main():
       metrics["kl/loss"] = jax.lax.stop_gradient(drift)
     return loss, {"loss": loss, **metrics}
 
-  # A micro-batch weighs by its share of what the normalizer divides by: of the
-  # tokens, or of the rows.
-  num_tokens = lambda part: part["rollout"].response_mask.sum()
+  # A micro-batch weighs by its share of what the normalizer divides by.
   gradients = functools.partial(
     microbatch.grad,
     loss_fn,
-    weigh=num_tokens if FLAGS.normalizer == "token_mean" else None,
+    weigh=lambda part: ppo.num_terms(part["rollout"].response_mask, **average),
     sharding=run.rows_sharding,
   )
   transform = optimizers.adamw(
@@ -240,14 +235,15 @@ def main():
         token_rewards += penalty
     # The rows of a group lie next to each other.
     totals = token_rewards.sum(axis=1).reshape(-1, FLAGS.num_samples)  # [B, G]
+    counts = mask.any(axis=1).reshape(totals.shape)
     if FLAGS.advantage == "reinforce_pp":
       batch["advantages"] = advantages.reinforce_pp(token_rewards, mask)
     else:
       if FLAGS.advantage == "rloo":
-        relative = advantages.leave_one_out(totals)
+        relative = advantages.leave_one_out(totals, counts)
       else:
         relative = advantages.group_relative(
-          totals, scale=SCALES[FLAGS.advantage]
+          totals, counts, scale=SCALES[FLAGS.advantage]
         )
       if FLAGS.dynamic_sampling:
         # Where they had to fill the batch, groups of equal scores teach
@@ -256,8 +252,8 @@ def main():
         relative = jnp.where(differ[:, None], relative, 0.0)
       batch["advantages"] = jnp.where(mask, relative.reshape(-1, 1), 0.0)
     metrics |= {
-      "reward/shaped": totals.mean(),
-      "reward/group_std": totals.std(axis=1).mean(),
+      "reward/shaped": masking.masked_mean(totals, counts),
+      "reward/group_std": groups.deviation(totals, counts),
       "advantage/abs": masking.masked_mean(jnp.abs(batch["advantages"]), mask),
     }
     return jax.lax.stop_gradient(batch), metrics
@@ -270,18 +266,17 @@ def main():
       params, optimizer_state = carry
       minibatch = microbatch.take(batch, rows, run.rows_sharding)
       grads, metrics = gradients(sizes.num_parts)(params, minibatch)
-      metrics["gradient_norm"] = optax.global_norm(grads)
-      updates, optimizer_state = transform.update(
-        grads, optimizer_state, params
+      params, optimizer_state, metrics = optimizers.step(
+        transform, grads, optimizer_state, params, metrics
       )
-      return (optax.apply_updates(params, updates), optimizer_state), metrics
+      return (params, optimizer_state), metrics
 
     (params, optimizer_state), history = jax.lax.scan(
       update,
       (state["params"], state["optimizer"]),
       microbatch.orders(key, sizes, epochs=FLAGS.epochs),
     )
-    metrics |= microbatch.over_updates(history)
+    metrics |= microbatch.over_updates(history, FLAGS.epochs)
     state = {"params": params, "optimizer": optimizer_state}
     return state, (metrics, batch["advantages"])
 
@@ -308,38 +303,30 @@ def main():
 
     max_rounds = FLAGS.max_sampling_rounds if FLAGS.dynamic_sampling else 1
     found = groups.collect(draw, FLAGS.batch_size, max_rounds=max_rounds)
-    inputs = run.shard((found.samples.rollout, found.samples.scores))
+    inputs = run.shard((found.samples.learnt, found.samples.learnt_scores))
     return found, (*inputs, learn_key)
 
   def evaluate(step):
     """Greedy answers to the held-out prompts; --keep_best keeps the best."""
     rows = answers.evaluate(answer, state["params"]["policy"], score)
+    run.evaluated(step, rows)
     metrics = answers.means(rows)
     value = metrics.get("eval/is_correct", metrics["eval/reward"])
     run.keep_best(step, value, state["params"])
     return metrics
 
   if FLAGS.preflight != "off":  # Do sampler and learner agree?
-    _, inputs = roll_out(run.first_step, position)
+    found, inputs = roll_out(run.first_step, position)
+    rollout = run.shard(found.samples.rollout)
     learn.compile(state, reference, *inputs)
-    batch, _ = jax.jit(prepare)(state, reference, *inputs[:2])
-    rows = jax.tree.map(lambda x: x[: sizes.micro_batch], batch)
-    # The gradient of groups without signal would be noise.
-    signs = jnp.where(jnp.arange(sizes.micro_batch) % 2, -1.0, 1.0)[:, None]
-    rows["advantages"] = jnp.where(rows["rollout"].response_mask, signs, 0.0)
     preflight.run(
-      FLAGS.preflight,
-      lambda params, rollout: read(params, rollout).log_probs,
-      state["params"]["policy"],
-      inputs[0],
+      *(FLAGS.preflight, prepare, state, reference, rollout, inputs[1]),
       sampler=sampler,
-      gradients=lambda num_parts: jax.jit(gradients(num_parts))(
-        state["params"], rows
-      ),
-      num_rows=sizes.micro_batch // meshes.num_batch_shards(run.mesh),
+      gradients=gradients,
+      micro_batch=sizes.micro_batch,
+      num_shards=meshes.num_batch_shards(run.mesh),
       is_float32=FLAGS.dtype == "float32",
       programs=[sampler, learn],
-      memory=state | {"reference": reference},
     )
 
   starts_from = {"policy": loaded.params, "reference": reference}

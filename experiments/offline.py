@@ -9,7 +9,8 @@ and experiments/offline_value.py its values:
     --workdir=runs/a_lol
 
 The policy starts as the reference. The parameters with the best reward on the
-prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>. To try
+prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>; where
+nothing scores new replies, those with the lowest held-out loss. To try
 a method, copy this file and change `weights_of`: what the log-likelihood of
 each logged token is multiplied by.
 
@@ -26,34 +27,34 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
 from rljax.distributed import meshes
-from rljax.evaluation import answers, token_pages
+from rljax.evaluation import token_pages
 from rljax.generation import rollouts
 from rljax.losses import offline
 from rljax.models import hf
 from rljax.ops import advantages, log_probs
 from rljax.scoring import cached
-from rljax.text import batches, logged, tokens
+from rljax.text import batches, logged, splits, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(
   steps=9000, save_every=500, eval_every=900, keep_best=True, num_page_samples=8
 )
-cli.define_task("")
+cli.define_task()
 cli.define_log()
+cli.define_held_out()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_cache()
-cli.define_dev()
+cli.define_dev(needed=False)
 cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
 cli.define_batches(16)
-cli.define_optimizer(2e-4, max_grad_norm=0.3)
+cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of offline RL.
 flags.DEFINE_enum(
@@ -109,20 +110,18 @@ flags.register_multi_flags_validator(
 )
 FLAGS = flags.FLAGS
 
-COLUMNS = ("offline/loss", "dev/reward", "dev/words", "tokens_per_second")
+COLUMNS = ("offline/loss", "dev/reward", "eval/loss", "tokens_per_second")
 
 
 def main():
   run = runs.start(FLAGS)
   sizes = cli.batch_sizes(FLAGS, run.mesh)
-  score = cli.load_scorer(FLAGS, run.mesh, batch_size=FLAGS.sample_batch_size)
-
   # The policy, the log, and the prompts whose replies select parameters.
   loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
   policy, tokenizer = loaded.model, loaded.tokenizer
-  log, dev = cli.read_log(FLAGS, tokenizer), cli.read_dev(FLAGS, tokenizer)
+  log = cli.read_log(FLAGS, tokenizer)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)
-  answer = cli.load_responder(FLAGS, loaded, dev, run.mesh)
+  selection = cli.load_selection(FLAGS, loaded, run)
 
   # What methods weigh by: rewards, advantages `[N, K]` and reference
   # log-probabilities `[N, K, T]` of up to K replies to each of N prompts.
@@ -140,7 +139,7 @@ def main():
   )
   if "rewards" in known:
     logged.check_rewards(known["rewards"])
-  for text in cached.other_scorer(FLAGS.cache, score):
+  for text in cached.other_scorer(FLAGS.cache, selection.score):
     run.note(text)
 
   # Which replies are drawn, and how often.
@@ -152,6 +151,7 @@ def main():
       scores, shares, double_weighting=FLAGS.double_weighting
     )
   )
+  shares, held_out = splits.of_shares(shares, log.is_held_out)
   draws = batches.PrioritySampler(
     shares.ravel(), seed=FLAGS.seed, replace=FLAGS.replace
   )
@@ -219,11 +219,9 @@ def main():
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], state["params"]
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], state["params"], metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(state["params"], updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -233,6 +231,11 @@ def main():
     optimizer=transform,
   )
   update = run.compile(update, returns_state=True)
+  selection.by_loss(
+    lambda params, batch: loss_fn(params, batch)[1],
+    lambda rows: batch_of(held_out[rows]),
+    len(held_out),
+  )
 
   def weigh(params, batch):
     """What multiplies the gradient of each token, with the penalty."""
@@ -259,26 +262,23 @@ def main():
     )
 
   def evaluate(step):
-    """The dev reward, by which --keep_best selects; replies are filed."""
-    rows = answers.evaluate(answer, state["params"]["policy"], score)
-    run.samples(step, rows)
+    """The dev reward or held-out loss, by which --keep_best selects."""
     if FLAGS.num_page_samples:
       show_tokens(step)
-    metrics = answers.means(rows, prefix="dev/")
-    run.keep_best(step, metrics["dev/reward"], state["params"])
-    return metrics | answers.wording(rows, prefix="dev/")
+    return selection.evaluate(step, state["params"])
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note(
       f"{draws.num_rows} of {log.present.sum()} replies can be drawn; "
       f"{run.total_steps} steps."
     )
-    run.skipped([*log.skipped, *dev.skipped])
-    for step in run.steps(freeze=[update, answer, weigh]):
+    run.has_read(log, *selection.dev)
+    for step in run.steps(freeze=[update, selection.program, weigh]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % eval_every == 0 else {}
       started = time.perf_counter()
       batch = batch_of(draws.draw(FLAGS.batch_size, step))
+      run.check_learner(gradients, state["params"], batch)
       state, learnt = update(state, run.shard(batch))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
@@ -287,7 +287,7 @@ def main():
       run.save(step + 1, state)
     if run.is_complete:
       run.log(run.total_steps, evaluate(run.total_steps))
-      run.summarise(prefix="dev/")
+      selection.summarise()
   return run.exit_status
 
 

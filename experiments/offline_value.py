@@ -24,7 +24,6 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
@@ -32,12 +31,12 @@ from rljax.distributed import meshes
 from rljax.evaluation import answers, metrics
 from rljax.models import heads, hf
 from rljax.scoring import cached
-from rljax.text import batches, logged, tokens
+from rljax.text import batches, logged, splits, tokens
 from rljax.training import optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(save_every=None)
-cli.define_task("")
+cli.define_task()
 cli.define_log()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_dev("value", "Prompts whose replies the value is fitted to")
@@ -97,16 +96,16 @@ def main():
   tokens.check_positions(sum(log.lengths), model.config.max_positions)
   answer = cli.load_responder(FLAGS, loaded, asked, run.mesh)
   params = run.place(loaded.params, hf.partition_rules(model, run.mesh))
-  num_heldout = round(FLAGS.heldout_fraction * len(asked))
-  num_fitted = len(asked) - num_heldout
+  heldout, fitted = splits.shuffled(
+    asked.texts, FLAGS.heldout_fraction, seed=FLAGS.seed
+  )
+  num_heldout, num_fitted = len(heldout), len(fitted)
   if num_heldout < 2 or num_fitted < FLAGS.batch_size:
     raise ValueError(
       f"Of {len(asked)} value prompts, {num_heldout} would be held out and "
       f"{num_fitted} fitted to, in batches of {FLAGS.batch_size}: give more "
       "prompts or another --heldout_fraction."
     )
-  order = batches.epoch_order(len(asked), seed=FLAGS.seed, epoch=0)
-  heldout, fitted = order[:num_heldout], order[num_heldout:]
   steps_per_epoch = num_fitted // FLAGS.batch_size
 
   def in_batches(function, arrays, batch_size=FLAGS.sample_batch_size):
@@ -115,7 +114,7 @@ def main():
   run.file_flags()
   with contextlib.ExitStack() as stack:
     run.open_log(stack, COLUMNS)
-    run.skipped([*log.skipped, *asked.skipped])
+    run.has_read(log, asked)
     rewards, num_scored = cached.score(log, score, again=FLAGS.rescore)
     logged.check_rewards(rewards, FLAGS.max_value)
     if num_scored:
@@ -132,8 +131,9 @@ def main():
     # The head sees hidden states of prompts, which no reply can change.
     prompt_length = max(log.lengths[0], asked.ids.shape[1])
     pad = lambda ids: batches.pad_left(ids, length=prompt_length)
-    hidden_of = jax.jit(
-      lambda params, batch: model.apply({"params": params}, *batch)
+    hidden_of = run.compile(
+      lambda params, batch: model.apply({"params": params}, *batch),
+      name="hidden states",
     )
     ids, mask = pad(asked.encoded)
     hidden = in_batches(functools.partial(hidden_of, params), (ids, mask))
@@ -148,11 +148,17 @@ def main():
     transform = optimizers.adamw(
       FLAGS.epochs * steps_per_epoch, **cli.optimizer_options(FLAGS)
     )
-    state = (head_params, transform.init(head_params))
+    state = meshes.replicate(
+      (head_params, transform.init(head_params)), run.mesh
+    )
 
-    @jax.jit
     def values_of(head_params, batch):
       return head.apply({"params": head_params}, *batch)
+
+    if FLAGS.value_pad_mask:
+      few = slice(FLAGS.batch_size)
+      values_at_first = functools.partial(values_of, head_params)
+      run.check_rows(values_at_first, hidden[few], mask[few])
 
     def loss_fn(head_params, batch, targets, key):
       values = head.apply(
@@ -163,15 +169,17 @@ def main():
       )
       return jnp.mean(jnp.square(values - targets))
 
-    @jax.jit
     def update(state, batch, targets, key):
       head_params, optimizer_state = state
-      grads = jax.grad(loss_fn)(head_params, batch, targets, key)
-      updates, optimizer_state = transform.update(
-        grads, optimizer_state, head_params
+      loss, grads = jax.value_and_grad(loss_fn)(
+        head_params, batch, targets, key
       )
-      return optax.apply_updates(head_params, updates), optimizer_state
+      head_params, optimizer_state, metrics = optimizers.step(
+        transform, grads, optimizer_state, head_params, {"loss": loss}
+      )
+      return (head_params, optimizer_state), metrics
 
+    update, values_of = run.compile(update), run.compile(values_of)
     best = (np.inf, None, None)
     for epoch in range(FLAGS.epochs):
       for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
@@ -182,7 +190,8 @@ def main():
         ]
         batch = run.shard((hidden[rows], mask[rows]))
         step_key = jax.random.fold_in(key, step)
-        state = update(state, batch, targets[rows], step_key)
+        state, learnt = update(state, batch, targets[rows], step_key)
+        run.watch(step, learnt)
       # In batches, for the states of all prompts may fill the memory.
       values = in_batches(
         functools.partial(values_of, state[0]),
@@ -191,6 +200,7 @@ def main():
       )
       errors = np.square(values - targets)
       quality = {
+        "updates/skipped": learnt["updates/skipped"],
         "value/mse": np.mean(errors[fitted]),
         "value/heldout_mse": np.mean(errors[heldout]),
         "value/heldout_correlation": metrics.correlation(

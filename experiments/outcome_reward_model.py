@@ -36,7 +36,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
@@ -45,32 +44,21 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import hf
-from rljax.text import (
-  batches,
-  keywords,
-  logged,
-  rankings,
-  solutions,
-  tokens,
-)
+from rljax.text import batches, encoding, keywords, rankings, solutions, tokens
 from rljax.training import frozen, microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=200, save_every=500, eval_every=100)
-cli.define_task("", scores=False)
+cli.define_task(scores=False)
 cli.define_log()
+cli.define_held_out()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_models(policy="Model that the reward model starts as.", logits=False)
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
-cli.define_optimizer(1e-4, schedule="cosine", max_grad_norm=1.0)
+cli.define_pairwise()
+cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of reward models.
-flags.DEFINE_string(
-  "eval_data",
-  "",
-  "Held-out rows, in the forms of --data; empty: those of the task's "
-  "validation split, or --eval_share of --data.",
-)
 flags.DEFINE_integer(
   "num_eval_rows", 256, "Most held-out rows of an evaluation, the first.", 1
 )
@@ -93,20 +81,6 @@ flags.DEFINE_enum(
   rankings.ORDERS,
   "What ranks the replies of a row, for --loss=pairwise: its order in the log "
   "or their rewards; empty: rewards where a row has them, else the order.",
-)
-flags.DEFINE_float(
-  "margin",
-  0.0,
-  "Score by which the better reply is to lead, for --loss=pairwise; 0: none.",
-  0,
-)
-flags.DEFINE_float(
-  "eval_share",
-  0.0,
-  "Share of the prompts of --data that are held out, in place of --eval_data, "
-  "for --loss=bce; 0 holds out none.",
-  0,
-  1,
 )
 flags.DEFINE_enum(
   "labels",
@@ -139,8 +113,8 @@ FLAGS = flags.FLAGS
 
 # Flags that one of the losses has no use for.
 BELONG = {
-  "pairwise": ("order", "margin"),
-  "bce": ("eval_share", "labels", "targets", "balance", "normalizer"),
+  "pairwise": ("order", "margin", "reward_margin", "center_coef"),
+  "bce": ("labels", "targets", "balance", "normalizer"),
 }
 
 
@@ -167,7 +141,7 @@ def main():
       f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
       f"{unit}."
     )
-  lengths = np.max([logged.lengths(part) for part in (train, held_out)], 0)
+  lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
   if is_bce:
     batch_of = functools.partial(solutions.batch, lengths=lengths)
@@ -199,17 +173,24 @@ def main():
         normalizer=FLAGS.normalizer,
       )
     return supervised.pairwise_loss(
-      scores, batch["present"], rewards=batch["rewards"], margin=FLAGS.margin
+      scores,
+      batch["present"],
+      rewards=batch["rewards"],
+      **cli.pairwise_options(FLAGS),
     )
 
-  # A micro-batch weighs by its share of what the loss divides by.
-  is_over_targets = is_bce and FLAGS.normalizer == "token_mean"
+  def weight(part):
+    """What --loss=bce divides by: targets, or solutions that have any."""
+    is_over_targets = FLAGS.normalizer == "token_mean"
+    mask = part["is_target"]
+    return (mask if is_over_targets else mask.any(axis=1)).sum()
+
   gradients = microbatch.grad(
     lambda learnt, batch, others: loss_of(
       score(frozen.join(learnt, others), batch), batch
     ),
     sizes.num_parts,
-    weigh=(lambda part: part["is_target"].sum()) if is_over_targets else None,
+    weigh=weight if is_bce else None,
     sharding=run.rows_sharding,
   )
   adamw = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
@@ -217,20 +198,22 @@ def main():
   def update(state, batch):
     learnt, others = split(state["params"])
     grads, metrics = gradients(learnt, batch, others)
-    updates, optimizer_state = adamw.update(grads, state["optimizer"], learnt)
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = frozen.join(optax.apply_updates(learnt, updates), others)
+    learnt, optimizer_state, metrics = optimizers.step(
+      adamw, grads, state["optimizer"], learnt, metrics
+    )
+    params = frozen.join(learnt, others)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
   state = run.restore(
     params,
     hf.partition_rules(model, run.mesh),
-    optimizer=optax.GradientTransformation(
-      lambda params: adamw.init(split(params)[0]), adamw.update
-    ),
+    optimizer=adamw._replace(init=lambda params: adamw.init(split(params)[0])),
   )
   update = run.compile(update, returns_state=True)
+  learnt, others = split(state["params"])
+  first = batch_of(train, np.arange(FLAGS.batch_size))
+  run.check_learner(gradients, learnt, first, more=lambda batch: (others,))
   score_rows = run.compile(score, out_shardings=run.rows_sharding)
   questions = batch_of(held_out, np.arange(len(held_out.rows)))
 
@@ -265,7 +248,7 @@ def main():
     f"{unit}_per_second",
   )
   with run.training(model, tokenizer, {"policy": base.params}, columns):
-    run.skipped(data.skipped)
+    run.has_read(data)
     for name, count in data.counts.items():
       run.note(f"{name}: {count}.")
     for step in run.steps(freeze=[update, score_rows]):
@@ -307,21 +290,21 @@ def check_flags():
         raise ValueError(
           f"--{name}={FLAGS[name].value} belongs to --loss={loss}."
         )
-  if FLAGS.eval_share and (not FLAGS.data or FLAGS.eval_data):
+  if FLAGS["eval_share"].present and (not FLAGS.data or FLAGS.eval_data):
     raise ValueError("--eval_share needs --data, and no --eval_data.")
-  has_held_out = bool(FLAGS.eval_data or FLAGS.eval_share)
-  if bool(FLAGS.data) != has_held_out or not (FLAGS.data or FLAGS.task):
-    or_share = " (or --eval_share)" if FLAGS.loss == "bce" else ""
+  if FLAGS.eval_data and not FLAGS.data or not (FLAGS.data or FLAGS.task):
     raise ValueError(
-      f"Give --data and --eval_data{or_share}, or a --task and neither."
+      "Give --data (--eval_data or --eval_share of it is held out), or a "
+      "--task and neither."
     )
   if FLAGS.labels == "sorm" and not FLAGS.data:
     raise ValueError("--labels=sorm needs --data with values of steps.")
 
 
 def read_data(tokenizer):
-  """Rows to learn from and held-out ones, as ids; see `logged.Split`."""
+  """Rows to learn from and held-out ones, as ids; see `encoding.Split`."""
   shared = {
+    "eval_share": FLAGS.eval_share,
     "num_eval_rows": FLAGS.num_eval_rows,
     "first_row": FLAGS.first_row,
     "num_rows": FLAGS.num_rows,
@@ -338,7 +321,6 @@ def read_data(tokenizer):
     tokenizer,
     FLAGS.data,
     FLAGS.eval_data,
-    eval_share=FLAGS.eval_share,
     labels=FLAGS.labels,
     targets=FLAGS.targets,
     balance_labels=FLAGS.balance,

@@ -21,7 +21,6 @@ import functools
 import time
 
 import jax
-import optax
 from absl import flags
 
 from rljax import cli
@@ -31,17 +30,16 @@ from rljax.generation import rollouts, samplers
 from rljax.losses import entropy, ppo
 from rljax.models import critics, hf
 from rljax.ops import advantages, log_probs, masking, rewards
-from rljax.scoring import scorers
 from rljax.text import prompts
 from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
-cli.define_preflight()
-cli.define_task("arithmetic", num_prompts=131_072, num_eval_prompts=512)
+cli.define_task(num_prompts=131_072, num_eval_prompts=512)
 cli.define_models()
-cli.define_sampler(max_length=1, num_samples=1, online=True)
+cli.define_sampler(max_length=256, num_samples=1, online=True)
 cli.define_reward_terms()
+cli.define_prompts("reward_model")
 cli.define_kl(
   "none",
   ["none", "initial", "old"],
@@ -53,7 +51,7 @@ cli.define_adaptive_kl()
 cli.define_batches(
   128, epochs=4, text="Prompts of each step.", minibatches=True
 )
-cli.define_optimizer(1.41e-5)
+cli.define_optimizer(1e-6, warmup=0.03, max_grad_norm=1.0)
 
 # Flags of PPO.
 flags.DEFINE_string(
@@ -135,9 +133,9 @@ def main():
   # Text: prompts, what scores responses, and what writes them.
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = cli.task_scorer(FLAGS, task, run.mesh)
   terms = cli.load_reward_terms(FLAGS, loaded, run.mesh, map_rows=in_parts)
-  terms.check(task, score, held_out.texts[0])
+  terms.check(score, held_out.texts[0])
   sampler = samplers.Sampler(
     policy, tokenizer, cli.sampler_settings(FLAGS), mesh=run.mesh, task=task
   )
@@ -145,15 +143,13 @@ def main():
   critic.check_positions(train.ids.shape[1] + FLAGS.max_length)
 
   # What is differentiated.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    sizes.micro_batch, policy.config.vocab_size
-  )
   statistics_of = functools.partial(
     rollouts.token_statistics,
     policy,
     temperature=FLAGS.temperature,
     allowed=sampler.allowed if FLAGS.mask_in_loss else None,
-    chunk_size=chunk_size,
+    chunk_size=FLAGS.chunk_size
+    or log_probs.chunk_size(sizes.micro_batch, policy.config.vocab_size),
   )
 
   def read(params, rollout):
@@ -185,11 +181,12 @@ def main():
 
   def loss_fn(params, batch, kl_coef):
     rollout = batch["rollout"]
-    mask, old_log_probs = rollout.response_mask, batch["old_log_probs"]
+    mask, old = rollout.response_mask, batch["old_log_probs"]
     statistics, hidden, values = forward(params, rollout)
+    new = statistics.log_probs
     policy_loss, metrics = ppo.clipped_policy_loss(
-      statistics.log_probs,
-      old_log_probs,
+      new,
+      old,
       batch["advantages"],
       mask,
       clip_epsilon=FLAGS.clip_epsilon,
@@ -209,13 +206,9 @@ def main():
       spread, _ = batch_entropy(params, hidden, mask)
       loss -= FLAGS.batch_entropy_coef * spread
     if FLAGS.kl == "old":
-      loss += kl_coef * ppo.kl_from_old(
-        statistics.log_probs, old_log_probs, mask
-      )
+      loss += kl_coef * ppo.kl_from_old(new, old, mask)
     if FLAGS.ratio_guard:
-      loss *= ppo.ratio_guard(
-        statistics.log_probs, old_log_probs, mask, threshold=FLAGS.ratio_guard
-      )
+      loss *= ppo.ratio_guard(new, old, mask, threshold=FLAGS.ratio_guard)
     return loss, {"loss": loss, **metrics, **value_metrics}
 
   # Means are over tokens: a micro-batch weighs by its share of them. The ratio
@@ -247,8 +240,12 @@ def main():
         kl_coef=state["kl"].coef,
         kind=FLAGS.kl_estimator,
       )
-      token_rewards += penalty
-      metrics |= drift
+      token_rewards, metrics = token_rewards + penalty, metrics | drift
+    metrics["reward/with_kl"] = token_rewards.sum(axis=1).mean()
+    if FLAGS.whiten_rewards:  # Their mean stays.
+      token_rewards = masking.masked_whiten(
+        token_rewards, mask, shift_mean=False
+      )
     token_advantages, returns = advantages.gae(
       token_rewards,
       values,
@@ -259,8 +256,7 @@ def main():
     if FLAGS.whiten_advantages:
       token_advantages = masking.masked_whiten(token_advantages, mask)
     metrics |= rollouts.metrics(rollout, old) | {
-      "reward/with_kl": token_rewards.sum(axis=1).mean(),
-      "values/mean": masking.masked_mean(values, mask),
+      "values/mean": masking.masked_mean(values, mask)
     }
     batch = {
       "rollout": rollout,
@@ -281,11 +277,10 @@ def main():
       grads, metrics = gradients(sizes.num_parts)(
         params, minibatch, state["kl"].coef
       )
-      updates, optimizer_state = transform.update(
-        grads, optimizer_state, params
+      params, optimizer_state, metrics = optimizers.step(
+        transform, grads, optimizer_state, params, metrics
       )
-      metrics["gradient_norm"] = optax.global_norm(grads)
-      return (optax.apply_updates(params, updates), optimizer_state), metrics
+      return (params, optimizer_state), metrics
 
     (params, optimizer_state), history = jax.lax.scan(
       update,
@@ -300,7 +295,8 @@ def main():
         target=FLAGS.kl_target,
         horizon=FLAGS.kl_horizon,
       )
-    metrics |= microbatch.over_updates(history)
+      metrics["kl/ignored"] = controller.num_ignored
+    metrics |= microbatch.over_updates(history, FLAGS.epochs)
     state = {"params": params, "optimizer": optimizer_state, "kl": controller}
     return state, (metrics, batch["advantages"])
 
@@ -322,35 +318,31 @@ def main():
     samples = sampler.draw(
       sample_key, state["params"]["policy"], train, rows, step=step
     ).scored(score)
-    return samples, (samples.rollout, terms.earn(samples), learn_key)
+    return samples, (run.shard(samples.learnt), terms.earn(samples), learn_key)
 
   def evaluate(step):
     """Greedy answers to the held-out prompts; --keep_best keeps the best."""
     rows = answers.evaluate(answer, state["params"]["policy"], score)
+    run.evaluated(step, rows)
     metrics = answers.means(rows)
     value = metrics.get("eval/is_correct", metrics["eval/reward"])
     run.keep_best(step, value, state["params"])
     return metrics
 
   if FLAGS.preflight != "off":  # Do sampler and learner agree?
-    _, inputs = roll_out(run.first_step)
+    samples, inputs = roll_out(run.first_step)
+    rollout = run.shard(samples.rollout)
     learn.compile(state, reference, *inputs)
-    batch, _ = jax.jit(prepare)(state, reference, *inputs[:2])
-    rows = jax.tree.map(lambda x: x[: sizes.micro_batch], batch)
     preflight.run(
-      FLAGS.preflight,
-      lambda params, rollout: read(params, rollout).log_probs,
-      state["params"]["policy"],
-      inputs[0],
+      *(FLAGS.preflight, prepare, state, reference, rollout, inputs[1]),
       sampler=sampler,
-      gradients=lambda num_parts: jax.jit(gradients(num_parts))(
-        state["params"], rows, state["kl"].coef
-      ),
-      num_rows=sizes.micro_batch // meshes.num_batch_shards(run.mesh),
+      gradients=gradients,
+      more=[state["kl"].coef],
+      micro_batch=sizes.micro_batch,
+      num_shards=meshes.num_batch_shards(run.mesh),
       is_float32=FLAGS.dtype == "float32",
       parts_add_up=not FLAGS.batch_entropy_coef,
       programs=[sampler, terms, learn],
-      memory=state | {"reference": reference},
     )
 
   models = {"policy": loaded.params, "reference": reference}

@@ -6,50 +6,49 @@ Half a minute on two CPU cores, after experiments/sft.py has made the reference:
     --flagfile=experiments/flags/a_lol/word_lists_preference.flags \
     --workdir=runs/dpo
 
-Rows of the log have two replies or more; their order, as people made it, or
-their rewards say which is the better one (--order). PRO ranks all replies of a
-row, by rewards that are the raw logits of a reward model: the sigmoid that
-other methods see would flatten its temperatures. The others set the best reply
-against the worst one; KTO learns from each of the two by itself.
+Rows of the log have two replies or more, or one with its reward, as samples of
+an online run do, of which those to one prompt are compared. Their order, as
+people made it, or their rewards say which is the better one (--order). PRO
+ranks all replies of a row, by raw logits of a reward model, not by sigmoids;
+the others set the best against the worst; KTO learns from each alone.
 
 The policy starts as the reference. The parameters with the best reward on the
-prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>.
+prompts of --dev_data lie in <workdir>/best, the last ones in <workdir>. Where
+nothing scores new replies, the best are those with the lowest held-out loss.
 
 Source: see losses/preference.py. DPO and PRO have the settings of Baheti et al.
 (2024), arXiv 2305.14718. Departures: reference log-probabilities are read or
 computed once; gradients of micro-batches are averaged, not summed; PRO scores
-the tokens of replies, unless --pro_mask=published; no layer has dropout, so
-that the policy is the reference at first.
+the tokens of replies, unless --pro_mask=published; no layer has dropout.
 """
 
 import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
-from rljax.evaluation import answers
 from rljax.generation import rollouts
 from rljax.losses import preference
 from rljax.models import hf
 from rljax.ops import log_probs
-from rljax.text import batches, comparisons, tokens
+from rljax.text import comparisons, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=9000, save_every=500, eval_every=900, keep_best=True)
-cli.define_task("")
+cli.define_task()
 cli.define_log()
+cli.define_held_out()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_cache()
-cli.define_dev()
+cli.define_dev(needed=False)
 cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
 cli.define_batches(16, text="Comparisons of an update, with all their replies.")
-cli.define_optimizer(2e-4, max_grad_norm=0.3)
+cli.define_optimizer(1e-6, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
 
 # Which flags of its own a method reads; the others are refused.
 READS = {
@@ -129,7 +128,8 @@ FLAGS = flags.FLAGS
 
 COLUMNS = (
   *(f"{name}/{metric}" for name in READS for metric in ("loss", "accuracy")),
-  *("dev/reward", "dev/words", "tokens_per_second"),
+  *("dev/reward", "dev/words", "eval/loss", "eval/accuracy"),
+  "tokens_per_second",
 )
 
 
@@ -137,19 +137,19 @@ def main():
   run = runs.start(FLAGS, total_steps=FLAGS.steps)
   sizes = cli.batch_sizes(FLAGS, run.mesh)
   check_flags()
-  score = cli.load_scorer(FLAGS, run.mesh, batch_size=FLAGS.sample_batch_size)
-
   # The policy, the log, and the prompts whose replies select parameters.
   loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
   policy, tokenizer = loaded.model, loaded.tokenizer
-  log, dev = cli.read_log(FLAGS, tokenizer), cli.read_dev(FLAGS, tokenizer)
+  log = cli.read_log(FLAGS, tokenizer, join=True)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)
-  answer = cli.load_responder(FLAGS, loaded, dev, run.mesh)
+  selection = cli.load_selection(FLAGS, loaded, run)
 
   # Which replies are compared: M comparisons of K, the best one first. PRO
   # wants logits, and a cache holds rewards that are not negative.
   is_pro, is_kto = (FLAGS.algorithm == name for name in ("pro", "kto"))
   by_reward, threshold = order() == "reward", FLAGS.kto_threshold
+  if is_kto and all(row.form == "labelled completions" for row in log.rows):
+    threshold = threshold or 0.5  # Their labels are 1 and 0.
   known = cli.load_known(
     FLAGS,
     log,
@@ -164,16 +164,16 @@ def main():
     compared = comparisons.ranked(rows, rewards, all_replies=is_pro)
   else:
     compared = comparisons.singles(rows, rewards, threshold)
+  compared, held_out = compared.split(log.is_held_out)
   compared.check_batch(FLAGS.batch_size)
   if FLAGS.algorithm in ("dpo", "ipo", "kto") and not FLAGS.reference_free:
     known |= cli.load_known(FLAGS, log, loaded, ["ref_log_probs"], run.mesh)
 
-  def batch_of(step):
+  draw = lambda step: compared.draw(FLAGS.batch_size, step, FLAGS.seed)
+
+  def batch_of(part, drawn):
     """Arrays `[B, K, ...]`; prompts stand before each of their replies."""
-    drawn = batches.batch_indices(
-      len(compared.rows), FLAGS.batch_size, step, seed=FLAGS.seed
-    )
-    rows, candidates = at = compared.rows[drawn, None], compared.ranks[drawn]
+    rows, candidates = at = part.rows[drawn, None], part.ranks[drawn]
     batch = log.batch(*at) | {name: x[at] for name, x in known.items()}
     if is_kto:
       batch["is_desirable"] = (
@@ -181,12 +181,7 @@ def main():
         if threshold is None
         else batch["rewards"] >= threshold
       )
-      # Behind each prompt the replies of the next one, if it is another.
-      following = np.roll(np.arange(len(drawn)), -1)
-      asked = np.array([log.rows[i].prompt for i in rows[:, 0]], object)
-      is_other = (asked != asked[following])[:, None, None]
-      batch["other_ids"] = batch["response_ids"][following]
-      batch["other_mask"] = batch["response_mask"][following] & is_other
+      batch |= comparisons.others(log.rows, rows[:, 0], batch)
     return batch
 
   # What is differentiated.
@@ -195,8 +190,7 @@ def main():
   )
   beta = FLAGS.beta or (2.0 if FLAGS.algorithm == "simpo" else 0.1)
 
-  def fold(x):
-    return x.reshape(-1, x.shape[-1])  # [B, K, T] -> [B * K, T]
+  fold = lambda x: x.reshape(-1, x.shape[-1])  # [B, K, T] -> [B * K, T]
 
   def log_probs_of(params, batch):
     names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
@@ -267,15 +261,12 @@ def main():
   transform = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
 
   def update(state, ref_params, batch):
-    params, reference_point = state["params"], None
-    if is_kto:
-      reference_point = reference_point_of(params, ref_params, batch)
-    grads, metrics = gradients(params, batch, reference_point)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    params = state["params"]
+    point = reference_point_of(params, ref_params, batch) if is_kto else None
+    grads, metrics = gradients(params, batch, point)
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], params, metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(params, updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -284,23 +275,33 @@ def main():
   # KTO keeps the reference, for its mismatched pairs are new in every step.
   ref_params = run.place({"policy": loaded.params}, rules) if is_kto else None
   update = run.compile(update, returns_state=True)
+  run.check_learner(
+    *(gradients, state["params"], batch_of(compared, draw(0))),
+    more=lambda batch: (np.float32(0) if is_kto else None,),
+    pads_count=FLAGS.pro_mask == "published",
+  )
 
-  def evaluate(step):
-    """The dev reward, by which --keep_best selects; replies are filed."""
-    rows = answers.evaluate(answer, state["params"]["policy"], score)
-    run.samples(step, rows)
-    metrics = answers.means(rows, prefix="dev/")
-    run.keep_best(step, metrics["dev/reward"], state["params"])
-    return metrics | answers.wording(rows, prefix="dev/")
+  def held_out_metrics(params, batch, ref_params):
+    point = reference_point_of(params, ref_params, batch) if is_kto else None
+    return loss_fn(params, batch, point)[1]
+
+  selection.by_loss(
+    held_out_metrics,
+    lambda rows: batch_of(held_out, rows),
+    len(held_out.rows),
+    ref_params,
+  )
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note("\n".join(compared.notes))
-    run.skipped([*log.skipped, *dev.skipped])
-    for step in run.steps(freeze=[update, answer]):
+    run.has_read(log, *selection.dev)
+    for step in run.steps(freeze=[update, selection.program]):
       # Row `step` of the metrics is about the policy after `step` updates.
-      metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
+      metrics = {}
+      if step % FLAGS.eval_every == 0:
+        metrics = selection.evaluate(step, state["params"])
       started = time.perf_counter()
-      batch = batch_of(step)
+      batch = batch_of(compared, draw(step))
       state, learnt = update(state, ref_params, run.shard(batch))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
@@ -308,8 +309,9 @@ def main():
       run.log(step, metrics)
       run.save(step + 1, state)
     if run.is_complete:
-      run.log(FLAGS.steps, evaluate(FLAGS.steps))
-      run.summarise(prefix="dev/")
+      last = selection.evaluate(FLAGS.steps, state["params"])
+      run.log(FLAGS.steps, last)
+      selection.summarise()
   return run.exit_status
 
 

@@ -32,7 +32,6 @@ import os
 import time
 
 import jax
-import optax
 from absl import flags
 
 from rljax import cli, tasks
@@ -42,19 +41,17 @@ from rljax.generation import completions, rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
 from rljax.ops import log_probs
-from rljax.scoring import scorers
 from rljax.text import batches, files, prompts, steps, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(save_every=500, eval_every=100)
-cli.define_task(
-  "merge_sums", num_prompts=300, num_eval_prompts=100, eval_split="validation"
-)
+cli.define_task(num_prompts=300, num_eval_prompts=100, eval_split="validation")
+cli.define_prompts()
 cli.define_models(policy="Language model that writes and completes solutions.")
-cli.define_sampler(max_length=40, sample_batch_size=64)
+cli.define_sampler(max_length=256, sample_batch_size=64)
 cli.define_batches(64, epochs=8)
-cli.define_optimizer(1e-3, schedule="cosine", max_grad_norm=1.0)
+cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of return-conditioned RL: solutions and the values of their steps.
 flags.DEFINE_string(
@@ -64,7 +61,7 @@ flags.DEFINE_string(
   "the policy.",
 )
 flags.DEFINE_list(
-  "data",
+  "solutions",
   [],
   "Files of samples, such as the samples.jsonl of expert iteration, separated "
   "by commas, whose solutions are labelled; empty: --policy writes them.",
@@ -116,6 +113,7 @@ flags.DEFINE_float(
 flags.DEFINE_integer(
   "num_rows", 0, "Solutions in the data; 0: as many as --right_share allows.", 0
 )
+cli.may_grow("epochs")
 FLAGS = flags.FLAGS
 
 COLUMNS = ("nll/loss", "eval/good", "eval/bad", "eval/free")
@@ -135,9 +133,9 @@ def main():
   # Text: prompts, what scores responses, and tags.
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = cli.task_scorer(FLAGS, task)
   _, parts = score(held_out.texts[:1], [""])
-  tasks.check_parts(FLAGS.task, parts, "is_correct")
+  tasks.check_parts(score.description, parts, "is_correct")
   tags = (FLAGS.good_tag, FLAGS.bad_tag)
   tag_ids = {tag: tokens.single_id(tokenizer, tag) for tag in tags}
 
@@ -158,10 +156,10 @@ def main():
 
   def solve(params):
     """Solutions to the training prompts, right and wrong."""
-    if FLAGS.data:
+    if FLAGS.solutions:
       required = ("prompt", "response", "finished", "parts")
-      found = [files.read_jsonl(p, required=required) for p in FLAGS.data]
-      return sum(found, [])
+      found = [files.read_jsonl(p, required=required) for p in FLAGS.solutions]
+      return train.attach(sum(found, []))
     return samplers.collect(
       os.path.join(run.workdir, "solutions.jsonl"),
       sampler.responder(train, num_samples=FLAGS.num_solutions, **at_once),
@@ -177,7 +175,8 @@ def main():
       required = ["prompt", "response", "values", "is_correct"]
       if FLAGS.label == "advantage":
         required.append("start_value")
-      return files.read_jsonl(FLAGS.labels, required=required), 0
+      rows = files.read_jsonl(FLAGS.labels, required=required)
+      return train.attach(rows), 0
     samples = solve(params)
     chosen = steps.solutions(samples, max_per_prompt=FLAGS.max_per_prompt)
     prefixes = dict.fromkeys(
@@ -203,7 +202,7 @@ def main():
       for row in steps.with_values(chosen, samples, values)
     ]
     write("labels.jsonl", rows)
-    return rows, num_drawn + (0 if FLAGS.data else len(samples))
+    return rows, num_drawn + (0 if FLAGS.solutions else len(samples))
 
   def with_tags(row):
     """A solution with a tag in front of each of its steps."""
@@ -271,13 +270,10 @@ def main():
   transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
-    params = state["params"]
-    grads, metrics = gradients(params, batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    grads, metrics = gradients(state["params"], batch)
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], state["params"], metrics
     )
-    params = optax.apply_updates(params, updates)
-    metrics |= {"gradient_norm": optax.global_norm(grads)}
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -296,6 +292,8 @@ def main():
     return batches.supervised_batch(
       [encoded[i] for i in chosen], num_rows=FLAGS.batch_size, **shape
     )
+
+  run.check_learner(gradients, state["params"], batch_of(0))
 
   def evaluate(step):
     """Greedy accuracy under each tag; --keep_best goes by the good one."""

@@ -39,7 +39,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 from rljax import cli
@@ -51,7 +50,6 @@ from rljax.models import hf
 from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
-from rljax.scoring import scorers
 from rljax.text import alignment, batches, files, tokens
 from rljax.training import microbatch, optimizers, runs
 
@@ -59,12 +57,11 @@ from rljax.training import microbatch, optimizers, runs
 cli.define_run(
   steps=0, epochs=3.0, save_every=500, eval_every=100, num_page_samples=16
 )
-cli.define_task(
-  "chains", num_prompts=2000, num_eval_prompts=200, eval_split="validation"
-)
+cli.define_task(num_prompts=2000, num_eval_prompts=200, eval_split="validation")
+cli.define_prompts(solutions=True)
 cli.define_models()
 cli.define_sampler(
-  max_length=32,
+  max_length=256,
   num_samples=5,
   temperature=0.7,
   top_p=0.95,
@@ -72,7 +69,7 @@ cli.define_sampler(
 )
 cli.define_rewriting("", locate=None)
 cli.define_batches(64, text="Samples of an update.")
-cli.define_optimizer(2e-4, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
+cli.define_optimizer(5e-6, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of RLMEC.
 flags.DEFINE_string(
@@ -158,7 +155,7 @@ def main():
 
   # Questions with their solutions, and what samples, scores and rewrites.
   task = cli.load_task(FLAGS)
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = cli.task_scorer(FLAGS, task)
   train, held_out = pipeline.questions(
     task,
     tokenizer,
@@ -166,6 +163,7 @@ def main():
     {"train": FLAGS.num_prompts, FLAGS.eval_split: FLAGS.num_eval_prompts},
     seed=FLAGS.seed,
     task_options=FLAGS.task_options,
+    **cli.file_options(FLAGS),
     **cli.encode_options(FLAGS),
   )
   sampler = samplers.Sampler(
@@ -221,7 +219,7 @@ def main():
     policy,
     reward_model,
     template=template,
-    prompt_format=FLAGS.prompt_format,
+    prompt_format=cli.prompt_format(FLAGS),
     alignment=FLAGS.alignment,
     max_right=FLAGS.max_right,
     seed=FLAGS.seed,
@@ -315,16 +313,10 @@ def main():
   transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
-    counts = {
-      name: jnp.count_nonzero(batch[name]).astype(jnp.float32)
-      for name in ("rewards", "weights")
-    }
-    grads, metrics = gradients(state["params"], batch, counts)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], state["params"]
+    grads, metrics = gradients(state["params"], batch, counts_of(batch))
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], state["params"], metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(state["params"], updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
@@ -335,6 +327,13 @@ def main():
   )
   del policy
   update = run.compile(update, returns_state=True)
+  run.check_learner(
+    gradients,
+    state["params"],
+    {name: x[: FLAGS.batch_size] for name, x in arrays.items()},
+    more=lambda batch: (counts_of(batch),),
+    texts=texts,
+  )
 
   def evaluate(step):
     """Greedy answers to the held-out questions; --keep_best keeps the best."""
@@ -398,6 +397,14 @@ def main():
         }
       )
   return run.exit_status
+
+
+def counts_of(batch):
+  """What the losses of a whole batch divide by."""
+  return {
+    name: jnp.count_nonzero(batch[name]).astype(jnp.float32)
+    for name in ("rewards", "weights")
+  }
 
 
 def check_flags():

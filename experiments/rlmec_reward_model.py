@@ -28,7 +28,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
@@ -39,25 +38,25 @@ from rljax.models import fresh, hf
 from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
-from rljax.scoring import scorers
 from rljax.text import batches, tokens
-from rljax.training import optimizers, runs
+from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=0, epochs=3.0, save_every=500, eval_every=250)
-cli.define_task("chains", num_prompts=2000)
+cli.define_task(num_prompts=2000)
+cli.define_prompts(solutions=True)
 cli.define_models(policy="Language model that writes the samples.")
 cli.define_sampler(
-  max_length=32,
+  max_length=256,
   num_samples=5,
   temperature=0.7,
   top_p=0.95,
   sample_batch_size=64,
 )
-cli.define_rewriting("compact", locate=True)
+cli.define_rewriting("compact", locate=True, teacher=True)
 cli.define_random_model(hidden_size=64, num_layers=3, max_positions=128)
 cli.define_batches(32, text="Records of an update.", micro_batches=False)
-cli.define_optimizer(1e-3, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
+cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of the teacher, and of what learns from it.
 flags.DEFINE_integer(
@@ -120,7 +119,7 @@ def main():
   loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
   tokenizer = loaded.tokenizer
   task = cli.load_task(FLAGS)
-  score = scorers.of_task(task, FLAGS.score_options)
+  score = cli.task_scorer(FLAGS, task)
   teacher = load_teacher(task, run)
   (questions,) = pipeline.questions(
     task,
@@ -129,6 +128,7 @@ def main():
     {"train": FLAGS.num_prompts},
     seed=FLAGS.seed,
     task_options=FLAGS.task_options,
+    **cli.file_options(FLAGS),
     **cli.encode_options(FLAGS),
   )
   pipeline.check_template(FLAGS.template, tokenizer, questions.solutions[0])
@@ -228,21 +228,22 @@ def main():
     )
     return supervised.nll_loss(statistics.log_probs, batch["response_mask"])
 
+  gradients = microbatch.grad(loss_fn, 1)
   transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     params = state["params"]
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    grads, metrics = gradients(params, batch)
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], params, metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(params, updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
+  first = batch_of(train[: FLAGS.batch_size])
+  run.check_learner(gradients, state["params"], first, num_parts=1)
   held_out_loss = run.compile(
     lambda params, batch: loss_fn(params, batch)[1], name="held-out loss"
   )
@@ -321,7 +322,7 @@ def main():
 def load_teacher(task, run):
   """Who rewrites the wrong samples of the policy."""
   if FLAGS.teacher != "model":
-    return rewriters.of_teacher(FLAGS.teacher, task)
+    return rewriters.of_teacher(FLAGS.teacher, task, FLAGS.teacher_seconds)
   return rewriters.of_model(
     run.place_model(hf.load(FLAGS.teacher_model, dtype=FLAGS.dtype)),
     "instruction",

@@ -5,7 +5,8 @@ Ten seconds on two CPU cores, the short warm start of the arithmetic study:
   python experiments/sft.py --flagfile=experiments/flags/padula/sft_cpu.flags \
     --workdir=runs/sft
 
-A pretrained model on a file of logged rows, of which it learns the first reply:
+A pretrained model on a file of rows, of which it learns the first reply, or all
+turns of the assistant in a dialogue:
 
   python experiments/sft.py --policy=smollm2-135m --data=rows.jsonl \
     --workdir=runs/sft --steps=100
@@ -15,12 +16,10 @@ responses are learnt. To try an idea, copy this file and change `examples` (what
 is learnt from) or `loss_fn` (how).
 """
 
-import functools
 import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli, tasks
@@ -29,22 +28,20 @@ from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import fresh, hf
 from rljax.ops import log_probs
-from rljax.text import batches, keywords, logged, tokens
+from rljax.text import batches, encoding, keywords, logged, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=8, save_every=500, eval_every=50)
-cli.define_task(
-  "arithmetic", num_eval_prompts=256, eval_split=None, scores=False
-)
+cli.define_task(num_eval_prompts=256, eval_split=None, scores=False)
 cli.define_log()
+cli.define_held_out()
 cli.define_lengths(max_response_length=512, too_long="error")
 cli.define_models(required=False)
+cli.require_examples()
 cli.define_random_model(hidden_size=96, num_layers=2, max_positions=64)
 cli.define_batches(64)
-cli.define_optimizer(
-  1e-3, schedule="cosine", weight_decay=0.1, max_grad_norm=1.0
-)
+cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of supervised fine-tuning.
 flags.DEFINE_integer(
@@ -111,21 +108,22 @@ def main():
     # A mesh that cannot split them is an error before anything is compiled.
     meshes.shardings(fresh.shapes(model), rules, run.mesh)
     params = fresh.initial_params(model, FLAGS.seed)
-  train, held_out, skipped = examples(task, tokenizer)
+  data = examples(task, tokenizer)
+  train, held_out = data.train, data.held_out
   if len(train.rows) < FLAGS.batch_size:
     raise ValueError(
       f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
       "examples."
     )
   # One shape for all batches, so that the update compiles once.
-  lengths = np.max([logged.lengths(part) for part in (train, held_out)], 0)
+  lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
 
   def batch_of(part, rows):
     """Rows by number, on the devices; those behind the last row are empty."""
     is_there = rows < len(part.rows)
     return run.shard(
-      logged.batch(
+      encoding.batch(
         part,
         np.where(is_there, rows, 0),
         np.where(is_there, 0, 1),  # There is no second response.
@@ -139,17 +137,21 @@ def main():
     sizes.micro_batch, model.config.vocab_size
   )
 
+  def learnt_mask(batch):
+    """Which tokens are learnt: of a dialogue, the assistant's."""
+    return batch.get("learnt_mask", batch["response_mask"])
+
   def loss_fn(params, batch):
     statistics, _ = rollouts.token_statistics(
       model, params["policy"], batch, temperature=1.0, chunk_size=chunk_size
     )
     return supervised.nll_loss(
-      statistics.log_probs, batch["response_mask"], normalizer=FLAGS.normalizer
+      statistics.log_probs, learnt_mask(batch), normalizer=FLAGS.normalizer
     )
 
   def weight(part):
     """What the loss of a micro-batch divides by: its tokens or responses."""
-    mask = part["response_mask"]
+    mask = learnt_mask(part)
     is_over_tokens = FLAGS.normalizer == "token_mean"
     return (mask if is_over_tokens else mask.any(axis=1)).sum()
 
@@ -163,17 +165,17 @@ def main():
   def update(state, batch):
     params = state["params"]
     grads, metrics = gradients(params, batch)
-    updates, optimizer_state = transform.update(
-      grads, state["optimizer"], params
+    params, optimizer_state, metrics = optimizers.step(
+      transform, grads, state["optimizer"], params, metrics
     )
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    params = optax.apply_updates(params, updates)
     return {"params": params, "optimizer": optimizer_state}, metrics
 
   # The state; a run that was stopped goes on from its last checkpoint.
   starts_from = {"policy": params if FLAGS.policy else None}
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
+  first = batch_of(train, np.arange(FLAGS.batch_size))
+  run.check_learner(gradients, state["params"], first)
   held_out_loss = run.compile(
     lambda params, batch: (loss_fn(params, batch)[0], weight(batch)),
     name="held-out loss",
@@ -192,7 +194,7 @@ def main():
     return {"eval/loss": loss}
 
   with run.training(model, tokenizer, starts_from, COLUMNS):
-    run.skipped(skipped)
+    run.has_read(data)
     for step in run.steps(freeze=[update, held_out_loss]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
@@ -214,36 +216,32 @@ def main():
 
 def examples(task, tokenizer):
   """Rows to learn from and held-out ones as ids, and what was left out."""
-  prepare = functools.partial(
-    logged.prepare, tokenizer, **cli.length_options(FLAGS)
-  )
   if not FLAGS.data:
     train, held_out = (
-      prepare(
+      encoding.prepare(
+        tokenizer,
         logged.task_examples(
           task, split, FLAGS.seed, num, keywords.parse(FLAGS.task_options)
-        )
+        ),
+        **cli.length_options(FLAGS),
       )
       for split, num in (
         ("train", FLAGS.num_examples),
         ("validation", FLAGS.num_eval_prompts),
       )
     )
-    return train, held_out, [*train.skipped, *held_out.skipped]
-  # Of a file, the first reply of every row; the last rows are held out.
-  rows, unusable = logged.load(FLAGS.data)
-  rows = rows[FLAGS.first_row :][: FLAGS.num_rows or None]
-  found = prepare(logged.first_replies(rows))
-  num_rows, num_held_out = len(found.rows), FLAGS.num_eval_prompts
-  if num_rows <= num_held_out:
-    raise ValueError(
-      f"{FLAGS.data} has {num_rows} rows, of which --num_eval_prompts="
-      f"{num_held_out} are held out: nothing is left to train on."
-    )
-  return (
-    logged.take(found, range(num_rows - num_held_out)),
-    logged.take(found, range(num_rows - num_held_out, num_rows)),
-    [*unusable, *found.skipped],
+    skipped = [*train.skipped, *held_out.skipped]
+    return encoding.Split(train, held_out, skipped, {}, [])
+  return encoding.examples(
+    tokenizer,
+    FLAGS.data,
+    FLAGS.eval_data,
+    share=FLAGS.eval_share,
+    most=FLAGS.num_eval_prompts,
+    seed=FLAGS.seed,
+    first_row=FLAGS.first_row,
+    num_rows=FLAGS.num_rows,
+    settings=cli.length_options(FLAGS),
   )
 
 

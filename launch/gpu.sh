@@ -56,7 +56,7 @@ fi
 
 if [[ "$1" == doctor ]]; then
   shift
-  set -- -m rljax.distributed.doctor --platform=gpu --devices="$num" "$@"
+  set -- -m rljax.doctor --platform=gpu --devices="$num" "$@"
 fi
 # As in the other launchers, the command may begin with the interpreter.
 if [[ "$1" == python || "$1" == python3 ]]; then shift; fi

@@ -46,6 +46,7 @@ for seed in $SEEDS; do
 done
 echo "== All arms on 2000 prompts of the test split"
 run experiments/evaluate.py --workdir="$RUNS/evaluation" \
-  --task_options=style=last --policies="${policies%,}"
+  --task=arithmetic --task_options=style=last --max_length=1 \
+  --stop_at_eos=false --policies="${policies%,}"
 echo "Done in $((SECONDS - started)) s after the install. Open" \
   "$RUNS/evaluation/arms.png, and $RUNS/*/curves.png for each arm."

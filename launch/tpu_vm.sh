@@ -5,6 +5,9 @@
 #   export SHARED=10.0.0.2:/share         # NFS: checkpoints of several hosts
 #   bash launch/tpu_vm.sh queue           # asks for the slice, does not wait
 #   bash launch/tpu_vm.sh create          # asks if need be, waits for it
+#   bash launch/tpu_vm.sh create -- python experiments/ppo.py --policy=NAME
+#                                         # plans the script first: where it
+#                                         # does not fit, nothing is asked for
 #   bash launch/tpu_vm.sh setup           # every host: Python, ~/shared
 #   bash launch/tpu_vm.sh sync            # every host: this commit, installed
 #   bash launch/tpu_vm.sh doctor          # do the hosts fit together?
@@ -114,6 +117,13 @@ delete() {
   known=""
   run gcloud compute tpus queued-resources delete "$NAME" "${scope[@]}" \
     --force --quiet
+}
+
+# Compiles what is to run for the slice, which need not be there; free of cost.
+plan() {
+  local script=("$@")
+  if [[ $# == 0 ]]; then return; fi
+  run "${script[0]}" -m rljax.plan --target="$TYPE" -- "${script[@]:1}"
 }
 
 # Asks for the slice, unless that was done.
@@ -361,6 +371,8 @@ trap 'rm -rf "$scratch"' EXIT
 case "$verb" in
   queue | create)
     need NAME ZONE TYPE VERSION
+    plan "$@" || fail "The plan for a $TYPE failed or does not fit, and nothing" \
+      "is asked for. Without -- COMMAND, $verb plans nothing."
     queue || fail "$NAME could not be asked for."
     if [[ "$verb" == create ]]; then wait_until_active; fi
     ;;
@@ -380,7 +392,7 @@ case "$verb" in
     ;;
   doctor)
     need NAME ZONE
-    on_hosts all run python -m rljax.distributed.doctor --platform=tpu --workdir=runs \
+    on_hosts all run python -m rljax.doctor --platform=tpu --workdir=runs \
       "$@"
     ;;
   run)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 from absl.testing import absltest, parameterized
 
 from rljax import cli
+from rljax.cli import entry
 from tests import conftest
 
 SCRIPTS = sorted(
@@ -74,9 +76,12 @@ import os
 from absl import flags
 
 from rljax import cli
+from rljax.cli import entry
 
 cli.define_run(steps=8, eval_every=2)
 cli.define_batches(16, minibatches=True)
+cli.define_task()
+flags.DEFINE_string("policy", "", "A model that nobody loads.")
 cli.define_sampler(max_length=4, online=True)
 cli.define_optimizer(1e-3)
 flags.DEFINE_float("discount", 1.0, "Discount of a token.", 0, 1)
@@ -89,6 +94,8 @@ def main():
     raise ValueError("--seed=7 brings bad luck.")
   if FLAGS.seed == 8:
     raise KeyError("seed")
+  if FLAGS.seed == 9:
+    raise OSError(28, "No space left on device", "rows.txt")
   print(FLAGS.workdir, FLAGS.compilation_cache, FLAGS.data, sep="\\n")
   return 3
 
@@ -138,9 +145,17 @@ CASES = {
   "warmup_below_0": (["--warmup=-1"], "--warmup=-1: "),
   # Several flags together.
   "min_length": (["--min_length=9"], "--min_length must not be more than --ma"),
-  "unfinished": (["--unfinished_score=0"], "--unfinished_score is for respons"),
+  "unfinished": (
+    ["--unfinished_score=0", "--nostop_at_eos"],
+    "--unfinished_score is for respons",
+  ),
   "schedule": (["--schedule=cubic"], "--schedule=cubic: .*constant"),
+  # Paths of other storage.
+  "bucket": (["--workdir=gs://b/run"], "--workdir=gs://b/run is not a path of"),
+  "file_url": (["--policy=file:///m"], "--policy=file:///m is not a path of"),
+  "task_bucket": (["--task_options=a=s3://b"], "--task_options=a=s3://b is no"),
   # What a script finds.
+  "full_disk": (["--seed=9"], "rows.txt cannot be written: No space.*Free som"),
   "value_error": (["--seed=7"], "--seed=7 brings bad luck"),
   # No errors.
   "good": (["--steps=1", "--data=a~b"], None),
@@ -203,6 +218,30 @@ class RunTest(parameterized.TestCase):
     lines = _outcomes()["good"]["out"].splitlines()
     self.assertEqual(lines, [f"{home}/x", f"{home}/.cache/rljax", "a~b"])
 
+  @parameterized.parameters("reader", "disk")
+  def test_a_run_does_not_end_with_its_terminal(self, which):
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    program = (
+      "import sys\nfrom rljax.cli import terminal\n"
+      "terminal.keep_printing()\n"
+      "for i in range(3):\n  print('x' * 10**5, flush=True)\n"
+      "print('last')\nopen(sys.argv[1], 'w').close()\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full:
+      done = subprocess.run(
+        [sys.executable, "-c", program, folder / "done"],
+        cwd=conftest.REPOSITORY,
+        stdout=writing if which == "reader" else full,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+      )
+    os.close(writing)
+    self.assertEqual((done.returncode, done.stderr), (0, ""))
+    self.assertTrue((folder / "done").exists())
+
   def test_help_shows_the_script_and_its_flags(self):
     out = _outcomes()["help"]["out"]
     self.assertIn("A script that trains nothing.", out)
@@ -256,6 +295,23 @@ SAME_NAMES = {
   "threshold": "Of a step's value, or of a token's probability.",
   "workdir": "A run, or the example of pmap, which cannot be started again.",
 }
+
+
+# Texts that are no paths, and hold none.
+NO_PATHS = {
+  *("arm", "bad_tag", "good_tag", "k", "mesh", "metrics", "new_vs", "split"),
+  *("reward_template", "reward_terms", "reward_transform", "stop_strings"),
+  *("run_name", "run_tags", "solution_column", "stop_tokens", "system_prompt"),
+  *("template_options", "title", "wandb_project"),
+}
+
+
+class PathsTest(parameterized.TestCase):
+  @parameterized.parameters(*SCRIPTS)
+  def test_every_text_is_a_path_or_none(self, path):
+    for name, flag in _flags_of_scripts()[path].items():
+      if flag["type"] in ("ArgumentParser", "ListParser"):
+        self.assertNotEqual(name in entry.PATHS, name in NO_PATHS, name)
 
 
 class HelpTest(parameterized.TestCase):

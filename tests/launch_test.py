@@ -346,6 +346,7 @@ class DryRunTest(LaunchTest):
       (["queue"], {}),
       (["create"], {"SHARED": "10.0.0.2:/share"}),
       (["create"], {"SPOT": 0, "PROJECT": "mine"}),
+      (["create", *train[1:]], {}),
       (["setup"], {"SHARED": "10.0.0.2:/share"}),
       (["sync"], {}),
       (["doctor", "--seconds=5"], {}),
@@ -377,6 +378,25 @@ class DryRunTest(LaunchTest):
     status, output = call("bash", LAUNCH / "tpu_vm.sh", "create", **variables)
     self.assertEqual(status, 1)
     self.assertStartsWith(output, f"Set {name}: ")
+
+  def test_tpu_vm_asks_for_nothing_that_does_not_fit(self):
+    """The script is planned by the Python that is to run it."""
+    asked = self.folder / "asked"
+    write_tools(
+      self.folder,
+      {"gcloud": f"touch {asked}", "python": 'echo "python $*" && exit 1'},
+    )
+    path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
+    variables = {k: v for k, v in self.TPU.items() if k != "DRY_RUN"}
+    words = ["create", "--", "python", "experiments/ppo.py", "--steps=2"]
+    status, output = call(
+      "bash", LAUNCH / "tpu_vm.sh", *words, **(variables | {"PATH": path})
+    )
+    self.assertEqual(status, 1)
+    want = "python -m rljax.plan --target=v6e-16 -- experiments/ppo.py"
+    self.assertStartsWith(output, f"{want} --steps=2\n")
+    self.assertIn("The plan for a v6e-16 failed or does not fit", output)
+    self.assertFalse(asked.exists())
 
   def test_tpu_vm_help(self):
     for words in ([], ["fly"]):
@@ -931,7 +951,7 @@ class CloudPpoTest(Cloud):
     self.well("sync")
     flags = "--num_prompts=256 --num_eval_prompts=24 --batch_size=8 --steps=40"
     flags += " --save_every=1 --eval_every=40 --num_page_samples=0"
-    flags += " --task_options=style=last --preflight=off"
+    flags += f" {' '.join(scripts.SUMS)} --preflight=off"
     _, finish = self.start(
       *["bash", self.checkout / "launch" / "tpu_vm.sh", "run", "--"],
       *["python", "experiments/ppo.py", *flags.split()],
@@ -1088,7 +1108,7 @@ class GpuTest(LaunchTest):
     self.assertEqual(status, 0, output)
     self.assertStartsWith(output, "H, 80 MiB, 550\n")
     self.assertEndsWith(
-      output, "cuda -m rljax.distributed.doctor --platform=gpu --devices=2\n"
+      output, "cuda -m rljax.doctor --platform=gpu --devices=2\n"
     )
 
   def test_counts_visible_devices(self):
@@ -1275,6 +1295,13 @@ class DoctorTest(LaunchTest):
     finding = doctor.check_workdir(str(self.folder / "file" / "a"), "x")
     self.assertIn("is not one folder", finding.text)
 
+  def test_a_bucket_is_no_folder(self):
+    with contextlib.chdir(self.folder):
+      finding = doctor.check_workdir("gs://bucket/run", "x")
+      self.assertIn("is not a path of this machine", finding.text)
+      self.assertNotEmpty(finding.fix)
+      self.assertEmpty(os.listdir())
+
   def test_one_process(self):
     variables = environment(JAX_PLATFORMS="cpu")
     printed = io.StringIO()
@@ -1300,7 +1327,7 @@ class DoctorTest(LaunchTest):
       *["bash", LAUNCH / "local_processes.sh", 2, "--", sys.executable],
       *[
         "-m",
-        "rljax.distributed.doctor",
+        "rljax.doctor",
         "--devices=2",
         f"--workdir={self.folder}",
       ],
@@ -1315,8 +1342,7 @@ class DoctorTest(LaunchTest):
 
   def test_two_processes_that_differ(self):
     program = (
-      'export JAX_X="$RLJAX_PROCESS_ID"; '
-      'exec "$0" -m rljax.distributed.doctor --seconds=30'
+      'export JAX_X="$RLJAX_PROCESS_ID"; exec "$0" -m rljax.doctor --seconds=30'
     )
     status, output = call(
       *["bash", LAUNCH / "local_processes.sh", 2, "--"],

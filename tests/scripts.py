@@ -19,11 +19,26 @@ import numpy as np
 from absl import flags
 
 from rljax.storage import checkpoint
-from tests import conftest
+from tests import conftest, warm
 
 # Two orders of summation differ by this much in float32, after Adam has
 # magnified it: a step of the learning rate at most where a gradient is noise.
 ROUNDING = 2e-5
+# Sums whose answer is one token, as PPO, GRPO and evaluations ask them.
+SUMS = (
+  "--task=arithmetic",
+  "--task_options=style=last",
+  "--max_length=1",
+  "--stop_at_eos=false",
+)
+# Supervised examples of them, and a rate for random weights.
+LEARN_SUMS = (
+  "--task=arithmetic",
+  "--task_options=style=last,whole=true",
+  "--learning_rate=1e-3",
+  "--warmup=0",
+  "--weight_decay=0.1",
+)
 
 
 @functools.cache
@@ -67,6 +82,20 @@ def environment(devices=1, optimize=False):
   return variables
 
 
+# Their checks take as long as a tiny run: planted_faults_test.py has them.
+UNCHECKED = (
+  *("sft", "offline", "offline_value", "preference", "expert_iteration"),
+  *("return_conditioned", "outcome_reward_model"),
+)
+
+
+def _as_needed(script, flags):
+  """The flags, without the checks of a script that are tested elsewhere."""
+  if pathlib.Path(script).stem not in UNCHECKED:
+    return flags
+  return ["--preflight=off", *flags]
+
+
 def arguments(workdir, *flags):
   return [
     f"--workdir={workdir}",
@@ -77,40 +106,54 @@ def arguments(workdir, *flags):
 
 def run(script, workdir, *flags, devices=1, ok=True, optimize=False):
   """A finished process; one that failed is an error unless `ok` is False."""
-  command = [sys.executable, script, *arguments(workdir, *flags)]
+  command = [script, *arguments(workdir, *_as_needed(script, flags))]
   if script.endswith("ppo_pmap.py"):  # It has the fewest flags of all.
     command = [part for part in command if "compilation_cache" not in part]
-  done = subprocess.run(
-    command,
-    cwd=conftest.REPOSITORY,
-    env=environment(devices, optimize),
-    capture_output=True,
-    text=True,
-    timeout=1800,
-    check=False,
-  )
+  done = _finish(command, environment(devices, optimize), 1800)
   if ok and done.returncode:
     raise AssertionError(f"{command} failed:\n{done.stdout}\n{done.stderr}")
   return done
+
+
+def _finish(command, env, timeout, stdin=""):
+  """Runs a script to its end, as `subprocess.run` does."""
+  with tempfile.TemporaryDirectory() as folder:
+    files = [pathlib.Path(folder, name) for name in ("in", "out", "err")]
+    files[0].write_text(stdin)
+    process = warm.start(
+      command,
+      cwd=conftest.REPOSITORY,
+      env=env,
+      **dict(zip(("stdin", "stdout", "stderr"), files, strict=True)),
+    )
+    try:
+      process.wait(timeout)
+    finally:
+      process.kill()
+    texts = [path.read_text(errors="replace") for path in files[1:]]
+  return subprocess.CompletedProcess(command, process.returncode, *texts)
 
 
 def drive(script, runs, devices=1):
   """The errors of runs in one process, None where there was none.
 
   Args:
-    script: path from the repository.
-    runs: lists of flags, of which the first is the workdir.
+    script: path from the repository; "-" if each run is of its own.
+    runs: lists of flags, of which the first is the workdir; or the dicts of
+      tests/drive.py, with such lists.
     devices: simulated ones.
   """
-  done = subprocess.run(
-    [sys.executable, "tests/drive.py", script],
-    cwd=conftest.REPOSITORY,
-    env=environment(devices),
-    input=json.dumps([arguments(*flags) for flags in runs], default=str),
-    capture_output=True,
-    text=True,
-    timeout=900,
-    check=False,
+  runs = [
+    run | {"flags": arguments(*run["flags"])}
+    if script == "-"
+    else arguments(run[0], *_as_needed(script, run[1:]))
+    for run in runs
+  ]
+  done = _finish(
+    ["tests/drive.py", script],
+    environment(devices),
+    900,
+    json.dumps(runs, default=str),
   )
   for line in done.stdout.splitlines():
     if line.startswith("RESULTS "):
@@ -121,7 +164,7 @@ def drive(script, runs, devices=1):
 def run_until_killed(script, workdir, *flags, num_rows, name="metrics.jsonl"):
   """Starts a script and ends it with -9 once a file has so many rows."""
   process = subprocess.Popen(
-    [sys.executable, script, *arguments(workdir, *flags)],
+    [sys.executable, script] + arguments(workdir, *_as_needed(script, flags)),
     cwd=conftest.REPOSITORY,
     env=environment(),
     stdout=subprocess.DEVNULL,

@@ -38,9 +38,9 @@ from rljax.generation import rollouts
 from rljax.losses import entropy, ppo
 from rljax.models import heads, hf
 from rljax.ops import advantages, masking, rewards, sampling
-from rljax.storage import checkpoint
+from rljax.storage import checkpoint, locks
 from rljax.text import batches, keywords, prompts, tokens
-from rljax.training import logs
+from rljax.training import guards, logs, optimizers
 
 flags.DEFINE_string(
   "workdir",
@@ -107,6 +107,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer("epochs", 4, "Updates on a rollout, each on all of it.", 1)
 flags.DEFINE_float("learning_rate", 3e-4, "Learning rate of Adam.", 0)
+cli.define_max_skipped()
 FLAGS = flags.FLAGS
 
 AXIS = "devices"
@@ -122,6 +123,7 @@ def main():
       f"{FLAGS.batch_size}."
     )
   checkpoint.prepare_workdir(FLAGS.workdir)
+  lock = locks.take(FLAGS.workdir)
   if os.path.exists(os.path.join(FLAGS.workdir, "checkpoints")):
     raise ValueError(
       f"--workdir={FLAGS.workdir} holds a run, and this example does not "
@@ -150,7 +152,7 @@ def main():
     jax.random.key(FLAGS.seed), jnp.zeros((1, policy.config.hidden_size))
   )["params"]
   params = {"policy": loaded.params, "critic": {"head": head_params}}
-  optimizer = optax.adam(FLAGS.learning_rate)
+  optimizer = optimizers.guarded(optax.adam(FLAGS.learning_rate))
   replicate = lambda tree: jax.tree.map(
     lambda x: jnp.broadcast_to(x, (len(devices), *jnp.shape(x))), tree
   )
@@ -251,8 +253,7 @@ def main():
   def update(params, optimizer_state, batch):
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
     grads = jax.lax.pmean(grads, AXIS)
-    updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-    return optax.apply_updates(params, updates), optimizer_state, metrics
+    return optimizers.step(optimizer, grads, optimizer_state, params, metrics)
 
   split = lambda x: x.reshape(len(devices), -1, *x.shape[1:])
   join = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])
@@ -261,6 +262,7 @@ def main():
   with logs.Logs(
     FLAGS.workdir, total_steps=FLAGS.steps, columns=columns
   ) as log:
+    watch = guards.Watch(log.note, max_skipped=FLAGS.max_skipped)
     for step in range(FLAGS.steps):
       rows = batches.batch_indices(
         len(train), FLAGS.batch_size, step, seed=FLAGS.seed
@@ -289,9 +291,11 @@ def main():
       metrics = {name: value[0] for name, value in metrics.items()}
       metrics |= answers.mean_parts(parts, prefix="task/")
       log.write(step, metrics | {"reward/mean": scores.mean()})
+      watch.look(step, metrics)
   state = {"params": jax.tree.map(lambda x: x[0], params)}
   with checkpoint.Checkpoints(FLAGS.workdir) as checkpoints:
     checkpoints.save(FLAGS.steps, state, {"step": FLAGS.steps})
+  lock.close()
 
 
 if __name__ == "__main__":

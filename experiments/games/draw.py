@@ -16,6 +16,7 @@ from absl import flags
 
 from rljax import cli
 from rljax.distributed import processes
+from rljax.storage import locks
 from rljax.tasks import games
 from rljax.tasks.games import pages, pool, rewards, rules
 from rljax.text import files
@@ -86,6 +87,7 @@ FLAGS = flags.FLAGS
 def main():
   processes.check_joined()
   os.makedirs(os.path.dirname(FLAGS.output) or ".", exist_ok=True)
+  lock = locks.beside(FLAGS.output)
   known = names_of_known()
   rows = [
     row
@@ -159,6 +161,7 @@ def main():
       "ones. The numbers on a board are those by which rules name its sites."
     ],
   )
+  lock.close()
   print(f"{FLAGS.output}: {len(drawn)} games of {len(rows)} samples")
 
 

@@ -20,6 +20,7 @@ from absl import flags
 
 from rljax import cli
 from rljax.distributed import processes
+from rljax.storage import locks
 from rljax.tasks import games
 from rljax.tasks.games import rules, variants
 
@@ -101,6 +102,7 @@ def main():
     if FLAGS[f"num_{split}"].value
   }
   check(numbers)
+  lock = locks.beside(FLAGS.output)  # Its cache is this script's alone, too.
   rows = []
   for split, num in numbers.items():
     started = time.perf_counter()
@@ -130,6 +132,7 @@ def main():
       progress=tell,
     )
   variants.write(FLAGS.output, rows)
+  lock.close()
   for split in numbers:
     kept = [row for row in rows if row["split"] == split]
     gaps = len(games.prompts(split, 0, corpus=FLAGS.output))

@@ -23,28 +23,36 @@ is the one room of the library that knows flags by their names.
 from rljax.cli.data import (
   define_cache,
   define_dev,
+  define_held_out,
   define_lengths,
   define_log,
+  define_prompts,
   define_task,
   encode_options,
+  file_options,
   length_options,
   load_known,
   load_task,
+  prompt_format,
   prompt_options,
   read_dev,
   read_log,
+  require_examples,
+  require_prompts,
   solved_options,
 )
 from rljax.cli.entry import (
   check,
   check_read,
   may_change,
+  may_grow,
   require,
   run,
 )
 from rljax.cli.learning import (
   batch_sizes,
   define_batches,
+  define_max_skipped,
   define_optimizer,
   optimizer_options,
   schedule_options,
@@ -61,6 +69,7 @@ from rljax.cli.models import (
 from rljax.cli.rewards import (
   define_adaptive_kl,
   define_kl,
+  define_pairwise,
   define_reasoning,
   define_reward_model,
   define_reward_terms,
@@ -68,7 +77,9 @@ from rljax.cli.rewards import (
   load_reward_model,
   load_reward_terms,
   load_scorer,
+  pairwise_options,
   reward_model_options,
+  task_scorer,
 )
 from rljax.cli.running import (
   define_preflight,
@@ -83,9 +94,11 @@ from rljax.cli.sampling import (
   define_replies,
   define_sampler,
   define_stop_strings,
+  has_end,
   load_responder,
   sampler_settings,
 )
+from rljax.cli.selection import load_selection
 
 # Flags of the groups below whose default, or help, the script chooses. All
 # others are the same in all scripts.
@@ -98,7 +111,7 @@ SCRIPTS_CHOOSE = frozenset(
     *("num_samples", "temperature", "top_p", "sample_batch_size"),
     *("reward_model", "kl", "kl_coef", "kl_estimator", "batch_size", "epochs"),
     *("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
-    *("template", "locate"),
+    *("template", "locate", "data", "eval_data", "eval_share"),
   )
 )
 
@@ -116,11 +129,15 @@ __all__ = (
   "define_ends",
   "define_kl",
   "define_lengths",
+  "define_held_out",
   "define_log",
   "define_models",
+  "define_max_skipped",
   "define_optimizer",
+  "define_pairwise",
   "define_overlong_penalty",
   "define_preflight",
+  "define_prompts",
   "define_presets",
   "define_random_model",
   "define_reasoning",
@@ -133,7 +150,9 @@ __all__ = (
   "define_stop_strings",
   "define_task",
   "encode_options",
+  "file_options",
   "length_options",
+  "has_end",
   "load_known",
   "load_like",
   "load_reference",
@@ -141,19 +160,26 @@ __all__ = (
   "load_reward_model",
   "load_reward_terms",
   "load_scorer",
+  "load_selection",
   "load_task",
   "may_change",
+  "may_grow",
   "model_options",
   "optimizer_options",
+  "pairwise_options",
   "preset",
+  "prompt_format",
   "prompt_options",
   "random_model_options",
   "read_dev",
   "read_log",
   "require",
+  "require_examples",
+  "require_prompts",
   "reward_model_options",
   "run",
   "sampler_settings",
   "schedule_options",
   "solved_options",
+  "task_scorer",
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from absl import flags
 
+from rljax.cli import entry, running
 from rljax.distributed import meshes
 from rljax.training import microbatch, optimizers
 
@@ -95,7 +96,7 @@ def define_optimizer(
   weight_decay: float = 0.0,
   max_grad_norm: float = 0.0,
 ) -> None:
-  """Defines AdamW."""
+  """Defines AdamW, and what is done if what it is given is wrong."""
   flags.DEFINE_float(
     "learning_rate",
     learning_rate,
@@ -154,6 +155,20 @@ def define_optimizer(
     "Norm to which a larger gradient is cut; 0 cuts none.",
     lower_bound=0.0,
   )
+  define_max_skipped()
+  running.define_preflight()
+
+
+def define_max_skipped() -> None:
+  """Defines when a run ends whose updates are not finite."""
+  flags.DEFINE_integer(
+    "max_skipped",
+    20,
+    "Updates in a row that are skipped, because a loss, a gradient or a new "
+    "parameter is not finite, before the run stops; 0 stops at the first.",
+    lower_bound=0,
+  )
+  entry.may_change("max_skipped")
 
 
 def optimizer_options(values: flags.FlagValues) -> dict[str, Any]:

@@ -70,7 +70,11 @@ def define_compute(*, remat: bool = True, logits: bool = True) -> None:
 
 
 def model_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `hf.load`."""
+  """Returns keyword arguments of `hf.load`; weights are read where they lie."""
+  return {**_compute_options(values), "lazy": True}
+
+
+def _compute_options(values):
   return {
     "dtype": values.dtype,
     "remat": "remat" in values and values.remat,
@@ -141,5 +145,5 @@ def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
     "num_layers": values.num_layers,
     "num_heads": values.num_heads,
     "max_positions": values.max_positions,
-    **model_options(values),
+    **_compute_options(values),
   }

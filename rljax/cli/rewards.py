@@ -8,11 +8,105 @@ from absl import flags
 from rljax.cli import entry
 from rljax.models import hf
 from rljax.rlmec import prompts as rewriting
-from rljax.scoring import reward_terms, scorers
+from rljax.scoring import kept, reward_terms, scorers
 from rljax.text import keywords, steps
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
+
+
+def define_rewards() -> None:
+  """Defines reward functions of the user's own, in place of the task's score.
+
+  `define_task` does so where responses are scored.
+  """
+  flags.DEFINE_float(
+    "score_seconds",
+    120.0,
+    "Seconds that scoring a response by --task may take, and a batch that is "
+    "scored at once that many times its responses; 0: no limit.",
+    lower_bound=0.0,
+  )
+  entry.may_change("score_seconds")
+  flags.DEFINE_list(
+    "rewards",
+    [],
+    "Functions whose sum scores a response, separated by commas: "
+    "file.py:function or module:function, each with a weight behind it or "
+    "none, such as my_rewards.py:length*0.5; docs/own_data.md says what they "
+    "are given. Empty: the score of --task.",
+  )
+  flags.DEFINE_float(
+    "reward_timeout",
+    60.0,
+    "Seconds that a call of a function of --rewards may take.",
+    lower_bound=0.01,
+  )
+  flags.DEFINE_integer(
+    "reward_batch_size",
+    256,
+    "Responses that a function of --rewards is given at a time.",
+    lower_bound=1,
+  )
+  flags.DEFINE_integer(
+    "reward_workers",
+    1,
+    "Processes that call each function of --rewards.",
+    lower_bound=1,
+  )
+  flags.DEFINE_float(
+    "right_at",
+    None,
+    "Least reward of a response that counts as right, for --rewards whose "
+    "functions do not return the part is_correct; unset: nobody says it.",
+  )
+  flags.DEFINE_bool(
+    "skip_unscored",
+    False,
+    "Whether a response for which a function of --rewards fails or takes too "
+    "long is left out and counted, as one that gets None; false stops there.",
+  )
+  entry.may_change("reward_timeout", "reward_batch_size", "reward_workers")
+  entry.require(
+    ["rewards", "score_options"],
+    lambda v: not (v["rewards"] and v["score_options"]),
+    "--score_options belongs to a task's score, which --rewards replaces.",
+  )
+  entry.require(
+    ["rewards", "right_at"],
+    lambda v: v["rewards"] or v["right_at"] is None,
+    "--right_at says which rewards of --rewards are right: give those.",
+  )
+
+
+def task_scorer(
+  values: flags.FlagValues, task: Any, mesh: Any = None
+) -> scorers.Scorer:
+  """Returns what scores responses: --rewards, or the task's own score.
+
+  Where there is neither, and a reward model is a term of the reward, it is what
+  the logs show as the score.
+
+  Args:
+    values: parsed flags.
+    task: what --task names, or None.
+    mesh: from `meshes.make`, for a reward model.
+
+  Raises:
+    ValueError: if an option does not fit, or a function is not named well.
+  """
+  if values.rewards:
+    return scorers.of_functions(
+      values.rewards,
+      timeout=values.reward_timeout,
+      batch_size=values.reward_batch_size,
+      num_workers=values.reward_workers,
+      skip_unscored=values.skip_unscored,
+      right_at=values.right_at,
+    )
+  if task is None and "reward_terms" in values:
+    return load_reward_model(values, mesh, batch_size=values.batch_size)
+  return scorers.of_task(task, values.score_options, values.score_seconds)
 
 
 def define_reward_model(text: str = "") -> None:
@@ -88,7 +182,9 @@ def load_reward_model(
 def load_scorer(
   values: flags.FlagValues, mesh: Any, *, batch_size: int
 ) -> scorers.Scorer:
-  """Returns what scores responses: --reward_model, or --task.
+  """Returns what scores responses: --rewards, --reward_model or --task.
+
+  In scripts without checkpoints it keeps what it was told; see `kept.scorer`.
 
   Args:
     values: parsed flags.
@@ -96,16 +192,31 @@ def load_scorer(
     batch_size: texts at the same time, for a reward model.
 
   Raises:
-    ValueError: if neither is named, or an option does not fit.
+    ValueError: if none is named, or an option does not fit.
   """
-  return scorers.scorer(
+  if values.rewards:
+    if values.reward_model:
+      raise ValueError(
+        "--rewards and --reward_model both score the responses: give one."
+      )
+    return _kept(values, task_scorer(values, None))
+  score = scorers.scorer(
     values.task,
     keywords.parse(values.score_options),
     values.reward_model,
+    seconds=values.score_seconds,
     **reward_model_options(values),
     batch_size=batch_size,
     mesh=mesh,
   )
+  return _kept(values, score)
+
+
+def _kept(values, score):
+  """Lets scripts without checkpoints keep what a scorer has told them."""
+  if "save_every" in values:
+    return score
+  return kept.scorer(score, values.workdir)
 
 
 def define_reward_terms() -> None:
@@ -128,6 +239,12 @@ def define_reward_terms() -> None:
     0.5,
     "Most that the lines of a response earn, for the reward term steps.",
   )
+  flags.DEFINE_bool(
+    "whiten_rewards",
+    False,
+    "Whether rewards, KL penalties among them, are divided by their standard "
+    "deviation over the tokens of a step; their mean stays.",
+  )
   flags.DEFINE_float(
     "step_coef", 1.0, "Scale of the reward term dense_reward_model."
   )
@@ -148,6 +265,11 @@ def load_reward_terms(
     ValueError: if the terms do not fit each other, their reward model or
       --unfinished_score.
   """
+  if "score" in values.reward_terms and not (values.task or values.rewards):
+    raise ValueError(
+      "--reward_terms=score is the score of --task or of --rewards: give one, "
+      "or other terms."
+    )
   if values.unfinished_score and "score" not in values.reward_terms:
     raise ValueError(
       f"--unfinished_score={values.unfinished_score} stands in for the score, "
@@ -222,13 +344,25 @@ def define_reasoning() -> None:
   )
 
 
-def define_rewriting(template: str, *, locate: bool | None) -> None:
+def define_rewriting(
+  template: str, *, locate: bool | None, teacher: bool = False
+) -> None:
   """Defines how a generative reward model is asked for rewrites.
 
   Args:
     template: default of --template; "": as the model was trained.
     locate: default of --locate; None: likewise.
+    teacher: whether a teacher is asked, too.
   """
+  if teacher:
+    flags.DEFINE_float(
+      "teacher_seconds",
+      600.0,
+      "Seconds that a rewrite by --teacher may take, if that is a function; 0: "
+      "no limit.",
+      lower_bound=0.0,
+    )
+    entry.may_change("teacher_seconds")
   flags.DEFINE_string(
     "stages",
     "",
@@ -258,6 +392,30 @@ def define_rewriting(template: str, *, locate: bool | None) -> None:
     "included; longer ones are left out.",
     lower_bound=1,
   )
+
+
+def define_pairwise() -> None:
+  """Defines the margins and the centre of a loss of comparisons."""
+  for name, text in (
+    ("margin", "Score by which the better of two replies is to lead; 0: none."),
+    (
+      "reward_margin",
+      "Further score by which it is to lead, for each unit of the difference "
+      "of the replies' rewards; 0: none.",
+    ),
+    (
+      "center_coef",
+      "Weight of the squared sum of the two scores, which draws them to a mean "
+      "of 0, such as 0.01; 0: the loss leaves their level open.",
+    ),
+  ):
+    flags.DEFINE_float(name, 0.0, f"{text} For --loss=pairwise.", 0)
+
+
+def pairwise_options(values: flags.FlagValues) -> dict[str, float]:
+  """Returns keyword arguments of `supervised.pairwise_loss`."""
+  names = ("margin", "reward_margin", "center_coef")
+  return {name: values[name].value for name in names}
 
 
 def define_kl(

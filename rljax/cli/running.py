@@ -110,10 +110,12 @@ def define_run(
     flags.DEFINE_integer(
       "steps",
       steps,
-      "Steps of training, as the script's first lines define a step."
+      "Steps of training, as the script's first lines define a step; a run "
+      "goes on with more of them, unless its learning rate falls by their end."
       + (" 0: as many as --epochs make." if not steps else ""),
       lower_bound=0 if not steps else 1,
     )
+    entry.may_grow("steps")
   if epochs is not None:
     flags.DEFINE_float(
       "epochs",
@@ -121,10 +123,12 @@ def define_run(
       "Passes over the training data, where --steps is 0; above 0.",
       lower_bound=1e-6,
     )
+    entry.may_grow("epochs")
   if save_every is not None:
     flags.DEFINE_integer(
       "save_every", save_every, "Steps between checkpoints.", lower_bound=1
     )
+    entry.may_change("save_every")
   if eval_every is not None:
     flags.DEFINE_integer(
       "eval_every",
@@ -132,6 +136,7 @@ def define_run(
       "Steps between evaluations on held-out data.",
       lower_bound=1,
     )
+    entry.may_change("eval_every")
   if keep_best is not None:
     flags.DEFINE_bool(
       "keep_best",
@@ -163,13 +168,29 @@ def define_run(
     entry.may_change("num_page_samples")
   _define_devices()
   if logs:
-    flags.DEFINE_string(
-      "wandb_project",
-      "",
-      "Weights & Biases project to which metrics are sent as well; empty for "
-      "none.",
-    )
-    entry.may_change("wandb_project")
+    _define_wandb()
+
+
+def _define_wandb():
+  """Defines where metrics are sent as well."""
+  flags.DEFINE_string(
+    "wandb_project",
+    "",
+    "Weights & Biases project to which metrics are sent as well; empty for "
+    "none.",
+  )
+  flags.DEFINE_string(
+    "run_name",
+    "",
+    "Name of the run in pictures, Weights & Biases and TensorBoard; empty: "
+    "that of the folder --workdir.",
+  )
+  flags.DEFINE_list(
+    "run_tags",
+    [],
+    "Tags of the run in Weights & Biases and TensorBoard, separated by commas.",
+  )
+  entry.may_change("wandb_project", "run_name", "run_tags")
 
 
 def _define_devices():
@@ -196,7 +217,8 @@ def define_preflight() -> None:
     "preflight",
     "strict",
     ["strict", "warn", "off"],
-    "What to do if sampler and trainer disagree before the first update: "
-    "strict stops, warn continues, off skips the check.",
+    "What to do if the checks before the first update fail, or sampler and "
+    "trainer come to disagree later on: strict stops, warn continues, off "
+    "skips the checks.",
   )
   entry.may_change("preflight")

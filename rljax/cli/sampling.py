@@ -1,5 +1,6 @@
 """Flags of how responses are drawn and where they end."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -74,6 +75,17 @@ def define_sampler(
     lower_bound=0.0,
     upper_bound=1.0,
   )
+  flags.DEFINE_integer(
+    "min_new_tokens",
+    0,
+    "Tokens of a response before its end token may be drawn.",
+    lower_bound=0,
+  )
+  entry.require(
+    ["min_new_tokens", "max_length"],
+    lambda v: v["min_new_tokens"] < v["max_length"],
+    "--min_new_tokens must be less than --max_length, or no response ends.",
+  )
   define_stop_strings()
   if sample_batch_size is not None:
     flags.DEFINE_integer(
@@ -99,19 +111,18 @@ def sampler_settings(
   found = {
     name: values[name].value
     for name in samplers.Settings._fields
-    if name in values and name != "stop_strings"
+    if name in values and name not in ("stop_strings", "stop_tokens")
   }
-  stop_strings = runs.unescaped(values.stop_strings)
-  return samplers.Settings(
-    **found | {"stop_strings": tuple(stop_strings)} | settings
-  )
+  found["stop_strings"] = tuple(runs.unescaped(values.stop_strings))
+  found["stop_tokens"] = tuple(runs.unescaped(values.stop_tokens))
+  return samplers.Settings(**found | settings)
 
 
 def define_ends() -> None:
   """Defines whether the end token and a grammar end responses."""
   flags.DEFINE_bool(
     "stop_at_eos",
-    False,
+    True,
     "Whether the end token ends a response; if not, it is never drawn.",
   )
   flags.DEFINE_enum(
@@ -125,6 +136,13 @@ def define_ends() -> None:
     lambda v: v["constraint"] == "none" or v["stop_at_eos"],
     "--constraint=grammar lets a response end where its expression does: it "
     "needs --stop_at_eos.",
+  )
+
+  entry.require(
+    ["min_new_tokens", "constraint"],
+    lambda v: not v["min_new_tokens"] or v["constraint"] == "none",
+    "--min_new_tokens forbids the end where --constraint=grammar may allow "
+    "nothing else.",
   )
 
 
@@ -143,28 +161,54 @@ def _define_limits():
     "Score of a response that runs out of length, which is then never right; "
     "unset, it is scored as any other.",
   )
+  flags.DEFINE_bool(
+    "mask_unfinished",
+    False,
+    "Whether nothing is learnt from a response that runs out of length: it is "
+    "left out of the loss and of the baseline of its group, and counted.",
+  )
+  entry.require(
+    ["mask_unfinished", "stop_at_eos", "stop_strings"],
+    lambda v: not v["mask_unfinished"] or v["stop_at_eos"] or v["stop_strings"],
+    "--mask_unfinished would leave out every response: without --stop_at_eos "
+    "or --stop_strings all run out of length.",
+  )
   entry.require(
     ["min_length", "max_length"],
     lambda v: v["min_length"] <= v["max_length"],
     "--min_length must not be more than --max_length.",
   )
   entry.require(
-    ["unfinished_score", "stop_at_eos", "stop_strings"],
-    lambda v: (
-      v["unfinished_score"] is None or v["stop_at_eos"] or v["stop_strings"]
-    ),
+    ["unfinished_score", "stop_at_eos", "stop_strings", "stop_tokens"],
+    lambda v: v["unfinished_score"] is None or _has_end(v),
     "--unfinished_score is for responses that run out of length, as all do "
-    "without --stop_at_eos or --stop_strings.",
+    "without --stop_at_eos, --stop_strings or --stop_tokens.",
   )
 
 
+def has_end(values: flags.FlagValues) -> bool:
+  """Returns whether anything but the limit of length ends a response."""
+  return _has_end(values.flag_values_dict())
+
+
+def _has_end(values: Mapping[str, Any]) -> bool:
+  names = ("stop_at_eos", "stop_strings", "stop_tokens")
+  return any(values[name] for name in names)
+
+
 def define_stop_strings() -> None:
-  """Defines the texts that end a response."""
+  """Defines the texts and the further tokens that end a response."""
   flags.DEFINE_list(
     "stop_strings",
     [],
     r"Texts that end a response and are cut off it, separated by commas; \n is "
     "a line feed.",
+  )
+  flags.DEFINE_list(
+    "stop_tokens",
+    [],
+    "Tokens that end a response besides the end tokens of tokenizer and model, "
+    r"as texts or ids, separated by commas; \n is a line feed.",
   )
 
 
@@ -211,10 +255,11 @@ def define_overlong_penalty() -> None:
     "--overlong_buffer must lie between 0 and --max_length.",
   )
   entry.require(
-    ["overlong_buffer", "stop_at_eos", "stop_strings"],
-    lambda v: not v["overlong_buffer"] or v["stop_at_eos"] or v["stop_strings"],
-    "--overlong_buffer would price every response alike: without --stop_at_eos "
-    "or --stop_strings all have --max_length tokens.",
+    ["overlong_buffer", "stop_at_eos", "stop_strings", "stop_tokens"],
+    lambda v: not v["overlong_buffer"] or _has_end(v),
+    "--overlong_buffer would price every response alike: without "
+    "--stop_at_eos, --stop_strings or --stop_tokens all have --max_length "
+    "tokens.",
   )
 
 
@@ -258,6 +303,7 @@ def load_responder(
     mesh=mesh,
     seed=values.seed,
     stop_strings=runs.unescaped(values.stop_strings),
+    stop_tokens=runs.unescaped(values.stop_tokens),
     texts=asked.texts,
     unfinished_score=None,
   )

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from rljax.distributed import planning
+
 
 class Compiled:
   """Compiles a function once per set of shapes, and counts compilations.
@@ -25,6 +27,7 @@ class Compiled:
     self.name = name
     self.compilations: list[dict[str, Any]] = []
     self._jitted = jax.jit(function, **jit_options)
+    self._out_shardings = jit_options.get("out_shardings")
     self._executables = {}
     self._frozen = False
 
@@ -44,7 +47,12 @@ class Compiled:
       if self._frozen and self._executables:
         raise RuntimeError(self._recompilation(args, signature))
       start = time.perf_counter()
-      executable = self._jitted.lower(*args).compile()
+      if plan := planning.current():
+        executable = plan.compile(
+          self.name, self._jitted, args, self._out_shardings
+        )
+      else:
+        executable = self._jitted.lower(*args).compile()
       self._executables[signature] = executable
       memory = executable.memory_analysis()
       self.compilations.append(
@@ -82,7 +90,7 @@ class Compiled:
 
 def _signature(leaf) -> tuple:
   """Returns shape, type and placement; Python numbers count by type."""
-  if isinstance(leaf, jax.Array):
+  if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
     return leaf.shape, leaf.dtype, leaf.sharding
   if isinstance(leaf, (np.ndarray, np.generic)):
     return leaf.shape, leaf.dtype, None

@@ -2,8 +2,8 @@
 
 For one process, for two on one host, and for all hosts of a TPU slice:
 
-  python -m rljax.distributed.doctor
-  bash launch/local_processes.sh 2 -- python -m rljax.distributed.doctor
+  python -m rljax.doctor
+  bash launch/local_processes.sh 2 -- python -m rljax.doctor
   bash launch/tpu_vm.sh doctor
 
 Checks Python and package versions, settings and commit, which must be equal on
@@ -37,6 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rljax.distributed import launchers
+from rljax.storage import paths
 
 OLDEST_PYTHON = (3, 11)
 # Packages of accelerators; compared where they are installed.
@@ -85,7 +86,7 @@ def describe() -> dict[str, Any]:
   """
   packages, too_old = {}, []
   try:
-    requirements = importlib.metadata.requires("rljax") or []
+    requirements = importlib.metadata.requires("rljax-lm") or []
   except importlib.metadata.PackageNotFoundError:
     requirements = []
     packages["rljax"] = None
@@ -377,12 +378,17 @@ def check_workdir(workdir: str, nonce: str) -> Finding:
   """
   import jax
 
+  try:
+    paths.check_local(workdir, "--workdir")
+  except ValueError as error:
+    return Finding("workdir", str(error), "name a folder that all hosts mount")
+  workdir = os.path.expanduser(workdir)
   path = pathlib.Path(workdir, f".doctor-{nonce}")
   problem = ""
   if jax.process_index() == 0:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text("Written by rljax.distributed.doctor; may be deleted.\n")
+      path.write_text("Written by rljax.doctor; may be deleted.\n")
     except OSError as error:
       problem = f" ({error})"
   _sum(lambda index: 0)  # No process looks before it is written.
@@ -403,7 +409,7 @@ def check_workdir(workdir: str, nonce: str) -> Finding:
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs all checks and prints what they found; returns the exit status."""
   parser = argparse.ArgumentParser(
-    prog="python -m rljax.distributed.doctor",
+    prog="python -m rljax.doctor",
     description=__doc__.split("\n")[0],
   )
   parser.add_argument("--platform", choices=["cpu", "gpu", "tpu"])

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rljax.distributed import processes
+from rljax.distributed import planning, processes, stored
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -42,7 +42,9 @@ def make(spec: str = "data:-1") -> Mesh:
     ValueError: if the text does not parse, or does not fit the devices.
   """
   sizes = _parse(spec)
-  num_devices = jax.device_count()
+  plan = planning.current()
+  devices = (plan and plan.devices) or jax.devices()
+  num_devices = len(devices)
   given = math.prod(size for size in sizes.values() if size != -1)
   if -1 in sizes.values():
     if num_devices % given:
@@ -78,7 +80,7 @@ def make(spec: str = "data:-1") -> Mesh:
     tuple(sizes.values()),
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
-    devices=jax.devices()[:total],
+    devices=devices[:total],
   )
 
 
@@ -141,7 +143,8 @@ def place(tree: Tree, shardings: Tree) -> Tree:
   the processes.
 
   Args:
-    tree: numpy or jax arrays, typed keys among them.
+    tree: numpy or jax arrays, typed keys among them; of arrays on disk, see
+      `stored.Stored`, a host reads the parts of its devices alone.
     shardings: one sharding for all, or a tree of them with the same structure.
 
   Returns:
@@ -150,6 +153,9 @@ def place(tree: Tree, shardings: Tree) -> Tree:
   if isinstance(shardings, jax.sharding.Sharding):
     one = shardings
     shardings = jax.tree.map(lambda _: one, tree)
+  if plan := planning.current():
+    return plan.absent(tree, shardings)
+  tree = jax.tree.map(_read_parts, tree, shardings)
   if jax.process_count() == 1:
     return jax.device_put(tree, shardings)
   return jax.tree.map(_place_global, tree, shardings)
@@ -191,6 +197,29 @@ def cache_splitter(mesh: Mesh) -> Callable[[Tree], Tree]:
   def split(cache):
     shardings = jax.tree_util.tree_map_with_path(sharding_of, cache)
     return jax.lax.with_sharding_constraint(cache, shardings)
+
+  return split
+
+
+def logits_splitter(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+  """Returns a function that keeps a sampler's logits sharded over a mesh.
+
+  Under `jax.jit` it constrains `[rows, V]`: rows lie over `data` and `fsdp`,
+  the vocabulary over `tensor`. Otherwise every device may compute all rows.
+
+  Args:
+    mesh: from `make`.
+
+  Returns:
+    A function of the logits. It raises ValueError where rows or vocabulary do
+    not divide.
+  """
+  spec = PartitionSpec(BATCH_AXES, "tensor")
+
+  def split(logits):
+    _check_spec("logits", logits.shape, spec, mesh)
+    sharding = NamedSharding(mesh, spec)
+    return jax.lax.with_sharding_constraint(logits, sharding)
 
   return split
 
@@ -291,6 +320,13 @@ def map_batches(
     for start in range(0, num_rows, batch_size)
   ]
   return jax.tree.map(lambda *x: np.concatenate(x)[:num_rows], *results)
+
+
+def _read_parts(leaf, sharding):
+  """Reads an array on disk to where it will lie; others stay as they are."""
+  if not isinstance(leaf, stored.Stored):
+    return leaf
+  return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
 
 
 def _parse(spec):

@@ -1,5 +1,6 @@
 """Scores answers to held-out prompts, and describes samples of training."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,11 +50,18 @@ def evaluate(
 def means(
   rows: Sequence[Mapping[str, Any]], *, prefix: str = "eval/"
 ) -> dict[str, float]:
-  """Averages the rows of `evaluate`: the reward, and every numeric part."""
+  """Averages the rows of `evaluate`: the reward, and every numeric part.
+
+  Responses without a reward are not in its mean; if there are any, "unscored"
+  counts them.
+  """
+  scores = [row["reward"] for row in rows if row["reward"] is not None]
   found = {
-    "reward": float(np.mean([row["reward"] for row in rows])),
+    "reward": float(np.mean(scores)) if scores else math.nan,
     **mean_parts([row["parts"] for row in rows]),
   }
+  if len(scores) < len(rows):
+    found["unscored"] = len(rows) - len(scores)
   return {f"{prefix}{name}": value for name, value in found.items()}
 
 
@@ -76,15 +84,22 @@ def wording(
 def mean_parts(
   parts: Sequence[Mapping[str, Any]], *, prefix: str = ""
 ) -> dict[str, float]:
-  """Averages every part that is a number or a truth value everywhere."""
+  """Averages every part that is a number or a truth value everywhere.
+
+  What a reward function returns, "rewards/...", may be None for some: its mean
+  is over the others.
+  """
   if not parts:
     return {}
   kinds = (bool, int, float, np.bool_, np.integer, np.floating)
-  return {
-    f"{prefix}{name}": float(np.mean([part[name] for part in parts]))
-    for name in parts[0]
-    if all(isinstance(part.get(name), kinds) for part in parts)
-  }
+  found = {}
+  for name in parts[0]:
+    values = [part.get(name) for part in parts]
+    if name.startswith("rewards/"):
+      values = [value for value in values if value is not None]
+    if values and all(isinstance(value, kinds) for value in values):
+      found[f"{prefix}{name}"] = float(np.mean(values))
+  return found
 
 
 def of_several(
@@ -135,15 +150,30 @@ def of_samples(
   Returns:
     "task/<part>", means over all that was drawn; "answers/distinct", the
     number of different answers among the samples; "step_seconds", and
-    "tokens_per_second" of all responses that were drawn.
+    "tokens_per_second" of all responses that were drawn; and where some may be
+    left out of what is learnt, "response/left_out" counts those of the samples,
+    and "response/unscored" those of them without a score.
   """
   drawn = drawn or samples
+  may_leave_out = samples.settings.mask_unfinished or any(
+    name.startswith("rewards/") for part in samples.parts for name in part
+  )
+  left_out = {}
+  if may_leave_out:
+    left_out = {
+      "response/left_out": int(np.isnan(samples.learnt_scores).sum()),
+      "response/unscored": int(np.isnan(samples.scores).sum()),
+    }
   num_tokens = processes.gather(drawn.rollout.response_mask).sum()
-  return mean_parts(drawn.parts, prefix="task/") | {
-    "answers/distinct": metrics.distinct_answers(
-      part.get("answer", text)
-      for part, text in zip(samples.parts, samples.texts, strict=True)
-    ),
-    "tokens_per_second": num_tokens / seconds,
-    "step_seconds": seconds,
-  }
+  return (
+    mean_parts(drawn.parts, prefix="task/")
+    | left_out
+    | {
+      "answers/distinct": metrics.distinct_answers(
+        part.get("answer", text)
+        for part, text in zip(samples.parts, samples.texts, strict=True)
+      ),
+      "tokens_per_second": num_tokens / seconds,
+      "step_seconds": seconds,
+    }
+  )

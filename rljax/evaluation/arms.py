@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rljax.evaluation import curves, tables
-from rljax.text import logged
+from rljax.text import forms
 
 # Metric of a training run -> column of the table of its last steps.
 TAIL_METRICS = {
@@ -105,7 +105,7 @@ def check_file_names(seeds: Sequence[Seed]) -> None:
 
 
 def check_same_rows(
-  model: str, rows: Sequence[logged.Row], others: Sequence[logged.Row] | None
+  model: str, rows: Sequence[forms.Row], others: Sequence[forms.Row] | None
 ) -> None:
   """Raises ValueError unless a policy is asked what another one is asked.
 

@@ -3,11 +3,12 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from rljax.storage import paths
+from rljax.storage import rows as rows_lib
 
 Path = str | os.PathLike[str]
 Panels = Mapping[str, Sequence[str]]
@@ -31,6 +32,9 @@ PANELS = {
   "Reward terms": [
     *("reward/reward_model", "reward/steps", "reward/dense_reward_model"),
   ],
+  "Reward functions": ["task/rewards/*"],
+  "Reward functions, held out": ["eval/rewards/*", "dev/rewards/*"],
+  "Left out of what is learnt": ["response/left_out", "response/unscored"],
   "Reward of the dev prompts": ["dev/reward"],
   "Correct": ["task/is_correct", "eval/is_correct", "samples/is_correct"],
   "Prompts with a right sample": ["samples/solved"],
@@ -52,7 +56,8 @@ PANELS = {
   "Entropy (nats)": ["entropy/token", "entropy/batch"],
   "Different answers": ["answers/distinct"],
   "Length (tokens)": ["response/length"],
-  "KL (nats)": ["kl/sequence_k1", "ppo/approx_kl"],
+  "KL to the reference (nats a response)": ["kl/sequence_k1"],
+  "KL to the policy that sampled (nats a token)": ["ppo/approx_kl"],
   "Share that is clipped": [
     *("ppo/clip_fraction", "value/clip_fraction"),
     *("offline/clip_low_fraction", "offline/clip_high_fraction"),
@@ -100,20 +105,12 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
   Returns:
     For each metric its steps `[N]` int64 and values `[N]` float64, in order of
-    step. Nulls are left out, and so is an incomplete last line.
+    step. What is no number is left out, and so are lines that cannot be read.
   """
   found = {}
-  try:
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-  except FileNotFoundError:
-    return {}
-  for line in text.split("\n"):
-    try:
-      row = json.loads(line)
-    except ValueError:
-      continue
+  for row in rows_lib.readable(path):
     for name, value in row.items():
-      if name != "step" and value is not None:
+      if name != "step" and isinstance(value, (int, float)):
         found.setdefault(name, {})[row["step"]] = value
   series = {}
   for name, values in found.items():
@@ -147,7 +144,9 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
   return (sums[last] - sums[first]) / (last - first)
 
 
-def curves(metrics_path: Path, png_path: Path, panels: Panels) -> None:
+def curves(
+  metrics_path: Path, png_path: Path, panels: Panels, *, title: str = ""
+) -> None:
   """Draws the metrics of one run: faint points, and a smoothed line.
 
   Metrics and panels without records are left out; if none is left, nothing is
@@ -157,13 +156,14 @@ def curves(metrics_path: Path, png_path: Path, panels: Panels) -> None:
     metrics_path: a `metrics.jsonl`.
     png_path: the picture.
     panels: title of each panel to the metrics in it.
+    title: of the picture, such as the run's name.
   """
   series = read_metrics(metrics_path)
-  panels = _present(panels, series)
+  panels = present(panels, series)
   if not panels:
     return
-  figure, axes = _figure(len(panels))
-  for panel, (title, names) in zip(axes, panels.items(), strict=True):
+  figure, axes = _figure(len(panels), title=title)
+  for panel, (head, names) in zip(axes, panels.items(), strict=True):
     for colour, name in zip(_cycle(COLOURS), names, strict=False):
       steps, values = _thin(*series[name])
       if len(steps) > 1:
@@ -179,7 +179,9 @@ def curves(metrics_path: Path, png_path: Path, panels: Panels) -> None:
         markersize=3,
         label=_label(name, names),
       )
-    _finish(panel, title, legend=len(names) > 1)
+    _finish(panel, head, legend=len(names) > 1)
+    if all(_are_counts(series[name][1]) for name in names):
+      panel.yaxis.get_major_locator().set_params(integer=True)
   _save(figure, png_path)
 
 
@@ -203,7 +205,7 @@ def compare(
   everything = {
     name for seeds in arms.values() for seed in seeds for name in seed
   }
-  panels = _present(panels, everything)
+  panels = present(panels, everything)
   if not panels:
     return
   figure, axes = _figure(len(panels), legend_rows=1)
@@ -299,10 +301,26 @@ def _cycle(items):
     yield from items
 
 
-def _present(panels, names):
-  """Returns the panels with nothing but what is among `names`."""
+def present(panels: Panels, names: Iterable[str]) -> dict[str, list[str]]:
+  """Returns the panels with nothing but what is among `names`.
+
+  A metric that ends in "*" stands for all that begin so and have no further
+  "/" behind.
+  """
+
+  def matching(wanted):
+    if not wanted.endswith("*"):
+      return [wanted] if wanted in names else []
+    start = wanted[:-1]
+    return [
+      name
+      for name in names
+      if name.startswith(start) and "/" not in name[len(start) :]
+    ]
+
+  names = list(names)
   kept = {
-    title: [name for name in wanted if name in names]
+    title: [name for one in wanted for name in matching(one)]
     for title, wanted in panels.items()
   }
   return {title: wanted for title, wanted in kept.items() if wanted}
@@ -343,7 +361,12 @@ def _band(found):
   return steps, low, np.nanmean(values, axis=0), high
 
 
-def _figure(num_panels, legend_rows=0):
+def _are_counts(values):
+  """Whether values are whole numbers, and more than truth values."""
+  return bool((values == np.round(values)).all() and (abs(values) > 1).any())
+
+
+def _figure(num_panels, legend_rows=0, title=""):
   """Makes a figure with so many panels, side by side and in rows."""
   # Through matplotlib's objects: pyplot keeps state that threads would share.
   from matplotlib.backends import backend_agg
@@ -353,11 +376,16 @@ def _figure(num_panels, legend_rows=0):
   down = -(-num_panels // across)
   width, height = _PANEL_INCHES
   figure = Figure(
-    figsize=(width * across, height * down + 0.35 * legend_rows),
+    figsize=(
+      width * across,
+      height * down + 0.35 * legend_rows + 0.3 * bool(title),
+    ),
     dpi=110,
     layout="constrained",
   )
   backend_agg.FigureCanvasAgg(figure)
+  if title:
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
   axes = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
   for unused in axes[num_panels:]:
     unused.set_axis_off()

@@ -12,22 +12,68 @@ from rljax.evaluation import metrics, tables
 LogProbs = Sequence[Sequence[np.ndarray]]
 
 
-def rewards(seeds: Sequence[np.ndarray]) -> dict[str, Any]:
+def mean_scores(seeds: Sequence[np.ndarray]) -> np.ndarray:
+  """Averages the rewards of seeds, `[N]` each; NaN without any."""
+  known = ~np.isnan(seeds)
+  total = np.where(known, seeds, 0.0).sum(axis=0)
+  counts = known.sum(axis=0)
+  return np.where(counts, total / np.maximum(counts, 1), np.nan)
+
+
+def paired_interval(first: np.ndarray, second: np.ndarray) -> Any:
+  """Compares rewards of the same N prompts, of those that both have.
+
+  Args:
+    first: `[N]` rewards, NaN where there is none.
+    second: likewise.
+
+  Returns:
+    As `metrics.paired_interval`, for `first - second`.
+  """
+  both = ~np.isnan(first) & ~np.isnan(second)
+  return metrics.paired_interval(first[both], second[both])
+
+
+def rewards(
+  seeds: Sequence[np.ndarray],
+  parts: Sequence[Sequence[Mapping[str, Any]]] = (),
+) -> dict[str, Any]:
   """Averages what the seeds of a policy earn on the same prompts.
 
   Args:
-    seeds: `[N]` rewards of each seed.
+    seeds: `[N]` rewards of each seed; NaN where a reply has none.
+    parts: N parts of a score, of each seed.
 
   Returns:
     "reward", the mean with its interval over prompts, which each count with
-    their mean over seeds; "seeds", their number; "reward by seed".
+    their mean over seeds; "seeds", their number; "reward by seed"; "unscored",
+    the replies without a reward, if there are any; and "rewards/<name>", the
+    mean of what each reward function returned.
+
+  Raises:
+    ValueError: if no reply has a reward.
   """
-  mean = np.mean(seeds, axis=0)
-  return {
-    "reward": tables.interval(metrics.mean_interval(mean)),
+  mean = mean_scores(seeds)
+  known = mean[~np.isnan(mean)]
+  if not len(known):
+    raise ValueError("None of the replies has a reward: there is no mean.")
+  found = {
+    "reward": tables.interval(metrics.mean_interval(known)),
     "seeds": len(seeds),
-    "reward by seed": " ".join(f"{seed.mean():.3f}" for seed in seeds),
+    "reward by seed": " ".join(
+      f"{np.mean(seed[~np.isnan(seed)]):.3f}" for seed in map(np.asarray, seeds)
+    ),
   }
+  if unscored := int(np.isnan(seeds).sum()):
+    found["unscored"] = unscored
+  several = [part for seed in parts for part in seed]
+  for name in several[0] if several else ():
+    if name.startswith("rewards/") and not name.endswith("/weighted"):
+      values = [part.get(name) for part in several]
+      values = [value for value in values if value is not None]
+      if values:
+        found[name] = float(np.mean(values))
+  return found
 
 
 def answers(

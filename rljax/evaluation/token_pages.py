@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from rljax.storage import paths
-from rljax.text import logged
+from rljax.text import encoding
 
 # The text of a token that is a part of a character which a later one completes.
 PART = "\N{DOTTED CIRCLE}"
@@ -251,7 +251,7 @@ def from_arrays(
 
 def from_log(
   tokenizer: Any,
-  log: logged.Log,
+  log: encoding.Log,
   rows: Sequence[int],
   candidates: Sequence[int],
   values: np.ndarray,

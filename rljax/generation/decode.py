@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.models import products
 from rljax.ops import log_probs, sampling
 
 Array = chex.Array
@@ -155,10 +156,12 @@ def sample(
   allowed: Array | None = None,
   stop_ids: tuple[int, ...] = (),
   stop_strings: Array | None = None,
+  min_new_tokens: int = 0,
   lengths: Array | None = None,
   forced: Array | None = None,
   constraint: Any = None,
   split_cache: Callable[[Any], Any] | None = None,
+  split_logits: Callable[[Array], Array] | None = None,
   pad_id: int = 0,
 ) -> Samples:
   """Draws `num_samples` responses to each prompt.
@@ -187,6 +190,8 @@ def sample(
     stop_ids: token ids that end a response and belong to it.
     stop_strings: `[S, V]` table of `stop_table`, or None. The token that
       completes a stop string belongs to the response.
+    min_new_tokens: tokens that a response has before a stop id may be drawn.
+      Like top-k, this changes `truncated_log_probs` and not `log_probs`.
     lengths: `[N]` int, a length limit per row, at most T; T by default.
     forced: `[V + 1]` int, or None: the token that must follow each token, or
       -1 where it is drawn; the last entry is for the first token. A forced
@@ -198,6 +203,8 @@ def sample(
       those of the constrained policy.
     split_cache: keeps the keys and values sharded over a mesh, see
       `meshes.cache_splitter`; None leaves that to the compiler.
+    split_logits: likewise for the logits `[N, V]`, see
+      `meshes.logits_splitter`.
     pad_id: what stands after the end.
 
   Returns:
@@ -222,8 +229,8 @@ def sample(
     chex.assert_rank(forced, 1)
   if constraint is not None:
     constraint = constraint.repeat(num_samples)
-  if split_cache is None:
-    split_cache = lambda cache: cache
+  split_cache = split_cache or (lambda cache: cache)
+  split_logits = split_logits or (lambda logits: logits)
   advance = functools.partial(
     _advance,
     keys=row_keys(key, prompt_indices, num_samples),
@@ -233,10 +240,11 @@ def sample(
     constraint=constraint,
     stop_ids=stop_ids,
     stop_strings=stop_strings,
+    min_new_tokens=min_new_tokens,
     lengths=lengths,
     pad_id=pad_id,
   )
-  apply = functools.partial(model.apply, {"params": params})
+  apply = functools.partial(model.apply, {"params": _narrowed(model, params)})
 
   # The first token comes from the prompts' last column, once per prompt.
   hidden, cache = apply(
@@ -244,7 +252,7 @@ def sample(
   )
   cache = split_cache(cache)
   logits = apply(hidden[:, -1], method="logits")  # [B, V]
-  logits = jnp.repeat(logits, num_samples, axis=0)
+  logits = split_logits(jnp.repeat(logits, num_samples, axis=0))
   state = _start((num_rows, max_length), logits.shape[-1], constraint, pad_id)
   state = advance(0, state, logits)
 
@@ -257,7 +265,7 @@ def sample(
     step, state, cache = carry
     hidden, cache = apply(state["tokens"], cache, method="decode")
     cache = split_cache(cache)
-    logits = apply(hidden, method="logits")  # [N, V]
+    logits = split_logits(apply(hidden, method="logits"))  # [N, V]
     return step + 1, advance(step, state, logits), cache
 
   if max_length > 1:
@@ -270,6 +278,15 @@ def sample(
     finished=state["finished"],
     allowed=state.get("allowed"),
   )
+
+
+def _narrowed(model: Any, params: Any) -> Any:
+  """Converts parameters to the compute dtype once, rather than every step."""
+  config = getattr(model, "config", None)
+  if not hasattr(config, "dtype"):
+    return params
+  wide = getattr(model, "wide_parameters", ())
+  return products.narrowed(params, config.dtype, wide)
 
 
 def _check_request(
@@ -318,6 +335,7 @@ def _advance(
   constraint: Any,
   stop_ids: tuple[int, ...],
   stop_strings: Array | None,
+  min_new_tokens: int,
   lengths: Array,
   pad_id: int,
 ) -> State:
@@ -334,6 +352,7 @@ def _advance(
     constraint: of N rows, or None.
     stop_ids: ids that end a response.
     stop_strings: `[S, V]` table, or None.
+    min_new_tokens: tokens before a stop id may be drawn.
     lengths: `[N]` int.
     pad_id: what stands after the end.
 
@@ -344,7 +363,13 @@ def _advance(
     follows = constraint.allowed(state["place"])  # [N, V]
     allowed = follows if allowed is None else follows & allowed[None]
   tokens, log_prob, truncated_log_prob = _draw(
-    keys, step, logits, allowed, settings
+    keys,
+    step,
+    logits,
+    allowed,
+    settings,
+    not_yet=stop_ids if min_new_tokens else (),
+    until=min_new_tokens,
   )
   if forced is not None:
     following = forced[state["tokens"]]
@@ -391,16 +416,25 @@ def _draw(
   logits: Array,
   allowed: Array | None,
   settings: sampling.Settings,
+  not_yet: tuple[int, ...] = (),
+  until: int = 0,
 ) -> tuple[Array, Array, Array]:
   """Draws one token per row; returns it with two log-probabilities, `[N]`.
 
   The key of a token is the row's, folded with `step`. The log-probabilities are
-  those before and after truncation.
+  those before and after truncation, to which it belongs that the tokens
+  `not_yet` are drawn from the step `until` on alone.
   """
   logits = log_probs.masked_logits(
     logits, temperature=settings.temperature, allowed=allowed
   )
-  truncated = sampling.truncate(logits, settings)
+  candidates = logits
+  if not_yet:
+    is_stop = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(not_yet))
+    candidates = log_probs.masked_logits(
+      logits, allowed=~is_stop | (step >= until)
+    )
+  truncated = sampling.truncate(candidates, settings)
   if settings.greedy:
     tokens = sampling.greedy(truncated)
   else:
@@ -408,7 +442,7 @@ def _draw(
     uniforms = jax.vmap(jax.random.uniform)(step_keys)
     tokens = sampling.inverse_cdf(truncated, uniforms)
   log_prob = truncated_log_prob = _log_prob(logits, tokens)
-  if settings.truncates:
+  if settings.truncates or not_yet:
     truncated_log_prob = _log_prob(truncated, tokens)
   return tokens, log_prob, truncated_log_prob
 

@@ -22,6 +22,7 @@ Source:
   tables are those of any LALR(1) parser generator.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -61,7 +62,9 @@ class Tables(NamedTuple):
   ends: Array
 
 
-def of_task(task: Any, tokenizer: Any, vocab_size: int) -> Tables:
+def of_task(
+  task: Any, tokenizer: Any, vocab_size: int, stop_ids: Sequence[int] = ()
+) -> Tables:
   """Makes the tables of a task's grammar for a tokenizer.
 
   Args:
@@ -69,12 +72,16 @@ def of_task(task: Any, tokenizer: Any, vocab_size: int) -> Tables:
       `tasks.games`.
     tokenizer: of the policy.
     vocab_size: V of the policy.
+    stop_ids: further tokens that end a response.
 
   Raises:
     ValueError: if the task has no grammar, or the tokenizer does not fit it.
   """
   check_task(task)
-  return Tables(**task.grammar(tokenizer, vocab_size))
+  tables = Tables(**task.grammar(tokenizer, vocab_size))
+  ends = np.array(tables.ends)
+  ends[list(stop_ids)] = True
+  return tables._replace(ends=ends)
 
 
 def check_task(task: Any) -> None:

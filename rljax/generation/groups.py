@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 
 from rljax.generation import samplers
+from rljax.ops import masking
 
 Array = chex.Array
 
@@ -15,12 +17,32 @@ def differ(group_scores: Array) -> Array:
   """Tells which groups have something to teach: their scores are not equal.
 
   Args:
-    group_scores: `[B, G]` float, of G responses to each of B prompts.
+    group_scores: `[B, G]` float, of G responses to each of B prompts; NaN where
+      one is left out.
 
   Returns:
     `[B]` bool.
   """
-  return group_scores.max(axis=1) > group_scores.min(axis=1)
+  library = np if isinstance(group_scores, np.ndarray) else jnp
+  is_known = ~library.isnan(group_scores)
+  highest = library.where(is_known, group_scores, -np.inf).max(axis=1)
+  return highest > library.where(is_known, group_scores, np.inf).min(axis=1)
+
+
+def deviation(group_scores: Array, counts: Array) -> Array:
+  """Averages over groups how far their scores lie from each other.
+
+  Args:
+    group_scores: `[B, G]` float.
+    counts: `[B, G]` bool, the scores that count.
+
+  Returns:
+    The mean standard deviation, over groups with a score that counts.
+  """
+  mean = masking.masked_mean(group_scores, counts, axis=1)[:, None]
+  squares = jnp.square(jnp.where(counts, group_scores - mean, 0.0))
+  variance = masking.masked_mean(squares, counts, axis=1)
+  return masking.masked_mean(jnp.sqrt(variance), counts.any(axis=1))
 
 
 class Groups(NamedTuple):
@@ -47,9 +69,9 @@ class Groups(NamedTuple):
     Returns:
       "groups/rounds"; "groups/acceptance", the share of all groups whose scores
       differ; "groups/without_signal", the share of `samples` whose scores are
-      equal; "reward/mean" and "reward/std", over all that was drawn.
+      equal; "reward/mean" and "reward/std", over all scores of what was drawn.
     """
-    scores = self.drawn.scores
+    scores = samplers.known(self.drawn.scores)
     num_drawn = self.num_rounds * self.num_groups
     return {
       "reward/mean": scores.mean(),
@@ -87,7 +109,7 @@ def collect(
   while len(rounds) < max_rounds and len(useful) < num_groups:
     first = len(rounds) * num_groups
     rounds.append(draw(len(rounds)))
-    found = differ(rounds[-1].scores.reshape(num_groups, -1))
+    found = differ(rounds[-1].learnt_scores.reshape(num_groups, -1))
     useful += list(first + np.flatnonzero(found))
     others += list(first + np.flatnonzero(~found))
   drawn = samplers.Samples.concatenate(rounds)

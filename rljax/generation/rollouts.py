@@ -257,15 +257,18 @@ def metrics(
     statistics: `[N, T]`, of `token_statistics` before the first update.
 
   Returns:
-    "entropy/token", nats, over the tokens; "response/length", tokens, and
-    "response/finished", over the responses; "sampler/log_prob_gap", the
+    "entropy/token", nats, over the tokens; "response/length", tokens, over the
+    responses with a token that counts, and "response/finished", over all;
+    "sampler/log_prob_gap", the
     largest difference between sampler and trainer, nats.
   """
   mask = rollout.response_mask
   gap = jnp.abs(rollout.log_probs - statistics.log_probs)
   return {
     "entropy/token": masking.masked_mean(statistics.entropies, mask),
-    "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
+    "response/length": masking.masked_mean(
+      mask.sum(axis=1).astype(jnp.float32), mask.any(axis=1)
+    ),
     "response/finished": rollout.finished.astype(jnp.float32).mean(),
     "sampler/log_prob_gap": jnp.where(mask, gap, 0.0).max(),
   }

@@ -18,16 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from rljax.distributed import compiled, meshes, processes
-from rljax.generation import decode, grammars, rollouts
+from rljax.distributed import compiled, meshes, planning, processes
+from rljax.generation import answered, decode, grammars, rollouts
 from rljax.ops import sampling
+from rljax.text import asked, files, tokens
 from rljax.text import batches as batches_lib
-from rljax.text import files, tokens
 from rljax.text import prompts as prompts_lib
 
 
 def read(
-  tokenizer: Any, rollout: rollouts.Rollout, stop_strings: Sequence[str] = ()
+  tokenizer: Any,
+  rollout: rollouts.Rollout,
+  stop_strings: Sequence[str] = (),
+  stop_ids: Sequence[int] = (),
+  pieces: Sequence[bytes] = (),
 ) -> list[str]:
   """The responses of a rollout as texts, without the strings that ended them.
 
@@ -37,13 +41,20 @@ def read(
   Args:
     tokenizer: Hugging Face tokenizer.
     rollout: N rows.
-    stop_strings: texts that end a response: it is cut in front of the first.
+    stop_strings: texts that end a response: it is cut in front of the one that
+      begins first, among the bytes by which the sampler found it.
+    stop_ids: tokens that end a response, and are no part of its text, even
+      where they are no special tokens.
+    pieces: of `tokens.token_bytes`, if they are at hand.
 
   Returns:
-    N texts.
+    N texts, each as it stands behind its prompt.
   """
-  ids, mask, log_probs = processes.gather(
-    (rollout.response_ids, rollout.response_mask, rollout.log_probs)
+  ids, mask, prompt_ids, prompt_mask, log_probs = processes.gather(
+    (
+      *(rollout.response_ids, rollout.response_mask),
+      *(rollout.prompt_ids, rollout.prompt_mask, rollout.log_probs),
+    )
   )
   num_nan = int((np.isnan(log_probs) & mask).any(axis=1).sum())
   if num_nan:
@@ -53,9 +64,23 @@ def read(
       num_nan,
       len(mask),
     )
-  texts = tokens.decode(tokenizer, ids, mask)
-  for stop in stop_strings:
-    texts = [text.split(stop)[0] for text in texts]
+  mask = mask & ~np.isin(ids, stop_ids)
+  behind = tokens.has_text(tokenizer, prompt_ids, prompt_mask)
+  texts = tokens.decode(tokenizer, ids, mask, behind=behind)
+  if not stop_strings:
+    return texts
+  pieces = pieces or tokens.token_bytes(tokenizer)
+  stops = [stop.encode("utf-8") for stop in stop_strings]
+  for n, text in enumerate(texts):
+    written = b"".join(
+      pieces[token] for token in ids[n][mask[n]] if token < len(pieces)
+    )
+    places = [place for stop in stops if (place := written.find(stop)) >= 0]
+    if places:
+      cut = written[: min(places)].decode("utf-8", errors="replace")
+      # A tokenizer may take a blank off the front, which the bytes have.
+      is_stripped = cut.startswith(" ") and not text.startswith(" ")
+      texts[n] = cut[1:] if is_stripped else cut
   return texts
 
 
@@ -74,14 +99,28 @@ def records(
     parts: N dicts, what the score is made of.
 
   Returns:
-    N dicts with `prompt`, `response`, `reward` and `parts`.
+    N dicts with `prompt` as the data have it, `response`, `reward` (None
+    without a score) and `parts`, and the columns that prompts remember.
   """
   return [
-    {"prompt": prompt, "response": reply, "reward": float(score), "parts": part}
+    {
+      "prompt": asked.given(prompt),
+      "response": reply,
+      "reward": None if np.isnan(score) else float(score),
+      "parts": part,
+    }
+    | asked.kept_columns(prompt)
     for prompt, reply, score, part in zip(
       prompts, replies, scores, parts, strict=True
     )
   ]
+
+
+def known(scores: Any) -> np.ndarray:
+  """Returns the scores of responses that have one; NaN if none has."""
+  scores = np.asarray(scores, np.float32)
+  found = scores[~np.isnan(scores)]
+  return found if len(found) else np.full(1, np.nan, np.float32)
 
 
 def unfinished_are_wrong(
@@ -120,6 +159,7 @@ class Settings(NamedTuple):
 
   Attributes:
     max_length: tokens of a response at most, its end token included.
+    min_new_tokens: tokens of a response before its end token may be drawn.
     min_length: 0, or each response has a limit of its own, drawn from here to
       `max_length`.
     num_samples: responses to each prompt.
@@ -130,13 +170,18 @@ class Settings(NamedTuple):
     greedy: whether the likeliest token is taken.
     stop_at_eos: whether the end token ends a response; else it is never drawn.
     stop_strings: texts that end a response, and are cut off it.
+    stop_tokens: further tokens that end a response, as texts or ids; see
+      `tokens.named_ids`.
     constraint: "grammar", to keep responses within the task's, or "none".
+    mask_unfinished: whether nothing is learnt from a response that ran out of
+      length.
     unfinished_score: score of a response that ran out of length, which is then
       never right; None: it is scored as any other.
     seed: of the limits of length.
   """
 
   max_length: int
+  min_new_tokens: int = 0
   min_length: int = 0
   num_samples: int = 1
   temperature: float = 1.0
@@ -146,8 +191,10 @@ class Settings(NamedTuple):
   greedy: bool = False
   stop_at_eos: bool = True
   stop_strings: tuple[str, ...] = ()
+  stop_tokens: tuple[str, ...] = ()
   constraint: str = "none"
   unfinished_score: float | None = None
+  mask_unfinished: bool = False
   seed: int = 0
 
   @property
@@ -185,7 +232,7 @@ class Samples:
     rollout: arrays, `[N, ...]`.
     prompts: N texts.
     texts: N responses, without the strings that ended them.
-    scores: `[N]` float32, once scored.
+    scores: `[N]` float32, once scored; NaN where a response has no score.
     parts: N dicts of what the scores are made of.
     settings: of the sampler.
     policy_step: rollouts that the policy had learnt from.
@@ -200,6 +247,28 @@ class Samples:
   tokenizer: Any
   scores: np.ndarray | None = None
   parts: list[dict[str, Any]] | None = None
+
+  @property
+  def learnt_scores(self) -> np.ndarray:
+    """The scores, NaN also where nothing is to be learnt from a response."""
+    if not self.settings.mask_unfinished:
+      return self.scores
+    finished = processes.gather(self.rollout.finished)
+    return np.where(finished, self.scores, np.float32(np.nan))
+
+  @property
+  def learnt(self) -> rollouts.Rollout:
+    """The rollout that is learnt from.
+
+    A response that is left out, for it has no score or has no end where the
+    settings ask for one, has no token that counts.
+    """
+    counts = ~np.isnan(self.learnt_scores)
+    mask = self.rollout.response_mask
+    if not counts.all():
+      library = np if isinstance(mask, np.ndarray) else jnp
+      mask = library.where(counts[:, None], mask, False)
+    return self.rollout.replace(response_mask=mask)
 
   def scored(self, score: Callable[..., Any]) -> "Samples":
     """Returns the samples with their scores; see `score_responses`."""
@@ -270,6 +339,37 @@ class Samples:
     return rows
 
 
+def ends(
+  model: Any, tokenizer: Any, stop_at_eos: bool, stop_tokens: Sequence[str] = ()
+) -> tuple[tuple[int, ...], np.ndarray]:
+  """Returns the tokens that end a response, and those that may be drawn.
+
+  Args:
+    model: the policy's module, whose config names end tokens of its own.
+    tokenizer: its tokenizer.
+    stop_at_eos: whether the end tokens of model and tokenizer end a response;
+      else they are never drawn.
+    stop_tokens: further ones, which do in any case; see `tokens.named_ids`.
+
+  Returns:
+    The ids, and `[V]` bool.
+
+  Raises:
+    ValueError: if there is no end token though it is asked for, or one of
+      `stop_tokens` is none of the tokenizer's.
+  """
+  own = getattr(model.config, "eos_token_id", None)
+  more = tokens.named_ids(tokenizer, stop_tokens)
+  if stop_at_eos:
+    stop_ids, never = tokens.stop_ids(tokenizer, own, more), ()
+  else:
+    stop_ids, never = more, () if own is None else own
+  allowed = tokens.allowed_tokens(tokenizer, model.config.vocab_size, stop_ids)
+  never = [never] if isinstance(never, int) else list(never)
+  allowed[[id_ for id_ in never if id_ not in stop_ids]] = False
+  return stop_ids, allowed
+
+
 class Sampler:
   """Draws responses to batches of prompts while a policy is trained.
 
@@ -309,21 +409,19 @@ class Sampler:
     vocab_size = model.config.vocab_size
     distribution = settings.distribution
     self.settings = settings
-    self.stop_ids = tokens.stop_ids(tokenizer) if settings.stop_at_eos else ()
-    self.allowed = jnp.asarray(
-      tokens.allowed_tokens(tokenizer, vocab_size, self.stop_ids)
+    self.stop_ids, allowed = ends(
+      model, tokenizer, settings.stop_at_eos, settings.stop_tokens
     )
+    self.allowed = jnp.asarray(allowed)
     self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
-    self._task, self._grammar = task, None
+    self._task, self._grammar, self._pieces = task, None, ()
     if settings.constraint == "grammar":
-      grammar = grammars.of_task(task, tokenizer, vocab_size)
+      grammar = grammars.of_task(task, tokenizer, vocab_size, self.stop_ids)
       self._grammar = meshes.replicate(grammar, mesh)
     stop_table = None
     if settings.stop_strings:
-      stop_table = decode.stop_table(
-        settings.stop_strings,
-        tokens.token_bytes(tokenizer, vocab_size=vocab_size),
-      )
+      self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
+      stop_table = decode.stop_table(settings.stop_strings, self._pieces)
 
     def sample(key, params, ids, mask, lengths, within):
       return rollouts.sample(
@@ -338,9 +436,11 @@ class Sampler:
         allowed=self.allowed,
         stop_ids=self.stop_ids,
         stop_strings=stop_table,
+        min_new_tokens=settings.min_new_tokens,
         lengths=lengths,
         constraint=within,
         split_cache=meshes.cache_splitter(mesh),
+        split_logits=meshes.logits_splitter(mesh),
         pad_id=tokens.pad_id(tokenizer),
       )
 
@@ -390,8 +490,8 @@ class Sampler:
     ids, mask, lengths = meshes.shard_batch(
       (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
     )
-    asked = [prompts.texts[i] for i in rows]
-    within = self._constraint(asked)
+    texts = [prompts.texts[i] for i in rows]
+    within = self._constraint(texts)
     if within is not None:
       within = within._replace(
         start=meshes.shard_batch(within.start, self._mesh),
@@ -400,8 +500,14 @@ class Sampler:
     rollout = self.program(key, params, ids, mask, lengths, within)
     return Samples(
       rollout=rollout,
-      prompts=[text for text in asked for _ in range(num_samples)],
-      texts=read(self._tokenizer, rollout, self.settings.stop_strings),
+      prompts=[text for text in texts for _ in range(num_samples)],
+      texts=read(
+        self._tokenizer,
+        rollout,
+        self.settings.stop_strings,
+        self.stop_ids,
+        self._pieces,
+      ),
       settings=self.settings,
       policy_step=step,
       tokenizer=self._tokenizer,
@@ -427,12 +533,14 @@ class Sampler:
       texts=prompts.texts,
       **{
         "max_length": settings.max_length,
+        "min_new_tokens": settings.min_new_tokens,
         "max_lengths": settings.lengths(len(prompts.texts), 0, 2),
         "settings": settings.distribution,
         "num_samples": settings.num_samples,
         "seed": settings.seed,
         "stop_at_eos": settings.stop_at_eos,
         "stop_strings": settings.stop_strings,
+        "stop_tokens": settings.stop_tokens,
         "constraint": self._constraint(prompts.texts),
         "unfinished_score": settings.unfinished_score,
         **options,
@@ -523,6 +631,8 @@ class Responder:
     seed: int = 0,
     stop_at_eos: bool = True,
     stop_strings: Sequence[str] = (),
+    min_new_tokens: int = 0,
+    stop_tokens: Sequence[str] = (),
     num_samples: int = 1,
     forced: np.ndarray | None = None,
     forced_as: int | None = None,
@@ -545,6 +655,8 @@ class Responder:
       stop_at_eos: whether the end token ends a response; else it is never
         drawn.
       stop_strings: texts that end a response, and are cut off it.
+      min_new_tokens: tokens before the end token may be drawn.
+      stop_tokens: further tokens that end a response, as texts or ids.
       num_samples: K, responses to each prompt. They share its keys and values.
       forced: `[V + 1]` int, tokens that must follow others; see
         `generation.sample`.
@@ -568,13 +680,11 @@ class Responder:
       ids.shape[1] + max_length, model.config.max_positions
     )
     vocab_size = model.config.vocab_size
-    stop_ids = tokens.stop_ids(tokenizer) if stop_at_eos else ()
-    allowed = tokens.allowed_tokens(tokenizer, vocab_size, stop_ids)
-    stop_table = None
+    stop_ids, allowed = ends(model, tokenizer, stop_at_eos, stop_tokens)
+    stop_table, self._pieces = None, ()
     if stop_strings:
-      stop_table = decode.stop_table(
-        stop_strings, tokens.token_bytes(tokenizer, vocab_size=vocab_size)
-      )
+      self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
+      stop_table = decode.stop_table(stop_strings, self._pieces)
 
     def sample(key, params, batch):
       within = None
@@ -594,11 +704,13 @@ class Responder:
         allowed=jnp.asarray(allowed),
         stop_ids=stop_ids,
         stop_strings=stop_table,
+        min_new_tokens=min_new_tokens,
         num_samples=num_samples,
         lengths=jnp.repeat(batch["lengths"], num_samples),
         forced=forced,
         constraint=within,
         split_cache=meshes.cache_splitter(mesh),
+        split_logits=meshes.logits_splitter(mesh),
         pad_id=tokens.pad_id(tokenizer),
       )
 
@@ -623,7 +735,7 @@ class Responder:
     self._key = jax.random.key(seed)
     self._tokenizer = tokenizer
     self._forced, self._forced_as = forced, forced_as
-    self._stop_strings = tuple(stop_strings)
+    self._stop_strings, self._stop_ids = tuple(stop_strings), stop_ids
     self._batch_size, self._mesh = batch_size, mesh
 
   def freeze(self) -> None:
@@ -665,7 +777,13 @@ class Responder:
       rollout = jax.tree.map(lambda x, n=num_rows: x[:n], rollout)
       if self._forced is not None:
         rollout = self._without_forced(rollout)
-      texts = read(self._tokenizer, rollout, self._stop_strings)
+      texts = read(
+        self._tokenizer,
+        rollout,
+        self._stop_strings,
+        self._stop_ids,
+        self._pieces,
+      )
       yield range(start, end), texts, rollout.finished
 
   def _without_forced(self, rollout: rollouts.Rollout) -> rollouts.Rollout:
@@ -715,17 +833,18 @@ def collect(
 ) -> list[dict[str, Any]]:
   """Draws and scores the responses to all prompts, into a file.
 
-  Every batch is on disk before the next is drawn. If the file is there
-  already, from a call that was stopped, the prompts that it answers in full
-  are not asked again; the outcome is the same. A response that ran out of
-  length is never right.
+  Every batch is on disk before the next is drawn, and so is what was scored of
+  a batch before its scorer failed. If the file is there already, from a call
+  that was stopped, the prompts that it answers in full are not asked again; the
+  outcome is the same. A response that ran out of length is never right.
 
   Args:
     path: the file, of JSON lines.
     responder: for N prompts, K responses to each.
     params: parameters of the policy; those of the call that was stopped.
     prompts: N texts, which are scored.
-    score: `(prompts, responses) -> (scores, parts)`.
+    score: `(prompts, responses) -> (scores, parts)`; with an attribute
+      `source`, as `scoring.scorers` gives it, if it scores each by itself.
     draw: see `Responder.batches`.
     progress: called after each batch with the number of prompts that are
       answered, and the batch's rows.
@@ -743,36 +862,69 @@ def collect(
       f"The responder has {responder.num_prompts} prompts, and {len(prompts)} "
       "texts were given."
     )
-  rows = processes.from_first(lambda: _rows_so_far(path))
+  rows = processes.from_first(lambda: answered.so_far(path))
   for number, row in enumerate(rows):
     index, sample = divmod(number, num_samples)
-    expected = (index, sample, *prompts[index : index + 1])
+    expected = (index, sample, *map(asked.given, prompts[index : index + 1]))
     if (row.get("index"), row.get("sample"), row.get("prompt")) != expected:
       raise ValueError(
         f"{path} holds samples of other prompts, from row {number + 1} on; "
         "delete it or choose another workdir."
       )
+    row["prompt"] = prompts[index]
   first = len(rows) // num_samples
-  if len(rows) % num_samples:
-    rows = rows[: first * num_samples]
-    processes.from_first(functools.partial(files.write_jsonl, path, rows))
+  rows, left = rows[: first * num_samples], rows[first * num_samples :]
   for indices, texts, finished in responder.batches(
     params, first=first, draw=draw
   ):
-    asked = [prompts[i] for i in indices for _ in range(num_samples)]
-    scores, parts = score(asked, texts)
-    scores, parts = unfinished_are_wrong(scores, parts, finished)
-    batch = [
-      {"index": indices[0] + i // num_samples, "sample": i % num_samples}
-      | row
-      | {"finished": bool(finished[i])}
-      for i, row in enumerate(records(asked, texts, scores, parts))
-    ]
+    repeated = [prompts[i] for i in indices for _ in range(num_samples)]
+    # Of a prompt that was not answered in full, what is there was scored; it
+    # counts where each response is scored by itself.
+    is_same = [row["response"] for row in left] == texts[: len(left)]
+    is_alone = isinstance(getattr(score, "source", None), str)
+    known = left if is_same and is_alone else []
+    rows_of = functools.partial(
+      *(_scored_rows, repeated, texts, finished),
+      place=(indices[0], num_samples, len(known)),
+    )
+    try:
+      scores, parts = score(repeated[len(known) :], texts[len(known) :])
+    except Exception as error:
+      if done := getattr(error, "done", None):
+        batch = known + rows_of(*zip(*done, strict=True))
+        answered.keep(path, rows + max(batch, left, key=len), error)
+      raise
+    batch = known + rows_of(scores, parts)
     # All wait for it: the file is whole for everybody when this returns.
-    processes.from_first(functools.partial(files.append_jsonl, path, batch))
-    rows += batch
+    write = functools.partial(files.append_jsonl, path, batch)
+    if left:
+      write = functools.partial(files.write_jsonl, path, rows + batch)
+    processes.from_first(write)
+    for row, prompt in zip(batch, repeated, strict=True):
+      row["prompt"] = prompt  # With what it remembers.
+    rows, left = rows + batch, []
     progress(indices[-1] + 1, batch)
   return rows
+
+
+def _scored_rows(asked, texts, finished, scores, parts, *, place):
+  """Rows of a batch, from a place on and as far as they are scored."""
+  first, num_samples, start = place
+  some = slice(start, start + len(scores))
+  scores, parts = unfinished_are_wrong(scores, parts, finished[some])
+  if planning.current():  # Some must be right for what comes behind them.
+    parts = [
+      {k: k == "is_correct" and i % 2 == 0 or v for k, v in part.items()}
+      for i, part in enumerate(parts)
+    ]
+  return [
+    {"index": first + i // num_samples, "sample": i % num_samples}
+    | row
+    | {"finished": bool(finished[i])}
+    for i, row in enumerate(
+      records(asked[some], texts[some], scores, parts), start
+    )
+  ]
 
 
 _FORCED = "forced.json"
@@ -826,11 +978,3 @@ def load_forced(name: str | os.PathLike[str]) -> dict[str, Any]:
   for token, following in found["after"].items():
     forced[int(token)] = following
   return {"forced": forced, "forced_as": found["shown_as"]}
-
-
-def _rows_so_far(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Rows of a file that may be absent, or lack the end of its last line."""
-  if not os.path.exists(path):
-    return []
-  files.append_jsonl(path, [])  # Cuts off what a killed writer left behind.
-  return files.read_jsonl(path) if os.path.getsize(path) else []

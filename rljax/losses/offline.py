@@ -177,9 +177,10 @@ def weighted_loss(
 
   Returns:
     The scalar loss (0 if no token counts) and scalar metrics:
-    "offline/weight_mean" is over tokens, "offline/sequence_log_prob_mean",
-    the mean of S, over sequences, and so is "offline/log_ratio_mean", the
-    mean of S - S_ref, which is there if `ref_log_probs` are.
+    "offline/weight_mean" is over the "offline/tokens" tokens,
+    "offline/sequence_log_prob_mean", the mean of S, over the "offline/count"
+    sequences, and so is "offline/log_ratio_mean", the mean of S - S_ref, which
+    is there if `ref_log_probs` are.
 
   Raises:
     ValueError: if `kl_coef` is negative, or positive without `ref_log_probs`.
@@ -203,7 +204,14 @@ def weighted_loss(
     return masking.masked_mean(x, counts, axis_name=axis_name)
 
   loss = mean(-jnp.sum(weights * log_probs, axis=1))
+
+  def num(of):
+    ones = jnp.ones(of.shape, jnp.float32)
+    return masking.masked_sum(ones, of, axis_name=axis_name)
+
   metrics = {
+    "offline/tokens": num(mask),
+    "offline/count": num(counts),
     "offline/weight_mean": masking.masked_mean(
       weights, mask, axis_name=axis_name
     ),
@@ -337,7 +345,7 @@ def weight_metrics(
     a ratio, before it is clipped: "offline/ratio_mean", and the shares at the
     bounds or beyond, "offline/clip_low_fraction" and
     "offline/clip_high_fraction"; over tokens for "a_lol_seq", else over
-    sequences.
+    sequences, of which there are "offline/ratio_count".
   """
   _check_arrays(log_probs, ref_log_probs, None, advantages, mask)
   metrics = {}
@@ -363,6 +371,9 @@ def weight_metrics(
 
     # Without bounds none is ever reached.
     epsilon = jnp.inf if clip_epsilon is None else clip_epsilon
+    metrics["offline/ratio_count"] = masking.masked_sum(
+      jnp.ones_like(ratio), counts, axis_name=axis_name
+    )
     metrics["offline/ratio_mean"] = mean(ratio)
     metrics["offline/clip_low_fraction"] = mean(ratio <= 1.0 - epsilon)
     metrics["offline/clip_high_fraction"] = mean(ratio >= 1.0 + epsilon)

@@ -1,5 +1,7 @@
 """Clipped losses of proximal policy optimization and of its descendants."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,31 @@ NORMALIZERS = ("token_mean", "sequence_mean", "constant")
 # e^60 is still far inside float32. Without a bound the ratio overflows, and
 # the branch that the maximum below discards has the gradient inf * 0 = NaN.
 _MAX_LOG_RATIO = 60.0
+
+
+def num_terms(mask: Array, *, normalizer: str) -> Array:
+  """Counts what a normalizer divides by, see `clipped_policy_loss`.
+
+    token_mean: tokens;  sequence_mean: sequences that have any;  constant: B
+
+  Args:
+    mask: `[B, T]` bool, True on response tokens.
+    normalizer: one of the three names above.
+
+  Returns:
+    A scalar, by which the mean of a part of a batch weighs.
+
+  Raises:
+    ValueError: if the normalizer is unknown.
+  """
+  chex.assert_rank(mask, 2)
+  chex.assert_type(mask, bool)
+  _check_normalizer(normalizer)
+  if normalizer == "token_mean":
+    return mask.sum()
+  if normalizer == "sequence_mean":
+    return mask.any(axis=1).sum()
+  return jnp.asarray(mask.shape[0])
 
 
 def clipped_policy_loss(
@@ -63,7 +90,8 @@ def clipped_policy_loss(
     over the unmasked tokens of the batch but for the extreme ratios:
     "ppo/clip_fraction" is the share of tokens whose clipped term exceeds the
     other, "ppo/approx_kl" is mean(ρ - 1 - log ρ), and "ppo/approx_kl_k2" is
-    mean((log ρ)² / 2), both of KL(π_old‖π).
+    mean((log ρ)² / 2), both of KL(π_old‖π); "ppo/count" is the number of
+    tokens.
 
   Raises:
     ValueError: if a clip epsilon or the threshold is not positive, or the
@@ -330,7 +358,9 @@ def clipped_value_loss(
     The scalar loss (0 if no token counts) and scalar metrics:
     "value/clip_fraction" is the share of tokens whose clipped square exceeds
     the other; "value/explained_variance" is 1 - Var(G - V) / Var(G), or 0
-    when the returns are all equal.
+    when the returns are all equal. What it is made of are the means and
+    variances of G, "value/returns_...", and of G - V, "value/errors_...", over
+    "value/count" tokens.
 
   Raises:
     ValueError: if `clip_epsilon` is not positive.
@@ -365,17 +395,22 @@ def clipped_value_loss(
   values, clipped, unclipped = jax.lax.stop_gradient(
     (values, clipped, unclipped)
   )
-  residual_variance = masking.masked_variance(
-    returns - values, mask, axis_name=axis_name
-  )
+  errors = returns - values
+  mean = functools.partial(masking.masked_mean, mask=mask, axis_name=axis_name)
+  residual_variance = masking.masked_variance(errors, mask, axis_name=axis_name)
   variance = masking.masked_variance(returns, mask, axis_name=axis_name)
   explained = 1.0 - residual_variance / jnp.where(variance > 0, variance, 1.0)
   return loss, {
     "value/loss": jax.lax.stop_gradient(loss),
-    "value/clip_fraction": masking.masked_mean(
-      (clipped > unclipped).astype(jnp.float32), mask, axis_name=axis_name
-    ),
+    "value/clip_fraction": mean((clipped > unclipped).astype(jnp.float32)),
     "value/explained_variance": jnp.where(variance > 0, explained, 0.0),
+    "value/returns_mean": mean(returns),
+    "value/returns_variance": variance,
+    "value/errors_mean": mean(errors),
+    "value/errors_variance": residual_variance,
+    "value/count": masking.masked_sum(
+      jnp.ones_like(values), mask, axis_name=axis_name
+    ),
   }
 
 
@@ -512,7 +547,9 @@ def _ratio_metrics(
   if axis_name is not None:
     ratio_min = jax.lax.pmin(ratio_min, axis_name)
     ratio_max = jax.lax.pmax(ratio_max, axis_name)
+  ones = jnp.ones(mask.shape, jnp.float32)
   return {
+    "ppo/count": masking.masked_sum(ones, mask, axis_name=axis_name),
     "ppo/clip_fraction": mean(is_clipped.astype(jnp.float32)),
     "ppo/ratio_mean": mean(ratio),
     # 0 where no token counts, as all the others.

@@ -334,8 +334,9 @@ def kto_loss(
 
   Returns:
     The scalar loss (0 if no token counts) and scalar metrics: the mean
-    implicit rewards βh "kto/desirable_reward" and "kto/undesirable_reward",
-    and "kto/reference_point".
+    implicit rewards βh "kto/desirable_reward" and "kto/undesirable_reward", of
+    "kto/desirable_count" and "kto/undesirable_count" sequences, and
+    "kto/reference_point".
 
   Raises:
     ValueError: if β or a weight is not positive.
@@ -369,14 +370,22 @@ def kto_loss(
   counts = jnp.any(mask, axis=1)
   loss = masking.masked_mean(losses, counts, axis_name=axis_name)
   rewards = jax.lax.stop_gradient(beta * log_ratios)
+  metrics = {}
+  for name, of in (
+    ("desirable", counts & is_desirable),
+    ("undesirable", counts & ~is_desirable),
+  ):
+    metrics |= {
+      f"kto/{name}_reward": masking.masked_mean(
+        rewards, of, axis_name=axis_name
+      ),
+      f"kto/{name}_count": masking.masked_sum(
+        jnp.ones_like(rewards), of, axis_name=axis_name
+      ),
+    }
   return loss, {
     "kto/loss": jax.lax.stop_gradient(loss),
-    "kto/desirable_reward": masking.masked_mean(
-      rewards, counts & is_desirable, axis_name=axis_name
-    ),
-    "kto/undesirable_reward": masking.masked_mean(
-      rewards, counts & ~is_desirable, axis_name=axis_name
-    ),
+    **metrics,
     "kto/reference_point": reference_point,
   }
 

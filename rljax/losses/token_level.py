@@ -82,7 +82,8 @@ def token_level_loss(
     The scalar loss (0 if no token counts) and scalar metrics of the arrays at
     hand, all 0 where there is nothing to measure. "token/positive_fraction"
     and "token/negative_fraction" are the shares of unmasked tokens with
-    rewards above and below 0, and "token/count" is N, whatever `count` is.
+    rewards above and below 0, "token/tokens" is the number of unmasked tokens,
+    and "token/count" is N, whatever `count` is.
     Over these N tokens are "token/ratio_mean" and, as shares,
     "token/clip_fraction_high" and "token/clip_fraction_low", the first two
     rows of the table. "token/penalized_log_prob_min" is the lowest log π of
@@ -141,6 +142,7 @@ def token_level_loss(
     "token/positive_fraction": share(rewards > 0, mask),
     "token/negative_fraction": share(is_penalized, mask),
     "token/penalized_log_prob_min": lowest,
+    "token/tokens": _num(mask, axis_name),
     "token/count": _num(counts, axis_name),
   }
 

@@ -25,6 +25,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rljax.models import products
+
 Array = jax.Array
 Cache = dict[str, Any]
 
@@ -42,16 +44,14 @@ class Scores:
   softcap: float | None = None
 
   def __call__(self, equation: str, queries: Array, keys: Array) -> Array:
-    products = jnp.einsum(
-      equation, queries, keys, preferred_element_type=jnp.float32
-    )
+    scores = products.einsum(equation, queries, keys)
     if self.scale is None:
-      products = products / math.sqrt(queries.shape[-1])
+      scores = scores / math.sqrt(queries.shape[-1])
     else:
-      products = products * self.scale
+      scores = scores * self.scale
     if self.softcap is None:
-      return products
-    return self.softcap * jnp.tanh(products / self.softcap)
+      return scores
+    return self.softcap * jnp.tanh(scores / self.softcap)
 
 
 def positions(mask: Array) -> Array:
@@ -286,12 +286,7 @@ def _by_row(x: Array) -> Array:
 
 def _mix(equation: str, weights: Array, values: Array) -> Array:
   """Weighted sums of values, float32."""
-  return jnp.einsum(
-    equation,
-    weights.astype(values.dtype),
-    values,
-    preferred_element_type=jnp.float32,
-  )
+  return products.einsum(equation, weights.astype(values.dtype), values)
 
 
 def _masked(scores: Array, mask: Array) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rljax.distributed import planning
 from rljax.models import classifier, families, fields, language_models
 from rljax.storage import folders
 
@@ -71,7 +72,7 @@ def build(
     raise ValueError(
       f"{path} has the model_type {shown}; supported: {', '.join(known)}."
     )
-  family = known[model_type]
+  family, config = known[model_type], _at_depth(config)
   try:
     sizes = family.config.from_hf(fields.checked(config))
   except ValueError as error:
@@ -84,6 +85,18 @@ def build(
   ):
     return language_models.module(sizes)
   return family.model(sizes)
+
+
+def _at_depth(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config with as many layers as a plan asks for."""
+  changed = dict(config)
+  for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+    if isinstance(config.get(name), int):
+      changed[name] = planning.num_layers(config[name])
+      kinds = config.get("layer_types")
+      if isinstance(kinds, list) and changed[name] != config[name]:
+        changed["layer_types"] = kinds[: changed[name]]
+  return changed
 
 
 def check_dtype(name: str, dtype: str) -> None:

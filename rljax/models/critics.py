@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rljax.distributed import planning
 from rljax.models import heads, hf, value_branch
 
 Array = jax.Array
@@ -70,7 +71,8 @@ def make(
   model, params = loaded.model, {}
   if num_layers:
     branch = value_branch.ValueBranch(config, num_layers)
-    params["branch"] = jax.jit(branch.init)(
+    params["branch"] = planning.initialise(
+      branch.init,
       jax.random.key(seed),
       jnp.zeros((1, 1, config.hidden_size)),
       jnp.ones((1, 1), bool),

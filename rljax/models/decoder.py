@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, moe, norms
+from rljax.models import attention, moe, norms, products
 from rljax.models import rope as rope_lib
 
 Array = jax.Array
@@ -499,11 +499,8 @@ class OutputLayer(nn.Module):
       (c.hidden_size, c.vocab_size),
       c.param_dtype,
     )
-    return jnp.einsum(
-      "...d,dv->...v",
-      hidden.astype(c.dtype),
-      kernel.astype(c.dtype),
-      preferred_element_type=jnp.float32,
+    return products.einsum(
+      "...d,dv->...v", hidden.astype(c.dtype), kernel.astype(c.dtype)
     )
 
 
@@ -526,10 +523,11 @@ class Decoder(nn.Module):
 
   def _embed(self, ids, positions):
     c = self.config
-    x = self.embed_tokens(ids)
+    x = self.embed_tokens(ids).astype(c.dtype)
     if c.learned_positions is not None:
-      x += self.embed_positions(positions + c.learned_positions)
-    return _scaled(x.astype(c.dtype), c.embedding_scale)
+      places = self.embed_positions(positions + c.learned_positions)
+      x += places.astype(c.dtype)
+    return _scaled(x, c.embedding_scale)
 
   def _layers(self, x, mask, positions):
     c = self.config
@@ -634,11 +632,10 @@ class Decoder(nn.Module):
     if not c.tie_word_embeddings:
       logits = self.lm_head(hidden)
     else:
-      logits = jnp.einsum(
+      logits = products.einsum(
         "...d,vd->...v",
         hidden.astype(c.dtype),
         self.embed_tokens.embedding.astype(c.dtype),
-        preferred_element_type=jnp.float32,
       )
     if c.logits_scale != 1:
       logits = logits / c.logits_scale

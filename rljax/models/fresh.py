@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rljax.models import gpt2, language_models, llama
+from rljax.distributed import planning
+from rljax.models import gpt2, language_models, llama, tokenizers
 
 Params = dict[str, Any]
 FAMILIES = tuple(language_models.CONFIGS)
@@ -55,15 +56,16 @@ def make(
     raise ValueError(
       f"family must be one of {', '.join(FAMILIES)}, got {family!r}."
     )
-  if vocab_size and vocab_size < len(tokenizer):
+  rows = tokenizers.largest_id(tokenizer) + 1  # Vocabularies have holes.
+  if vocab_size and vocab_size < rows:
     raise ValueError(
-      f"vocab_size must be {len(tokenizer)}, the size of the tokenizer, or "
+      f"vocab_size must be {rows}, the size of the tokenizer, or "
       f"more, got {vocab_size}."
     )
   sizes = {
-    "vocab_size": vocab_size or len(tokenizer),
+    "vocab_size": vocab_size or rows,
     "hidden_size": hidden_size,
-    "num_layers": num_layers,
+    "num_layers": planning.num_layers(num_layers),
     "num_heads": num_heads,
     "max_positions": max_positions,
     "dtype": dtype,
@@ -127,7 +129,7 @@ def initial_params(model: nn.Module, seed: int) -> Params:
     model: from `make`.
     seed: of the draw.
   """
-  return jax.jit(_initialise(model, seed))()["params"]
+  return planning.initialise(_initialise(model, seed))["params"]
 
 
 def _initialise(model: nn.Module, seed: int) -> Callable[[], Any]:

@@ -158,7 +158,8 @@ def _ropes(config: Mapping[str, Any]) -> dict[str, rope_lib.Rope]:
     for k, v in config.items()
     if k not in ("rope_parameters", "rope_scaling", "rope_theta")
   }
-  nested = config.get("rope_parameters") or {}
+  kinds = (config_fields.FULL, config_fields.SLIDING)
+  nested = rope_lib.by_layer_type(config, kinds)
   full = dict(nested.get(config_fields.FULL) or {})
   local = dict(nested.get(config_fields.SLIDING) or {})
   full.update(config.get("rope_scaling") or {})

@@ -103,7 +103,7 @@ def config(reader: Any) -> dict[str, Any]:
     "attention_bias": False,
     "mlp_bias": False,
     "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id", None),
-    "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id", None),
+    "eos_token_id": _end_ids(reader),
     "pad_token_id": _field(reader, "tokenizer.ggml.padding_token_id", None),
   }
 
@@ -288,6 +288,17 @@ def _field(reader: Any, key: str, default: Any = _REQUIRED) -> Any:
   if default is _REQUIRED:
     raise ValueError(f'the GGUF file lacks the metadata field "{key}".')
   return default
+
+
+def _end_ids(reader: Any) -> Any:
+  """Returns the end of a text, and those of a turn and a message if it has."""
+  found = [
+    _field(reader, f"tokenizer.ggml.{name}_token_id", None)
+    for name in ("eos", "eot", "eom")
+  ]
+  found = [id_ for i, id_ in enumerate(found) if id_ not in found[:i]]
+  found = [id_ for id_ in found if id_ is not None]
+  return found if len(found) > 1 else next(iter(found), None)
 
 
 def _size(reader: Any, key: str) -> int:

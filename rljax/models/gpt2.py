@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, fields, norms
+from rljax.models import attention, fields, norms, products
 
 Array = jax.Array
 Cache = attention.Cache
@@ -296,7 +296,8 @@ class GPT2(nn.Module):
     self.ln_f = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
 
   def _embed(self, ids, positions):
-    return (self.wte(ids) + self.wpe(positions)).astype(self.config.dtype)
+    narrow = lambda x: x.astype(self.config.dtype)
+    return narrow(self.wte(ids)) + narrow(self.wpe(positions))
 
   def _forward(self, ids, mask):
     return self._layers(self._embed(ids, attention.positions(mask)), mask)
@@ -380,11 +381,10 @@ class GPT2(nn.Module):
   def logits(self, hidden: Array) -> Array:
     """Maps `[..., D]` hidden states to `[..., V]` float32 logits."""
     c = self.config
-    return jnp.einsum(
+    return products.einsum(
       "...d,vd->...v",
       hidden.astype(c.dtype),
       self.wte.embedding.astype(c.dtype),
-      preferred_element_type=jnp.float32,
     )
 
 

@@ -14,6 +14,7 @@ torch is not needed, and nothing is unpickled.
 
 import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from rljax.distributed import planning
 from rljax.models import (
   classifier,
   configs,
@@ -87,6 +89,7 @@ def load(
   remat: bool = False,
   tokenizer: bool = True,
   step: int | None = None,
+  lazy: bool = False,
 ) -> LanguageModel:
   """Loads a model by name.
 
@@ -97,12 +100,14 @@ def load(
       - a workdir: model/config.json and checkpoints/<step>;
       - a packaged model, one of `PACKAGED`;
       - a GGUF file of the Llama architecture;
-      - a hub name such as "org/name".
+      - a hub name such as "org/name", or "org/name@revision".
     dtype: of the computation, "float32" or "bfloat16".
     param_dtype: of the returned parameters, "float32" or "bfloat16".
     remat: whether the backward pass recomputes each layer.
     tokenizer: whether to load the tokenizer as well.
     step: which checkpoint of a workdir; None is the latest.
+    lazy: whether the weights of a Hugging Face directory stay there until
+      `meshes.place` reads what each device gets, as `stored.Stored`.
 
   Returns:
     The model, with parameters as numpy arrays on the host.
@@ -112,7 +117,8 @@ def load(
       of a supported type with exactly the expected tensors.
   """
   settings = configs.settings(dtype, param_dtype, remat)
-  return LanguageModel(*_load(name, settings, tokenizer, step, "policy"))
+  found = _load(name, settings, tokenizer, step, "policy", lazy)
+  return LanguageModel(*found)
 
 
 def load_classifier(
@@ -193,14 +199,24 @@ def classifier_from(
   )
 
 
-def load_config(
+def load_config(name: str | os.PathLike, **options: Any) -> Any:
+  """Reads the config of the model that a name leads to, but no weights.
+
+  Args:
+    name: see `load`.
+    **options: of `load_module`.
+  """
+  return load_module(name, **options).config
+
+
+def load_module(
   name: str | os.PathLike,
   *,
   dtype: str = "float32",
   param_dtype: str = "float32",
   remat: bool = False,
-) -> Any:
-  """Reads the config of the model that a name leads to, but no weights."""
+) -> nn.Module:
+  """Makes the module of the model that a name leads to, without weights."""
   settings = configs.settings(dtype, param_dtype, remat)
   kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
@@ -208,7 +224,7 @@ def load_config(
   else:
     path = sources.model_folder(kind, path)
     config = configs.read_config(path)
-  return configs.build(config, path, settings).config
+  return configs.build(config, path, settings)
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
@@ -293,7 +309,8 @@ def save(
     max_shard_bytes: size above which the weights are split into several files.
 
   Raises:
-    ValueError: if `params` are not exactly those of `model`.
+    ValueError: if `params` are not exactly those of `model`, or another process
+      is writing there.
   """
   if families.is_classifier(model):
     raise ValueError(
@@ -366,6 +383,7 @@ def _load(
   tokenizer: bool,
   step: int | None,
   entry: str,
+  lazy: bool = False,
 ) -> tuple[nn.Module, Params, Any | None, str, str | None]:
   """Does what `load` and `load_classifier` share.
 
@@ -376,11 +394,13 @@ def _load(
     step: of a workdir.
     entry: of a checkpoint's parameters: "policy" for language models,
       "reward_model" for classifiers.
+    lazy: see `load`.
 
   Returns:
     Model, parameters, tokenizer, source and directory.
   """
-  kind, path = sources.find(name, with_weights=True)
+  plan = planning.current()  # It needs no weights.
+  kind, path = sources.find(name, with_weights=plan is None)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "GGUF file":
@@ -388,19 +408,34 @@ def _load(
     config = gguf.config(reader)
     configs.check_kind(config, path, entry)
     model = configs.build(config, path, settings)
-    params = weights.from_arrays(gguf.tensors(reader), model, path)
+    if plan is None:
+      params = weights.from_arrays(gguf.tensors(reader), model, path)
     text = gguf.tokenizer(reader) if tokenizer else None
   else:
     folder = sources.model_folder(kind, path)
     config = configs.read_config(folder)
     configs.check_kind(config, folder, entry)
     model = configs.build(config, folder, settings)
-    text = tokenizers.read(folder) if tokenizer else None
-    if kind == "workdir":
+    text = _tokenizer_of(folder) if tokenizer else None
+    if plan is not None:
+      pass
+    elif kind == "workdir":
       params = weights.from_checkpoint(path, model, step, entry)
     else:
-      params = weights.from_safetensors(path, model)
+      params = weights.from_safetensors(path, model, lazy=lazy)
+  if plan is not None:
+    params = planning.shapes(weights.shapes(model))
   if text is not None:
     tokenizers.check_vocabulary(text, model, path)
   directory = None if kind == "GGUF file" else str(path)
   return model, params, text, str(name), directory
+
+
+def _tokenizer_of(folder: pathlib.Path) -> Any:
+  """Reads a folder's tokenizer; a plan may have another one in its place."""
+  plan = planning.current()
+  names = ("tokenizer.json", "tokenizer_config.json")
+  is_there = any((folder / name).is_file() for name in names)
+  if plan and plan.tokenizer and not is_there:
+    return load_tokenizer(plan.tokenizer)
+  return tokenizers.read(folder)

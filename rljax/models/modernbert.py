@@ -148,7 +148,8 @@ class ModernBertConfig(decoder.DecoderConfig):
 
 def _rope(config: Mapping[str, Any], kind: str) -> rope_lib.Rope:
   """Reads the rotary settings of one kind of layer."""
-  nested = config.get("rope_parameters") or {}
+  kinds = (config_fields.FULL, config_fields.SLIDING)
+  nested = rope_lib.by_layer_type(config, kinds)
   given = dict(nested.get(kind) or {})
   given.update(config.get("rope_scaling") or {})
   name, theta = _THETAS[kind]

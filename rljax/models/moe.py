@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rljax.distributed import planning
+
 Array = jax.Array
 Metrics = dict[str, Array]
 
@@ -136,7 +138,7 @@ def mix(
   feed_forward = lambda product, y: product(
     activation(product(y, gate)) * product(y, up), down
   )
-  if jax.default_backend() == "cpu":
+  if planning.platform() == "cpu":
     # There, `ragged_dot` multiplies every row by every expert: 18 times the
     # time of blocks at 1,024 rows, 32 experts and 4 for each row.
     mixed = _blocks(x[row], experts[order], sizes, feed_forward)

@@ -326,6 +326,29 @@ def _factors(name: str, value: Any) -> tuple[float, ...]:
   return tuple(fields.number(name, one, above=0) for one in value)
 
 
+def by_layer_type(
+  config: Mapping[str, Any], kinds: tuple[str, ...]
+) -> Mapping[str, Any]:
+  """Returns `rope_parameters` of a model whose kinds of layers have their own.
+
+  Args:
+    config: content of a config.json.
+    kinds: of layers, which are the names that may stand there.
+
+  Raises:
+    ValueError: if anything else stands there, such as settings for all layers,
+      which transformers would not use.
+  """
+  nested = config.get("rope_parameters") or {}
+  for name, value in nested.items():
+    if name not in kinds or not isinstance(value, Mapping | None):
+      raise ValueError(
+        'config field "rope_parameters" must have an object for each of '
+        f"{', '.join(kinds)}, got {fields.shown(name)}: {fields.shown(value)}."
+      )
+  return nested
+
+
 def _one_for_all_layers(
   source: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from rljax.models import weights
-from rljax.storage import folders
+from rljax.storage import folders, paths
 
 
 class _Package(NamedTuple):
@@ -44,19 +44,23 @@ def find(
   name: str | os.PathLike, *, with_weights: bool
 ) -> tuple[str, pathlib.Path]:
   """Tells what kind of thing `name` is, and where; cheap checks come first."""
+  paths.check_local(name, "The model")
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     whole = folders.current(path)
-    if (whole / "config.json").is_file():
-      return "Hugging Face directory", whole
-    if (model_folder("workdir", path) / "config.json").is_file():
-      return "workdir", path
-    if (path / "adapter_config.json").is_file():
+    has_weights = any(
+      (whole / name).exists() for name in (weights.WEIGHTS, weights.INDEX)
+    )
+    if (path / "adapter_config.json").is_file() and not has_weights:
       raise ValueError(
         f"{name} holds an adapter (adapter_config.json), not a whole model. "
         "Merge it into its base model once, where peft is installed: "
         "model.merge_and_unload().save_pretrained(...), and name that folder."
       )
+    if (whole / "config.json").is_file():
+      return "Hugging Face directory", whole
+    if (model_folder("workdir", path) / "config.json").is_file():
+      return "workdir", path
     raise ValueError(
       f"{name} has no config.json. A Hugging Face directory holds config.json "
       "and model.safetensors, a workdir holds model/config.json and "

@@ -1,6 +1,10 @@
 """Reads and writes the tokenizers that stand beside models."""
 
+import codecs
+import contextlib
 import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from flax import linen as nn
@@ -51,18 +55,9 @@ def read(folder: pathlib.Path) -> Any:
           _check_settings(content, settings)
   plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
   try:
-    if plain and (folder / "tokenizer.json").is_file():
-      # The common case, without `AutoTokenizer`, whose import takes seconds.
-      from transformers import PreTrainedTokenizerFast
-
-      tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        folder, local_files_only=True
-      )
-    else:
-      from transformers import AutoTokenizer
-
-      tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
+    with _without_marks(folder) as source:
+      tokenizer = _from_pretrained(
+        source, plain and (folder / "tokenizer.json").is_file()
       )
   except BaseException as error:  # Rust panics are no Exceptions.
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
@@ -70,8 +65,53 @@ def read(folder: pathlib.Path) -> Any:
     raise ValueError(
       f"{folder} has a tokenizer that cannot be read: {_first_line(error)}"
     ) from error
+  tokenizer.name_or_path = str(folder)
   _check_whole(tokenizer, folder)
   return tokenizer
+
+
+def _from_pretrained(folder: pathlib.Path, plain: bool) -> Any:
+  if plain:
+    # The common case, without `AutoTokenizer`, whose import takes seconds.
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(
+      folder, local_files_only=True
+    )
+  from transformers import AutoTokenizer
+
+  return AutoTokenizer.from_pretrained(
+    folder, trust_remote_code=False, local_files_only=True
+  )
+
+
+@contextlib.contextmanager
+def _without_marks(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a folder whose files have no byte order mark, which Windows adds.
+
+  transformers would stumble over it, or take it for a part of a template.
+  """
+  present = [
+    folder / name
+    for name in (*_FILES, "config.json")
+    if (folder / name).is_file()
+  ]
+  marked = [path for path in present if _has_mark(path)]
+  if not marked:
+    yield folder
+    return
+  with tempfile.TemporaryDirectory() as copy:
+    for path in present:
+      content = path.read_bytes()
+      if path in marked:
+        content = content.removeprefix(codecs.BOM_UTF8)
+      (pathlib.Path(copy) / path.name).write_bytes(content)
+    yield pathlib.Path(copy)
+
+
+def _has_mark(path: pathlib.Path) -> bool:
+  with path.open("rb") as file:
+    return file.read(3) == codecs.BOM_UTF8
 
 
 def _first_line(error: BaseException) -> str:
@@ -109,7 +149,7 @@ def _check_whole(tokenizer: Any, folder: pathlib.Path) -> None:
   try:
     vocabulary = tokenizer.get_vocab()
     special = [getattr(tokenizer, f"{role}_id") for role in _ROLES[:4]]
-    tokenizer.encode("a")
+    tokenizer.encode("")  # Any word may be unknown.
   except Exception as error:
     raise ValueError(
       f"{folder} has a tokenizer that cannot be used: {_first_line(error)}"

@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from rljax.distributed import stored
 from rljax.models import configs, families, fields
 from rljax.storage import folders
 
@@ -75,18 +76,21 @@ class _Slot(NamedTuple):
     return found if self.part is None else found[self.part]
 
 
-def slots_of(model: nn.Module) -> dict[str, _Slot]:
-  """Maps each tensor of a model's file to its place in the parameters."""
+def shapes(model: nn.Module) -> Params:
+  """Returns shapes and dtypes of a model's parameters."""
 
   def init(key):
     ids = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, ids, jnp.ones((1, 1), bool))["params"]
 
-  shapes = {
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def slots_of(model: nn.Module) -> dict[str, _Slot]:
+  """Maps each tensor of a model's file to its place in the parameters."""
+  known = {
     path: leaf.shape
-    for path, leaf in traverse_util.flatten_dict(
-      jax.eval_shape(init, jax.random.key(0))
-    ).items()
+    for path, leaf in traverse_util.flatten_dict(shapes(model)).items()
   }
   names = families.of(model).parameter_names(model.config)
   slots = {}
@@ -94,7 +98,7 @@ def slots_of(model: nn.Module) -> dict[str, _Slot]:
     part = None
     if isinstance(path[-1], int):
       *path, part = path
-    whole = shapes[tuple(path)]
+    whole = known[tuple(path)]
     shape = whole if part is None else whole[1:]
     shape = shape[::-1] if flip else shape
     slots[name] = _Slot(tuple(path), flip, shape, part, whole)
@@ -106,11 +110,15 @@ def _assemble(
   shapes: Mapping[str, tuple[int, ...]],
   read: Callable[[str], np.ndarray],
   path: pathlib.Path,
+  part: Callable[[str], Any] | None = None,
 ) -> Params:
-  """Checks stored tensors by name and shape, and then reads them."""
+  """Checks stored tensors by name and shape, and then reads them.
+
+  With `part`, which opens a tensor to be sliced, they are read later.
+  """
   # By name first: a model of 10,000 layers takes long to be described in full.
   slots = families.of(model).parameter_names(model.config)
-  stored = {}
+  names_of = {}
   tied_head = None
   unexpected = []
   for name in shapes:
@@ -122,25 +130,25 @@ def _assemble(
       names += _HEADS
     known = next((n for n in names if n in slots), None)
     if known is not None:
-      stored[known] = name
+      names_of[known] = name
     elif name in _HEADS and not families.is_classifier(model):
       tied_head = name
     elif not _BUFFERS.fullmatch(name):
       unexpected.append(name)
-  missing = [n for n in slots if n not in stored]
+  missing = [n for n in slots if n not in names_of]
   _check_wrapper(missing, unexpected, path)
   _check_tensors(missing, unexpected, {}, path)
   slots = slots_of(model)
   wrong = {
-    name: (shapes[stored[name]], slot.shape)
+    name: (shapes[names_of[name]], slot.shape)
     for name, slot in slots.items()
-    if name in stored and tuple(shapes[stored[name]]) != slot.shape
+    if name in names_of and tuple(shapes[names_of[name]]) != slot.shape
   }
   _check_tensors([], [], wrong, path)
 
   if tied_head is not None:
     embedding = next(filter(_EMBEDDINGS.fullmatch, slots))
-    if not np.array_equal(read(tied_head), read(stored[embedding])):
+    if not np.array_equal(read(tied_head), read(names_of[embedding])):
       raise ValueError(
         f"{path} has an {tied_head} of its own, but its config.json ties it "
         'to the embedding; set "tie_word_embeddings": false.'
@@ -149,10 +157,13 @@ def _assemble(
   dtype = np.dtype(model.config.param_dtype)
   params = {}
   for name, slot in slots.items():
-    array = read(stored[name])
+    if part is not None and slot.part is None:
+      params[slot.path] = _stored(part(names_of[name]), slot, dtype)
+      continue
+    array = read(names_of[name])
     if array.dtype.name not in _STORED_DTYPES:
       raise ValueError(
-        f"{path}: {stored[name]} is stored as {array.dtype.name}; one of "
+        f"{path}: {names_of[name]} is stored as {array.dtype.name}; one of "
         f"{', '.join(_STORED_DTYPES)} is needed."
       )
     array = array.astype(dtype, copy=False)
@@ -164,6 +175,18 @@ def _assemble(
         params[slot.path] = np.empty(slot.whole, dtype)
       params[slot.path][slot.part] = array
   return traverse_util.unflatten_dict(params)
+
+
+def _stored(tensor: Any, slot: _Slot, dtype: Any) -> stored.Stored:
+  """Returns a tensor of a file that is read part by part, as it is used."""
+
+  def read(index):
+    found = tensor[index[::-1] if slot.transpose else index]
+    found = np.asarray(found).astype(dtype, copy=False)
+    return found.T if slot.transpose else found
+
+  shape = slot.shape[::-1] if slot.transpose else slot.shape
+  return stored.Stored(shape, dtype, read)
 
 
 def _check_wrapper(
@@ -222,10 +245,17 @@ def from_arrays(
   return _assemble(model, shapes, arrays.__getitem__, path)
 
 
-def from_safetensors(directory: pathlib.Path, model: nn.Module) -> Params:
+def from_safetensors(
+  directory: pathlib.Path, model: nn.Module, *, lazy: bool = False
+) -> Params:
   """Reads the parameters of a model from the files of a folder.
 
   Where there is an index, it says which file each tensor is read from.
+
+  Args:
+    directory: with the files.
+    model: whose parameters they are.
+    lazy: whether they stay there until they are placed, as `stored.Stored`.
 
   Raises:
     ValueError: if a file is damaged, or is not that of the model.
@@ -246,7 +276,10 @@ def from_safetensors(directory: pathlib.Path, model: nn.Module) -> Params:
           f"{file_of[name]}: {name} cannot be read: {error}."
         ) from error
 
-    return _assemble(model, shapes, read, directory)
+    if lazy:
+      stack.pop_all()  # What is read later keeps the files open.
+    part = (lambda name: files[file_of[name]].get_slice(name)) if lazy else None
+    return _assemble(model, shapes, read, directory, part)
 
 
 def _open(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
@@ -349,12 +382,6 @@ def _explain_missing(directory: pathlib.Path, model: nn.Module) -> None:
       '.save_pretrained("<new directory>")'
     )
   other = sorted(p.name for p in directory.glob("*.safetensors"))
-  if (directory / "adapter_config.json").is_file():
-    raise ValueError(
-      f"{directory} holds an adapter (adapter_config.json), not a whole model. "
-      "Merge it into its base model once, where peft is installed: "
-      "model.merge_and_unload().save_pretrained(...), and name that folder."
-    )
   if other:
     raise ValueError(
       f"{directory} has {listed(other)}, but neither {WEIGHTS} nor an index "

@@ -111,6 +111,7 @@ def returns_to_go(rewards: Array, mask: Array, *, discount: float) -> Array:
 
 def group_relative(
   group_scores: Array,
+  counts: Array | None = None,
   *,
   scale: str,
   ddof: int = 1,
@@ -132,6 +133,8 @@ def group_relative(
 
   Args:
     group_scores: `[B, G]` float R, of G responses to each of B prompts.
+    counts: `[B, G]` bool, the responses that count: means and deviations are
+      over them, and the others get 0; None: all.
     scale: one of the three names above.
     ddof: 1 for the unbiased variance, 0 for the population's. DeepSeekMath
       does not say which; common libraries take 1.
@@ -157,22 +160,22 @@ def group_relative(
     raise ValueError(
       f"ddof and epsilon must not be negative, got {ddof} and {epsilon}."
     )
-  centred = _centred_groups(group_scores)
+  centred, counts, sizes = _centred_groups(group_scores, counts)
   if scale == "none":
     return centred
   if scale == "group":
-    degrees = max(centred.shape[1] - ddof, 1)
+    degrees = jnp.maximum(sizes - ddof, 1)
     variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / degrees
   else:
     # The mean of centred scores is 0.
     variance = masking.masked_variance(
-      centred, jnp.ones(centred.shape, bool), ddof=ddof, axis_name=axis_name
+      centred, counts, ddof=ddof, axis_name=axis_name
     )[None, None]
   std = jnp.sqrt(variance)
   return jnp.where(std > 0, centred / jnp.where(std > 0, std + epsilon, 1.0), 0)
 
 
-def leave_one_out(group_scores: Array) -> Array:
+def leave_one_out(group_scores: Array, counts: Array | None = None) -> Array:
   """Computes advantages over the mean of the prompt's other responses.
 
     A_bj = R_bj - Σ_{k≠j} R_bk / (G - 1) = G / (G - 1) (R_bj - mean_k R_bk)
@@ -183,6 +186,8 @@ def leave_one_out(group_scores: Array) -> Array:
   Args:
     group_scores: `[B, G]` float R, of G >= 2 responses to each of B prompts;
       with their KL penalties, if there are any.
+    counts: `[B, G]` bool, the responses that count, as for `group_relative`.
+      The only one of a group gets 0.
 
   Returns:
     `[B, G]` float32.
@@ -202,11 +207,10 @@ def leave_one_out(group_scores: Array) -> Array:
     constant; both have the same gradient at the first update of a rollout, up
     to that constant. Its KL penalty is the sum of k1 over the tokens, as here.
   """
-  centred = _centred_groups(group_scores)
-  size = centred.shape[1]
-  if size < 2:
+  centred, _, sizes = _centred_groups(group_scores, counts)
+  if centred.shape[1] < 2:
     raise ValueError("leave_one_out needs groups of at least 2, got 1.")
-  return centred * (size / (size - 1))
+  return centred * (sizes / jnp.maximum(sizes - 1, 1))
 
 
 def reinforce_pp(
@@ -376,15 +380,31 @@ def drawn_scores(
   )
 
 
-def _centred_groups(group_scores: Array) -> Array:
-  """Subtracts from `[B, G]` scores the mean of their row, in float32."""
+def _centred_groups(
+  group_scores: Array, counts: Array | None
+) -> tuple[Array, Array, Array]:
+  """Subtracts from `[B, G]` scores the mean of their row, in float32.
+
+  Returns:
+    `[B, G]`, 0 where a score does not count; which do, `[B, G]` bool; and how
+    many of a row, `[B, 1]` float32.
+  """
   chex.assert_rank(group_scores, 2)
   chex.assert_type(group_scores, float)
   scores = jax.lax.stop_gradient(jnp.asarray(group_scores, jnp.float32))
+  if counts is None:
+    counts = jnp.ones(scores.shape, bool)
+  counts = jnp.asarray(counts)
+  chex.assert_equal_shape([scores, counts])
+  chex.assert_type(counts, bool)
+  sizes = counts.sum(axis=1, keepdims=True).astype(jnp.float32)
   # With the first score subtracted, equal scores are exactly 0. Their rounded
   # mean need not equal them, and a tiny std would magnify the difference.
-  scores = scores - scores[:, :1]
-  return scores - jnp.mean(scores, axis=1, keepdims=True)
+  first = jnp.argmax(counts, axis=1)[:, None]
+  scores = scores - jnp.take_along_axis(scores, first, axis=1)
+  scores = jnp.where(counts, scores, 0.0)
+  means = jnp.sum(scores, axis=1, keepdims=True) / jnp.maximum(sizes, 1.0)
+  return jnp.where(counts, scores - means, 0.0), counts, sizes
 
 
 def _check_rows(x: Array) -> None:

@@ -1,5 +1,7 @@
 """Per-token rewards: scores, steps, potentials, and an adaptive KL penalty."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,9 @@ from rljax.ops import log_probs as log_probs_lib
 from rljax.ops import masking
 
 Array = jax.Array
+
+# Of an adaptive KL coefficient in one batch: at 0 it would stay for ever.
+_LEAST_FACTOR = 0.01
 
 
 def place_score(scores: Array, mask: Array) -> Array:
@@ -295,15 +300,20 @@ class AdaptiveKL:
   """Adapts a KL coefficient to steer the measured KL towards a target.
 
     e = clip(KL / target - 1, -0.2, 0.2)
-    β ← β (1 + e n / horizon)
+    β ← β max(0.01, 1 + e n / horizon)
+
+  A KL that is not finite says nothing: β stays, and it is counted.
 
   Source:
     Ziegler et al. (2019), "Fine-Tuning Language Models from Human
     Preferences", section 2.2, with n responses a batch in the step size as
-    in the authors' code.
+    in the authors' code. The least factor is ours: with batches of more than
+    five horizons theirs is negative, and then rewards the KL. At 0, β could
+    never rise again.
   """
 
   coef: Array  # [] float32: β.
+  num_ignored: Array  # [] int32: batches whose KL was not finite.
 
   @classmethod
   def create(cls, coef: float) -> "AdaptiveKL":
@@ -318,9 +328,9 @@ class AdaptiveKL:
     Raises:
       ValueError: if `coef` is negative.
     """
-    if not coef >= 0:
-      raise ValueError(f"coef must not be negative, got {coef}.")
-    return cls(coef=jnp.float32(coef))
+    if not 0 <= coef < math.inf:
+      raise ValueError(f"coef must not be negative, nor infinite, got {coef}.")
+    return cls(coef=jnp.float32(coef), num_ignored=jnp.int32(0))
 
   def update(
     self,
@@ -346,15 +356,21 @@ class AdaptiveKL:
     Raises:
       ValueError: if `target` or `horizon` is not positive.
     """
-    if not target > 0:
-      raise ValueError(f"target must be positive, got {target}.")
-    if not horizon > 0:
-      raise ValueError(f"horizon must be positive, got {horizon}.")
+    for name, value in (("target", target), ("horizon", horizon)):
+      if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {value}.")
     kl = jax.lax.stop_gradient(jnp.asarray(kl, jnp.float32))
     num_samples = jnp.asarray(num_samples).astype(jnp.float32)
     chex.assert_rank([kl, num_samples], 0)
+    is_finite = jnp.isfinite(kl)
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
-    return self.replace(coef=self.coef * (1.0 + error * num_samples / horizon))
+    factor = jnp.maximum(1.0 + error * num_samples / horizon, _LEAST_FACTOR)
+    # β itself stays within float32.
+    coef = jnp.minimum(self.coef * factor, jnp.finfo(jnp.float32).max)
+    return self.replace(
+      coef=jnp.where(is_finite, coef, self.coef),
+      num_ignored=self.num_ignored + (~is_finite).astype(jnp.int32),
+    )
 
 
 def _is_last(mask: Array) -> Array:

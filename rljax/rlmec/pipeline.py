@@ -26,7 +26,7 @@ from rljax.generation import samplers
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters, targets
 from rljax.storage import stages
-from rljax.text import files, keywords, logged, tokens
+from rljax.text import asked, chats, files, keywords, tokens
 from rljax.text import prompts as text_prompts
 
 Rows = list[dict[str, Any]]
@@ -172,7 +172,9 @@ def rewrite(
     },
   )
   if rewritten.facts is None:
-    samples = files.read_jsonl(sampled.path("samples.jsonl"))
+    samples = asked.attach(
+      files.read_jsonl(sampled.path("samples.jsonl")), dict(solutions)
+    )
     rows, counts = prompts_lib.distinct(
       [row for row in samples if row["index"] < len(solutions)]
     )
@@ -282,7 +284,7 @@ def supervise(
   rows = files.read_jsonl(rewritten.path("rewrites.jsonl"))
   verified = [row for row in rows if row["is_verified"]]
   kept = prompts_lib.at_most_right(verified, max_right, seed)
-  rendered = logged.render_prompts(
+  rendered = chats.render_prompts(
     [row["prompt"] for row in kept],
     "samples",
     policy.tokenizer,
@@ -312,6 +314,7 @@ def supervise(
     prompts_lib.TEMPLATES[template],
     limits=limits,
     max_positions=reward_model.model.config.max_positions,
+    end_id=tokens.end_id(policy.tokenizer, prompt_format),
   )
   if all(row["is_right"] for row in found):
     raise ValueError(
@@ -525,17 +528,26 @@ def questions(
   *,
   seed: int,
   task_options: Sequence[str] = (),
+  data: str = "",
+  eval_data: str = "",
+  eval_share: float = 0.1,
+  solution_column: str = "solution",
   **encode_options: Any,
 ) -> list[Questions]:
-  """Draws questions of a task with solutions, which its score must find right.
+  """Draws questions with solutions, which their score must find right.
 
   Args:
-    task: a module of `rljax.tasks`.
+    task: a module such as those of `rljax.tasks`, unless a file is named.
     tokenizer: of the policy.
     score: `(prompts, responses) -> (scores, parts)`.
-    splits: name of a split -> how many.
+    splits: name of a split -> how many: "train", and one that is held out.
     seed: of the draw.
     task_options: keyword arguments of the task's `supervised`, as texts.
+    data: file of questions with solutions; see `text.prompts.split_rows`,
+      likewise `eval_data` and `eval_share`.
+    eval_data: may be empty.
+    eval_share: of the questions of one file.
+    solution_column: of the file.
     **encode_options: of `text.prompts.encode`.
 
   Returns:
@@ -545,8 +557,23 @@ def questions(
     ValueError: as `text.prompts.solved` and `encode`, and `check_solution`.
   """
   options = keywords.parse(task_options)
+  found = {}
+  if data:
+    found = _of_file(
+      data,
+      eval_data,
+      splits,
+      eval_split=[*splits, "test"][1],
+      share=eval_share,
+      seed=seed,
+      column=solution_column,
+    )
   pairs = [
-    text_prompts.solved(task, split, num=num, seed=seed, task_options=options)
+    found[split]
+    if data
+    else text_prompts.solved(
+      task, split, num=num, seed=seed, task_options=options
+    )
     for split, num in splits.items()
   ]
   check_solution(score, *pairs[0][0])
@@ -554,6 +581,30 @@ def questions(
     tokenizer, *([q for q, _ in some] for some in pairs), **encode_options
   )
   return [Questions(*both) for both in zip(encoded, pairs, strict=True)]
+
+
+def _of_file(data, eval_data, splits, *, column, **options):
+  """Pairs of a question and its solution of the rows of files, by split."""
+  sides = text_prompts.split_rows(data, eval_data, **options)
+  found = {}
+  for (split, num), loaded in zip(splits.items(), sides, strict=False):
+    found[split] = []
+    for row in loaded.rows[:num]:
+      solution = row.columns.get(column)
+      if not isinstance(row.prompt, str):
+        raise ValueError(
+          f"{row.place}: a model that rewrites reads questions that are texts, "
+          "and this prompt is a list of messages."
+        )
+      if not isinstance(solution, str) or not solution:
+        raise ValueError(
+          f"{row.place}: there is no text in the column "
+          f"--solution_column={column}; the columns are "
+          f"{', '.join(row.columns) or 'none'}."
+        )
+      prompt = asked.Prompt(row.prompt, row.prompt, row.columns)
+      found[split].append((prompt, solution))
+  return found
 
 
 def check_solution(score: Score, prompt: str, solution: str) -> None:

@@ -14,12 +14,14 @@ Source:
 import functools
 import hashlib
 import importlib
+import json
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,8 +30,8 @@ from rljax.generation import samplers
 from rljax.ops import sampling
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import teachers
-from rljax.storage import checkpoint
-from rljax.text import batches, logged, tokens
+from rljax.storage import calls, checkpoint
+from rljax.text import batches, chats, files, tokens
 from rljax.text import steps as steps_lib
 
 Rows = list[dict[str, Any]]
@@ -53,7 +55,7 @@ class Rewriter(NamedTuple):
   made_of: Mapping[str, Any]
 
 
-def of_teacher(name: str, task: Any) -> Rewriter:
+def of_teacher(name: str, task: Any, seconds: float = 0.0) -> Rewriter:
   """Makes a rewriter of a plain function.
 
   Args:
@@ -62,6 +64,7 @@ def of_teacher(name: str, task: Any) -> Rewriter:
       others; "package.module:name" for a function of the user's, see
       `prompts.Teacher`.
     task: a module of `rljax.tasks`.
+    seconds: that a rewrite may take; 0: no limit.
 
   Raises:
     ValueError: if there is no such function.
@@ -70,9 +73,10 @@ def of_teacher(name: str, task: Any) -> Rewriter:
   made_of = {"teacher": name, "step_ends": step_ends}
   if name == "task":
     if not hasattr(task, "rewrite"):
+      name = getattr(task, "__name__", "A file of prompts")
       raise ValueError(
-        f"{task.__name__} cannot repair solutions, which --teacher=task asks "
-        "for: give --teacher=gold, model, or module:function."
+        f"{name} cannot repair solutions, which --teacher=task asks for: give "
+        "--teacher=gold, model, or module:function."
       )
     teacher = lambda question, _, wrong: task.rewrite(question, wrong)
     locate = getattr(task, "first_wrong_step", None)
@@ -83,8 +87,17 @@ def of_teacher(name: str, task: Any) -> Rewriter:
     made_of["source"] = hashlib.sha256(source).hexdigest()
 
   def rewrite(folder, rows, score, progress):
-    del folder, progress  # It is not divided into batches.
-    return by_function(rows, teacher, score, locate=locate, step_ends=step_ends)
+    del progress  # It is not divided into batches.
+    return by_function(
+      rows,
+      teacher,
+      score,
+      locate=locate,
+      step_ends=step_ends,
+      # What the others say costs nothing.
+      folder=None if name in ("task", "gold") else folder,
+      seconds=seconds,
+    )
 
   return Rewriter(rewrite, made_of)
 
@@ -141,7 +154,7 @@ def of_model(
       score,
       mesh=mesh,
       batch_size=batch_size,
-      render=lambda texts: logged.render_prompts(
+      render=lambda texts: chats.render_prompts(
         texts, loaded.source, loaded.tokenizer, prompt_format
       ),
       progress=progress,
@@ -206,8 +219,13 @@ def by_function(
   *,
   locate: Callable[[str, str], int] | None = None,
   step_ends: str = "\n",
+  folder: str | os.PathLike[str] | None = None,
+  seconds: float = 0.0,
 ) -> Rows:
   """Rewrites by a plain function; every process asks it about its share.
+
+  With a folder, each answer is on disk before the next is asked for, and a call
+  that failed, hung or was stopped goes on where it was.
 
   Args:
     rows: records with `prompt`, `gold`, `response` and `is_right`.
@@ -216,21 +234,48 @@ def by_function(
     locate: `(prompt, response) -> step`, the first wrong one; None: the first
       one that the rewrite changes.
     step_ends: characters that end a step.
+    folder: where `answers.jsonl` goes, or, of a further process of this number,
+      `answers-<number>.jsonl`; None: nowhere.
+    seconds: that an answer may take; 0: no limit.
 
   Returns:
     The records in their order, with `error_step`, `rewrite`, `is_verified`.
 
   Raises:
-    ValueError: if the teacher returns something else than a text.
+    ValueError: `calls.CallError` if the teacher fails, takes too long or
+      returns something else than a text, naming question and response.
+    Exception: `checkpoint.Stopped`, if a signal asked for the end meanwhile.
   """
   wrong = [row for row in rows if not row["is_right"]]
+  known = {}
+  if folder is not None:
+    known = dict(processes.from_first(lambda: _answers(folder)))
 
-  def rewrite(row):
+  def ask(row):
+    """The teacher's answer, which is on disk when this returns."""
     text = teacher(row["prompt"], row["gold"], row["response"])
     if not isinstance(text, str):
-      raise ValueError(
-        f"The teacher must return a text, got {text!r} for {row['prompt']!r}."
-      )
+      raise ValueError(f"it must return a text, got {text!r}")
+    if folder is not None:
+      files.append_jsonl(_answers_path(folder), [{**_asked(row), "text": text}])
+    return text
+
+  def ask_all(own):
+    new = [row for row in own if _key(row) not in known]
+    texts = calls.one_by_one(
+      ask,
+      [(row,) for row in new],
+      what="The teacher",
+      about=lambda i: (
+        f"for the question {calls.shown(new[i]['prompt'])} and the response "
+        f"{calls.shown(new[i]['response'])}"
+      ),
+      seconds=seconds,
+    )
+    found = known | dict(zip(map(_key, new), texts, strict=True))
+    return [rewrite(row, found[_key(row)]) for row in own]
+
+  def rewrite(row, text):
     if locate:
       return text, int(locate(row["prompt"], row["response"]))
     step = prompts_lib.first_changed_step(
@@ -239,9 +284,7 @@ def by_function(
     )
     return text, step
 
-  parts = processes.share(
-    len(wrong), lambda own: [rewrite(row) for row in wrong[own]]
-  )
+  parts = processes.share(len(wrong), lambda own: ask_all(wrong[own]))
   found = [pair for part in parts for pair in part]
   texts, steps = [text for text, _ in found], [step for _, step in found]
   return _in_order(rows, verified(wrong, texts, steps, score))
@@ -349,6 +392,33 @@ def by_model(
   return _in_order(rows, answered)
 
 
+def _asked(row: Mapping[str, Any]) -> dict[str, str]:
+  """What a teacher is asked."""
+  return {name: row[name] for name in ("prompt", "gold", "response")}
+
+
+def _key(row: Mapping[str, Any]) -> str:
+  """A name for what a teacher is asked."""
+  asked = json.dumps(_asked(row), sort_keys=True)
+  return hashlib.sha256(asked.encode()).hexdigest()
+
+
+def _answers_path(folder: str | os.PathLike[str]) -> pathlib.Path:
+  """Where this process files what a teacher answers."""
+  number = "" if processes.is_first() else f"-{jax.process_index()}"
+  return pathlib.Path(folder, f"answers{number}.jsonl")
+
+
+def _answers(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:
+  """What a teacher has answered before: names of questions, and texts."""
+  found = []
+  for path in sorted(pathlib.Path(folder).glob("answers*.jsonl")):
+    files.append_jsonl(path, [])  # Cuts off what a killed writer left behind.
+    if path.stat().st_size:
+      found += [(_key(row), row["text"]) for row in files.read_jsonl(path)]
+  return found
+
+
 def _imported(name: str) -> tuple[prompts_lib.Teacher, bytes]:
   """A function by the name `module:function`, and the source of its module."""
   module, _, attribute = name.partition(":")
@@ -421,7 +491,7 @@ def _longest_location(
   """Tokens of the longest reply that names one of `num_steps` steps."""
   targets = [template.locate_target(step) for step in (0, num_steps)]
   return max(
-    len(tokens.encode_response(tokenizer, "", [], target)[0])
+    len(tokens.encode_response(tokenizer, "", [], target).ids)
     for target in targets
   )
 

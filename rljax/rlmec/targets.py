@@ -50,6 +50,7 @@ def encode(
   *,
   limits: Limits,
   max_positions: int,
+  end_id: int | None = None,
 ) -> tuple[list[Row], list[list[int]], list[str]]:
   """Turns samples, their rewrites and the questions about them into tokens.
 
@@ -63,6 +64,7 @@ def encode(
     template: of the reward model's questions.
     limits: of length.
     max_positions: context of the reward model.
+    end_id: of the policy's responses; the tokenizer's end token by default.
 
   Returns:
     The rows that fit, with `prompt_ids`, `response_ids`, `rewrite_ids` and
@@ -88,8 +90,8 @@ def encode(
   ):
     ids = {
       f"{name}_ids": tokens.encode_response(
-        tokenizer, prompt, prompt_ids, row[name]
-      )[0]
+        tokenizer, prompt, prompt_ids, row[name], end_id=end_id
+      ).ids
       for name in ("response", "rewrite", "gold")
     }
     length = len(ids["response_ids"])
@@ -440,9 +442,9 @@ def encode_records(
       (prompt_ids,) = tokens.encode_prompts(
         tokenizer, [row["prompt"]], max_length=sys.maxsize
       )
-      ids, _ = tokens.encode_response(
+      ids = tokens.encode_response(
         tokenizer, row["prompt"], prompt_ids, row["response"]
-      )
+      ).ids
       limit = min(
         max_question_length,
         batches.longest_in_bucket(

@@ -22,7 +22,7 @@ from rljax.models import hf
 from rljax.ops import log_probs
 from rljax.scoring import scorers
 from rljax.storage import checkpoint, paths
-from rljax.text import batches, logged, tokens
+from rljax.text import batches, encoding, logged, tokens
 
 ARRAYS, MANIFEST = "reference.npz", "manifest.json"
 
@@ -44,7 +44,7 @@ _DECIDE_IDS = set(_PARTS) - {"ids", "reference", "dtype"}
 
 
 def known(
-  log: logged.Log,
+  log: encoding.Log,
   loaded: hf.LanguageModel,
   needed: Sequence[str],
   *,
@@ -109,7 +109,7 @@ def known(
 
 
 def of_rows(
-  log: logged.Log,
+  log: encoding.Log,
   name: str,
   *,
   reader: str,
@@ -150,7 +150,7 @@ def of_rows(
 
 
 def score(
-  log: logged.Log,
+  log: encoding.Log,
   scorer: scorers.Scorer,
   *,
   again: bool = False,
@@ -180,7 +180,7 @@ def score(
 def response_log_probs(
   model: Any,
   params: Any,
-  encoded: logged.Encoded,
+  encoded: encoding.Encoded,
   *,
   batch_size: int,
   mesh: Any,
@@ -200,7 +200,7 @@ def response_log_probs(
   Returns:
     `[N, K, T]` float32, with T of `lengths`; 0 where there is no token.
   """
-  prompt_length, response_length = logged.lengths(encoded)
+  prompt_length, response_length = encoding.lengths(encoded)
   num_candidates = max(map(len, encoded.response_ids))
   pairs = [
     (row, candidate)
@@ -208,7 +208,7 @@ def response_log_probs(
     for candidate in range(len(responses))
   ]
   rows, candidates = np.transpose(pairs)
-  arrays = logged.batch(
+  arrays = encoding.batch(
     encoded,
     rows,
     candidates,
@@ -262,7 +262,7 @@ def pair_log_probs(
 
 
 def describe(
-  encoded: logged.Encoded, params: Any, tokenizer: Any, **settings: Any
+  encoded: encoding.Encoded, params: Any, tokenizer: Any, **settings: Any
 ) -> dict[str, Any]:
   """What the numbers of a reference depend on, as a manifest holds it.
 
@@ -281,7 +281,7 @@ def describe(
   )
   return {
     "data": logged.fingerprint(encoded.rows),
-    "ids": logged.fingerprint_ids(encoded),
+    "ids": encoding.fingerprint_ids(encoded),
     "reference": checkpoint.fingerprint(params),
     "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
     **settings,
@@ -289,7 +289,7 @@ def describe(
 
 
 def describe_log(
-  log: logged.Log, loaded: hf.LanguageModel, *, dtype: str
+  log: encoding.Log, loaded: hf.LanguageModel, *, dtype: str
 ) -> dict[str, Any]:
   """As `describe`, of a log, which holds the settings, and a reference."""
   return describe(
@@ -396,17 +396,19 @@ def notes(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def other_scorer(
-  directory: str | os.PathLike, scorer: scorers.Scorer
+  directory: str | os.PathLike, scorer: scorers.Scorer | None
 ) -> list[str]:
   """Notes that a cache's rewards are by another scorer than this one.
 
   Args:
     directory: of a cache that `load` has read; empty if there is none.
-    scorer: with the attribute `description`.
+    scorer: with the attribute `description`; None: there is nothing to note.
 
   Returns:
     A sentence, or nothing if they are by the same.
   """
+  if scorer is None:
+    return []
   scored_by = notes(directory)["reward"] if directory else None
   if not directory or scored_by == scorer.description:
     return []

@@ -1,25 +1,28 @@
 """Responses that are drawn and scored once, and kept with what they are of."""
 
+import contextlib
 import functools
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from rljax.distributed import processes
 from rljax.generation import samplers
 from rljax.models import hf
 from rljax.scoring import cached, scorers
-from rljax.storage import stages
-from rljax.text import logged
+from rljax.storage import calls, checkpoint, stages
+from rljax.text import encoding, forms, logged
 
 
 def collect(
   path: str | os.PathLike[str],
   responder: samplers.Responder,
   policy: hf.LanguageModel,
-  encoded: logged.Encoded,
-  rows: Sequence[logged.Row],
+  encoded: encoding.Encoded,
+  rows: Sequence[forms.Row],
   score: scorers.Scorer,
   *,
   settings: samplers.Settings,
@@ -28,7 +31,8 @@ def collect(
   """Draws and scores what a file lacks of the responses to all prompts.
 
   Beside the file stands what it was made of, with the suffix .json; samples of
-  another policy, of other prompts, scores or settings are drawn again.
+  another policy, of other prompts, scores or settings are drawn again, and the
+  old file is set aside.
 
   Args:
     path: the file, see `samplers.collect`; its folder is made.
@@ -36,7 +40,7 @@ def collect(
     policy: the model, with its parameters on the mesh.
     encoded: the N prompts as the policy reads them.
     rows: the N prompts as they were given, in any format; see
-      `logged.as_given`.
+      `encoding.as_given`.
     score: with the attribute `description`.
     settings: of the sampler.
     **more: what else the responses depend on, as `json` can write it.
@@ -56,12 +60,22 @@ def collect(
     **more,
   )
   # Of several processes, one looks, and all wait for it.
-  processes.from_first(functools.partial(stages.discard_unless, path, made_of))
-  samplers.collect(
-    path,
-    responder,
-    policy.params,
-    responder.texts,
-    score,
-    progress=samplers.Progress(pathlib.Path(path).stem, len(rows)),
-  )
+  look = functools.partial(stages.set_aside_unless, path, made_of)
+  processes.from_first(look)
+  shown = samplers.Progress(pathlib.Path(path).stem, len(rows))
+
+  def progress(done, batch):
+    shown(done, batch)
+    calls.check_stop()
+
+  with contextlib.ExitStack() as stack:
+    if not calls.CATCHERS and jax.process_count() == 1:
+      stack.enter_context(checkpoint.Preemption())
+    samplers.collect(
+      path,
+      responder,
+      policy.params,
+      responder.texts,
+      score,
+      progress=progress,
+    )

@@ -8,14 +8,14 @@ import numpy as np
 
 from rljax.models import hf
 from rljax.scoring import cached
-from rljax.text import logged, tokens
+from rljax.text import encoding, forms, tokens
 
 LogProbs = list[list[np.ndarray]]  # By row and text, an entry a token.
 
 
 def of_replies(
   loaded: hf.LanguageModel,
-  encoded: logged.Encoded,
+  encoded: encoding.Encoded,
   *,
   batch_size: int,
   mesh: Any,
@@ -36,7 +36,7 @@ def of_replies(
     ValueError: if prompts and candidates are longer than the model's context.
   """
   tokens.check_positions(
-    sum(logged.lengths(encoded)), loaded.model.config.max_positions
+    sum(encoding.lengths(encoded)), loaded.model.config.max_positions
   )
   found = cached.response_log_probs(
     loaded.model, loaded.params, encoded, batch_size=batch_size, mesh=mesh
@@ -49,7 +49,7 @@ def of_replies(
 
 def of_texts(
   loaded: hf.LanguageModel,
-  rows: Sequence[logged.Row],
+  rows: Sequence[forms.Row],
   texts: Sequence[Sequence[str]],
   *,
   batch_size: int,
@@ -64,14 +64,14 @@ def of_texts(
     texts: per row, any number of texts; empty ones have no tokens but the end.
     batch_size: texts at the same time.
     mesh: from `meshes.make`.
-    **settings: of `logged.prepare`.
+    **settings: of `encoding.prepare`.
 
   Returns:
     As `of_replies`; nothing for rows without a text, and for rows that are
     too long, if `too_long` is "skip".
 
   Raises:
-    ValueError: as `logged.prepare` and `of_replies`.
+    ValueError: as `encoding.prepare` and `of_replies`.
   """
   found: LogProbs = [[] for _ in rows]
   asked = [
@@ -86,7 +86,7 @@ def of_texts(
     if candidates
   ]
   if asked:
-    encoded = logged.prepare(loaded.tokenizer, asked, **settings)
+    encoded = encoding.prepare(loaded.tokenizer, asked, **settings)
     log_probs = of_replies(loaded, encoded, batch_size=batch_size, mesh=mesh)
     for row, values in zip(encoded.rows, log_probs, strict=True):
       found[int(row.place)] = values

@@ -1,18 +1,15 @@
 """A classifier of texts as a reward: `score_batch` for `tasks.score_all`."""
 
-import functools
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
-from flax import linen as nn
 from jax.sharding import Mesh
 
-from rljax.distributed import meshes
+from rljax.distributed import compiled, meshes
 from rljax.models import classifier, hf
 from rljax.storage import checkpoint
 from rljax.text import batches, tokens
@@ -103,6 +100,8 @@ class RewardModel:
           "causal classifier; write a text with {prompt} and {response}."
         )
       tokens.require_tokens(loaded.tokenizer, eos=True)
+      backbone = loaded.model.config.backbone
+      self._ends = tokens.stop_ids(loaded.tokenizer, backbone.eos_token_id)
       num_special = 1
     else:
       backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
@@ -141,7 +140,10 @@ class RewardModel:
     self._params = meshes.place(
       loaded.params, meshes.shardings(loaded.params, rules, self._mesh)
     )
-    self._model = loaded.model
+    apply = loaded.model.apply
+    self._program = compiled.Compiled(
+      "reward model", lambda params, batch: apply({"params": params}, **batch)
+    )
 
   def score_batch(
     self, prompts: Sequence[str], responses: Sequence[str]
@@ -200,7 +202,7 @@ class RewardModel:
     return self._scores(logits), parts
 
   def _logits(self, batch):
-    logits = _apply(self._model, self._params, batch)
+    logits = self._program(self._params, batch)
     return meshes.replicate(logits, self._mesh)  # For every process to read.
 
   def _padded_length(self, length: int) -> int:
@@ -240,12 +242,13 @@ class RewardModel:
     )
     ids = tokenizer(text, add_special_tokens=not has_start, verbose=False)
     ids = list(ids["input_ids"])
-    if ids[-1:] == [tokenizer.eos_token_id]:
-      ids.pop()  # Some tokenizers put it there themselves.
+    end = tokenizer.eos_token_id
+    while ids and ids[-1] in self._ends:
+      end = ids.pop()  # Tokenizers, chat templates and texts put it there.
     room = self._max_length - 1
     is_cut = len(ids) > room
     ids = tokens.cut_prompt(tokenizer, ids, room)
-    return [*ids, tokenizer.eos_token_id], None, is_cut
+    return [*ids, end], None, is_cut
 
   def _encode(self, prompt: str, response: str):
     """Ids, token types, and whether they were cut, for an encoder."""
@@ -264,11 +267,6 @@ class RewardModel:
         room -= len(piece)
     found = backend.post_process(*pieces, add_special_tokens=True)
     return found.ids, found.type_ids, is_cut
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(model: nn.Module, params: Any, batch: dict[str, Any]) -> jax.Array:
-  return model.apply({"params": params}, **batch)
 
 
 def _parse(transform: str, labels: Sequence[str], name: str) -> tuple[str, int]:

@@ -26,7 +26,7 @@ import numpy as np
 from rljax.distributed import compiled, meshes, processes
 from rljax.generation import rollouts, samplers
 from rljax.models import classifier, hf
-from rljax.ops import rewards
+from rljax.ops import masking, rewards
 from rljax.scoring import scorers
 from rljax.text import tokens
 
@@ -152,7 +152,7 @@ class Terms:
     if self._expect:
       self._expect.freeze()
 
-  def check(self, task: Any, score: scorers.Scorer, prompt: str) -> None:
+  def check(self, score: scorers.Scorer, prompt: str) -> None:
     """Scores an empty response, so that bad options show at once.
 
     Raises:
@@ -161,9 +161,8 @@ class Terms:
     _, parts = score([prompt], [""])
     if "steps" in self._names and "step_matches" not in parts[0]:
       raise ValueError(
-        "--reward_terms=steps needs a task whose parts say step_matches, line "
-        "by line, such as merge_sums; those of --task="
-        f"{task.__name__.rpartition('.')[2]} are "
+        "--reward_terms=steps needs a score whose parts say step_matches, line "
+        "by line, such as that of merge_sums; the parts of this one are "
         f"{', '.join(parts[0]) or 'none'}."
       )
 
@@ -173,7 +172,7 @@ class Terms:
     Args:
       samples: N scored responses.
     """
-    earned = {}
+    earned: dict[str, Any] = {}
     rollout = samples.rollout
     for name in self._names:
       if name == "score":
@@ -200,8 +199,8 @@ class Terms:
     """Adds the terms up, token by token; for use under jit.
 
     Args:
-      earned: from `earn`.
-      rollout: N rows.
+      earned: from `earn`; a score is NaN where a response has none.
+      rollout: N rows. One without a token that counts is left out.
 
     Returns:
       `[N, T]` float32, and metrics over the responses: "reward/mean" and
@@ -209,23 +208,27 @@ class Terms:
       "reward/total", the sum of the terms; "reward/<term>" for each other one.
     """
     by_term = token_rewards(
-      earned,
+      # Where nothing scores a response, its tokens earn nothing.
+      {k: jnp.nan_to_num(x) if k == "score" else x for k, x in earned.items()},
       jnp.asarray(self._line_feeds > 0)[rollout.response_ids],
       rollout.response_mask,
       counts=None if self._unfinished_earns else rollout.finished,
       step_coef=self._step_coef,
     )
     placed = functools.reduce(jnp.add, by_term.values())
+    counts = rollout.response_mask.any(axis=1)
     totals = placed.sum(axis=1)
-    outcomes = earned.get("score", totals)
+    outcomes = earned.get("score", jnp.where(counts, totals, jnp.nan))
     metrics = {
-      "reward/mean": outcomes.mean(),
-      "reward/std": outcomes.std(),
-      "reward/total": totals.mean(),
+      "reward/mean": jnp.nanmean(outcomes),
+      "reward/std": jnp.nanstd(outcomes),
+      "reward/total": masking.masked_mean(totals, counts),
     }
     for name, term in by_term.items():
       if name != "score":
-        metrics[f"reward/{name}"] = term.sum(axis=1).mean()
+        metrics[f"reward/{name}"] = masking.masked_mean(
+          term.sum(axis=1), counts
+        )
     return placed, metrics
 
 

@@ -1,6 +1,8 @@
 """One function that scores responses: a task's own, or a reward model's."""
 
 import functools
+import hashlib
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +11,8 @@ import numpy as np
 
 from rljax import tasks
 from rljax.distributed import processes
-from rljax.scoring import reward_models
+from rljax.scoring import reward_functions, reward_models
+from rljax.storage import calls
 from rljax.text import keywords
 
 Scorer = Callable[
@@ -21,6 +24,8 @@ def scorer(
   task: str,
   score_options: Mapping[str, Any],
   reward_model: str = "",
+  *,
+  seconds: float = 0.0,
   **reward_options: Any,
 ) -> Scorer:
   """Makes the scorer that the flags of a script name.
@@ -29,12 +34,14 @@ def scorer(
     task: name of a task, whose `score` is taken if no reward model is named.
     score_options: keyword arguments of that function.
     reward_model: anything that `reward_model.RewardModel` loads, or empty.
+    seconds: see `of_task`.
     **reward_options: keyword arguments of `RewardModel`.
 
   Returns:
     A function of N prompts and N responses that returns `[N]` scores, and N
     dicts of what they are made of. Its attribute `description` says, in plain
-    values, where the scores come from.
+    values, where the scores come from; `source`, where each response is scored
+    by itself, names the code of the task.
 
   Raises:
     ValueError: if there is no such task, option or model, or neither is named.
@@ -51,7 +58,7 @@ def scorer(
       "fingerprint": scored_by.fingerprint,
     }
   elif task:
-    return _of_task(tasks.load(task), score_options)
+    return _of_task(tasks.load(task), score_options, seconds)
   else:
     raise ValueError(
       "Nothing scores the responses: name a --reward_model or a --task."
@@ -62,12 +69,16 @@ def scorer(
   return function
 
 
-def of_task(task: Any, options: Sequence[str] = ()) -> Scorer:
+def of_task(
+  task: Any, options: Sequence[str] = (), seconds: float = 0.0
+) -> Scorer:
   """Makes the scorer of a task, whose processes share the responses.
 
   Args:
     task: module with `score` or `score_batch`.
     options: keyword arguments of it, as texts: name=value.
+    seconds: that scoring a response may take, see `tasks.score_rows`; 0: no
+      limit.
 
   Returns:
     As `scorer`.
@@ -75,17 +86,56 @@ def of_task(task: Any, options: Sequence[str] = ()) -> Scorer:
   Raises:
     ValueError: if the task has no such option.
   """
-  return _of_task(task, keywords.parse(options))
+  return _of_task(task, keywords.parse(options), seconds)
 
 
-def _of_task(task: Any, options: Mapping[str, Any]) -> Scorer:
+def _of_task(task: Any, options: Mapping[str, Any], seconds: float) -> Scorer:
   """Makes the scorer of a task from parsed options."""
-  keywords.check(task.score, options)
-  function = divided(functools.partial(tasks.score_all, task, **options))
+  keywords.check(getattr(task, "score_batch", None) or task.score, options)
+  function = divided(
+    functools.partial(
+      tasks.score_rows, task, options=dict(options), seconds=seconds
+    )
+  )
+  path = getattr(task, "__file__", None)
+  if path and not hasattr(task, "score_batch"):  # Each is scored by itself.
+    source = pathlib.Path(path).read_bytes()
+    function.source = hashlib.sha256(source).hexdigest()
   function.description = {
     "task": task.__name__.rpartition(".")[2],
     **options,
   }
+  return function
+
+
+def of_functions(specs: Sequence[str], **options: Any) -> Scorer:
+  """Makes the scorer of reward functions, whose processes share the responses.
+
+  Args:
+    specs: see `reward_functions.parse`.
+    **options: of `reward_functions.Functions`.
+
+  Returns:
+    As `scorer`; a score is NaN where no function returns a number.
+
+  Raises:
+    ValueError: as `reward_functions.parse`.
+  """
+  functions = reward_functions.Functions(specs, **options)
+
+  def score(prompts, responses):
+    try:
+      return calls.guard(  # Each call has a limit of its own.
+        lambda: functions.score_batch(prompts, responses),
+        what="--rewards",
+        about=lambda: "",
+      )
+    except (calls.CallError, calls.Ended) as error:
+      calls.tell(error, prompts, responses)
+      raise
+
+  function = divided(score)
+  function.description = functions.description
   return function
 
 

@@ -26,6 +26,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from rljax.storage import paths
+from rljax.storage import calls, locks, paths
 
 Tree = Any
 Workdir = str | os.PathLike[str]
@@ -55,6 +56,7 @@ class Checkpoints:
   Attributes:
     messages: sentences on what was deleted or skipped, in order; they are also
       logged as warnings.
+    unreadable: steps whose checkpoints were set aside, as they are damaged.
   """
 
   def __init__(self, workdir: Workdir, *, keep: int = 2):
@@ -65,17 +67,20 @@ class Checkpoints:
       keep: how many checkpoints stay, the latest ones; >= 1.
 
     Raises:
-      ValueError: if `keep` is not positive.
+      ValueError: if `keep` is not positive, or another process writes there.
     """
     if keep < 1:
       raise ValueError(f"keep must be positive, got {keep}.")
-    self.messages = []
+    self.messages, self.unreadable = [], []
     self._folder = _folder(workdir)
     self._keep = keep
     self._saved = set()
     self._thread = None
     self._failure = None
     if _is_first():
+      with paths.writing(workdir):
+        os.makedirs(workdir, exist_ok=True)
+      self._lock = locks.take(workdir)
       self._clear()
 
   def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
@@ -92,7 +97,7 @@ class Checkpoints:
 
     Raises:
       ValueError: if a leaf is empty or not an array, or `meta` is not JSON.
-      OSError: if the save before this one failed.
+      DiskError: if the save before this one failed, or this one cannot begin.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -107,12 +112,14 @@ class Checkpoints:
     self.wait()
     # Named by its step, so that the leftovers of a kill can be told.
     unfinished = self._folder / f"{step}{_UNFINISHED}"
-    if _is_first():
-      self._folder.mkdir(parents=True, exist_ok=True)
-    with _context():
-      response = ocp.save_checkpointables_async(
-        unfinished, {"state": jax.tree.map(_to_disk, state), "meta": meta}
-      )
+    logging.get_absl_logger().addFilter(_is_ours)
+    with self._writing(step):
+      if _is_first():
+        self._folder.mkdir(parents=True, exist_ok=True)
+      with _context():
+        response = ocp.save_checkpointables_async(
+          unfinished, {"state": jax.tree.map(_to_disk, state), "meta": meta}
+        )
     self._saved.add(step)
     self._thread = threading.Thread(
       target=self._commit, args=(step, unfinished, response, leaves)
@@ -161,7 +168,20 @@ class Checkpoints:
     """Returns the steps of the checkpoints on disk, the earliest first."""
     return _steps(self._folder)
 
-  def forget_after(self, step: int) -> None:
+  def read_meta(self, step: int) -> dict[str, Any] | None:
+    """Returns `meta` of a checkpoint; None if there is none that is whole."""
+    from orbax.checkpoint import v1 as ocp
+
+    self.wait()
+    path, found = self._folder / str(step), None
+    if _is_first() and step in self.all_steps() and _problem(path) is None:
+      found = step
+    if _agree(found) is None:
+      return None
+    with _context():
+      return ocp.load_checkpointables(path, {"meta": None})["meta"]
+
+  def forget_after(self, step: int, *, keep: bool = False) -> None:
     """Deletes the checkpoints of later steps.
 
     A killed run may have saved steps that it is about to repeat, which need not
@@ -169,19 +189,23 @@ class Checkpoints:
 
     Args:
       step: the last one that stays.
+      keep: whether they are renamed instead, as more was lost than by a kill.
     """
     self.wait()
     for later in self.all_steps():
       if later > step:
         self._saved.discard(later)
-        if _is_first():
-          _remove(self._folder / str(later))
+        path = self._folder / str(later)
+        if _is_first() and keep:
+          self._say(f"{path} is now {paths.set_aside(path).name}.")
+        elif _is_first():
+          _remove(path)
 
   def wait(self) -> None:
     """Waits until no save is under way, in any process.
 
     Raises:
-      OSError: if the save failed.
+      DiskError: if the save failed.
     """
     if self._thread is None:
       return
@@ -194,7 +218,17 @@ class Checkpoints:
       multihost_utils.sync_global_devices("rljax checkpoint")
     failure, self._failure = self._failure, None
     if failure is not None:
-      raise OSError(f"a checkpoint could not be saved: {failure}") from failure
+      self._remove_unfinished()  # Orbax may have written on for a while.
+      raise failure
+
+  def check(self) -> None:
+    """Raises what `wait` would, if the save has failed already.
+
+    With several processes it does nothing: they learn of it together.
+    """
+    is_over = self._thread is not None and not self._thread.is_alive()
+    if is_over and jax.process_count() == 1:
+      self.wait()
 
   def close(self) -> None:
     """Waits for the last save."""
@@ -214,25 +248,48 @@ class Checkpoints:
   def _commit(self, step, unfinished, response, leaves):
     """Ends a save, in its thread."""
     try:
-      response.result()
-      if not _is_first():
-        return
-      checksums = {"files": _checksums(unfinished), "leaves": leaves}
-      with open(unfinished / _CHECKSUMS, "w") as file:
-        json.dump(checksums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-      final = self._folder / str(step)
-      if final.exists():
-        _remove(final)
-      os.rename(unfinished, final)
-      # Later steps, of an earlier run in this folder, do not count.
-      done = [old for old in self.all_steps() if old <= step]
-      for old in done[: -self._keep]:
-        _remove(self._folder / str(old))
+      with self._writing(step):
+        self._finish(step, unfinished, response, leaves)
+    except BaseException as error:
+      self._failure = error
+
+  @contextlib.contextmanager
+  def _writing(self, step):
+    """Makes what fails within the block a `DiskError`, and tidies up."""
+    try:
+      yield
     except BaseException as error:
       self._saved.discard(step)
-      self._failure = error
+      self._remove_unfinished()
+      if not isinstance(error, Exception):
+        raise
+      name = f"The checkpoint {self._folder / str(step)}"
+      raise paths.DiskError(name, error) from error
+
+  def _finish(self, step, unfinished, response, leaves):
+    """Waits for the arrays, adds checksums, and renames the folder."""
+    response.result()
+    if not _is_first():
+      return
+    checksums = {"files": _checksums(unfinished), "leaves": leaves}
+    with open(unfinished / _CHECKSUMS, "w") as file:
+      json.dump(checksums, file, indent=1)
+      file.flush()
+      os.fsync(file.fileno())
+    final = self._folder / str(step)
+    if final.exists():
+      _remove(final)
+    os.rename(unfinished, final)
+    # Later steps, of an earlier run in this folder, do not count.
+    done = [old for old in self.all_steps() if old <= step]
+    for old in done[: -self._keep]:
+      _remove(self._folder / str(old))
+
+  def _remove_unfinished(self):
+    """Deletes what a failed save has left, which may be what fills the disk."""
+    if _is_first():
+      for left in self._folder.glob(f"*{_UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
   def _clear(self):
     """Deletes what a killed run left behind."""
@@ -256,10 +313,15 @@ class Checkpoints:
       problem = _problem(path)
       if problem is None:
         return step
-      self._say(f"skipped the checkpoint of step {step}: {problem}.")
       aside = path.with_name(path.name + _UNREADABLE)
-      shutil.rmtree(aside, ignore_errors=True)
+      if aside.exists():
+        paths.set_aside(aside)
       os.rename(path, aside)
+      self.unreadable.append(step)
+      self._say(
+        f"skipped the checkpoint of step {step}: {problem}; it is now "
+        f"{aside.name}."
+      )
     return None
 
   def _compare(self, path, saved, state_like):
@@ -356,8 +418,10 @@ def prepare_workdir(workdir: Workdir) -> None:
     workdir: the folder, which may exist.
 
   Raises:
-    ValueError: if it cannot be made or written to, with the system's reason.
+    ValueError: if it cannot be made or written to, with the system's reason, or
+      is no path of this machine.
   """
+  paths.check_local(workdir, "workdir")
   try:
     os.makedirs(workdir, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir) as file:
@@ -406,13 +470,7 @@ def check_flags(
   path = pathlib.Path(workdir) / "flags.json"
   if not path.exists():
     return
-  try:
-    old = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(
-      f"{path} cannot be read ({error}); delete it if the run is yours, or "
-      "choose another --workdir."
-    ) from error
+  old = read_object(path)
   new = _plain_json(dict(flags), "flags")
   lines = []
   for name in sorted((old.keys() | new.keys()) - set(ignore)):
@@ -432,6 +490,24 @@ def check_flags(
     )
 
 
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Reads a file that holds one JSON object of a run.
+
+  Raises:
+    ValueError: if it holds something else.
+  """
+  try:
+    found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+      raise ValueError("it is no JSON object")
+  except (ValueError, OSError, RecursionError) as error:
+    raise ValueError(
+      f"{path} cannot be read ({error}); delete it if the run is yours, or "
+      "choose another --workdir."
+    ) from error
+  return found
+
+
 def fingerprint(tree: Tree) -> str:
   """Hashes the exact bits of a tree.
 
@@ -440,44 +516,60 @@ def fingerprint(tree: Tree) -> str:
 
   Returns:
     SHA-256, in hexadecimal, of the path, dtype, shape and bytes of every leaf,
-    in the order of the paths.
+    in the order of the paths. A leaf without a value, as a plan has them,
+    counts by path, dtype and shape.
   """
-  leaves = {}
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    leaf = _to_disk(leaf)
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      from jax.experimental import multihost_utils
-
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    leaves[_path(keys)] = np.asarray(leaf)
+  leaves = {
+    _path(keys): leaf
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   digest = hashlib.sha256()
-  for path in sorted(leaves):
+  for path in sorted(leaves):  # One after another: together they may not fit.
     leaf = leaves[path]
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+      leaf = _on_host(leaf)
     digest.update(f"{path} {leaf.dtype.name} {leaf.shape}\n".encode())
-    digest.update(leaf.tobytes())
+    if isinstance(leaf, np.ndarray):
+      digest.update(leaf.tobytes())
   return digest.hexdigest()
 
 
-class Stopped(Exception):
+def _on_host(leaf: Any) -> np.ndarray:
+  """Returns an array that may be spread over several processes."""
+  leaf = _to_disk(leaf)
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    from jax.experimental import multihost_utils
+
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf)
+
+
+class Stopped(calls.Ended):
   """Ends work that a signal has stopped; what it wrote so far is on disk."""
 
 
 class Preemption:
   """Turns the signal that ends a machine into a clean stop.
 
-  Inside the `with` block the first SIGTERM or SIGINT sets `requested`, for the
-  loop to save and stop at the end of the step; a second one raises
-  KeyboardInterrupt at once. The previous handlers return at the end. Only the
-  main thread may enter.
+  Inside the `with` block the first SIGTERM, SIGINT or SIGHUP sets `requested`,
+  for the loop to save and stop at the end of the step; a second one raises
+  KeyboardInterrupt at once. A call of `calls.guard` that goes on for longer is
+  interrupted. The previous handlers return at the end. Only the main thread may
+  enter. A SIGHUP that is ignored, as behind nohup, stays so.
 
   Attributes:
     requested: True once this process was asked to stop.
+    requested_at: by `time.monotonic`; None before.
     exit_status: what to exit with after saving: 0 after SIGTERM, which a
-      scheduler sent; 130 after SIGINT, so that a shell script stops too.
+      scheduler sent, and SIGHUP, of a terminal that was closed; 130 after
+      SIGINT, so that a shell script stops too.
   """
+
+  stopped = Stopped
 
   def __init__(self):
     self.requested = False
+    self.requested_at: float | None = None
     self.exit_status = 0
     self._previous = {}
 
@@ -494,11 +586,19 @@ class Preemption:
     return bool(asked[:, 0].any())
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+      if number == signal.SIGHUP and (
+        signal.getsignal(number) == signal.SIG_IGN
+      ):
+        continue
       self._previous[number] = signal.signal(number, self._handle)
+    if jax.process_count() == 1:  # Several have to end together.
+      calls.CATCHERS.append(self)
     return self
 
   def __exit__(self, *error):
+    if self in calls.CATCHERS:
+      calls.CATCHERS.remove(self)
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
@@ -506,7 +606,7 @@ class Preemption:
     del frame
     if self.requested:
       raise KeyboardInterrupt
-    self.requested = True
+    self.requested, self.requested_at = True, time.monotonic()
     self.exit_status = 130 if number == signal.SIGINT else 0
     logging.warning(
       "%s: stopping at the end of this step; once more to stop at once.",
@@ -516,6 +616,12 @@ class Preemption:
 
 def _is_first():
   return jax.process_index() == 0
+
+
+def _is_ours(record):
+  """Leaves out the tracebacks of Orbax's threads, which raise as well."""
+  is_shown = logging.get_verbosity() >= logging.DEBUG
+  return is_shown or not (record.exc_info and "orbax" in record.pathname)
 
 
 def _agree(step):

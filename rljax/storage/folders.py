@@ -20,6 +20,8 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 
+from rljax.storage import locks, paths
+
 _WHOLE = ".export"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -87,15 +89,21 @@ def replaced(
     The folder that the block writes; files only, or folders of files.
 
   Raises:
-    ValueError: if the target is a file.
+    ValueError: if the target is a file, or no path of this machine, or another
+      process is writing there.
     OSError: if files cannot be written or moved.
   """
+  paths.check_local(directory, "directory")
   directory = pathlib.Path(directory).expanduser()
   if directory.exists() and not directory.is_dir():
     raise ValueError(f"{directory} is a file, and must be a folder.")
   directory = directory.resolve()
   is_new = not directory.exists()
   directory.parent.mkdir(parents=True, exist_ok=True)
+  # Beside it, where its own files are all replaced; a mount point may stand in
+  # a folder that is not ours.
+  may_stand_beside = os.access(directory.parent, os.W_OK)
+  lock = (locks.beside if may_stand_beside else locks.take)(directory)
   _remove_left_over(directory)
   stage = _stage(directory)
   try:
@@ -107,6 +115,7 @@ def replaced(
       _move_in(stage, directory, is_stale, last)
   finally:
     shutil.rmtree(stage, ignore_errors=True)
+    lock.close()
 
 
 def _stage(directory: pathlib.Path) -> pathlib.Path:

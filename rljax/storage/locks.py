@@ -1,17 +1,46 @@
-"""A lock on a folder that one process writes at a time."""
+"""Locks on what one process writes at a time."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import pathlib
 import socket
-from typing import IO
+import weakref
+from typing import IO, Any
 
 _NAME = ".lock"
+_HELD = (errno.EAGAIN, errno.EACCES)
+
+# What this process holds: (process, real path) -> the open file. The kernel
+# gives a lock back when *any* file of its process on the same path is closed,
+# so that there must be one alone.
+_OPEN: weakref.WeakValueDictionary[tuple[int, str], "_File"] = (
+  weakref.WeakValueDictionary()
+)
 
 
-def take(folder: str | os.PathLike[str]) -> IO[str]:
-  """Takes the lock of a folder until the process ends.
+class Lock:
+  """A lock that is held until `close`, or until the process ends."""
+
+  def __init__(self, file: "_File"):
+    """See `take` and `beside`."""
+    self._file: _File | None = file
+
+  def close(self) -> None:
+    """Gives the lock back, unless the process has taken it once more."""
+    self._file = None
+
+  def __enter__(self) -> "Lock":
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self.close()
+
+
+def take(folder: str | os.PathLike[str]) -> Lock:
+  """Takes the lock of a folder, in its file `.lock`.
 
   The kernel gives the lock back when the process is gone, however it ended.
   The same process may take it again.
@@ -20,33 +49,96 @@ def take(folder: str | os.PathLike[str]) -> IO[str]:
     folder: which exists.
 
   Returns:
-    The open file; keep it, for closing it gives the lock back.
+    The lock; keep it, for it is given back when nobody refers to it.
 
   Raises:
     ValueError: if another process has it, naming host and process.
   """
-  path = os.path.join(folder, _NAME)
-  file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+  return _take(os.path.join(folder, _NAME), os.fspath(folder), is_ours=False)
+
+
+def beside(path: str | os.PathLike[str]) -> Lock:
+  """Takes the lock of a file or folder, in the file `.<name>.lock` beside it.
+
+  For what is replaced as a whole, or holds nothing but its content. The file
+  is deleted with the lock.
+
+  Args:
+    path: it need not exist; its folder does.
+
+  Returns:
+    As `take`.
+
+  Raises:
+    ValueError: as `take`.
+  """
+  path = pathlib.Path(os.path.abspath(path))
+  name = os.path.join(path.parent, f".{path.name}{_NAME}")
+  return _take(name, os.fspath(path), is_ours=True)
+
+
+class _File:
+  """An open file that is locked; closed when nobody refers to it."""
+
+  def __init__(self, file: IO[str], path: str, is_ours: bool):
+    self._close = weakref.finalize(
+      self, _give_back, file, path, is_ours, os.getpid()
+    )
+
+
+def _give_back(file: IO[str], path: str, is_ours: bool, owner: int) -> None:
+  if is_ours and os.getpid() == owner:
+    with contextlib.suppress(OSError):
+      os.unlink(path)  # While it is held: the next one finds another file.
+  file.close()
+
+
+def _take(path: str, name: str, *, is_ours: bool) -> Lock:
+  """Locks a file of this path, which stands for `name`."""
+  path = os.path.realpath(path)
+  key = (os.getpid(), path)
+  if (held := _OPEN.get(key)) is not None:
+    return Lock(held)
+  while True:
+    try:
+      file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+      raise ValueError(
+        f"{name} cannot be locked: {error.strerror}; choose a folder that can "
+        "be written to."
+      ) from error
+    _lock(file, name)
+    # Whoever held it may have deleted it in the meantime.
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+        break
+    file.close()
+  with contextlib.suppress(OSError):  # On a disk that is full, it has no name.
+    file.seek(0)
+    file.truncate()
+    json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+    file.flush()
+  held = _OPEN[key] = _File(file, path, is_ours)
+  return Lock(held)
+
+
+def _lock(file: IO[str], name: str) -> None:
+  """Locks an open file, or closes it and says who holds the lock."""
   try:
     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
     file.seek(0)
     holder = {}
-    with contextlib.suppress(ValueError):
-      holder = json.loads(file.read())
+    with contextlib.suppress(ValueError, TypeError, OSError):
+      holder = dict(json.loads(file.read()))
     file.close()
-    if error.errno not in (11, 13):  # EAGAIN, EACCES: held by another.
+    if error.errno not in _HELD:
       raise ValueError(
-        f"{os.fspath(folder)} cannot be locked: {error.strerror}; choose a "
-        "folder on another file system."
+        f"{name} cannot be locked: {error.strerror}; choose a folder on "
+        "another file system."
       ) from error
     raise ValueError(
-      f"{os.fspath(folder)} is being written by process "
-      f"{holder.get('pid', 'unknown')} on {holder.get('host', 'some host')}; "
-      "wait for its end, or choose another folder."
+      f"{name} is being written by process {holder.get('pid', 'unknown')} on "
+      f"{holder.get('host', 'some host')}; wait for its end, or choose another "
+      "folder."
     ) from None
-  file.seek(0)
-  file.truncate()
-  json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-  file.flush()
-  return file

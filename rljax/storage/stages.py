@@ -2,7 +2,8 @@
 
 A stage whose inputs have not changed is not repeated; one that was stopped
 continues, if its writer can; one whose inputs have changed starts over, and its
-old folder is renamed, not deleted. An output that was edited by hand counts as
+old folder is renamed, not deleted. One process makes a stage at a time: a
+second one is told who does. An output that was edited by hand counts as
 changed, for the stages that read it.
 
 Rounds are simpler: each has a folder, and ends once.
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rljax.storage import paths
+from rljax.storage import locks, paths
 
 _INPUTS, _DONE = "inputs.json", "done.json"
 _ROUND = "round.json"
@@ -52,11 +53,14 @@ class Stage:
         see `processes.from_first`.
 
     Raises:
-      ValueError: if the folder holds files that no stage has written.
+      ValueError: if the folder holds files that no stage has written, or
+        another process is making the stage.
     """
+    paths.check_local(workdir, "The folder of stages")
     self.name = name
     self.folder = pathlib.Path(workdir, name)
     self._once = once
+    self._lock: locks.Lock | None = None  # Until it is finished.
     inputs = json.loads(json.dumps(dict(inputs)))
     self.facts: dict[str, Any] | None = once(lambda: self._open(inputs, note))
 
@@ -69,6 +73,7 @@ class Stage:
 
     def write():
       _write(self.folder / _DONE, facts | {"finished_at": time.time()})
+      self._lock = None
       return _read(self.folder / _DONE)
 
     self.facts = self._once(write)
@@ -98,6 +103,12 @@ class Stage:
 
   def _open(self, inputs, note):
     """Finds or makes the folder; returns the facts of a finished stage."""
+    # Several may read one that is finished.
+    if _read(self.folder / _INPUTS) == inputs and _read(self.folder / _DONE):
+      return _read(self.folder / _DONE)
+    with paths.writing(self.folder):
+      self.folder.parent.mkdir(parents=True, exist_ok=True)
+    self._lock = locks.beside(self.folder)
     if self.folder.exists() and set(os.listdir(self.folder)) - {
       f".{_INPUTS}.partial"  # A kill may leave this file.
     }:
@@ -108,27 +119,24 @@ class Stage:
           f"whole {_INPUTS}. Choose another folder."
         )
       if found == inputs:
-        return _read(self.folder / _DONE)
+        facts = _read(self.folder / _DONE)
+        if facts is not None:  # By another one, until just now.
+          self._lock = None
+        return facts
       changed = [
         key
         for key in dict.fromkeys([*found, *inputs])
         if found.get(key) != inputs.get(key)
       ]
-      aside = self._set_aside()
+      aside = paths.set_aside(self.folder)
       note(
         f"{self.name}: {', '.join(changed)} changed; it starts over, and the "
         f"old folder is now {aside}."
       )
-    self.folder.mkdir(parents=True, exist_ok=True)
+    with paths.writing(self.folder):
+      self.folder.mkdir(parents=True, exist_ok=True)
     _write(self.folder / _INPUTS, inputs)
     return None
-
-  def _set_aside(self) -> pathlib.Path:
-    number = 1
-    while (aside := self.folder.with_name(f"{self.name}.old{number}")).exists():
-      number += 1
-    os.replace(self.folder, aside)
-    return aside
 
 
 class Rounds:
@@ -187,12 +195,12 @@ class Rounds:
     return found
 
 
-def discard_unless(
+def set_aside_unless(
   path: str | os.PathLike[str],
   made_of: Mapping[str, Any],
   note: Callable[[str], None] = print,
 ) -> None:
-  """Deletes a file that was made of something else than what is named.
+  """Sets a file aside that was made of something else than what is named.
 
   What a file is made of stands beside it, in `<path>` with the suffix .json,
   before the first line of the file: no line is ever beside another's manifest.
@@ -200,18 +208,33 @@ def discard_unless(
   Args:
     path: the file, which may be absent. Its folder is made.
     made_of: all that its content depends on, as values that `json` can write.
-    note: called with a line if the file is deleted.
+    note: called with a line if the file is set aside.
   """
   path = pathlib.Path(path)
-  manifest = path.with_suffix(".json")
-  made_of = json.loads(json.dumps(made_of))
   if path.exists():
-    if _read(manifest) == made_of:
+    if is_of(path, made_of):
       return
-    note(f"{path} is of another policy or other flags: drawn again.")
-    path.unlink()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  _write(manifest, made_of)
+    aside = paths.set_aside(path)
+    note(
+      f"{path} is of another policy or other flags: drawn again; the old file "
+      f"is now {aside.name}."
+    )
+  describe(path, made_of)
+
+
+def is_of(path: str | os.PathLike[str], made_of: Mapping[str, Any]) -> bool:
+  """Tells whether a file is there, and made of what is named."""
+  path = pathlib.Path(path)
+  made_of = json.loads(json.dumps(made_of))
+  return path.exists() and _read(path.with_suffix(".json")) == made_of
+
+
+def describe(path: str | os.PathLike[str], made_of: Mapping[str, Any]) -> None:
+  """Files what a file is about to be made of, beside it; makes its folder."""
+  path = pathlib.Path(path)
+  with paths.writing(path.parent):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  _write(path.with_suffix(".json"), json.loads(json.dumps(made_of)))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +53,7 @@ _CELLS = (
 # Up to here all problems are shuffled; more are drawn one by one.
 _MAX_SHUFFLED = 2**21
 _SMALLEST_SHARE = 16
+_MAX_REJECTED = 100_000  # Draws without a new prompt.
 # All right texts of up to so many steps are tried; of more, step by step.
 _MAX_TRIED = 3
 
@@ -102,9 +103,11 @@ def prompts(
   else:
     places = iter(rng.permutation(space).tolist())
   found: dict[str, None] = {}  # An ordered set.
+  num_rejected = 0
   while len(found) < num:
     place = next(places, None)
-    if place is None:
+    num_rejected += 1
+    if place is None or num_rejected > _MAX_REJECTED:
       raise ValueError(
         f"There are {len(found)} different {split} prompts of {num_steps} "
         f"steps, but {num} were asked for; more steps give more."
@@ -112,6 +115,7 @@ def prompts(
     prompt = _prompt_at(place, num_steps)
     if _cell(prompt) == f"clean {split}":
       found[prompt] = None
+      num_rejected = 0
   return list(found)
 
 
@@ -158,7 +162,7 @@ def supervised(
     functools.partial(_prompt_at, num_steps=num_steps),
     _draws(streams[0], _space(num_steps)),
   )
-  texts = (text for text in drawn if _cell(text) == f"pretraining {split}")
+  texts = _in_cell(drawn, f"pretraining {split}")
   styles = streams[1].integers(4**num_steps, size=num).tolist()
   return [(text := next(texts), _styled(text, style)) for style in styles]
 
@@ -368,6 +372,21 @@ def _draws(rng: np.random.Generator, space: int) -> Iterator[int]:
   """Draws places of problems for ever, those of all splits."""
   while True:
     yield from rng.integers(space, size=4096).tolist()
+
+
+def _in_cell(prompts: Iterable[str], cell: str) -> Iterator[str]:
+  """Filters prompts; raises ValueError if too many in a row are of others."""
+  num_rejected = 0
+  for prompt in prompts:
+    num_rejected += 1
+    if _cell(prompt) == cell:
+      num_rejected = 0
+      yield prompt
+    elif num_rejected > _MAX_REJECTED:
+      raise ValueError(
+        f"{num_rejected} draws had no prompt of the corpus {cell!r}; more "
+        "steps give more."
+      )
 
 
 def _cell(prompt: str) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from rljax.text import logged
+from rljax.text import forms, logged
 
 _WORD = re.compile(r"\w\w+")
 _NUM_ENOUGH = 5  # Different words of a reply that is long enough.
@@ -92,7 +92,7 @@ def prompts(
       "Prompts of the task diversity need the option data, a file of prompts: "
       "data=FILE."
     )
-  rows, _ = logged.load_prompts(data, split)
+  rows = logged.load_prompts(data, split).rows
   texts = list(dict.fromkeys(_text(row) for row in rows))
   num_rounds = -(-num // len(texts))
   order = [
@@ -136,7 +136,7 @@ def score(
 
 @functools.cache
 def _fitted(name: str) -> TfIdf:
-  rows, _ = logged.load(name)
+  rows = logged.load(name).rows
   return TfIdf(row.candidates[0] for row in rows)
 
 
@@ -155,7 +155,7 @@ def _score(entries: dict[str, float]) -> float:
   return share * _mean(entries)
 
 
-def _text(row: logged.Row) -> str:
+def _text(row: forms.Row) -> str:
   if not isinstance(row.prompt, str):
     raise ValueError(
       f"{row.place}: the prompt is a list of messages; this task needs "

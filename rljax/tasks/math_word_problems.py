@@ -8,8 +8,8 @@ r"""Word problems with a known answer: GSM8K, SVAMP, and problems of MATH.
 
 A response is right if its final answer equals the known one. Numbers are
 compared exactly, by integer arithmetic; anything else (6\times 7, \sqrt{4}) by
-math-verify, in worker processes with limits, because a model's expression may
-take forever: 9^{9^{9^9}}. No text of a model is ever executed.
+math-verify and sympy, in worker processes with limits, because a model's
+expression may take forever: 9^{9^{9^9}}. No text of a model is ever executed.
 
 Sources:
   Cobbe et al. (2021), "Training Verifiers to Solve Math Word Problems": GSM8K.
@@ -21,10 +21,8 @@ Sources:
 
 import collections
 import dataclasses
-import fractions
 import functools
 import hashlib
-import importlib.util
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -33,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
-from rljax.tasks import sandbox
+from rljax.tasks.answers import comparison, extraction, numbers
 from rljax.text import files
 
 SPLITS = ("train", "validation", "test")
@@ -47,17 +45,7 @@ _FILES = {
   "math": ("math_test_short500.jsonl", "math_test.jsonl", "test.jsonl"),
 }
 
-# Bounds on untrusted text. References have at most 1200 characters, their
-# answers at most 12.
-_MAX_READ = 2**14  # Of a response: its end for the answer, its start for steps.
-_MAX_ANSWER = 200
-_MAX_DIGITS = 100
-_MAX_EXPONENT = 100
-
-# Of one verdict by math-verify, which usually takes 1 to 10 ms.
-_SECONDS = 3.0
-_MEMORY = 2**30
-_NUM_WORKERS = 2
+_MAX_STEPS = 2**14  # Characters of a response that are searched for steps.
 _CACHE_SIZE = 2**16
 
 # Verdicts on the cost of an answer, not on the answer.
@@ -82,6 +70,10 @@ class _Problem:
   turn: str  # What precedes the next question, if a model asks one.
   results: tuple[str, ...] | None  # Of the reference's calculator notes.
 
+
+# Bounded blanks: two unbounded runs next to each other take quadratic time.
+_RESULT = re.compile(r"=[ ]{0,4}([-−]?[ ]?(?:\\?[$£€¥₹])?[0-9.][0-9.,/]{0,99})")
+_NOTE = re.compile(r"<<.*?>>")
 
 # Prompt -> problem, for all prompts of `prompts` and `supervised`.
 _PROBLEMS: dict[str, _Problem] = {}
@@ -133,7 +125,7 @@ def prompts(
       there are fewer than `num` rows, the split may not be used so, or
       math-verify is not installed.
   """
-  _require_math_verify()
+  comparison.require_math_verify()
   return [
     prompt
     for prompt, _ in _drawn(
@@ -196,35 +188,19 @@ def score(
 ) -> tuple[float, dict[str, Any]]:
   r"""Scores 1 for the right final answer, else 0.
 
-  How the answer is found: the first rule that finds its mark decides, even if
-  nothing usable follows it (a truncated "#### " has no answer):
-    "hashes": the line after the last "####"; the only rule of "strict". A
-    heading ("#### Step 3: done") is not an answer; nor is a line other than a
-    number if one of the next two marks follows it. "boxed": the braces of the
-    last \boxed{...}. "answer_is": the sentence after the last "answer is" or
-    "answer:", if it has a digit or a backslash. "number": the last word with a
-    digit, if it is a plain number.
-  Of several marks of a kind the last one counts. A reply that begins with the
-  question is read from there on. One that asks the question again, or a next
-  one (in the words before the template's question), is read up to there. Only
-  the last 16384 characters are searched.
+  Three functions decide, each with a table of what it does: where the answer
+  stands (`answers.extraction.extract`: "####", <answer>, \boxed{}, "answer
+  is", else the last number), what it means (`answers.numbers.number`, over
+  `answers.normalisation.normalise`: 1,560.0, 3/4, $5, forty-two) and whether it
+  is the truth (`answers.comparison.compare`). Numbers are compared as exact
+  rationals: 0.333333 is not 1/3. An answer that hedges ("42 or 43", two boxes),
+  or whose words change it ("not 42", "less than 42", "42 dozen", "10 times
+  42"), is none: to accept a wrong answer is worse than to refuse a right one.
 
-  How answers are compared: plain numbers are integers, decimals, a/b, mixed
-  numbers, \frac{a}{b}, 0.\overline{6} and 1e3, of ASCII digits, compared as
-  exact
-  rationals: 1,560 is 1560, 156.0 is 156, 007 is 7, 1/2 is 0.5, but 0.333333 is
-  not 1/3. Commas must stand between groups of three digits. A minus may be
-  U+2212. Currency signs, units ("72 clips", "5 cm^2") and percent signs do not
-  count: 50% is 50, and not 0.5. "3 million" is 3000000. Of several answers ("42
-    or 43", "42, 43", "x=42, y=43") none is taken; nor is a number that words
-    change ("minus 42", "not 42", "42 dozen"), or, where the truth is a number,
-    a sum without its result ("48+24"). 1/0, nan and inf are not numbers, and 5!
-    is an exclamation.
-
-  Other expressions of at most 200 characters are compared by math-verify, with
-  3 seconds and a gigabyte each, and are wrong if that is not enough. So are
-  numbers where the truth is not a number (2^{10}); but a truth in words is
-  compared as text, since math-verify takes a word for a product of letters.
+  Other expressions of at most 200 characters are read by math-verify and
+  compared by sympy, with 3 seconds and a gigabyte each, and are wrong if that
+  is not enough, or not enough for a proof. A truth in words is compared as
+  text.
 
   Args:
     prompt: one of `prompts`, drawn in this process.
@@ -286,7 +262,18 @@ def score_batch(
         "score only knows prompts that this process has drawn by `prompts` or "
         f"`supervised`, got {prompt[-60:]!r}."
       )
-    found, rule, verdict = _read(response, problem, extract == "flexible")
+    is_number = numbers.number(problem.truth) == problem.truth
+    said = extraction.extract(
+      response,
+      question=problem.question,
+      turn=problem.turn,
+      is_strict=extract == "strict",
+      is_number=is_number,
+    )
+    rule = said.rule
+    found, verdict = comparison.compare(problem.truth, said.text, rule or "")
+    if found is None and verdict == "none" and rule in ("number", "line"):
+      rule = None
     if verdict == "unsettled":
       unsettled.setdefault((problem.truth, found), []).append(len(parts))
     is_correct = verdict == "exact" and found == problem.truth
@@ -303,7 +290,7 @@ def score_batch(
       part["step_matches"] = step_matches(problem.results, response)
     parts.append(part)
   if unsettled:
-    verdicts = _verify_all(list(unsettled))
+    verdicts = comparison.verify_all(list(unsettled))
     for (truth, found), (verdict, is_equal) in verdicts.items():
       answer = truth if is_equal else found if verdict == "verified" else None
       for i in unsettled[truth, found]:
@@ -344,566 +331,13 @@ def step_matches(results: Iterable[str], response: str) -> list[bool]:
   """
   left = list(results)
   matches = [False] * (response.count("\n") + 1)
-  for match in _RESULT.finditer(response, 0, _MAX_READ):
-    result = number(match[1])
+  for match in _RESULT.finditer(response, 0, _MAX_STEPS):
+    result = numbers.number(match[1])
     if result in left:
       # Every result of a line is used up, also those that a later line repeats.
       left.remove(result)
       matches[response.count("\n", 0, match.start())] = True
   return matches
-
-
-# Numbers.
-
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-_CURRENCY = r"[$£€¥₹]"
-_PLAIN = re.compile(
-  rf"""
-  (?P<sign>[-+]?)\s*(?:{_CURRENCY}\s*(?P<minus>-?))?
-  (?:
-    (?:(?P<whole>{_INTEGER})\s+)?  # 1 1/2
-    (?P<top>{_INTEGER})\s*/\s*(?P<bottom>{_INTEGER})
-  |
-    (?:(?P<latex_whole>{_INTEGER})\s*)?
-    \\[dt]?frac\s*
-    (?:\{{\s*(?P<latex_minus>-?)\s*(?P<latex_top>{_INTEGER})\s*\}}
-      |(?P<short_top>[0-9]))\s*
-    (?:\{{\s*(?P<latex_bottom>{_INTEGER})\s*\}}|(?P<short_bottom>[0-9]))
-  |
-    (?P<integer>{_INTEGER})?(?:\.(?P<decimals>[0-9]*))?
-    (?:[eE](?P<exponent>[-+]?[0-9]{{1,3}}))?
-  )
-  (?P<unit>.*)
-  """,
-  re.VERBOSE | re.DOTALL,
-)
-_REPEATING = re.compile(
-  r"(-?)([0-9]{1,30})\.([0-9]{0,30})\\overline\s*\{([0-9]{1,30})\}"
-)
-_PLAINEST = re.compile(r" ?\$?(-?[0-9]{1,15})[.,!]? ?")  # Nearly all there are.
-# Bounded blanks: two unbounded runs next to each other take quadratic time.
-_RESULT = re.compile(
-  rf"=[ ]{{0,4}}([-−]?[ ]?(?:\\?{_CURRENCY})?[0-9.][0-9.,/]{{0,99}})"
-)
-_NOTE = re.compile(r"<<.*?>>")
-_STYLED = re.compile(
-  r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\{([^{}]*)\}"
-)
-# Within a number: 1,\!560 and 1\,560.
-_GROUPED = re.compile(r"(?<=,)\\!|\\!(?=,)|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))")
-_SPACE = re.compile(
-  r"(?<!\\)\\[,:;!> ]|~"
-  r"|\\(?:q?quad|en(?:space|skip)|(?:thin|med|thick)space)(?![A-Za-z])"
-  r"|\\[hm]space\*?\s*\{[^{}]*\}"
-)
-_POWER = re.compile(r"(?<=[A-Za-z ])(?:\^\{?[23]\}?|[²³])")
-_DEGREES = re.compile(r"\^\{?\\circ\}?|°")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z .,;:!?'/()-]*")
-_MAGNITUDES = {
-  "hundred": 100,
-  "thousand": 10**3,
-  "million": 10**6,
-  "billion": 10**9,
-  "trillion": 10**12,
-}
-# Words that change the meaning of the number before them,
-_NO_UNITS = frozenset(
-  ["or", "and", "to", "plus", "minus", "half", "pi", "factorial"]
-  + ["dozen", "dozens"]
-)
-# if they directly follow it,
-_CHANGES_BEHIND = (
-  "half",
-  "pi",
-  "factorial",
-  "squared",
-  "cubed",
-  "point",
-  "dozens?",
-  "halves",
-  "thirds",
-  "(?:ten|hundred|thousand|million|billion|trillion)ths?",
-  *(f"{magnitude}s" for magnitude in _MAGNITUDES),
-  "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve",
-  "(?:thir|four|fif|six|seven|eigh|nine)teen",
-  "(?:twen|thir|for|fif|six|seven|eigh|nine)ty",
-)
-_CHANGED_BEHIND = re.compile(rf"(?:{'|'.join(_CHANGES_BEHIND)})", re.IGNORECASE)
-# or of the number after them.
-_CHANGES_BEFORE = frozenset(
-  ["minus", "negative", "not", "never", "or", "point", *_MAGNITUDES]
-  + ["half", "third", "quarter", "double", "triple", "twice"]
-)
-# What may directly follow a digit: 3x is not 3.
-_ATTACHED = re.compile(
-  "am|cm|ft|g|gb|h|hrs?|in|k[bgm]|km?ph|kmh|lbs?|[lms]|mb|mg|mi|mins?|ml|mm|mph|"
-  "nd|oz|pm|rd|sec|sq|st|th|usd|yd"
-)
-_LETTERS = frozenset("aghlms")  # One-letter words: "5 a day", "5 m".
-
-
-@functools.lru_cache(_CACHE_SIZE)
-def number(text: str) -> str | None:
-  """Writes a plain number in its one normal form: "72", "-3", "1/2".
-
-  Args:
-    text: a number, possibly with a currency sign, a unit or markup around it;
-      see `score`.
-
-  Returns:
-    A whole number or a fraction in lowest terms; None if the text is not a
-    number, or has more than 200 characters or 100 digits.
-  """
-  match = _PLAINEST.fullmatch(text)
-  if match:
-    return str(int(match[1]))
-  if len(text) > _MAX_ANSWER:
-    return None
-  text = _bare(text)
-  match = _REPEATING.fullmatch(text)
-  if match:
-    sign, whole, once, often = match.groups()
-    value = fractions.Fraction(
-      int(whole + once + often) - int(whole + once),
-      10 ** len(once) * (10 ** len(often) - 1),
-    )
-    return str(-value if sign else value)
-  match = _PLAIN.fullmatch(text)
-  if not match:
-    return None
-  groups = match.groupdict("")
-  factor = _factor(groups["unit"])
-  value = _value(groups)
-  if factor is None or value is None:
-    return None
-  return str(value * factor)
-
-
-def _value(groups: dict[str, str]) -> fractions.Fraction | None:
-  """Returns the number that `_PLAIN` has matched."""
-  whole = groups["whole"] or groups["latex_whole"]
-  top = groups["top"] or groups["latex_top"] or groups["short_top"]
-  bottom = groups["bottom"] or groups["latex_bottom"] or groups["short_bottom"]
-  integer, decimals = groups["integer"], groups["decimals"]
-  if max(map(len, (whole, top, bottom, integer, decimals))) > _MAX_DIGITS:
-    return None
-  if bottom:
-    denominator = _int(bottom)
-    if not denominator:
-      return None
-    value = fractions.Fraction(_int(top), denominator)
-    if groups["latex_minus"]:
-      value = -value
-    if whole:
-      value += _int(whole)
-  elif integer or decimals:
-    exponent = int(groups["exponent"] or 0)
-    if abs(exponent) > _MAX_EXPONENT:
-      return None
-    value = fractions.Fraction(_int(integer + decimals), 10 ** len(decimals))
-    value *= fractions.Fraction(10) ** exponent
-  else:
-    return None
-  is_negative = (groups["sign"] == "-") != (groups["minus"] == "-")
-  return -value if is_negative else value
-
-
-def _int(text: str) -> int:
-  return int(text.replace(",", ""))
-
-
-def _factor(unit: str) -> int | None:
-  """Returns the factor that the text after a number means: 1 for units."""
-  if not unit.strip(" .,;:!?"):
-    return 1
-  is_attached = unit[0].isalpha()
-  for pattern, by in ((_STYLED, r" \1 "), (_DEGREES, " "), (_POWER, "")):
-    unit = pattern.sub(by, unit)
-  unit = re.sub(rf"\\?%|\\?{_CURRENCY}", " ", unit).strip(" .,;:!?()*")
-  if not unit:
-    return 1
-  if not _WORDS.fullmatch(unit):
-    return None
-  words = re.findall("[a-z]+", unit.lower())
-  if not _NO_UNITS.isdisjoint(words) or _CHANGED_BEHIND.fullmatch(words[0]):
-    return None
-  if not _MAGNITUDES.keys().isdisjoint(words[1:]):  # 42 hundred thousand.
-    return None
-  if len(words[0]) == 1 and words[0] not in _LETTERS:
-    return None
-  if is_attached and not _ATTACHED.fullmatch(words[0]):
-    return None
-  return _MAGNITUDES.get(words[0], 1)
-
-
-def _bare(text: str) -> str:
-  """Strips a text of at most 200 characters of its markup."""
-  text = text.replace("−", "-").replace("{,}", ",")
-  if "\\" in text or "~" in text:
-    text = _GROUPED.sub("", text)
-    text = _SPACE.sub(" ", text)
-    if "\\begin" not in text:  # The rows of a matrix.
-      text = text.replace("\\\\", " ")
-  for old, new in (
-    ("\\$", "$"),
-    ("\\left", ""),
-    ("\\right", ""),
-  ):
-    text = text.replace(old, new)
-  for _ in range(4):
-    before = text
-    text = text.strip(" \t\r\n*_`\"'").lstrip("=:").rstrip(",;:!?.")
-    for opening, closing in (
-      ("$", "$"),
-      ("\\(", "\\)"),
-      ("\\[", "\\]"),
-      ("(", ")"),
-      ("{", "}"),
-    ):
-      inner = text[len(opening) : len(text) - len(closing)]
-      if (
-        len(text) > len(opening) + len(closing)
-        and text.startswith(opening)
-        and text.endswith(closing)
-        and opening not in inner
-        and closing not in inner
-      ):
-        text = inner
-    styled = _STYLED.fullmatch(text)
-    text = styled[1] if styled else text
-    if text == before:
-      break
-  return text
-
-
-# Where the answer stands.
-
-_ANSWER_IS = re.compile(r"answer(?: is|:)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_BLANK = re.compile(r"\s")
-_DIGIT = re.compile("[0-9]")
-_OFFER = re.compile(r"\b(?:or|and)\b", re.IGNORECASE)
-_OPERATORS = frozenset("+-−*/×÷")
-_HEADING = re.compile(
-  r"[\s*_]*(?:[0-9]{1,2}[.:)]\s+[*_]*[A-Za-z]"
-  r"|(?:step|part|case|problem|question|method|example)\s*[0-9])",
-  re.IGNORECASE,
-)
-# "x = 41, y = 42", "x = 41 or x = 42".
-_SEVERAL = re.compile(
-  r"\bor\b|=.*(?:[;&]|,(?![0-9]{3})|\band\b)", re.IGNORECASE
-)
-# Apart from letters: 48+24 and \frac{1}{2} + \frac{1}{2}.
-_ARITHMETIC = re.compile(
-  r"(?:\\(?:[dt]?frac|times|cdot|div)(?![A-Za-z])|[-+*/()0-9.,\s{}$%×÷])*"
-)
-_SUM = re.compile(r"[0-9.,)}$%]\s*[-+]")
-_WORD_TRUTH = re.compile(r"[A-Za-z]{2,}(?:[ ,.']+[A-Za-z]+)*")
-_ALTERNATIVES = frozenset(["or", "and", "&", "either", "maybe", "perhaps", ""])
-_MATHEMATICS = re.compile(r"[-+*/^!|()\\×÷√π]")
-_SPLIT_NUMBER = re.compile(r"[0-9][\s~]+[0-9]")
-_PRODUCT = re.compile(r"(?<=[0-9)])\s*(?=\()")
-# What changes the meaning of a number after it.
-_CONTINUED = re.compile(
-  r"\s*(?:[-+*/^×÷]|\\(?!text|mathrm|mbox|[\])%])"
-  rf"|(?:{'|'.join(_CHANGES_BEHIND)})\b"
-  rf"|(?:{'|'.join(_MAGNITUDES)})\s+(?:{'|'.join(_MAGNITUDES)})\b)",
-  re.IGNORECASE,
-)
-_MAGNITUDE = re.compile(rf"\s+({'|'.join(_MAGNITUDES)})\b", re.IGNORECASE)
-
-
-def _read(
-  response: str, problem: _Problem, is_flexible: bool
-) -> tuple[str | None, str | None, str]:
-  """Returns the answer, the rule that found it, and the verdict so far.
-
-  The verdict is "exact", "none" or "too_long"; or "unsettled" if math-verify
-  must decide.
-  """
-  response = _without_echoes(response, problem)
-  if problem.turn and problem.turn in response:
-    response = f"\n{response}".partition(f"\n{problem.turn}")[0]
-  found, rule, verdict = _found(response, problem.truth, is_flexible)
-  if (
-    verdict == "exact"
-    and found != problem.truth
-    and (
-      number(problem.truth) is None and not _WORD_TRUTH.fullmatch(problem.truth)
-    )
-  ):
-    verdict = "unsettled"  # 1024 may be 2^{10}.
-  return found, rule, verdict
-
-
-def _without_echoes(response: str, problem: _Problem) -> str:
-  """Returns the reply between the question it repeats and the next one."""
-  start = 0
-  while True:
-    place = response.find(problem.question, start)
-    if place < 0:
-      return response[start:]
-    before = response[start:place].strip(" \t\r\n*_>\"'")
-    if before not in ("", problem.turn):
-      return response[start:place]
-    start = place + len(problem.question)
-
-
-def _found(
-  response: str, truth: str, is_flexible: bool
-) -> tuple[str | None, str | None, str]:
-  """See `_read`."""
-  tail = response[-_MAX_READ:]
-  place = tail.rfind("####")
-  if place >= 0:
-    text = tail[place + 4 :].partition("\n")[0]
-    if _PLAINEST.fullmatch(text):  # The most common case.
-      return number(text), "hashes", "exact"
-  box = answer_is = -1
-  if is_flexible:
-    box = tail.rfind("\\boxed")
-    answer_is = max((m.end() for m in _ANSWER_IS.finditer(tail)), default=-1)
-  while place >= 0:
-    text = tail[place + 4 :].partition("\n")[0]
-    is_heading = _HEADING.match(text) is not None or (
-      max(box, answer_is) > place + 4 + len(text)
-      and bool(text.strip())
-      and number(text) is None
-      and _result(text) is None
-    )
-    if not is_heading:
-      return _settled(text, truth, "hashes")
-    place = tail.rfind("####", 0, place)
-  if not is_flexible:
-    return None, None, "none"
-  if box >= 0:
-    return _settled(_braced(tail[box + 6 :]), truth, "boxed")
-  if answer_is >= 0:
-    text = tail[answer_is:].lstrip(" \t\n*_:").partition("\n")[0]
-    text = _SENTENCE_END.split(text, maxsplit=1)[0]
-    if _DIGIT.search(text) or "\\" in text:
-      return _settled(text, truth, "answer_is")
-  found, verdict = _last_number(tail)
-  return found, "number" if verdict != "none" or found else None, verdict
-
-
-def _settled(text: str, truth: str, rule: str) -> tuple[str | None, str, str]:
-  """Reads what follows a mark."""
-  text = text.strip()
-  if len(text) > _MAX_ANSWER:
-    return None, rule, "too_long"
-  found = number(text)
-  if found is not None:
-    return found, rule, "exact"
-  bare = " ".join(_bare(text).split())
-  if bare == truth:
-    return truth, rule, "exact"
-  if "=" not in truth:  # y = 5 is not x = 5.
-    found = _result(text) or _only_number(text)
-    if found is not None:
-      return found, rule, "exact"
-  text = bare
-  is_expression = bool(text) and text.count("{") == text.count("}")
-  if is_expression and _WORD_TRUTH.fullmatch(truth):
-    return text, rule, "exact"
-  if number(truth) is not None:
-    # math-verify reads "42 43" as a mixed number, 85, and prose as a product of
-    # letters.
-    is_expression = (
-      is_expression
-      and (_DIGIT.search(text) is not None or "\\" in text)
-      and not _OFFER.search(text)
-      and not _SEVERAL.search(text)
-      and not _SPLIT_NUMBER.search(text)
-      and not _is_changed(re.findall(r"[A-Za-z']+", text))
-      and not _is_sum(text)
-      and _MATHEMATICS.search(text) is not None
-    )
-  if not is_expression:
-    return None, rule, "none"
-  return text, rule, "unsettled"
-
-
-def _result(text: str) -> str | None:
-  """Returns the number after the last equality sign, if it stands alone."""
-  before, sign, after = text.rpartition("=")
-  if not sign or before.rstrip()[-1:] in tuple("<>!"):
-    return None
-  if _SEVERAL.search(before) or _is_changed(before.split()[-1:]):
-    return None
-  return number(after)
-
-
-def _only_number(text: str) -> str | None:
-  """Returns the number in a few words of prose, if there is only one."""
-  words = text.split()
-  places = [i for i, word in enumerate(words) if _DIGIT.search(word)]
-  if len(places) != 1:
-    return None
-  before, after = words[: places[0]], words[places[0] :]
-  if any(_MATHEMATICS.search(word) or "=" in word for word in before):
-    return None
-  if _is_changed(before):
-    return None
-  return number(" ".join(after))
-
-
-def _is_changed(words: Iterable[str]) -> bool:
-  """Tells whether words change the meaning of a number after them."""
-  for word in words:
-    word = word.strip(".,;:()*").lower()
-    if word in _CHANGES_BEFORE or word.endswith(("n't", "n’t")):
-      return True
-  return False
-
-
-def _is_sum(text: str) -> bool:
-  """Tells whether a text is a sum of plain numbers without its result."""
-  text = _STYLED.sub("", text.rpartition("=")[2])
-  return bool(_SUM.search(text)) and _ARITHMETIC.fullmatch(text) is not None
-
-
-def _braced(text: str) -> str:
-  """Returns what is in the braces that begin a text; "" if they stay open."""
-  text = text[: 2 * _MAX_ANSWER].lstrip()
-  depth = 0
-  for i, character in enumerate(text):
-    depth += (character == "{") - (character == "}")
-    if depth == 0:
-      return text[1:i]  # Empty if the text does not begin with a brace.
-  return text if len(text) > _MAX_ANSWER else ""
-
-
-def _last_number(tail: str) -> tuple[str | None, str]:
-  """Returns the last word with a digit if it is a number, and a verdict."""
-  place = max(tail.rfind(digit) for digit in "0123456789")
-  if place < 0:
-    return None, "none"
-  start = max(tail.rfind(blank, 0, place) for blank in " \n\t") + 1
-  end = _BLANK.search(tail, place)
-  end = end.start() if end else len(tail)
-  word = tail[start:end]
-  if len(word) > _MAX_ANSWER:
-    return None, "too_long"
-  after = tail[end : end + 40].partition("\n")[0]
-  before = tail[max(0, start - _MAX_ANSWER) : start].rpartition("\n")[2].split()
-  if before and before[-1] in _OPERATORS and "=" not in word:
-    return None, "none"  # 10 - 3 has no result.
-  # "half of 42", but not "half of 84 is 42"; nor is a heading an answer.
-  near = before[-2:] if before and before[-1].lower() == "of" else before[-1:]
-  if _is_changed(near) or (before and before[0].startswith("####")):
-    return None, "none"
-  if _CONTINUED.match(after):
-    return None, "none"
-  magnitude = _MAGNITUDE.match(after)
-  if magnitude:
-    word = f"{word} {magnitude[1]}"
-  elif before and "/" in word and before[-1].isdecimal():
-    word = f"{before.pop()} {word}"  # 1 1/2
-  if _is_offered(before):
-    return None, "none"
-  found = number(word) or _result(word)
-  return found, "none" if found is None else "exact"
-
-
-def _is_offered(before: Sequence[str]) -> bool:
-  """Tells whether the words before a number offer several answers."""
-  between = []
-  for word in reversed(before):
-    if _DIGIT.search(word):
-      break
-    between.append(word.strip(".,;:()").lower())
-  else:
-    return False
-  if between:
-    return "or" in between or all(word in _ALTERNATIVES for word in between)
-  # "42, 43", but not "Step 2: 43".
-  return word[-1] == "," or word[-1].isdecimal()
-
-
-# math-verify.
-
-# (truth, text) -> verdict, and whether they are equal. A text that took too
-# long is not tried again, as policies repeat themselves.
-_VERDICTS: dict[tuple[str, str], tuple[str, bool]] = {}
-
-
-def _verify_all(
-  pairs: list[tuple[str, str]],
-) -> dict[tuple[str, str], tuple[str, bool]]:
-  """Returns the verdicts on pairs of a true answer and an expression."""
-  new = [pair for pair in pairs if pair not in _VERDICTS]
-  if len(_VERDICTS) + len(new) > _CACHE_SIZE:
-    _VERDICTS.clear()
-    new = pairs
-  outcomes = _pool().map(new) if new else []
-  for pair, outcome in zip(new, outcomes, strict=True):
-    if outcome.failure is None:
-      verdict = "none" if outcome.value is None else "verified"
-      _VERDICTS[pair] = verdict, bool(outcome.value)
-    else:
-      _VERDICTS[pair] = outcome.failure.partition(":")[0], False
-  return {pair: _VERDICTS[pair] for pair in pairs}
-
-
-@functools.cache
-def _pool() -> sandbox.Pool:
-  _require_math_verify()
-  return sandbox.Pool(
-    f"{__name__}:_verify",
-    setup=f"{__name__}:_warm_up",
-    timeout=_SECONDS,
-    num_workers=_NUM_WORKERS,
-    max_memory_bytes=_MEMORY,
-  )
-
-
-def _require_math_verify() -> None:
-  if importlib.util.find_spec("math_verify") is None:
-    raise ValueError(
-      "Answers other than plain numbers are compared by math-verify, which is "
-      "not installed: pip install math-verify."
-    )
-
-
-# In a worker.
-
-
-def _warm_up() -> None:
-  """Imports and builds what the first verdict needs."""
-  # The pool sets the time limit; math-verify would warn that there is none.
-  import logging as standard_logging
-
-  standard_logging.getLogger("math_verify").setLevel(standard_logging.ERROR)
-  _verify("1/2", r"\frac{\sqrt{4}}{4}")
-
-
-def _verify(truth: str, text: str) -> bool | None:
-  """Tells whether an expression equals the truth; None if it is not one."""
-  import math_verify
-  import sympy
-
-  expression = _parsed(text)
-  if not expression or expression[0].has(sympy.zoo, sympy.nan):  # 1/0, 0/0.
-    return None
-  return math_verify.verify(_parsed(truth), expression, timeout_seconds=None)
-
-
-def _parsed(text: str) -> list[Any]:
-  """Returns at most one sympy expression."""
-  import math_verify
-
-  # Its reader of plain expressions evaluates them in Python; that of LaTeX has
-  # a grammar. Without the dot, 6(7) would be a mixed number.
-  text = _PRODUCT.sub(r"\\cdot ", text)
-  return math_verify.parse(
-    rf"\boxed{{{text}}}",
-    extraction_config=[
-      math_verify.LatexExtractionConfig(boxed_match_priority=0)
-    ],
-    fallback_mode="no_fallback",
-    parsing_timeout=None,
-  )
 
 
 # Data.
@@ -1046,19 +480,31 @@ def _rows(dataset: str, data: str, split: str) -> tuple[_Row, ...]:
       rows.append(read(row))
     except (AttributeError, TypeError, ValueError) as error:
       raise ValueError(f"{name}, row {i + 1}: {error}") from error
-  return tuple(rows)
+  # A question that stands twice would be drawn twice, and on two sides of a
+  # split.
+  distinct = {}
+  for row in rows:
+    distinct.setdefault((row.question, str(row.truth)), row)
+  if len(distinct) < len(rows):
+    logging.warning(
+      "%s: %d of %d questions stand there already, and are left out.",
+      name,
+      len(rows) - len(distinct),
+      len(rows),
+    )
+  return tuple(distinct.values())
 
 
 def _gsm8k_row(row: dict[str, Any]) -> _Row:
   solution, mark, answer = row["answer"].rpartition("####")
-  truth = number(answer.strip())
+  truth = numbers.number(answer.strip())
   if not mark or truth is None:
     raise ValueError(f'expected "#### <number>", got {row["answer"][-60:]!r}.')
   return _Row(row["question"].strip(), truth, row["answer"].strip())
 
 
 def _svamp_row(row: dict[str, Any]) -> _Row:
-  truth = number(str(row["Answer"]))
+  truth = numbers.number(str(row["Answer"]))
   if truth is None:
     raise ValueError(f"Answer must be a number, got {row['Answer']!r}.")
   question = f"{row['Body'].strip()} {row['Question'].strip()}"
@@ -1069,8 +515,8 @@ def _math_row(row: dict[str, Any]) -> _Row:
   answer = row.get("answer")
   if answer is None:
     _, mark, rest = row["solution"].rpartition("\\boxed")
-    answer = _braced(rest) if mark else ""
-  truth = number(answer) or " ".join(_bare(answer).split())
+    answer = extraction.braced(rest) if mark else ""
+  truth = comparison.true_answer(answer)
   if not truth:
     raise ValueError(f"no answer in {row['solution'][-60:]!r}.")
   return _Row(row["problem"].strip(), truth, row["solution"])
@@ -1085,6 +531,7 @@ def _written(row: _Row, notes: str) -> str:
 def _results(solution: str) -> tuple[str, ...]:
   """Returns the results of a solution's calculator notes, in order."""
   found = (
-    number(note[2:-2].rpartition("=")[2]) for note in _NOTE.findall(solution)
+    numbers.number(note[2:-2].rpartition("=")[2])
+    for note in _NOTE.findall(solution)
   )
   return tuple(result for result in found if result is not None)

@@ -119,11 +119,14 @@ def prompts(
           break
   else:
     # At most half of the split is drawn: few draws repeat.
-    candidates = _candidates(rng, num_terms, max_term)
-    while len(found) < num:
-      terms = next(candidates)
-      if _cell(terms) == name:
+    num_rejected = 0
+    for terms in _candidates(rng, num_terms, max_term):
+      if len(found) == num or num_rejected > _MAX_REJECTED:
+        break
+      num_rejected += 1
+      if _cell(terms) == name and terms not in found:
         found[terms] = None
+        num_rejected = 0
   if len(found) < num:
     raise ValueError(
       f"There are {len(found)} different {split} prompts of {num_terms} terms "

@@ -9,11 +9,21 @@ returns for every call its value or why there is none:
       print(outcome.value, outcome.failure)  # 6 None, then None timeout
 
 A worker serves many calls; it is killed and replaced when a call runs out of
-time or memory, or ends the process. A call is not blamed for the memory of
-earlier ones: if it runs out of memory or dies in a worker that has served
-others, it is made once more, in a new worker. Workers are new interpreters,
-never forks: a fork of a process that runs jax may hang. They import only the
-function's module, not the script that made the pool. POSIX systems only.
+time or memory, or ends the process. A call is not blamed for what earlier ones
+left: if it runs out of memory, dies or has a bad reply in a worker that has
+served others, it is made once more, in a new worker. Workers are new
+interpreters, never forks: a fork of a process that runs jax may hang. They
+import only the function's module, not the script that made the pool. POSIX
+systems only.
+
+Arguments and values travel as JSON: nothing that a worker sends is executed
+here, whatever has become of it. A reply that is not JSON, that is cut or too
+large, or that answers another call, is a failure of its call.
+
+For each worker waits a shell that reads a pipe of this process. When this
+process ends, however that happens, the pipe closes, and the shell kills the
+worker with its children, also in the midst of an operation that no thread of
+the worker's could interrupt.
 """
 
 import collections
@@ -23,7 +33,6 @@ import importlib
 import json
 import math
 import os
-import pickle
 import resource
 import signal
 import socket
@@ -38,6 +47,7 @@ from multiprocessing import connection
 from typing import Any
 
 _SIZE = struct.Struct(">Q")  # In front of every message.
+_MAX_BYTES = 2**26  # Of a message.
 _POLL_SECONDS = 0.25
 _MAX_CHARACTERS = 200  # Of an error's message.
 # The parent's search path, then this module, which may not be installed.
@@ -46,6 +56,9 @@ _PROGRAM = (
   "sys.path[:] = settings.pop('path'); from rljax.tasks import sandbox; "
   "sandbox._serve(**settings)"
 )
+# Waits for the end of its input, which only the parent can write to, and kills
+# the group of a worker.
+_GUARD = 'read -r line; kill -s KILL -- "-$1"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +70,8 @@ class Outcome:
     failure: None, or why there is no value: "timeout", "memory", "died" (the
       process ended: a crash, `os._exit`, the system's memory killer), or
       "error: " and an exception's type and message; `sys.exit` is an "error:
-      SystemExit". A call has run out of "memory" even if the function caught
+      SystemExit", and a reply that cannot be read an "error: BadReply". A call
+      has run out of "memory" even if the function caught
       the MemoryError: its value would depend on the memory left.
   """
 
@@ -69,11 +83,11 @@ class Pool:
   """Calls one function in worker processes with limits.
 
   Workers start at the first `map`, live until `close` (or the end of the `with`
-  block, of the pool or of the program) and end by themselves within a second if
-  this process is killed. A Ctrl-C only reaches this process, and stops the
-  calls under way; workers ignore the SIGTERM that a scheduler sends to all
-  processes of a job. Threads may share a pool; their calls of `map` wait for
-  each other.
+  block, of the pool or of the program) and end with their children within a
+  second if this process is killed. A Ctrl-C only reaches this process, and
+  stops the calls under way; workers ignore the SIGTERM that a scheduler sends
+  to all processes of a job. Threads may share a pool; their calls of `map`
+  wait for each other.
   """
 
   def __init__(
@@ -81,7 +95,8 @@ class Pool:
     function: str | Callable[..., Any],
     *,
     timeout: float,
-    setup: str | Callable[[], Any] | None = None,
+    setup: str | Callable[..., Any] | None = None,
+    setup_arguments: Sequence[str] = (),
     num_workers: int = 1,
     max_memory_bytes: int | None = 2**30,
     start_timeout: float = 120.0,
@@ -90,12 +105,13 @@ class Pool:
 
     Args:
       function: "module:function", or a function at the top level of a module
-        other than the running script. Arguments and values are pickled;
-        return plain values, so that this process need not import what the
-        function uses.
+        other than the running script. Arguments and values are what JSON
+        holds, and numpy's numbers and arrays, which arrive as Python's; a tuple
+        arrives as a list.
       timeout: wall-clock seconds that a call may take; > 0.
       setup: called once in a new worker, outside the limits, to import or warm
         up what the first call needs.
+      setup_arguments: texts that it is called with.
       num_workers: calls at the same time.
       max_memory_bytes: address space that a worker may take beyond what it
         has after `setup`, where the system knows such a limit; or None.
@@ -118,6 +134,7 @@ class Pool:
     self._settings = {
       "function": _name(function),
       "setup": None if setup is None else _name(setup),
+      "setup_arguments": list(setup_arguments),
       # Several threads may use several seconds of processor time per second.
       "max_seconds": timeout * (os.cpu_count() or 1) + 1,
       "max_memory_bytes": max_memory_bytes,
@@ -141,8 +158,8 @@ class Pool:
       RuntimeError: if no worker can start, with the last one's error. A pool
         whose workers have started before tries twice, and goes on with those
         that live.
-      pickle.PicklingError, TypeError or AttributeError: if an item cannot be
-        pickled.
+      TypeError or ValueError: if an item is nothing that JSON holds, or is too
+        large.
     """
     with self._lock:
       try:
@@ -221,7 +238,7 @@ class Pool:
               f"{outcome.failure}."
             )
           continue
-        if outcome.failure in ("timeout", "memory", "died"):
+        if worker.is_broken or outcome.failure in ("timeout", "memory", "died"):
           self._drop(worker)
           if (
             outcome.failure != "timeout"
@@ -271,7 +288,17 @@ class _Worker:
       )
     finally:
       theirs.close()
+    self._guard = None
+    with contextlib.suppress(OSError):  # Without a shell, `_watch` is left.
+      self._guard = subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD, "guard", str(self._process.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+      )
     self.is_idle = False
+    self.is_broken = False  # What it sends cannot be understood.
     self.item: int | None = None
     self.reserved = reserved  # The item to begin with.
     self.num_given = 0
@@ -279,7 +306,7 @@ class _Worker:
 
   def give(self, index: int, arguments: tuple, timeout: float) -> bool:
     """Starts a call; returns False if the worker is gone."""
-    message = pickle.dumps(arguments)
+    message = _encode([self.num_given + 1, *arguments])
     # An idle worker sends nothing: if something can be read, it has ended.
     if connection.wait([self.channel], 0):
       return False
@@ -299,13 +326,14 @@ class _Worker:
     # A long answer may take a second more.
     deadline = max(self.deadline, time.monotonic() + 1.0)
     try:
-      return Outcome(*pickle.loads(_receive(self.channel, deadline)))
+      return _outcome(_receive(self.channel, deadline), self.num_given)
     except TimeoutError:
       return Outcome(failure="timeout")
     except (EOFError, OSError):
       return Outcome(failure="died")
-    except Exception as error:  # The value cannot be unpickled here.
-      return Outcome(failure=_describe(error))
+    except Exception as error:  # Also one that is nested too deeply.
+      self.is_broken = True
+      return Outcome(failure=_describe(BadReply(error)))
 
   def kill(self) -> None:
     # Until `wait` the id of a dead process is not given to another one.
@@ -314,8 +342,27 @@ class _Worker:
         os.killpg(self._process.pid, signal.SIGKILL)
       except (ProcessLookupError, PermissionError):
         self._process.kill()
+    if self._guard is not None:
+      self._guard.kill()
+      self._guard.wait()
+      self._guard.stdin.close()
     self._process.wait()
     self.channel.close()
+
+
+class BadReply(Exception):
+  """A worker has sent something that is no answer to its call."""
+
+
+def _outcome(message: bytes, number: int) -> Outcome:
+  """Reads a reply to the call of this number."""
+  found = json.loads(message.decode("ascii"))
+  if not isinstance(found, list) or len(found) != 3 or found[0] != number:
+    raise ValueError("it answers no call that was made")
+  _, value, failure = found
+  if failure is not None and not isinstance(failure, str):
+    raise ValueError("its failure is no text")
+  return Outcome(value, failure)
 
 
 def _stop(workers: list[_Worker], owner: int) -> None:
@@ -346,6 +393,7 @@ def _name(function: str | Callable[..., Any]) -> str:
 def _serve(
   function: str,
   setup: str | None,
+  setup_arguments: Sequence[str],
   max_seconds: float,
   max_memory_bytes: int | None,
   parent: int,
@@ -359,18 +407,20 @@ def _serve(
   try:
     call = _find(function)
     if setup is not None:
-      _find(setup)()
+      _find(setup)(*setup_arguments)
     peak_of_exhausted = _limit_memory(max_memory_bytes)
     errors = _MemoryErrors()
   except BaseException as error:
-    _reply(pipe, (None, _describe(error)))
+    _reply(pipe, 0, failure=_describe(error))
     os._exit(1)
-  _reply(pipe, (None, None))
+  _reply(pipe, 0)
+  number = 0
   while True:
+    number += 1
     try:
       message = _receive(pipe)
     except MemoryError:
-      _reply(pipe, (None, "memory"))
+      _reply(pipe, number, failure="memory")
       continue  # To be killed.
     except (EOFError, OSError):
       os._exit(0)  # Also if the function has left threads behind.
@@ -378,21 +428,23 @@ def _serve(
     reply = _answer(call, message, errors)
     # Also if the function caught the error, or C code continued without memory.
     if errors.num or _peak_bytes() > peak_of_exhausted:
-      reply = None, "memory"
-    _reply(pipe, reply)
+      reply = [number, None, "memory"]
+    _send(pipe, reply if isinstance(reply, bytes) else _encode(reply))
 
 
 def _answer(
   call: Callable[..., Any], message: bytes, errors: "_MemoryErrors"
-) -> tuple | bytes:
+) -> list | bytes:
+  number = None
   try:
+    number, *arguments = json.loads(message)
     with errors:
-      value = call(*pickle.loads(message))
-    return pickle.dumps((value, None))
+      value = call(*arguments)
+    return _encode([number, value, None])
   except MemoryError:
-    return None, "memory"
+    return [number, None, "memory"]
   except BaseException as error:
-    return None, _describe(error)
+    return [number, None, _describe(error)]
 
 
 class _MemoryErrors:
@@ -437,8 +489,31 @@ def _describe(error: BaseException) -> str:
   return f"error: {type(error).__name__}: {text}".removesuffix(": ")
 
 
-def _reply(pipe: socket.socket, reply: tuple | bytes) -> None:
-  message = reply if isinstance(reply, bytes) else pickle.dumps(reply)
+def _encode(value: Any) -> bytes:
+  """Writes a message as ASCII; raises for what JSON does not hold."""
+  message = json.dumps(value, default=_plain).encode("ascii")
+  if len(message) > _MAX_BYTES:
+    raise ValueError(
+      f"a message has {len(message)} bytes, and at most {_MAX_BYTES} may pass"
+    )
+  return message
+
+
+def _plain(value: Any) -> Any:
+  """Turns numpy's numbers and arrays into Python's."""
+  if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+    return value.tolist()
+  raise TypeError(f"{type(value).__name__} is nothing that JSON holds")
+
+
+def _reply(
+  pipe: socket.socket, number: int, failure: str | None = None
+) -> None:
+  """Answers a call, or says that the worker is there, without a value."""
+  _send(pipe, _encode([number, None, failure]))
+
+
+def _send(pipe: socket.socket, message: bytes) -> None:
   try:
     pipe.sendall(_SIZE.pack(len(message)))
     pipe.sendall(message)
@@ -448,6 +523,8 @@ def _reply(pipe: socket.socket, reply: tuple | bytes) -> None:
 
 def _receive(pipe: socket.socket, deadline: float | None = None) -> bytes:
   (size,) = _SIZE.unpack(_read(pipe, _SIZE.size, deadline))
+  if size > _MAX_BYTES:
+    raise ValueError(f"it says that it has {size} bytes")
   return bytes(_read(pipe, size, deadline))
 
 

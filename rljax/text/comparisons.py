@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rljax.text import logged
+from rljax.text import batches, forms, logged
 
 
 class Comparisons(NamedTuple):
@@ -22,6 +22,29 @@ class Comparisons(NamedTuple):
   ranks: np.ndarray
   notes: list[str]
 
+  def split(
+    self, is_held_out: np.ndarray
+  ) -> tuple["Comparisons", "Comparisons"]:
+    """Returns the comparisons of rows to learn from, and of held-out rows.
+
+    Args:
+      is_held_out: `[N]` bool, of all rows.
+
+    Raises:
+      ValueError: if some rows are held out, and none can be compared.
+    """
+    apart = is_held_out[self.rows]
+    if is_held_out.any() and not apart.any():
+      raise ValueError(
+        f"None of the {is_held_out.sum()} held-out rows can be compared: give "
+        "a larger --eval_share, or --eval_data."
+      )
+    left, held_out = (
+      self._replace(rows=self.rows[x], ranks=self.ranks[x])
+      for x in (~apart, apart)
+    )
+    return left, held_out
+
   def check_batch(self, batch_size: int) -> None:
     """Raises ValueError if there are fewer than a batch."""
     if batch_size > len(self.rows):
@@ -30,14 +53,18 @@ class Comparisons(NamedTuple):
         "that can be compared."
       )
 
+  def draw(self, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Returns the numbers of a step's comparisons, see `batch_indices`."""
+    return batches.batch_indices(len(self.rows), batch_size, step, seed=seed)
+
 
 def ranked(
-  rows: Sequence[logged.Row],
+  rows: Sequence[forms.Row],
   rewards: np.ndarray | None = None,
   *,
   all_replies: bool = False,
 ) -> Comparisons:
-  """Ranks the replies of each row.
+  """Ranks the replies of each row, but for those that hold one reply twice.
 
   Args:
     rows: N logged rows of up to C candidates; those with fewer than two are
@@ -50,7 +77,7 @@ def ranked(
   Raises:
     ValueError: if nothing is left.
   """
-  compared, ranks, few, tied = [], [], [], []
+  compared, ranks, few, tied, same = [], [], [], [], []
   most = max(len(row.candidates) for row in rows)
   for i, row in enumerate(rows):
     candidates = list(range(len(row.candidates)))
@@ -67,6 +94,9 @@ def ranked(
       if rewards is not None and np.ptp(rewards[i, candidates]) == 0:
         tied.append(row.place)
         continue
+      if len({row.candidates[k] for k in candidates}) < 2:
+        same.append(row.place)
+        continue
     compared.append(i)
     ranks.append(candidates)
   left_out = [
@@ -75,6 +105,7 @@ def ranked(
     for places, what in (
       (few, "fewer than two replies"),
       (tied, "replies of equal reward"),
+      (same, "one reply twice"),
     )
     if places
   ]
@@ -85,7 +116,7 @@ def ranked(
 
 
 def singles(
-  rows: Sequence[logged.Row], rewards: np.ndarray, threshold: float
+  rows: Sequence[forms.Row], rewards: np.ndarray, threshold: float
 ) -> Comparisons:
   """Takes every reply by itself, a good or a bad one: K = 1.
 
@@ -105,3 +136,25 @@ def singles(
       f"The threshold of {threshold} makes all replies alike: {note}"
     )
   return Comparisons(compared, candidates[:, None], [note])
+
+
+def others(
+  rows: Sequence[forms.Row], drawn: np.ndarray, batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """Puts behind each prompt the replies of the next one, if it is another.
+
+  Args:
+    rows: N logged rows.
+    drawn: `[B]` int, those of the batch.
+    batch: with `response_ids` and `response_mask`, `[B, K, T]`.
+
+  Returns:
+    `other_ids` and `other_mask`, `[B, K, T]`.
+  """
+  following = np.roll(np.arange(len(drawn)), -1)
+  asked = np.array([rows[i].prompt for i in drawn], object)
+  is_other = (asked != asked[following])[:, None, None]
+  return {
+    "other_ids": batch["response_ids"][following],
+    "other_mask": batch["response_mask"][following] & is_other,
+  }

@@ -1,9 +1,17 @@
-"""Reads and writes rows: JSON lines, JSON, folders of splits, tfds."""
+"""Reads and writes rows: files, folders of splits, tfds and the hub.
 
+Files are read row by row: one that is larger than memory is read as far as its
+rows are asked for. What the rows hold is the business of `forms`.
+"""
+
+import csv
 import gzip
+import io
 import json
 import os
 import pathlib
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +19,29 @@ import numpy as np
 from absl import logging
 
 from rljax.storage import paths
+from rljax.text import asked
 
 Row = dict[str, Any]
+
+# Endings of files, in the order in which a folder is searched for a split.
+ENDINGS = (
+  *(".jsonl", ".jsonl.gz", ".json", ".json.gz"),
+  *(".csv", ".csv.gz", ".parquet"),
+)
+# What a message says of names that can be read.
+NAMES = (
+  "a .jsonl, .json, .csv or .parquet file (all but the last possibly with "
+  ".gz), a folder with such a file for each split, tfds:<name> or hub:<name>"
+)
+# Cells of a .csv file that hold numbers or truth values, and those that may
+# hold a list or messages as JSON; all others are texts as they stand.
+_NUMBERS = frozenset(
+  {"reward", "value", "advantage", "label", "finished", "score", "rating"}
+)
+_LISTS = frozenset(
+  {"prompt", "completion", "chosen", "rejected", "messages", "conversations"}
+  | {"candidates", "rewards", "response_ids", "values", "steps"}
+)
 
 
 def read_jsonl(
@@ -39,7 +68,7 @@ def read_jsonl(
   """
   return [
     _checked(_raised(row), place, required, optional)
-    for place, row in _placed_lines(path)
+    for place, row in placed_lines(path)
   ]
 
 
@@ -51,6 +80,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
       in `.gz` is packed.
     rows: mappings of JSON values and numpy scalars or arrays.
   """
+  paths.check_local(path, "The path")
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   content = "".join(map(_json_line, rows)).encode("utf-8")
@@ -69,12 +99,13 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
     path: uncompressed file to add to.
     rows: as for `write_jsonl`.
   """
+  paths.check_local(path, "The path")
   path = pathlib.Path(path)
   if path.suffix == ".gz":
     raise ValueError(f"append_jsonl writes uncompressed files, got {path}.")
   path.parent.mkdir(parents=True, exist_ok=True)
   content = "".join(map(_json_line, rows)).encode("utf-8")
-  with path.open("a+b") as file:
+  with paths.writing(path), path.open("a+b") as file:
     end = file.seek(0, os.SEEK_END)
     if end and _last_byte(file) != b"\n":
       file.seek(0)
@@ -84,6 +115,15 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
     file.write(content)
 
 
+def keep_aside(path: str | os.PathLike) -> str:
+  """Keeps a file that is about to be replaced under another name.
+
+  Returns:
+    Where it is kept.
+  """
+  return os.fspath(paths.keep_copy(path))
+
+
 def load_rows(
   name: str,
   split: str,
@@ -91,17 +131,24 @@ def load_rows(
   data_dir: str | os.PathLike | None = None,
   required: Sequence[str] = (),
 ) -> list[Row]:
-  """Loads the rows of a data set from a file, a folder or tfds.
+  """Loads the rows of a data set from a file, a folder, tfds or the hub.
 
   Args:
     name: one of
-      a `.jsonl` or `.json` file, possibly ending in `.gz` (a `.json` file
-      holds one list of objects); "{split}" in its name is replaced, and
+      a `.jsonl`, `.json`, `.csv` or `.parquet` file, all but the last possibly
+      ending in `.gz` (a `.json` file holds one list of objects, or an object a
+      line; the cells of a `.csv` file are texts, but for the columns of numbers
+      and lists that `forms` knows); "{split}" in its name is replaced, and
       without it the whole file is the split;
-      a folder with a file named after the split;
+      a folder with a file named after the split, or with its shards
+      (`train-00000-of-00002.parquet`, in the folder or in its `data`), or one
+      that `save_to_disk` of `datasets` has written;
       "tfds:<name>", a tensorflow-datasets data set that was prepared with
-      `file_format="array_record"`. Nothing is downloaded.
-    split: such as "train"; tfds also understands "train[:10%]".
+      `file_format="array_record"`, of which nothing is downloaded;
+      "hub:<name>", "hub:<name>:<configuration>" or either with "@<revision>"
+      behind it, a data set of the Hugging Face hub, or a local folder of its
+      layout, which `datasets` loads.
+    split: such as "train"; tfds and the hub also understand "train[:10%]".
     data_dir: folder that relative paths start from; for tfds its data folder.
     required: fields that every row must have.
 
@@ -139,54 +186,101 @@ def load_placed_rows(
   if name.startswith("tfds:"):
     yield from _placed_tfds(name.removeprefix("tfds:"), split, data_dir)
     return
+  if name.startswith("hub:"):
+    yield from _placed_hub(name.removeprefix("hub:"), split, data_dir)
+    return
+  paths.check_local(name, "The file of rows")
   path = pathlib.Path(data_dir or "") / name.replace("{split}", split)
-  if path.is_dir():
-    endings = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-    candidates = [path / f"{split}{ending}" for ending in endings]
-    found = [file for file in candidates if file.is_file()]
-    if not found:
-      raise ValueError(
-        f"{path}: no file for split {split!r} (looked for "
-        f"{', '.join(file.name for file in candidates)})."
-      )
-    path = found[0]
-  if not path.is_file():
-    raise ValueError(f"{path}: no such file or folder.")
-  stem = path.name.removesuffix(".gz")
-  if stem.endswith(".jsonl"):
-    yield from _placed_lines(path)
-  elif stem.endswith(".json"):
-    yield from _placed_items(path)
-  else:
-    raise ValueError(f"{path}: expected .jsonl or .json, possibly with .gz.")
+  if not path.exists():
+    raise ValueError(
+      f"{path}: no such file or folder. Data is {NAMES}; hub:{name} would be "
+      "looked for on the hub."
+    )
+  if path.is_dir() and any(
+    (path / mark).is_file() for mark in ("dataset_dict.json", "state.json")
+  ):
+    yield from _placed_saved(path, split)
+    return
+  for file in _files_of_split(path, split) if path.is_dir() else [path]:
+    yield from _reader(file)(file)
 
 
 # Helpers.
 
 
-def _read_bytes(path: str | os.PathLike) -> bytes:
-  """Reads a file, unpacked if its name ends in `.gz`."""
-  content = pathlib.Path(path).read_bytes()
-  if not str(path).endswith(".gz"):
-    return content
+def _files_of_split(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+  """Returns the file of a split in a folder, or its shards in order."""
+  candidates = [folder / f"{split}{ending}" for ending in ENDINGS]
+  for file in candidates:
+    if file.is_file():
+      return [file]
+  for place in (folder, folder / "data"):
+    for ending in ENDINGS:
+      if shards := sorted(place.glob(f"{split}-*{ending}")):
+        return shards
+  there = sorted(file.name for file in folder.iterdir())
+  raise ValueError(
+    f"{folder}: no file for split {split!r} (looked for "
+    f"{', '.join(file.name for file in candidates)} and {split}-*.parquet; "
+    f"there are {', '.join(there[:8]) or 'no files'}"
+    f"{', ...' if len(there) > 8 else ''})."
+  )
+
+
+def _reader(path: pathlib.Path):
+  """Returns the function that reads a file, by its ending."""
+  stem = path.name.removesuffix(".gz")
+  for ending, read in (
+    (".jsonl", placed_lines),
+    (".json", _placed_items),
+    (".csv", _placed_cells),
+    (".parquet", _placed_records),
+  ):
+    if stem.endswith(ending) and not (
+      ending == ".parquet" and path.name.endswith(".gz")
+    ):
+      return read
+  raise ValueError(
+    f"{path}: the ending says nothing of what is in it; expected .jsonl, "
+    ".json or .csv, possibly with .gz, or .parquet."
+  )
+
+
+def _opened(path: str | os.PathLike) -> io.BufferedIOBase:
+  """Opens a file to read bytes, unpacked if its name ends in `.gz`."""
+  return (gzip.open if str(path).endswith(".gz") else open)(path, "rb")
+
+
+def _byte_lines(path: str | os.PathLike) -> Iterator[bytes]:
+  """Yields the lines of a file, the first without a byte order mark.
+
+  Raises:
+    ValueError: if it is to be unpacked, and is damaged.
+  """
   try:
-    return gzip.decompress(content)
-  except (OSError, EOFError) as error:
+    with _opened(path) as file:
+      for number, line in enumerate(file):
+        yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise ValueError(f"{path}: not a gzip file ({error}).") from error
 
 
-def _placed_lines(
+def placed_lines(
   path: str | os.PathLike,
 ) -> Iterator[tuple[str, Row | ValueError]]:
-  """Yields the rows of a .jsonl file, see `load_placed_rows`."""
+  """Yields the rows of a file of JSON lines, as `load_placed_rows` does.
+
+  Args:
+    path: the file; a name ending in `.gz` is unpacked.
+  """
   place = None
-  for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+  for number, line in enumerate(_byte_lines(path), start=1):
     if not line.strip():
       continue
     place = f"{path}:{number}"
     try:
       row = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # Bad UTF-8 as well as bad JSON.
+    except (ValueError, RecursionError) as error:  # Also bad UTF-8, and depth.
       yield place, ValueError(f"{place}: not JSON ({error}).")
     else:
       yield place, _object(row, place)
@@ -198,9 +292,14 @@ def _placed_items(
   path: pathlib.Path,
 ) -> Iterator[tuple[str, Row | ValueError]]:
   """Yields the rows of a .json file, see `load_placed_rows`."""
+  lines = list(_byte_lines(path))
   try:
-    rows = json.loads(_read_bytes(path).decode("utf-8"))
-  except ValueError as error:
+    rows = json.loads(b"".join(lines).decode("utf-8"))
+  except (ValueError, RecursionError) as error:
+    # Others call a file of JSON lines so.
+    if lines and lines[0].strip().endswith(b"}"):
+      yield from placed_lines(path)
+      return
     raise ValueError(f"{path}: not JSON ({error}).") from error
   if not isinstance(rows, list):
     raise ValueError(f"{path}: expected a list of JSON objects.")
@@ -208,6 +307,80 @@ def _placed_items(
     raise ValueError(f"{path}: no rows.")
   for i, row in enumerate(rows):
     yield f"{path}, row {i}", _object(row, f"{path}, row {i}")
+
+
+def _placed_cells(
+  path: pathlib.Path,
+) -> Iterator[tuple[str, Row | ValueError]]:
+  """Yields the rows of a .csv file, see `load_placed_rows`."""
+  csv.field_size_limit(sys.maxsize)  # Of a cell; a reply may be long.
+  number = None
+  try:
+    with io.TextIOWrapper(_opened(path), "utf-8-sig", newline="") as file:
+      for number, row in enumerate(csv.DictReader(file)):
+        place = f"{path}, row {number}"
+        if None in row:
+          yield place, ValueError(f"{place}: more cells than columns.")
+          continue
+        # An empty cell is one that is missing.
+        cells = {name: _cell(name, x) for name, x in row.items() if x}
+        yield place, cells
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise ValueError(f"{path}: not a gzip file ({error}).") from error
+  except (csv.Error, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: not a .csv file in UTF-8 ({error}).") from error
+  if number is None:
+    raise ValueError(f"{path}: no rows.")
+
+
+def _cell(name: str, text: str) -> Any:
+  """Returns what a cell of a .csv file stands for."""
+  is_number = name in _NUMBERS or name.endswith(("_score", "_reward"))
+  if is_number or name.startswith(("score_", "reward_")):
+    lower = text.strip().lower()
+    if lower in ("true", "false"):
+      return lower == "true"
+    try:
+      return int(text) if text.strip().isdecimal() else float(text)
+    except ValueError:
+      return text
+  if name in _LISTS and text.lstrip().startswith("["):
+    try:
+      found = json.loads(text)
+    except (ValueError, RecursionError):
+      return text
+    # A prompt may be about lists.
+    is_text = name in ("prompt", "completion", "chosen", "rejected")
+    is_messages = found and all(isinstance(item, dict) for item in found)
+    return text if is_text and not is_messages else found
+  return text
+
+
+def _placed_records(
+  path: pathlib.Path,
+) -> Iterator[tuple[str, Row | ValueError]]:
+  """Yields the rows of a .parquet file, see `load_placed_rows`."""
+  try:
+    from pyarrow import parquet
+  except ImportError as error:
+    raise ValueError(
+      f"{path}: a .parquet file is read by pyarrow, which is not installed "
+      f"({first_line(error)}): pip install pyarrow."
+    ) from error
+  number = -1
+  try:
+    with parquet.ParquetFile(path) as file:
+      for part in file.iter_batches(batch_size=1024):
+        for row in part.to_pylist():
+          number += 1
+          place = f"{path}, row {number}"
+          yield place, _decoded(row, place)
+  except Exception as error:  # pyarrow raises a dozen types.
+    raise ValueError(
+      f"{path}: not a .parquet file that pyarrow reads ({first_line(error)})."
+    ) from error
+  if number < 0:
+    raise ValueError(f"{path}: no rows.")
 
 
 def _object(row: Any, place: str) -> Row | ValueError:
@@ -233,7 +406,11 @@ def _json_line(row: Mapping) -> str:
       return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON.")
 
-  return json.dumps(dict(row), ensure_ascii=False, default=plain) + "\n"
+  row = {
+    name: asked.given(value) if isinstance(value, asked.Prompt) else value
+    for name, value in row.items()
+  }
+  return json.dumps(row, ensure_ascii=False, default=plain) + "\n"
 
 
 def _checked(
@@ -257,7 +434,7 @@ def _placed_tfds(
     import tensorflow_datasets.text  # Registers gsm8k and others.
   except ImportError as error:
     raise ValueError(
-      f'"tfds:{name}" needs `pip install tensorflow-datasets` ({error}).'
+      f'"tfds:{name}" needs the package tensorflow-datasets ({error}).'
     ) from error
   try:
     source = tfds.data_source(
@@ -279,11 +456,81 @@ def _placed_tfds(
     raise ValueError(f'"tfds:{name}": split {split!r} has no rows.')
   for i in range(len(source)):
     place = f"tfds:{name}, row {i}"
-    try:
-      row = _plain(source[i])
-    except UnicodeDecodeError as error:
-      row = ValueError(f"{place}: not UTF-8 ({error}).")
-    yield place, row
+    yield place, _decoded(source[i], place)
+
+
+def _hub_library():
+  """Imports `datasets`, or says how to get it."""
+  try:
+    import datasets
+  except ImportError as error:
+    raise ValueError(
+      "Data of the hub is read by the package datasets, which is not "
+      f"installed ({first_line(error)}): pip install datasets, or save the "
+      "rows as .jsonl."
+    ) from error
+  return datasets
+
+
+def _placed_hub(
+  name: str, split: str, data_dir: str | os.PathLike | None
+) -> Iterator[tuple[str, Row | ValueError]]:
+  """Yields the rows of a data set of the hub, see `load_placed_rows`."""
+  datasets = _hub_library()
+  source, _, revision = name.partition("@")
+  source, _, configuration = source.partition(":")
+  folder = pathlib.Path(data_dir or "") / source
+  try:
+    rows = datasets.load_dataset(
+      str(folder) if folder.is_dir() else source,
+      configuration or None,
+      split=split,
+      revision=revision or None,
+    )
+  except Exception as error:  # It raises what its parts raise.
+    raise ValueError(
+      f'"hub:{name}" has no split {split!r} that datasets can load '
+      f"({type(error).__name__}: {first_line(error)})."
+    ) from error
+  yield from _placed_dataset(rows, f"hub:{name}")
+
+
+def _placed_saved(
+  path: pathlib.Path, split: str
+) -> Iterator[tuple[str, Row | ValueError]]:
+  """Yields the rows of a folder that `datasets` has saved."""
+  datasets = _hub_library()
+  try:
+    rows = datasets.load_from_disk(str(path))
+  except Exception as error:  # As above.
+    raise ValueError(
+      f"{path}: datasets cannot load it ({first_line(error)})."
+    ) from error
+  if isinstance(rows, dict):
+    if split not in rows:
+      raise ValueError(
+        f"{path}: no split {split!r}; there are {', '.join(sorted(rows))}."
+      )
+    rows = rows[split]
+  yield from _placed_dataset(rows, str(path))
+
+
+def _placed_dataset(rows, name: str) -> Iterator[tuple[str, Row | ValueError]]:
+  """Yields the rows of a data set of `datasets`, which are left on the disk."""
+  place = None
+  for i, row in enumerate(rows):
+    place = f"{name}, row {i}"
+    yield place, _decoded(row, place)
+  if place is None:
+    raise ValueError(f"{name}: no rows.")
+
+
+def _decoded(row: Mapping[str, Any], place: str) -> Row | ValueError:
+  """Returns a row as JSON would hold it, or what is wrong with it."""
+  try:
+    return _plain(row)
+  except UnicodeDecodeError as error:
+    return ValueError(f"{place}: not UTF-8 ({error}).")
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import logged
+from rljax.text import encoding, forms, logged, splits
 
 # What ranks the replies of a row: its rewards where it has them and else its
 # own order, its order, or its rewards.
@@ -18,6 +18,7 @@ def read(
   data: str,
   eval_data: str = "",
   *,
+  eval_share: float = 0.1,
   num_eval_rows: int,
   first_row: int = 0,
   num_rows: int = 0,
@@ -26,13 +27,15 @@ def read(
   options: Mapping[str, Any],
   order: str = "",
   **settings: Any,
-) -> logged.Split:
+) -> encoding.Split:
   """Reads comparisons to learn from and held-out ones.
 
   Args:
     tokenizer: encodes them.
     data: a file, see `logged.load`; empty: the task's log.
     eval_data: the same, of the held-out ones.
+    eval_share: share of the different prompts in `data` that is held out,
+      where there is no `eval_data`.
     num_eval_rows: held-out rows that are used at most, the first ones.
     first_row: rows of `data` that are passed over at its beginning.
     num_rows: rows that are used from there on; 0 uses all.
@@ -40,7 +43,7 @@ def read(
     seed: of the task's draw.
     options: of the task's log.
     order: see `ranked`.
-    **settings: of `logged.prepare`.
+    **settings: of `encoding.prepare`.
 
   Returns:
     Both, with the best candidate of a row first; rows that compare nothing are
@@ -50,9 +53,13 @@ def read(
     ValueError: if a part has no comparison, or as `logged` does.
   """
   skipped: list[str] = []
+  notes: list[str] = []
 
   def compared(name, split, first, limit):
-    rows, unusable = logged.load_or_draw(name, task, split, seed, options)
+    rows, unusable, holds = logged.load_or_draw(
+      name, task, split, seed, options
+    )
+    notes.extend(holds)
     kept = []
     for row in rows[first:][: limit or None]:
       try:
@@ -64,20 +71,38 @@ def read(
       raise ValueError(
         f"{source} holds no comparison: {' '.join(unusable[:3])}"
       )
-    encoded = logged.prepare(tokenizer, kept, **settings)
-    skipped.extend([*unusable, *encoded.skipped])
-    return encoded
+    skipped.extend(unusable)
+    return kept
 
-  train = compared(data, "train", first_row, num_rows)
-  held_out = compared(eval_data, "validation", 0, num_eval_rows)
-  return logged.Split(train, held_out, skipped, {})
+  def encoded(rows):
+    found = encoding.prepare(tokenizer, rows, **settings)
+    skipped.extend(found.skipped)
+    notes.extend(found.notes)
+    return found
+
+  rows = compared(data, "train", first_row, num_rows)
+  if data and not eval_data:
+    prompts = [row.prompt for row in rows]
+    apart = splits.held_out(prompts, eval_share, seed=seed)
+    held_out = [row for row, x in zip(rows, apart, strict=True) if x]
+    left = [row for row, x in zip(rows, apart, strict=True) if not x]
+    held_out = held_out[:num_eval_rows]
+  else:
+    held_out = compared(eval_data, "validation", 0, num_eval_rows)
+    # The splits of a task are its own business.
+    left = splits.without(rows, held_out) if data else rows
+  num_shared = len(rows) - len(left) if eval_data else 0
+  counts = {"comparisons of held-out prompts left out": num_shared}
+  return encoding.Split(
+    encoded(left), encoded(held_out), skipped, counts, notes
+  )
 
 
 class NothingToCompare(ValueError):
   """A row without a better and a worse reply."""
 
 
-def ranked(row: logged.Row, order: str = "") -> logged.Row:
+def ranked(row: forms.Row, order: str = "") -> forms.Row:
   """Puts the candidates of a row in order, the best one first.
 
   Args:
@@ -103,13 +128,13 @@ def ranked(row: logged.Row, order: str = "") -> logged.Row:
   return logged.best_first(row)
 
 
-def most_candidates(*parts: logged.Encoded) -> int:
+def most_candidates(*parts: encoding.Encoded) -> int:
   """Returns how many replies the longest row of several parts has."""
   return max(len(row.candidates) for part in parts for row in part.rows)
 
 
 def batch(
-  part: logged.Encoded,
+  part: encoding.Encoded,
   rows: Sequence[int],
   lengths: Sequence[int],
   num_candidates: int,
@@ -123,10 +148,10 @@ def batch(
     num_candidates: K; a row with fewer is filled up.
 
   Returns:
-    The arrays of `logged.batch`, `[B, K, P]` and `[B, K, T]`; `present`
+    The arrays of `encoding.batch`, `[B, K, P]` and `[B, K, T]`; `present`
     `[B, K]` bool, True where there is a candidate; `rewards` `[B, K]` float32.
   """
-  arrays = logged.batch(
+  arrays = encoding.batch(
     part,
     np.repeat(rows, num_candidates),
     np.tile(np.arange(num_candidates), len(rows)),

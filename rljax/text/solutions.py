@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import files, logged, tokens
+from rljax.text import chats, encoding, files, forms, logged, tokens
 from rljax.text import steps as steps_lib
 
 LABELS = ("outcome", "sorm")
@@ -19,7 +19,7 @@ TARGETS = ("tokens", "step_ends", "last")
 
 
 @dataclasses.dataclass(frozen=True)
-class Solution(logged.Row):
+class Solution(forms.Row):
   """Holds a response of known outcome, the only one of its `candidates`.
 
   Attributes:
@@ -37,7 +37,7 @@ class Solution(logged.Row):
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled(logged.Encoded):
+class Labelled(encoding.Encoded):
   """Holds N solutions as ids, with labels for tokens.
 
   Attributes:
@@ -59,7 +59,7 @@ def read(
   data: str,
   eval_data: str = "",
   *,
-  eval_share: float = 0.0,
+  eval_share: float = 0.1,
   num_eval_rows: int,
   first_row: int = 0,
   num_rows: int = 0,
@@ -71,7 +71,7 @@ def read(
   balance_labels: bool = True,
   prompt_format: str = "plain",
   **limits: Any,
-) -> logged.Split:
+) -> encoding.Split:
   """Reads solutions to learn from and held-out ones, with labels for tokens.
 
   No held-out prompt is among those to learn from, and of the latter every
@@ -82,8 +82,8 @@ def read(
     tokenizer: encodes them.
     data: files with commas between them, see `load`; empty: the task's log.
     eval_data: the same, of the held-out ones.
-    eval_share: share of the prompts in `data` that are held out instead; 0 for
-      none.
+    eval_share: share of the different prompts in `data` that is held out,
+      where there is no `eval_data`.
     num_eval_rows: held-out solutions that are used at most, the first ones.
     first_row: solutions of `data` that are passed over at its beginning.
     num_rows: solutions that are used from there on; 0 uses all.
@@ -94,8 +94,8 @@ def read(
     targets: see `label_tokens`.
     balance_labels: whether to `balance` those to learn from, by steps for
       "sorm".
-    prompt_format: see `logged.render`.
-    **limits: of `logged.encode`.
+    prompt_format: see `chats.render`.
+    **limits: of `encoding.encode`.
 
   Returns:
     Both as `Labelled`, with what was left out.
@@ -105,28 +105,30 @@ def read(
       have all one outcome.
   """
   skipped: list[str] = []
+  notes: list[str] = []
 
   def scored(names, split):
     if names:
-      found, unusable = load(names.split(","), split, labels)
-      skipped.extend(unusable)
-      return found
+      found = load(names.split(","), split, labels)
+      skipped.extend(found.skipped)
+      notes.extend(found.notes)
+      return found.rows
     return from_rows(logged.task_rows(task, split, seed, options))
 
   def rendered(rows):
-    rows, unusable = logged.render(rows, tokenizer, prompt_format)
+    rows, unusable = chats.render(rows, tokenizer, prompt_format)
     skipped.extend(unusable)
     return rows
 
   def labelled(rows):
-    encoded = logged.encode(tokenizer, rows, **limits)
+    encoded = encoding.encode(tokenizer, rows, **limits)
     skipped.extend(encoded.skipped)
     return label_tokens(encoded, tokenizer, targets)
 
   rows = scored(data, "train")[first_row:]
   rows = rendered(rows[: num_rows or None])
   num_shared = 0
-  if eval_share:
+  if data and not eval_data:
     rows, held_out = split_prompts(rows, eval_share, seed=seed)
   else:
     held_out = rendered(scored(eval_data, "validation"))
@@ -152,7 +154,7 @@ def read(
     "targets": num_targets,
     "good targets": int(np.sum(train.labels[train.is_target] >= 0.5)),
   }
-  return logged.Split(train, held_out, skipped, counts)
+  return encoding.Split(train, held_out, skipped, counts, notes)
 
 
 def batch(
@@ -166,12 +168,12 @@ def batch(
     lengths: columns P and T of prompts and responses.
 
   Returns:
-    The arrays of `logged.batch`, `labels` `[B, T]` float32 and `is_target`
+    The arrays of `encoding.batch`, `labels` `[B, T]` float32 and `is_target`
     `[B, T]` bool.
   """
   missing = ((0, 0), (0, lengths[1] - part.labels.shape[1]))
   return {
-    **logged.batch(
+    **encoding.batch(
       part,
       rows,
       np.zeros(len(rows), int),
@@ -186,9 +188,7 @@ def batch(
 # Rows.
 
 
-def load(
-  names: Sequence[str], split: str, labels: str
-) -> tuple[list[Solution], list[str]]:
+def load(names: Sequence[str], split: str, labels: str) -> logged.Loaded:
   """Loads scored responses.
 
   Args:
@@ -197,30 +197,31 @@ def load(
     labels: see `parse`.
 
   Returns:
-    Solutions in order, and a message with the place of each row that cannot be
-    used.
+    Solutions in order, and what was left out.
 
   Raises:
     ValueError: if there is no such file or split, no row can be used, or an
       outcome is not in [0, 1].
   """
-  solutions, skipped = [], []
+  solutions, skipped, notes = [], [], []
   for name in names:
-    for place, row in files.load_placed_rows(name, split):
-      try:
-        if isinstance(row, ValueError):
-          raise row
-        solutions += parse(row, place, labels)
-      except ValueError as error:
-        skipped.append(str(error))
+    reader = forms.Reader(name)
+    for found in reader.read(
+      files.load_placed_rows(name, split),
+      read=lambda row, place, _: parse(row, place, labels),
+      needed=False,
+    ):
+      solutions += found
+    skipped += reader.skipped
+    notes += reader.notes()
   if not solutions:
     raise ValueError(
       f"{', '.join(names)}: no row can be used: {' '.join(skipped[:3])}"
     )
-  return _checked(solutions), skipped
+  return logged.Loaded(_checked(solutions), skipped, notes)
 
 
-def from_rows(rows: Sequence[logged.Row]) -> list[Solution]:
+def from_rows(rows: Sequence[forms.Row]) -> list[Solution]:
   """Makes a solution of every scored candidate of rows.
 
   Raises:
@@ -240,7 +241,7 @@ def parse(row: Mapping[str, Any], place: str, labels: str) -> list[Solution]:
 
   Args:
     row: JSON values by field: `prompt`, `response` and `reward` as
-      `samplers.collect` writes them, or any form of `logged.parse` with
+      `samplers.collect` writes them, or any form of `forms.parse` with
       rewards. For "sorm" `prompt`, `response` and `values`.
     place: of the row, for messages.
     labels: "outcome" or "sorm".
@@ -253,7 +254,7 @@ def parse(row: Mapping[str, Any], place: str, labels: str) -> list[Solution]:
   """
   if labels not in LABELS:
     raise ValueError(f"labels must be {' or '.join(LABELS)}, got {labels!r}.")
-  found = logged.parse(row, place)
+  found = forms.parse(row, place)
   if labels == "outcome":
     if "reward" not in row and isinstance(row.get("is_correct"), bool):
       reward = float(row["is_correct"])
@@ -317,7 +318,7 @@ def distinct(solutions: Sequence[Solution]) -> list[Solution]:
 
 
 def label_tokens(
-  encoded: logged.Encoded, tokenizer: Any, targets: str
+  encoded: encoding.Encoded, tokenizer: Any, targets: str
 ) -> Labelled:
   """Labels the tokens of solutions by their steps.
 
@@ -440,7 +441,7 @@ def balance(part: Labelled, *, by_step: bool, seed: int) -> Labelled:
       f"{int(is_positive.sum())} of {len(is_positive)} labels are positive: "
       "there is nothing to balance."
     )
-  return logged.take(part, np.flatnonzero(kept))
+  return encoding.take(part, np.flatnonzero(kept))
 
 
 # Helpers.
@@ -457,7 +458,7 @@ def _without_prompts(
   return left
 
 
-def _of_row(row: logged.Row) -> list[Solution]:
+def _of_row(row: forms.Row) -> list[Solution]:
   """Makes a solution of every candidate, its reward the label of all steps."""
   if row.rewards is None:
     raise ValueError(f'{row.place}: "reward" is missing.')
@@ -470,7 +471,7 @@ def _of_row(row: logged.Row) -> list[Solution]:
   ]
 
 
-def _solution(row: logged.Row, labels: Iterable[float]) -> Solution:
+def _solution(row: forms.Row, labels: Iterable[float]) -> Solution:
   # Encoded from its text, end token included, as a reward model will read it,
   # not from the ids that were drawn.
   fields = _fields(row) | {"response_ids": None}

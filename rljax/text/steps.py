@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from rljax.text import tokens
+
 Row = Mapping[str, Any]
 
 # A calculation and its result, as in "48/2=24" or "$3 x (4 + 1) = 15", within a
@@ -317,7 +319,7 @@ def encode_tagged(
   ids: list[int] = []
   is_learnt: list[bool] = []
   for tag, text in pairs:
-    step_ids = tokenizer.encode(text, add_special_tokens=False)
+    step_ids = tokens.encode_behind(tokenizer, [tag_ids[tag]], text)
     ids += [tag_ids[tag], *step_ids]
     is_learnt += [False, *[True] * len(step_ids)]
   return [*ids, tokenizer.eos_token_id], [*is_learnt, True]

@@ -4,15 +4,18 @@ Text becomes ids once, and ids become text once, here. Tokenizers are Hugging
 Face fast tokenizers. Everything is numpy; nothing imports jax.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from rljax.text import files
+from rljax.text import files, templates
+
+_ANSWER = "ANSWER"
 
 # Text to ids and back.
 
@@ -174,16 +177,14 @@ def encode_pairs(
   )
   rows, num_apart = [], 0
   for (prompt, response), prompt_ids in zip(pairs, prompts, strict=True):
-    response_ids, apart = encode_response(
-      tokenizer, prompt, prompt_ids, response
-    )
-    num_apart += apart
-    if len(response_ids) > max_response_length:
+    found = encode_response(tokenizer, prompt, prompt_ids, response)
+    num_apart += found.is_apart
+    if len(found.ids) > max_response_length:
       raise ValueError(
-        f"The response {files.shorten(response)} has {len(response_ids)} "
+        f"The response {files.shorten(response)} has {len(found.ids)} "
         f"tokens with its end token, the limit is {max_response_length}."
       )
-    rows.append((prompt_ids, response_ids))
+    rows.append((prompt_ids, found.ids))
   if num_apart:
     logging.warning(
       "%d of %d responses were encoded apart from their prompts.",
@@ -193,30 +194,133 @@ def encode_pairs(
   return rows
 
 
+class Response(NamedTuple):
+  """A response as ids.
+
+  Attributes:
+    ids: its tokens, with the end token if it is whole.
+    is_apart: whether it was encoded apart from its prompt.
+    is_exact: whether the ids decode, behind the prompt, to its very text.
+    num_ends: end tokens before the last token.
+  """
+
+  ids: list[int]
+  is_apart: bool
+  is_exact: bool
+  num_ends: int
+
+
 def encode_response(
-  tokenizer, prompt: str, prompt_ids: Sequence[int], response: str
-) -> tuple[list[int], bool]:
+  tokenizer,
+  prompt: str,
+  prompt_ids: Sequence[int],
+  response: str,
+  *,
+  finished: bool = True,
+  end_id: int | None = None,
+) -> Response:
   """Returns the ids of a response after its prompt, end token included.
 
   The two texts are encoded together if the result begins with the prompt's ids.
   Otherwise a token would cross the border, and the response is encoded apart.
+  Either way the ids decode, behind those of the prompt, to the response as it
+  stands, if the tokenizer can write it: a tokenizer that puts a blank in front
+  of every text does not get to put it there.
 
   Args:
     tokenizer: Hugging Face fast tokenizer with an end token.
     prompt: text.
     prompt_ids: all its ids, from `encode_prompts`, before any cut.
-    response: text.
+    response: text. One that ends in the text of an end token gets no second
+      one.
+    finished: False of a response that was cut: no end token is put behind it.
+    end_id: the end token, such as `turn_end` in a chat; the tokenizer's own by
+      default.
+  """
+  ends = set(_ends_of(tokenizer).values())
+  text, end = without_end(tokenizer, response)
+  ids, is_apart, is_exact = encode_further(tokenizer, prompt, prompt_ids, text)
+  num_ends = sum(token in ends for token in ids)
+  if end is None and finished:
+    end = tokenizer.eos_token_id if end_id is None else end_id
+  return Response(
+    ids if end is None else [*ids, end], is_apart, is_exact, num_ends
+  )
+
+
+def encode_further(
+  tokenizer, prompt: str, prompt_ids: Sequence[int], text: str
+) -> tuple[list[int], bool, bool]:
+  """Returns the ids of a text behind another, with nothing put at its end.
+
+  Args:
+    tokenizer: see `encode_response`; likewise `prompt` and `prompt_ids`.
+    prompt: text.
+    prompt_ids: its ids.
+    text: what follows.
 
   Returns:
-    The ids, and whether they were encoded apart from the prompt.
+    The ids, whether they were encoded apart, and whether they are exact; see
+    `Response`.
   """
-  joint = _encode_start(tokenizer, prompt + response)
-  apart = joint[: len(prompt_ids)] != list(prompt_ids)
-  if apart:
-    ids = _encode(tokenizer, response, add_special_tokens=False)
-  else:
-    ids = joint[len(prompt_ids) :]
-  return [*ids, tokenizer.eos_token_id], apart
+  joint = _encode_start(tokenizer, prompt + text)
+  ids = joint[len(prompt_ids) :]
+  is_apart = joint[: len(prompt_ids)] != list(prompt_ids)
+  before = _whole(tokenizer, prompt_ids)
+  is_exact = not is_apart and (
+    _whole(tokenizer, [*prompt_ids, *ids]) == before + text
+  )
+  if not is_exact:
+    other, is_exact = _encode_behind(tokenizer, prompt_ids, before, text)
+    if is_apart or is_exact:
+      ids, is_apart = other, True
+  return ids, is_apart, is_exact
+
+
+def without_end(tokenizer, text: str) -> tuple[str, int | None]:
+  """Takes the texts of end tokens off the end of a text.
+
+  Args:
+    tokenizer: Hugging Face tokenizer with an end token.
+    text: such as "3</s>", or "3<|im_end|>\n".
+
+  Returns:
+    The text without them and blanks behind them, and the first end token that
+    stood there; or the text as it is, and None.
+  """
+  ends, found = _ends_of(tokenizer), None
+  while True:
+    bare = text.rstrip()
+    at_end = [end for end in ends if end and bare.endswith(end)]
+    if not at_end:
+      return text, found
+    longest = max(at_end, key=len)
+    text, found = bare[: len(bare) - len(longest)], ends[longest]
+
+
+def _ends_of(tokenizer) -> dict[str, int]:
+  """Returns the texts of the tokens that end a response, and their ids."""
+  template = str(getattr(tokenizer, "chat_template", None))
+  return _known_ends(tokenizer, tokenizer.eos_token_id, template)
+
+
+@functools.lru_cache(8)
+def _known_ends(tokenizer, eos_token_id, chat_template: str) -> dict[str, int]:
+  """The same, found once for a tokenizer with this end token and template."""
+  del eos_token_id, chat_template
+  return {tokenizer.convert_ids_to_tokens(i): i for i in stop_ids(tokenizer)}
+
+
+def encode_behind(tokenizer, prompt_ids: Sequence[int], text: str) -> list[int]:
+  """Returns ids that decode, behind others, to a text as it stands.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer.
+    prompt_ids: what stands before it.
+    text: what is written behind, without any special tokens of its own.
+  """
+  before = _whole(tokenizer, prompt_ids)
+  return _encode_behind(tokenizer, prompt_ids, before, text)[0]
 
 
 def single_id(tokenizer, text: str) -> int:
@@ -240,6 +344,7 @@ def decode(
   response_mask: np.ndarray,
   *,
   skip_special_tokens: bool = True,
+  behind: bool | np.ndarray = False,
 ) -> list[str]:
   """Turns the unmasked ids of each row into text.
 
@@ -250,6 +355,9 @@ def decode(
     response_mask: `[B, T]` bool.
     skip_special_tokens: whether special tokens, such as the end token, become
       nothing.
+    behind: whether text stands before them, `[B]` bool or for all rows: then
+      the blank is kept that SentencePiece tokenizers take off the front of a
+      text.
 
   Returns:
     B texts.
@@ -260,24 +368,133 @@ def decode(
       f"decode needs ids and a bool mask of one [B, T] shape, got {ids.shape} "
       f"and {mask.dtype} {mask.shape}."
     )
+  anchor = _anchor(tokenizer, len(tokenizer)) if np.any(behind) else None
+
+  def text_of(row, has_text):
+    before = [anchor] if has_text and anchor is not None else []
+    text = _whole(tokenizer, [*before, *row], skip_special_tokens)
+    return text[len(_whole(tokenizer, before)) :] if before else text
+
+  behind = np.broadcast_to(np.asarray(behind, np.bool_), len(ids))
   return [
-    tokenizer.decode(
-      row[keep].tolist(),
-      skip_special_tokens=skip_special_tokens,
-      clean_up_tokenization_spaces=False,
-    )
-    for row, keep in zip(ids, mask, strict=True)
+    text_of(row[keep].tolist(), has_text)
+    for row, keep, has_text in zip(ids, mask, behind, strict=True)
   ]
 
 
-def stop_ids(tokenizer) -> tuple[int, ...]:
-  """Returns the ids that end a response: the tokenizer's end token.
+def has_text(tokenizer, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Returns which rows hold a token that is not special, `[B]` bool."""
+  special = sorted(_special_ids(tokenizer))
+  return (~np.isin(ids, special) & np.asarray(mask, np.bool_)).any(axis=1)
+
+
+def stop_ids(tokenizer, *more: int | Sequence[int] | None) -> tuple[int, ...]:
+  """Returns the ids that end a response.
+
+  These are the tokenizer's end token, the end of a turn in its chat template,
+  and those that a model's config names.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+    *more: further ids, such as `eos_token_id` of a config: an id, several, or
+      None.
 
   Raises:
-    ValueError: if it has none.
+    ValueError: if there is none.
   """
-  require_tokens(tokenizer, eos=True)
-  return (tokenizer.eos_token_id,)
+  found = [tokenizer.eos_token_id, turn_end(tokenizer)]
+  for ids in more:
+    found += [ids] if ids is None or isinstance(ids, int) else list(ids)
+  found = tuple(dict.fromkeys(id_ for id_ in found if id_ is not None))
+  if not found:
+    require_tokens(tokenizer, eos=True)
+  return found
+
+
+def turn_end(tokenizer) -> int | None:
+  """Returns the token by which the chat template ends what a model says.
+
+  It may be another than the tokenizer's end token, which ends a text.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+
+  Returns:
+    The first token behind an answer in the template, if it is a special one;
+    else None, as without a template.
+  """
+  if not getattr(tokenizer, "chat_template", None):
+    return None
+  asked = [{"role": "user", "content": "a"}]
+  try:
+    text = templates.render(
+      tokenizer,
+      [*asked, {"role": "assistant", "content": _ANSWER}],
+      seconds=2.0,
+    )
+  except ValueError:  # A template may refuse such a conversation.
+    return None
+  before, found, behind = text.rpartition(_ANSWER)
+  if not found or not before:
+    return None
+  named = {
+    token.content: id_
+    for id_, token in tokenizer.added_tokens_decoder.items()
+    if token.special
+  }
+  behind = behind.lstrip()
+  first = [token for token in named if token and behind.startswith(token)]
+  return named[max(first, key=len)] if first else None
+
+
+def end_id(tokenizer, prompt_format: str) -> int | None:
+  """Returns the token by which a response to learn from ends.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+    prompt_format: "plain", or "chat", where it is the end of a turn in the chat
+      template, if that has one.
+  """
+  found = turn_end(tokenizer) if prompt_format == "chat" else None
+  return tokenizer.eos_token_id if found is None else found
+
+
+def named_ids(tokenizer, names: Sequence[str]) -> tuple[int, ...]:
+  """Returns the ids of tokens that are named by their texts or their ids.
+
+  Args:
+    tokenizer: Hugging Face tokenizer.
+    names: texts that are one token each, or whole numbers, which are ids.
+
+  Raises:
+    ValueError: naming what is no token, or several.
+  """
+  vocabulary = tokenizer.get_vocab()
+  known, found = set(vocabulary.values()), []
+  for name in names:
+    if name in vocabulary and not name.isdecimal():
+      found.append(vocabulary[name])
+    elif name.isdecimal() and name.isascii():
+      if len(name) > 12 or int(name) not in known:
+        raise ValueError(
+          f"The tokenizer {_name(tokenizer)} has no token with the id "
+          f"{files.shorten(name)}."
+        )
+      found.append(int(name))
+    else:
+      try:
+        ids = _encode(tokenizer, name, add_special_tokens=False)
+      except ValueError:  # A tokenizer of a few words.
+        ids = []
+      back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+      if len(ids) != 1 or back.strip() != name.strip():
+        raise ValueError(
+          f"{files.shorten(name)} is {len(ids)} tokens of the tokenizer "
+          f"{_name(tokenizer)}, and must be one that it knows: a text is ended "
+          "by several with --stop_strings."
+        )
+      found.append(ids[0])
+  return tuple(dict.fromkeys(found))
 
 
 def pad_id(tokenizer) -> int:
@@ -315,8 +532,12 @@ def allowed_tokens(
       f"vocab_size must be above the tokenizer's largest id {max(used)}, got "
       f"{vocab_size}."
     )
-  special = set(tokenizer.all_special_ids)
-  special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+  special = _special_ids(tokenizer)
+  if stop_ids and not 0 <= min(stop_ids) <= max(stop_ids) < vocab_size:
+    raise ValueError(
+      f"An end token has the id {max(stop_ids)}, and the model has "
+      f"{vocab_size} tokens."
+    )
   allowed = np.zeros(vocab_size, np.bool_)
   allowed[used] = True
   allowed[list(special)] = False
@@ -366,8 +587,7 @@ def token_bytes(tokenizer, *, vocab_size: int | None = None) -> list[bytes]:
       f"The tokenizer {_name(tokenizer)} has no decoder, so that its tokens "
       "are joined with blanks; rljax needs the bytes of each token."
     )
-  special = set(tokenizer.all_special_ids)
-  special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+  special = _special_ids(tokenizer)
   vocabulary = tokenizer.get_vocab()
   size = max(vocabulary.values()) + 1 if vocab_size is None else vocab_size
   if size <= max(vocabulary.values()):
@@ -381,6 +601,139 @@ def token_bytes(tokenizer, *, vocab_size: int | None = None) -> list[bytes]:
       piece = _decode_piece(token, decoder)
       result[token_id] = piece.encode() if isinstance(piece, str) else piece
   return result
+
+
+def _special_ids(tokenizer) -> set[int]:
+  return set(tokenizer.all_special_ids) | {
+    i for i, t in tokenizer.added_tokens_decoder.items() if t.special
+  }
+
+
+def _whole(tokenizer, ids: Sequence[int], skip_special_tokens=False) -> str:
+  """Decodes ids from their start, without any clean-up."""
+  return tokenizer.decode(
+    ids,
+    skip_special_tokens=skip_special_tokens,
+    clean_up_tokenization_spaces=False,
+  )
+
+
+# What a text is put behind, to be encoded as one that goes on.
+_BEFORE = ("\n", "=", "a")
+
+
+@functools.lru_cache(8)
+def _anchor(tokenizer, size: int) -> int | None:
+  """Returns a token to decode others behind, if it makes a difference.
+
+  Args:
+    tokenizer: Hugging Face fast tokenizer.
+    size: of its vocabulary, for it may have grown since.
+  """
+  del size
+  backend = getattr(tokenizer, "backend_tokenizer", None)
+  decoder = json.loads(backend.to_str())["decoder"] if backend else None
+  if not decoder or not _kinds(decoder) & {"Strip", "Metaspace"}:
+    return None
+  for text in ("a", "=", "1"):
+    ids = _encode(tokenizer, text, add_special_tokens=False)
+    if ids and _whole(tokenizer, ids[-1:]).strip():
+      return ids[-1]
+  return None
+
+
+def _kinds(decoder: Mapping) -> set[str]:
+  """Returns the types of a decoder and of those that it is made of."""
+  inner = decoder.get("decoders", ())
+  return {decoder["type"]}.union(*map(_kinds, inner))
+
+
+def _encode_behind(
+  tokenizer, prompt_ids: Sequence[int], before: str, text: str
+) -> tuple[list[int], bool]:
+  """Encodes a text that stands behind another, see `encode_behind`.
+
+  Returns:
+    The ids, and whether both together decode to both texts.
+  """
+  plain = _encode(tokenizer, text, add_special_tokens=False)
+  special = {tokenizer.convert_ids_to_tokens(i): i for i in set(plain)}
+  special = {
+    name: i
+    for name, i in special.items()
+    if i in _special_ids(tokenizer) and name in text
+  }
+  if special:  # What stands between them is each behind what is before.
+    return _between(tokenizer, prompt_ids, text, special)
+
+  def is_exact(ids):
+    return _whole(tokenizer, [*prompt_ids, *ids]) == before + text
+
+  def encodings():
+    yield plain
+    for front in _BEFORE:
+      try:
+        front_ids, both = (
+          _encode(tokenizer, x, add_special_tokens=False)
+          for x in (front, front + text)
+        )
+      except ValueError:  # A tokenizer of a few words.
+        continue
+      if both[: len(front_ids)] == front_ids:
+        yield both[len(front_ids) :]
+    pieces = _by_pieces(tokenizer, text)
+    if pieces is not None:
+      yield pieces
+
+  for ids in encodings():
+    if is_exact(ids):
+      return ids, True
+  return plain, False
+
+
+def _between(
+  tokenizer, prompt_ids: Sequence[int], text: str, special: Mapping[str, int]
+) -> tuple[list[int], bool]:
+  """Encodes a text that holds special tokens, as `_encode_behind` does."""
+  found, is_exact = [], True
+  for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
+    if part in special:
+      found.append(special[part])
+    elif part:
+      so_far = [*prompt_ids, *found]
+      before = _whole(tokenizer, so_far)
+      ids, is_one = _encode_behind(tokenizer, so_far, before, part)
+      found, is_exact = [*found, *ids], is_exact and is_one
+  return found, is_exact
+
+
+def _by_pieces(tokenizer, text: str) -> list[int] | None:
+  """Writes a text with the longest tokens that fit, from left to right."""
+  try:
+    vocabulary, longest = _vocabulary(tokenizer, len(tokenizer))
+  except ValueError:
+    return None
+  rest, ids = text.encode("utf-8"), []
+  while rest:
+    for length in range(min(longest, len(rest)), 0, -1):
+      if (token := vocabulary.get(rest[:length])) is not None:
+        ids.append(token)
+        rest = rest[length:]
+        break
+    else:
+      return None
+  return ids
+
+
+@functools.lru_cache(8)
+def _vocabulary(tokenizer, size: int) -> tuple[dict[bytes, int], int]:
+  """Returns what tokens stand for -> the first of them, and the longest."""
+  del size
+  vocabulary = {}
+  for token_id, piece in enumerate(token_bytes(tokenizer)):
+    if piece:
+      vocabulary.setdefault(piece, token_id)
+  return vocabulary, max(map(len, vocabulary), default=0)
 
 
 def _encode(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -11,17 +11,20 @@
 
 and one line in the terminal. Only the first process writes; in the others
 every method does nothing.
+
+What a run must keep (rows, tables, the summary) raises where it cannot be
+written; what is only for looking (TensorBoard, Weights & Biases, the picture)
+is left out with a note.
 """
 
 import csv
+import io
 import json
 import math
 import os
 import pathlib
 import sys
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,14 +32,24 @@ import jax
 import numpy as np
 
 from rljax.storage import paths
+from rljax.storage import rows as rows_lib
+from rljax.training import trackers
 
 _SECONDS_BETWEEN_LINES = 5.0
-# The picture may take one part in this many of a core's time.
-_SHARE_OF_DRAWING = 20
+# Files of rows by step, which a resumed run goes on with.
+_FILES = (
+  *("metrics.jsonl", "samples.jsonl", "histograms.jsonl"),
+  "evaluations.jsonl",
+)
 
 
 class Logs:
-  """Writes the metrics and samples of one run. Use it in a `with` block."""
+  """Writes the metrics and samples of one run. Use it in a `with` block.
+
+  Attributes:
+    num_rows: file -> rows that are in it, in the first process.
+    is_complete: whether no row was missing when the files were opened.
+  """
 
   def __init__(
     self,
@@ -47,12 +60,17 @@ class Logs:
     columns: Sequence[str] | Mapping[str, str] = (),
     wandb_project: str | None = None,
     tensorboard: bool = True,
+    about: trackers.About | None = None,
+    num_rows: Mapping[str, int] | None = None,
+    repeats: int | None = None,
+    keep: bool = False,
   ):
     """Opens the files; a run that is resumed goes on in them.
 
     Rows of `first_step` and later, left by a run that was killed after its
     last checkpoint, are dropped: they are about to be computed again. So is a
-    last line that was cut short.
+    last line that was cut short. Where more is lost, `rows.reopen` keeps the
+    old file beside, and says so.
 
     Args:
       workdir: folder of the run.
@@ -62,39 +80,66 @@ class Logs:
         to shorter names for them.
       wandb_project: Weights & Biases project to log to as well; None for none.
       tensorboard: whether to write TensorBoard files.
+      about: name, tags and flags of the run, for trackers and pictures.
+      num_rows: of `num_rows` when the checkpoint of `first_step` was saved, by
+        which rows that are missing are told.
+      repeats: steps that a kill makes a run repeat, at most; see `rows.reopen`.
+      keep: see `rows.reopen`.
 
     Raises:
       ValueError: if wandb is asked for and not installed.
+      DiskError: if a file cannot be written.
     """
     self._on = jax.process_index() == 0
     self._workdir = pathlib.Path(workdir)
     self._metrics_path = self._workdir / "metrics.jsonl"
     self._num_not_finite = {}
     self._curves = None
+    self.num_rows, self.is_complete = {}, True
     if not self._on:
       return
     self._workdir.mkdir(parents=True, exist_ok=True)
-    self._wandb = self._start_wandb(wandb_project) if wandb_project else None
     if not isinstance(columns, Mapping):
       columns = {name: name for name in columns}
     self._progress = _progress(total_steps, first_step, columns)
-
-    rows = self._keep_before(self._metrics_path, first_step)
-    self._keep_before(self._workdir / "samples.jsonl", first_step)
-    self._keep_before(self._workdir / "histograms.jsonl", first_step)
+    self._trackers = []
+    if wandb_project:
+      self._trackers.append(
+        trackers.wandb(wandb_project, self._workdir, self.note, about)
+      )
+    known = dict(num_rows or {})
+    found = {
+      name: rows_lib.reopen(
+        self._workdir / name,
+        first_step,
+        self.note,
+        num_rows=known.get(name),
+        repeats=repeats,
+        keep=keep,
+      )
+      for name in _FILES
+    }
+    self.num_rows = {name: len(rows) for name, rows in found.items()}
+    self.is_complete = all(
+      number >= known.get(name, 0) for name, number in self.num_rows.items()
+    )
+    rows = found["metrics.jsonl"]
     self._csv_names = ["step"]
     for row in rows:
       self._csv_names += [name for name in row if name not in self._csv_names]
     # The table is made from the lines, which are written first: a line that
     # was cut short shows, a number in a table that was does not.
+    table = self._workdir / "metrics.csv"
+    rows_lib.keep_table(table, rows, first_step, self.note)
+    self._csv = None
     self._rewrite_csv(rows)
-    self._jsonl = open(self._metrics_path, "a", encoding="utf-8")  # noqa: SIM115
-    self._samples = open(  # noqa: SIM115
-      self._workdir / "samples.jsonl", "a", encoding="utf-8"
-    )
-    self._tensorboard = (
-      self._start_tensorboard(first_step) if tensorboard else None
-    )
+    self._files = {
+      name: rows_lib.Appender(self._workdir / name) for name in _FILES[:2]
+    }
+    if tensorboard:
+      folder = self._workdir / "tensorboard"
+      started = trackers.tensorboard(folder, first_step, self.note, about)
+      self._trackers += filter(None, [started])
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Records the metrics of a step and moves the progress line to it.
@@ -119,15 +164,10 @@ class Logs:
         if name not in self._num_not_finite:
           self.note(f"step {step}: {name} is {value}; written as null.")
         self._num_not_finite[name] = self._num_not_finite.get(name, 0) + 1
-    self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
-    self._jsonl.flush()
+    self._add("metrics.jsonl", [row])
     self._write_csv(row)
-    if self._tensorboard is not None:
-      for name, value in values.items():
-        if math.isfinite(value):  # Else it would complain each time.
-          self._tensorboard.add_scalar(name, value, step)
-    if self._wandb is not None:
-      self._wandb.log(values, step=step)
+    for tracker in self._trackers:
+      tracker.write(step, values)
     self._progress.update(step, values)
     if self._curves is not None:
       self._curves.changed.set()
@@ -136,11 +176,17 @@ class Logs:
     """Records samples, each a mapping such as prompt, response and score."""
     if not self._on:
       return
-    for row in rows:
-      row = _strict({"step": int(step), **row})
-      line = json.dumps(row, allow_nan=False, ensure_ascii=False)
-      self._samples.write(line + "\n")
-    self._samples.flush()
+    rows = [strict({"step": int(step), **row}) for row in rows]
+    self._add("samples.jsonl", rows)
+    if rows:
+      for tracker in self._trackers:
+        tracker.write(int(step), trackers.Samples(rows))
+
+  def evaluations(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Records what an evaluation said of each held-out prompt."""
+    if self._on:
+      rows = [strict({"step": int(step), **row}) for row in rows]
+      self._add("evaluations.jsonl", rows)
 
   def histograms(self, step: int, counts: Mapping[str, Mapping]) -> None:
     """Records histograms: name to a mapping from value to count."""
@@ -149,9 +195,7 @@ class Logs:
     row = {"step": int(step)}
     for name, histogram in counts.items():
       row[name] = {str(value): int(n) for value, n in histogram.items()}
-    path = self._workdir / "histograms.jsonl"
-    with open(path, "a", encoding="utf-8") as file:
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    self._add("histograms.jsonl", [row])
 
   def skipped(self, messages: Sequence[str]) -> None:
     """Names rows that were left out, in `skipped.txt`, and counts them."""
@@ -183,7 +227,7 @@ class Logs:
       every_seconds: least time between two pictures.
     """
     if self._on and self._curves is None:
-      self._curves = _Curves(
+      self._curves = trackers.Curves(
         lambda: render(self._metrics_path, self._workdir / "curves.png"),
         every_seconds,
         self.note,
@@ -206,10 +250,10 @@ class Logs:
     if not self._on:
       return
     path = self._workdir / file
-    text = json.dumps(_strict(dict(values)), indent=2, ensure_ascii=False)
+    text = json.dumps(strict(dict(values)), indent=2, ensure_ascii=False)
     paths.write_whole(path, text + "\n")
     self._progress.stop()
-    _print_table(values, title)
+    print_table(values, title)
 
   def close(self) -> None:
     """Draws the last picture and closes the files."""
@@ -221,13 +265,10 @@ class Logs:
         self.note(f"{name} was not finite in {count} rows.")
     if self._curves is not None:
       self._curves.close()
-    self._jsonl.close()
-    self._samples.close()
-    self._csv.close()
-    if self._tensorboard is not None:
-      self._tensorboard.close()
-    if self._wandb is not None:
-      self._wandb.finish()
+    for file in (*self._files.values(), self._csv):
+      file.close()
+    for tracker in self._trackers:
+      tracker.close()
     self._on = False
 
   def __enter__(self):
@@ -236,142 +277,45 @@ class Logs:
   def __exit__(self, *error):
     self.close()
 
-  def _keep_before(self, path, first_step):
-    """Drops rows of `first_step` and later from a file; returns the rest."""
-    if not path.exists():
-      return []
-    lines = path.read_bytes().split(b"\n")
-    torn = lines.pop()
-    rows, kept, num_bad, num_late = [], [], 0, 0
-    for line in lines:
-      try:
-        row = json.loads(line)
-        late = row["step"] >= first_step
-      except (ValueError, KeyError, TypeError):
-        num_bad += 1
-        continue
-      if late:
-        num_late += 1
-      else:
-        rows.append(row)
-        kept.append(line + b"\n")
-    if torn:
-      self.note(f"{path.name}: dropped a last line that was cut short.")
-    if num_bad:
-      self.note(f"{path.name}: dropped {num_bad} lines that cannot be read.")
-    if num_late:
-      self.note(
-        f"{path.name}: dropped {num_late} rows of step {first_step} and later."
-      )
-    if torn or num_bad or num_late:
-      paths.write_whole(path, b"".join(kept))
-    return rows
+  def _add(self, name, rows):
+    """Appends rows to a file, all of them or none."""
+    if name not in self._files:  # Few runs have it.
+      self._files[name] = rows_lib.Appender(self._workdir / name)
+    lines = [
+      json.dumps(row, allow_nan=False, ensure_ascii=name == "metrics.jsonl")
+      for row in rows
+    ]
+    self._files[name].write("".join(line + "\n" for line in lines))
+    self.num_rows[name] += len(lines)
 
   def _write_csv(self, row):
     new = [name for name in row if name not in self._csv_names]
     if new:
-      self._csv.close()
       self._csv_names += new
-      with open(self._metrics_path, encoding="utf-8") as file:
-        self._rewrite_csv([json.loads(line) for line in file])
+      self._rewrite_csv(read_rows(self._workdir))
     else:
-      self._csv_writer.writerow(_csv_row(row))
-      self._csv.flush()
+      self._csv.write(self._csv_lines([row]))
 
   def _rewrite_csv(self, rows):
     """Writes the table anew, whole or not at all, and leaves it open."""
+    if self._csv is not None:
+      self._csv.close()
     path = self._workdir / "metrics.csv"
-    partial = path.with_name(".metrics.csv.partial")
-    self._csv = open(partial, "w", newline="", encoding="utf-8")  # noqa: SIM115
-    self._csv_writer = csv.DictWriter(self._csv, self._csv_names)
-    self._csv_writer.writeheader()
-    self._csv_writer.writerows(_csv_row(row) for row in rows)
-    self._csv.flush()
-    os.replace(partial, path)
+    names = self._csv_lines([{name: name for name in self._csv_names}])
+    paths.write_whole(path, names + self._csv_lines(rows))
+    self._csv = rows_lib.Appender(path)
 
-  def _start_tensorboard(self, first_step):
-    # tensorboardX imports torch where there is one: five seconds, for kinds of
-    # plots that are not drawn here.
-    hide_torch = "torch" not in sys.modules
-    if hide_torch:
-      sys.modules["torch"] = None
-    try:
-      import tensorboardX
-    except ImportError:
-      self.note("No TensorBoard files: tensorboardX is not installed.")
-      return None
-    finally:
-      if hide_torch:
-        del sys.modules["torch"]
-    return tensorboardX.SummaryWriter(
-      str(self._workdir / "tensorboard"), purge_step=first_step or None
-    )
-
-  def _start_wandb(self, project):
-    try:
-      import wandb
-    except ImportError as error:
-      raise ValueError(
-        "--wandb_project needs wandb: `pip install wandb`."
-      ) from error
-    # The same name after a restart makes it the same run over there.
-    path = self._workdir / "wandb_run"
-    if not path.exists():
-      path.write_text(uuid.uuid4().hex[:12])
-    return wandb.init(
-      project=project,
-      id=path.read_text(),
-      resume="allow",
-      dir=str(self._workdir),
-    )
+  def _csv_lines(self, rows):
+    """Returns rows as lines of the table."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, self._csv_names)
+    writer.writerows(_csv_row(row) for row in rows)
+    return text.getvalue()
 
 
 def read_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Returns the rows of a run's `metrics.jsonl`, in their order."""
-  path = pathlib.Path(workdir, "metrics.jsonl")
-  with path.open(encoding="utf-8") as file:
-    return [json.loads(line) for line in file]
-
-
-class _Curves:
-  """Redraws a picture in a thread, and once more at the end."""
-
-  def __init__(self, draw, every_seconds, note):
-    self.changed = threading.Event()
-    self._draw = draw
-    self._every_seconds = every_seconds
-    self._note = note
-    self._failed = False
-    self._stop = threading.Event()
-    self._thread = threading.Thread(target=self._run, daemon=True)
-    self._thread.start()
-
-  def close(self):
-    self._stop.set()
-    self.changed.set()
-    self._thread.join()
-    self._redraw()
-
-  def _run(self):
-    while True:
-      self.changed.wait()
-      if self._stop.is_set():
-        return
-      self.changed.clear()
-      started = time.monotonic()
-      self._redraw()
-      took = time.monotonic() - started
-      if self._stop.wait(max(self._every_seconds, _SHARE_OF_DRAWING * took)):
-        return
-
-  def _redraw(self):
-    # A picture is not worth a run: say what went wrong, once, and go on.
-    try:
-      self._draw()
-    except Exception as error:
-      if not self._failed:
-        self._note(f"curves.png could not be drawn: {error!r}")
-      self._failed = True
+  """Returns the rows of a run's `metrics.jsonl` that can be read, by step."""
+  return rows_lib.readable(pathlib.Path(workdir, "metrics.jsonl"))
 
 
 class _Lines:
@@ -524,14 +468,14 @@ def _number(name, value):
   return float(array.item())
 
 
-def _strict(value):
-  """The value as strict JSON takes it: without arrays, NaN and infinity."""
+def strict(value: Any) -> Any:
+  """Returns a value as strict JSON takes it: no arrays, NaN or infinity."""
   if isinstance(value, Mapping):
-    return {str(name): _strict(item) for name, item in value.items()}
+    return {str(name): strict(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_strict(item) for item in value]
+    return [strict(item) for item in value]
   if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-    return _strict(np.asarray(value).tolist())
+    return strict(np.asarray(value).tolist())
   if isinstance(value, float) and not math.isfinite(value):
     return None
   if isinstance(value, os.PathLike):
@@ -545,7 +489,8 @@ def _csv_row(row):
   }
 
 
-def _print_table(values, title):
+def print_table(values: Mapping[str, Any], title: str) -> None:
+  """Prints a table, see `Logs.summary`, in parts that fit the terminal."""
   from rich import console, table, text
 
   terminal = console.Console()

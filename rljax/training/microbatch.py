@@ -3,6 +3,7 @@
 Every part takes rows from all devices, so that none of them idles.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,20 @@ import jax.numpy as jnp
 
 Array = chex.Array
 Tree = Any
+LossFn = Callable[..., tuple[Array, dict[str, Array]]]
+
+# Metric -> the number of what its mean is over, where that is not the
+# `<loss>/count` of its loss.
+COUNTED_BY = {
+  "kto/desirable_reward": "kto/desirable_count",
+  "kto/undesirable_reward": "kto/undesirable_count",
+  "offline/weight_mean": "offline/tokens",
+  "offline/ratio_mean": "offline/ratio_count",
+  "offline/clip_low_fraction": "offline/ratio_count",
+  "offline/clip_high_fraction": "offline/ratio_count",
+  "token/positive_fraction": "token/tokens",
+  "token/negative_fraction": "token/tokens",
+}
 
 
 class Sizes(NamedTuple):
@@ -80,25 +95,20 @@ def map_rows(
 
 
 def grad(
-  loss_fn: Callable[..., tuple[Array, dict[str, Array]]],
+  loss_fn: LossFn,
   num_parts: int,
   *,
   weigh: Callable[[Tree], Array] | None = None,
   adds_up: bool = False,
   sharding: jax.sharding.Sharding | None = None,
-) -> Callable[..., tuple[Tree, dict[str, Array]]]:
+) -> "Gradient":
   """Makes a function that accumulates the gradient of a batch over its parts.
 
     g = Σ_i w_i ∇L(part_i),   w_i = weigh(part_i) / Σ_j weigh(part_j)
 
   That is the gradient of the whole batch if L is a mean, and `weigh` counts
   what the mean divides by: rows (all parts alike, the default), or tokens.
-
-  Metrics are combined by their names: the largest of `..._max`, the least of
-  `..._min`, the sum of `.../tokens` and `.../count`. A `<loss>/perplexity` is
-  the exponential of the mean logarithm, weighed by `<loss>/tokens` or
-  `<loss>/count`. Of the others it is the mean, weighed by `<loss>/count` where
-  the loss counts what its means are over (a subset, say), else by w.
+  Metrics are combined as those of a batch; see `combine`.
 
   Args:
     loss_fn: `(params, batch, *more) -> (loss, metrics)`.
@@ -112,38 +122,68 @@ def grad(
   Returns:
     `(params, batch, *more) -> (gradients, metrics)`.
   """
-  gradient = jax.grad(loss_fn, has_aux=True)
-  if num_parts == 1:
-    return gradient
+  return Gradient(loss_fn, num_parts, weigh, adds_up, sharding)
 
-  def accumulated(params, batch, *more):
-    parts = split(batch, num_parts)
-    counts = jnp.ones(num_parts)
-    if weigh is not None:
-      counts = jax.vmap(weigh)(parts).astype(jnp.float32)
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+  """The function that `grad` makes, with its arguments."""
+
+  loss_fn: LossFn
+  num_parts: int
+  weigh: Callable[[Tree], Array] | None
+  adds_up: bool
+  sharding: jax.sharding.Sharding | None
+
+  def in_parts(self, num_parts: int) -> "Gradient":
+    """Returns the same gradient, accumulated over so many parts."""
+    return dataclasses.replace(self, num_parts=num_parts)
+
+  def __call__(
+    self, params: Tree, batch: Tree, *more: Tree
+  ) -> tuple[Tree, dict[str, Array]]:
+    """Returns the gradient of a batch, and its metrics."""
+    gradient = jax.grad(self.loss_fn, has_aux=True)
+    if self.num_parts == 1:
+      return gradient(params, batch, *more)
+    parts = split(batch, self.num_parts)
+    counts = jnp.ones(self.num_parts)
+    if self.weigh is not None:
+      counts = jax.vmap(self.weigh)(parts).astype(jnp.float32)
     weights = counts / _not_zero(counts.sum())
-    scale = jnp.ones(num_parts) if adds_up else weights
+    scale = jnp.ones(self.num_parts) if self.adds_up else weights
 
     def add(total, inputs):
       weight, part = inputs
-      grads, metrics = gradient(params, _constrained(part, sharding), *more)
+      grads, metrics = gradient(
+        params, _constrained(part, self.sharding), *more
+      )
       return jax.tree.map(lambda a, b: a + weight * b, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads, metrics = jax.lax.scan(add, zeros, (scale, parts))
-    return grads, combine(metrics, weights, adds_up=adds_up)
-
-  return accumulated
+    return grads, combine(metrics, weights, adds_up=self.adds_up)
 
 
 def combine(
   metrics: dict[str, Array], weights: Array, *, adds_up: bool = False
 ) -> dict[str, Array]:
-  """Combines the metrics of several parts; see `grad`.
+  """Combines the metrics of several parts to those of the whole batch.
+
+  Metrics are combined by their names:
+
+    ..._max, ..._min     the extreme, of the parts in which anything counts
+    .../tokens, ...count sums
+    ...loss              means weighed by w, as the gradient is; or sums
+    .../perplexity       exp of the mean logarithm, weighed by the tokens
+    ..._variance         within the parts, and between their `..._mean`
+    .../explained_variance   1 - errors_variance / returns_variance
+    others               means weighed by what `COUNTED_BY` names, or by the
+                         `<loss>/count` of their loss, or else by w
 
   Args:
     metrics: name -> `[n]`, one value for each part.
-    weights: `[n]`, which add up to 1.
+    weights: `[n]` w, which add up to 1.
     adds_up: whether losses are sums.
 
   Returns:
@@ -152,42 +192,76 @@ def combine(
   found = {}
   for name, values in metrics.items():
     loss, _, quantity = name.rpartition("/")
+    is_loss = quantity.endswith("loss")
+    known = COUNTED_BY.get(name, f"{loss}/count")
+    counts = weights
+    if known in metrics and not is_loss:
+      counts = metrics[known].astype(jnp.float32)
     if quantity.endswith("max"):
-      found[name] = values.max()
+      found[name] = jnp.where(counts > 0, values, values.min()).max()
     elif quantity.endswith("min"):
-      found[name] = values.min()
-    elif quantity in ("tokens", "count") or (
-      adds_up and quantity.endswith("loss")
+      found[name] = jnp.where(counts > 0, values, values.max()).min()
+    elif (
+      quantity == "tokens" or quantity.endswith("count") or is_loss and adds_up
     ):
       found[name] = values.sum()
     elif quantity == "perplexity":
-      counts = metrics.get(f"{loss}/tokens", metrics.get(f"{loss}/count"))
-      counts = (weights if counts is None else counts).astype(jnp.float32)
-      mean = (jnp.log(values) * counts).sum() / _not_zero(counts.sum())
-      found[name] = jnp.exp(mean)
-    elif f"{loss}/count" in metrics:
-      counts = metrics[f"{loss}/count"].astype(jnp.float32)
-      found[name] = (values * counts).sum() / _not_zero(counts.sum())
-    else:
+      counts = metrics.get(f"{loss}/tokens", counts).astype(jnp.float32)
+      found[name] = jnp.exp(_mean(jnp.log(values), counts))
+    elif quantity.endswith("_variance") and f"{name[:-9]}_mean" in metrics:
+      means = metrics[f"{name[:-9]}_mean"]
+      spread = jnp.square(means - _mean(means, counts))
+      found[name] = _mean(values + spread, counts)
+    elif counts is weights:
       found[name] = (values * weights).sum()
+    else:
+      found[name] = _mean(values, counts)
+  for name in metrics:
+    loss, _, quantity = name.rpartition("/")
+    variance = found.get(f"{loss}/returns_variance")
+    if quantity == "explained_variance" and variance is not None:
+      rest = found[f"{loss}/errors_variance"]
+      found[name] = jnp.where(variance > 0, 1.0 - rest / _not_zero(variance), 0)
   return found
 
 
-def over_updates(history: dict[str, Array]) -> dict[str, Array]:
-  """Combines the metrics of a step's updates: extremes, else plain means.
+def over_updates(
+  history: dict[str, Array], epochs: int | None = None
+) -> dict[str, Array]:
+  """Combines the metrics of a step's updates.
+
+  The minibatches of an epoch are parts of one batch, by `combine`. Of the
+  epochs, which see the same rows, it is the extreme, or else the plain mean.
+  What the optimizer has counted is that of the last update.
 
   Args:
-    history: name -> `[updates]`.
+    history: name -> `[updates]`, epoch after epoch.
+    epochs: of the step, which divide its updates; None: each update is an
+      epoch of its own.
 
   Returns:
     Name -> scalar.
   """
 
   def one(name, values):
+    if name.startswith("updates/"):
+      return values[-1]
     if name.endswith("max"):
       return values.max()
     return values.min() if name.endswith("min") else values.mean()
 
+  num_updates = len(next(iter(history.values())))
+  num_parts = num_updates // (epochs or num_updates)
+  if num_parts > 1:
+    last = {n: x[-1:] for n, x in history.items() if n.startswith("updates/")}
+    weights = jnp.full(num_parts, 1.0 / num_parts)
+    history = last | jax.vmap(lambda parts: combine(parts, weights))(
+      {
+        name: values.reshape(-1, num_parts)
+        for name, values in history.items()
+        if name not in last
+      }
+    )
   return {name: one(name, values) for name, values in history.items()}
 
 
@@ -215,6 +289,12 @@ def orders(key: Array, sizes: Sizes, *, epochs: int) -> Array:
   shuffle = lambda key: jax.random.permutation(key, sizes.rows)
   shuffled = jax.vmap(shuffle)(jax.random.split(key, epochs))
   return shuffled.reshape(-1, sizes.minibatch)
+
+
+def _mean(values, counts):
+  """The mean of the parts in which anything counts."""
+  values = jnp.where(counts > 0, values, 0.0)
+  return (values * counts).sum() / _not_zero(counts.sum())
 
 
 def _not_zero(total):

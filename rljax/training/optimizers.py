@@ -1,8 +1,19 @@
-"""Optimizers from plain numbers. A fork writes optax in its script."""
+"""Optimizers from plain numbers, which skip updates that are not finite.
+
+A fork writes optax in its script, within `guarded`, and calls `step`.
+"""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import chex
+import jax
+import jax.numpy as jnp
 import optax
+
+Array = chex.Array
+Tree = Any
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -78,8 +89,8 @@ def adamw(
   epsilon: float = 1e-8,
   weight_decay: float = 0.0,
   max_grad_norm: float = 0.0,
-) -> optax.GradientTransformation:
-  """Clips the global norm of the gradient, and steps by AdamW.
+) -> "Guard":
+  """Clips the global norm of the gradient, and steps by AdamW, `guarded`.
 
   Args:
     num_updates: of the run. None: the learning rate is 1, and the caller
@@ -108,7 +119,144 @@ def adamw(
       warmup=warmup,
       final_learning_rate=final_learning_rate,
     )
-  return optax.chain(
-    optax.clip_by_global_norm(max_grad_norm or math.inf),
-    optax.adamw(rates, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay),
+  return guarded(
+    optax.chain(
+      optax.clip_by_global_norm(max_grad_norm or math.inf),
+      optax.adamw(rates, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay),
+    )
   )
+
+
+class Guarded(NamedTuple):
+  """State of an optimizer that skips updates.
+
+  Attributes:
+    inner: of the optimizer itself.
+    skipped: updates that were skipped, since the run began.
+    in_a_row: of them, those since the last one that was applied.
+  """
+
+  inner: Tree
+  skipped: Array  # [] int32.
+  in_a_row: Array  # [] int32.
+
+
+class Guard(NamedTuple):
+  """An optax transformation that skips updates; made by `guarded`.
+
+  Attributes:
+    init: maps parameters to a `Guarded` state.
+    update: as that of optax: `(grads, state, params) -> (updates, state)`.
+    apply: the same with the new parameters in place of the updates. It takes
+      `is_finite`, a scalar bool, and `rate`, which multiplies the updates.
+  """
+
+  init: Callable[[Tree], Guarded]
+  update: Callable[..., tuple[Tree, Guarded]]
+  apply: Callable[..., tuple[Tree, Guarded]]
+
+
+def guarded(transform: optax.GradientTransformation) -> Guard:
+  """Makes an optimizer skip each update that is not finite, on the device.
+
+  An update is skipped if the norm of its gradient, a new parameter or a number
+  of the new optimizer state is not finite, or `is_finite` is False. Parameters
+  and inner state then keep their bits, a step of the schedule included.
+
+  Args:
+    transform: any optimizer.
+
+  Returns:
+    The same with a state `Guarded`; its `update` needs the parameters.
+  """
+
+  def init(params):
+    zero = lambda: jnp.zeros((), jnp.int32)  # No array may be donated twice.
+    return Guarded(transform.init(params), zero(), zero())
+
+  def judged(grads, state, params, is_finite=True, rate=None):
+    """The updates, the parameters with them, the state, and the verdict."""
+    updates, inner = transform.update(grads, state.inner, params)
+    if rate is not None:
+      updates = jax.tree.map(lambda x: rate * x, updates)
+    new = optax.apply_updates(params, updates)
+    is_finite = jnp.asarray(is_finite) & all_finite(
+      (optax.global_norm(grads), new, inner)
+    )
+    is_skipped = jnp.where(is_finite, 0, 1).astype(jnp.int32)
+    in_a_row = (state.in_a_row + 1) * is_skipped
+    state = Guarded(
+      _select(is_finite, inner, state.inner),
+      state.skipped + is_skipped,
+      in_a_row,
+    )
+    return updates, new, state, is_finite
+
+  def update(grads, state, params, **options):
+    updates, _, state, is_finite = judged(grads, state, params, **options)
+    # Adding -0 changes no bit, that of the sign of 0 included.
+    zeros = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
+    return _select(is_finite, updates, zeros), state
+
+  def apply(grads, state, params, **options):
+    _, new, state, is_finite = judged(grads, state, params, **options)
+    return _select(is_finite, new, params), state
+
+  return Guard(init, update, apply)
+
+
+def step(
+  transform: Guard,
+  grads: Tree,
+  optimizer_state: Guarded,
+  params: Tree,
+  metrics: dict[str, Array],
+  **options: Any,
+) -> tuple[Tree, Guarded, dict[str, Array]]:
+  """Updates parameters, unless the update or its loss is not finite.
+
+  Args:
+    transform: from `adamw` or `guarded`.
+    grads: the gradient, like `params`.
+    optimizer_state: of the transform.
+    params: what is trained.
+    metrics: of the loss; those that end in "loss" must be finite.
+    **options: of the transform's `apply`.
+
+  Returns:
+    The parameters and the state after it; and the metrics with
+    "gradient_norm", "updates/skipped", how many updates the run has skipped,
+    and "updates/skipped_in_a_row", of which so many without another between.
+  """
+  losses = {name: x for name, x in metrics.items() if name.endswith("loss")}
+  params, optimizer_state = transform.apply(
+    grads, optimizer_state, params, is_finite=all_finite(losses), **options
+  )
+  return (
+    params,
+    optimizer_state,
+    metrics
+    | {
+      "gradient_norm": optax.global_norm(grads),
+      "updates/skipped": optimizer_state.skipped,
+      "updates/skipped_in_a_row": optimizer_state.in_a_row,
+    },
+  )
+
+
+def all_finite(tree: Tree) -> Array:
+  """Returns whether all floats of a tree of arrays are finite, a scalar."""
+  return jnp.all(
+    jnp.stack(
+      [jnp.bool(True)]
+      + [
+        jnp.all(jnp.isfinite(x))
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+      ]
+    )
+  )
+
+
+def _select(is_first: Array, first: Tree, second: Tree) -> Tree:
+  return jax.tree.map(lambda a, b: jnp.where(is_first, a, b), first, second)

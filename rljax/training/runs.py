@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -32,13 +33,23 @@ import jax
 import optax
 from absl import flags, logging
 
-from rljax.distributed import compiled, meshes, processes
+from rljax.distributed import compiled, meshes, planning, processes
 from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import samplers
 from rljax.models import hf
-from rljax.storage import checkpoint, locks, paths
-from rljax.training import logs
+from rljax.storage import calls, checkpoint, locks, paths
+from rljax.storage import rows as rows_lib
+from rljax.training import (
+  announce,
+  guards,
+  learner_checks,
+  logs,
+  longer,
+  microbatch,
+  preflight,
+  trackers,
+)
 
 Tree = Any
 
@@ -54,7 +65,8 @@ def start(
   Joins the processes, sets the compilation cache, takes the workdir with its
   lock, holds the flags against those that the run there began with, and makes
   the mesh. Reads flags that `cli.define_run` defines. Flags that may differ
-  when a run is started again carry the attribute `may_change`.
+  when a run is started again carry the attribute `may_change`, those that may
+  only grow `may_grow`; see `longer.check`.
 
   Args:
     values: the absl flags of the script.
@@ -82,6 +94,7 @@ def start(
   own = values.get_key_flags_for_module(sys.argv[0])
   in_force = {flag.name: flag.value for flag in own}
   may_change = {f.name for f in own if getattr(f, "may_change", False)}
+  growing = {f.name: f.may_grow for f in own if getattr(f, "may_grow", "")}
   # The first that they tell each other, now that the cache is known.
   folder = os.path.realpath(values.workdir)
   processes.check_same(
@@ -95,8 +108,12 @@ def start(
       "script would replace; choose another."
     )
   lock = locks.take(values.workdir) if processes.is_first() else None
+  may_change |= growing.keys()
   checkpoint.check_flags(values.workdir, in_force, may_change)
+  longer.check(values, growing)
   mesh = meshes.make(values.mesh)
+  if trains and processes.is_first():
+    print("\n".join(announce.lines(values, mesh)), flush=True)
   return Run(values, in_force, may_change, mesh, lock, total_steps)
 
 
@@ -128,11 +145,29 @@ class Run:
     self._values, self._in_force = values, in_force
     self._keeps_best = "keep_best" in values and values.keep_best
     self._may_change = may_change
+    self._saved_every = longer.filed(values.workdir).get("save_every", 0)
     self._lock = lock  # Held as long as this object lives.
     self._notes: list[str] = []
     self._log = self._checkpoints = self._signals = self._best = None
     self._state_shardings = None
-    self._stopped = False
+    self._stopped = self._lacks_page = self._is_overdue = False
+    self._latest: tuple[Any, ...] | None = None  # What `save` was last given.
+    self._memory: dict[str, Tree] = {}
+    self._has_shown: list[bool] = []  # Of programs; shared with parts.
+    self._watch = self._new_watch()
+    self._is_checked: list[bool] = []  # Shared by the parts of a run.
+
+  def _new_watch(self):
+    """What looks at the metrics, by the flags that the script has."""
+    values = self._values
+    mode = values.preflight if "preflight" in values else "off"
+    is_float32 = "dtype" not in values or values.dtype == "float32"
+    return guards.Watch(
+      self.note,
+      max_skipped=values.max_skipped if "max_skipped" in values else 0,
+      max_gap=None if mode == "off" else guards.tolerance(is_float32),
+      is_strict=mode == "strict",
+    )
 
   # State.
 
@@ -172,24 +207,38 @@ class Run:
       `{"params", "optimizer", **more}` on the mesh, to go on from.
 
     Raises:
-      ValueError: if the checkpoint is of another model or optimizer.
+      ValueError: if the checkpoint is of another model or optimizer, or of a
+        later step than the last one.
     """
-    params = self.place(params, rules)
-    state = {"params": params, "optimizer": optimizer.init(params), **more}
-    self._state_shardings = meshes.shardings(state, rules, self.mesh)
-    state = meshes.place(state, self._state_shardings)
+    self.expect(params, rules, optimizer=optimizer, **more)
+    shardings = self._state_shardings
+    params = meshes.place(params, shardings["params"])
+    # Made where it will lie: whole, it need not fit a device or the host.
+    start = compiled.Compiled(
+      "optimizer", optimizer.init, out_shardings=shardings["optimizer"]
+    )
+    state = {"params": params, "optimizer": start(params)}
+    for name, tree in more.items():
+      state[name] = meshes.place(tree, shardings[name])
+    shape = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding
+    )
+    self._memory = jax.tree.map(shape, state)
     if self._checkpoints is None:  # A part has its own already.
       self._checkpoints = checkpoint.Checkpoints(self.workdir)
     if restored := self._checkpoints.restore_latest(state):
       self.first_step, state, self.meta = restored
       self.best = self.meta.get("best")
+      self._watch.restore(self.meta)
+    longer.check_done(self.first_step, self.total_steps, self.workdir)
+    if (bad := guards.first_not_finite(state)) is not None:
+      raise ValueError(
+        f"The run in {self.workdir} would start from numbers that are not "
+        f"finite: {bad}. The model of the flags, or the checkpoint, is damaged."
+      )
     if self._keeps_best:
       self._best = checkpoint.Checkpoints(self._best_folder, keep=1)
-      kept = (self.best or {}).get("kept")
-      self._best.forget_after(kept or 0)
-      if kept is not None and kept not in self._best.all_steps():
-        # A better one of the steps that are repeated had taken its place.
-        self.best = self.best | {"kept": None}
+      self._recall_best()
     for checkpoints in filter(None, (self._checkpoints, self._best)):
       for message in checkpoints.messages:
         self.note(message)
@@ -216,7 +265,8 @@ class Run:
       "optimizer": optimizer.init(params),
       **more,
     }
-    state = jax.eval_shape(make, params)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    state = jax.eval_shape(make, jax.tree.map(like, params))
     self._state_shardings = meshes.shardings(state, rules, self.mesh)
 
   def compile(
@@ -346,9 +396,11 @@ class Run:
     part.workdir = os.path.join(self.workdir, folder)
     part.total_steps = total_steps
     part.first_step, part.meta, part.best = 0, {}, None
+    part._latest = None
     part.is_complete = part._stopped = False
     part._checkpoints = checkpoint.Checkpoints(part.workdir, keep=keep)
     part._best, part._keeps_best = None, False
+    part._watch, part._is_overdue = part._new_watch(), False
     with part._checkpoints:
       yield part
     if part.is_stopped:
@@ -388,7 +440,14 @@ class Run:
       for kept in filter(None, (self._checkpoints, self._best)):
         stack.enter_context(kept)
       stack.enter_context(self.signals())
-      yield self
+      try:
+        yield self
+      except (checkpoint.Stopped, calls.CallError) as error:
+        # The next step asked a function of the user's, for an answer that
+        # does not come: those before it are not lost.
+        self._save_latest()
+        self._file_answers(error.rows)
+        raise
 
   def file_flags(self) -> None:
     """Files the flags, which later starts are held against.
@@ -424,6 +483,10 @@ class Run:
       columns: metrics that the progress line shows.
     """
     has_metrics = "wandb_project" in self._values
+    repeats = None  # A save may be under way when the next one is due.
+    if "save_every" in self._values:
+      repeats = 2 * max(self._values.save_every, self._saved_every)
+    damaged = self._checkpoints is not None and self._checkpoints.unreadable
     self._log = stack.enter_context(
       logs.Logs(
         self.workdir,
@@ -432,10 +495,22 @@ class Run:
         columns=columns,
         wandb_project=has_metrics and self._values.wandb_project,
         tensorboard=has_metrics,
+        num_rows=self.meta.get("rows"),
+        repeats=repeats,
+        keep=bool(damaged),
+        about=trackers.About(
+          self._flag("run_name", ""), self._flag("run_tags", ()), self._in_force
+        ),
       )
     )
-    if has_metrics:
-      self._log.curves(functools.partial(curves.curves, panels=curves.PANELS))
+    if has_metrics and not planning.current():
+      draw = functools.partial(
+        curves.curves,
+        panels=curves.PANELS,
+        title=self._flag("run_name", "")
+        or pathlib.Path(self.workdir).resolve().name,
+      )
+      self._log.curves(draw)
     for text in self._notes:
       self._log.note(text)
     self._notes = []
@@ -449,14 +524,42 @@ class Run:
     Yields:
       Each step, from `first_step`. The loop calls `save` in every one of them.
     """
-    for step in range(self.first_step, self.total_steps):
+    plan, stop = planning.current(), self.total_steps
+    if plan is not None:
+      stop = min(stop, self.first_step + planning.STEPS)
+    for step in range(self.first_step, stop):
+      if plan is not None:
+        plan.begins(step)
       yield step
+      freeze = list(freeze)
+      if step == self.first_step:
+        self._show_programs(freeze)
       if self._stopped:
         self.note(f"Stopped by a signal after step {step + 1}; all is saved.")
         return
       for program in freeze:
         program.freeze()
-    self.is_complete = True
+    self.is_complete = plan is None
+
+  def _show_programs(self, programs: Sequence[Any]) -> None:
+    """Shows once what was compiled, and the memory that a device has of it."""
+    is_online = "samples_every" in self._values
+    if is_online and self._values.preflight != "off":
+      self._has_shown.append(True)  # `preflight.run` has done so.
+    if programs and not self._has_shown:
+      found = (getattr(x, "program", x) for x in programs)
+      rows = [row for x in found for row in getattr(x, "compilations", ())]
+      preflight.show([], rows, self._memory)
+      self._has_shown.append(True)
+
+  @property
+  def _about(self) -> str:
+    """What the prompts are of: the data, or the task."""
+    return self._flag("data") or self._flag("task") or self.workdir
+
+  def _flag(self, name: str, default: Any = None) -> Any:
+    """Returns a flag that not every script has."""
+    return self._values[name].value if name in self._values else default
 
   @property
   def is_stopped(self) -> bool:
@@ -471,17 +574,55 @@ class Run:
   def save(self, done: int, state: Tree, **meta: Any) -> None:
     """Saves every --save_every steps, at the end, and after a signal.
 
+    While updates are skipped, which are not finite, a save waits for the first
+    one that is not.
+
     Args:
       done: number of finished steps.
       state: as `restore` returned it.
       **meta: what is not an array; comes back in `meta`.
+
+    Raises:
+      guards.NotFinite: if the state is not, or the last steps of a run have
+        taught it nothing.
     """
-    stop = self.should_stop()
-    is_due = done % self._values.save_every == 0 or done == self.total_steps
-    if is_due or stop:
-      meta = {"step": done, "best": self.best, **meta}
-      self._checkpoints.save(done, state, meta)
+    if planning.current():
+      return
+    stop, is_last = self.should_stop(), done == self.total_steps
+    is_due = done % self._values.save_every == 0 or is_last or self._is_overdue
+    rows = {} if self._log is None else dict(self._log.num_rows)
+    about = {"step": done, "best": self.best, "rows": rows}
+    self._latest = (done, state, {**about, **self._watch.state, **meta})
+    self._checkpoints.check()
+    if is_last:
+      self._watch.check_end(done - 1)
+    self._is_overdue = is_due and bool(self._watch.skipping_since)
+    if stop or is_last or (is_due and not self._is_overdue):
+      self._check_finite(state, f"The state after step {done} is not saved")
+      self._checkpoints.save(*self._latest)
     self._stopped = stop and done < self.total_steps
+
+  def _save_latest(self):
+    """Saves the state of the last step, for work that ends within the next."""
+    if self._latest is None or jax.process_count() > 1:
+      return
+    leaves = jax.tree.leaves(self._latest[1])
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+      return
+    if guards.first_not_finite(self._latest[1]) is None:
+      self._checkpoints.save(*self._latest)
+
+  def _file_answers(self, rows):
+    """Files what a batch asked and was answered before it failed."""
+    if rows and processes.is_first():
+      answered = rows_lib.Appender(os.path.join(self.workdir, "answered.jsonl"))
+      strict = (logs.strict(dict(row)) for row in rows)
+      answered.write("".join(json.dumps(row) + "\n" for row in strict))
+      answered.close()
+
+  def _check_finite(self, tree, what):
+    if (bad := guards.first_not_finite(tree)) is not None:
+      raise guards.NotFinite(f"{what}: {bad} is not finite.")
 
   # The best.
 
@@ -489,23 +630,46 @@ class Run:
   def _best_folder(self):
     return os.path.join(self.workdir, "best")
 
+  def _recall_best(self):
+    """Finds the best of the steps that are not repeated, and forgets others."""
+    if self.first_step < (self.total_steps or 0):
+      # A shorter run has evaluated its end, too, behind its last checkpoint.
+      last = self._best.read_meta(self.first_step)
+      if last and last["step"] == last["kept"] == self.first_step:
+        self.best = last
+    kept = (self.best or {}).get("kept")
+    is_damaged = bool(self._checkpoints.unreadable)
+    self._best.forget_after(kept or 0, keep=is_damaged)
+    if kept is not None and kept not in self._best.all_steps():
+      # A better one of the steps that are repeated had taken its place.
+      self.best = self.best | {"kept": None}
+
   def keep_best(self, step: int, value: float, params: Tree) -> None:
     """Keeps the parameters of the best evaluation, with --keep_best.
 
     The first evaluation, of what the run starts from, is to be beaten; if none
-    does, the last parameters count as the best.
+    does, the last parameters count as the best. A value that is not finite is
+    no evaluation.
 
     Args:
       step: of the evaluation.
       value: the larger, the better.
       params: what is kept in `<workdir>/best`.
+
+    Raises:
+      guards.NotFinite: if parameters are not finite.
     """
-    if not self._keeps_best:
+    if not self._keeps_best or planning.current():
       return
     value = float(value)
+    if not math.isfinite(value):
+      self.note(f"step {step}: the evaluation is {value}, and never the best.")
+      # Whatever comes after the start is then better than that.
+      self.best = self.best or {"step": step, "value": None, "kept": None}
+      return
     if self.best is None:
       self.best = {"step": step, "value": value, "kept": None}
-    is_better = value > self.best["value"]
+    is_better = self.best["value"] is None or value > self.best["value"]
     if is_better:
       self.best = {"step": step, "value": value, "kept": step}
     elif step == self.total_steps and self.best["kept"] is None:
@@ -513,6 +677,7 @@ class Run:
       self.best = self.best | {"kept": step}
     else:
       return
+    self._check_finite(params, f"The best of step {step} is not kept")
     self._best.save(step, {"params": params}, self.best)
     # Before the state that says so: a kill between them repeats these steps.
     self._best.wait()
@@ -520,8 +685,75 @@ class Run:
   # What is left for people to look at.
 
   def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Writes one row of metrics."""
+    """Writes one row of metrics, and ends a run that they show to be lost."""
     self._log.write(step, metrics)
+    self.watch(step, metrics)
+
+  def check_learner(
+    self,
+    gradients: microbatch.Gradient,
+    params: Tree,
+    batch: Mapping[str, Any],
+    more: Callable[..., tuple[Any, ...]] = lambda batch: (),
+    **options: Any,
+  ) -> None:
+    """Checks, once, what a script learns from given texts; see --preflight.
+
+    Args:
+      gradients: of the script; see `learner_checks.check`, likewise the others.
+      params: that it differentiates.
+      batch: rows of an update; those of its first pass are looked at.
+      more: maps a batch to further arguments of the gradient.
+      **options: of `learner_checks.check`.
+
+    Raises:
+      preflight.Refused: if a check fails, with --preflight=strict.
+    """
+    num_rows = len(batch["prompt_ids"]) // gradients.num_parts
+    num_own = num_rows // meshes.num_batch_shards(self.mesh)
+    self._enforce(
+      lambda is_float32: learner_checks.check(
+        gradients,
+        params,
+        {name: x[:num_rows] for name, x in batch.items()},
+        more=more,
+        place=self.shard,
+        is_float32=is_float32,
+        **{
+          "num_parts": preflight.smallest_divisor(num_own),
+          "is_start": not self.first_step,
+          **options,
+        },
+      )
+    )
+
+  def check_rows(
+    self, function: Callable[..., Any], arrays: jax.Array, mask: jax.Array
+  ) -> None:
+    """Checks that a function reads rows by themselves, as `check_learner`."""
+    self._enforce(
+      lambda is_float32: learner_checks.check_rows(
+        function, arrays, mask, is_float32=is_float32
+      )
+    )
+
+  def _enforce(self, check):
+    mode = self._values.preflight
+    if mode == "off" or self._is_checked or planning.current():
+      return
+    checks = check(self._values.dtype == "float32")
+    preflight.show(checks)
+    preflight.enforce(checks, mode)
+    self._is_checked.append(True)
+
+  def watch(self, step: int, metrics: Mapping[str, Any]) -> bool:
+    """Ends a run that metrics show to be lost; see `guards.Watch.look`.
+
+    Returns:
+      Whether the last update was applied.
+    """
+    self._watch.look(step, metrics)
+    return self._watch.skipping_since is None
 
   def note(self, text: str) -> None:
     """Prints a line above the progress line, or once that is there."""
@@ -533,6 +765,34 @@ class Run:
   def skipped(self, messages: Sequence[str]) -> None:
     """Names rows that were left out, in `skipped.txt`, and counts them."""
     self._log.skipped(messages)
+
+  def evaluated(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds what an evaluation said of each prompt to `evaluations.jsonl`.
+
+    Args:
+      step: of the evaluation.
+      rows: of `answers.evaluate`.
+    """
+    names = ("prompt", "response", "reward", "finished")
+    self._log.evaluations(
+      step,
+      [
+        {name: row[name] for name in names if name in row}
+        | {k: v for k, v in row["parts"].items() if k == "is_correct"}
+        for row in rows
+      ],
+    )
+
+  def has_read(self, *parts: Any) -> None:
+    """Says what data holds, and names the rows of it that were left out.
+
+    Args:
+      *parts: with `notes`, lines, and `skipped`, messages; see `text.logged`.
+    """
+    for note in dict.fromkeys(note for part in parts for note in part.notes):
+      self.note(note)
+    if self._log is not None:
+      self.skipped([message for part in parts for message in part.skipped])
 
   def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to `samples.jsonl`."""
@@ -575,7 +835,7 @@ class Run:
     )
     facts = zip(samples.scores.tolist(), samples.parts, strict=True)
     self.page(
-      f"{self._values.task}: a rollout after {step} steps",
+      f"{self._about}: a rollout after {step} steps",
       lambda limit: token_pages.from_arrays(
         samples.tokenizer,
         samples.prompts,
@@ -605,7 +865,12 @@ class Run:
     limit = self._values.num_page_samples
     if limit and processes.is_first():
       path = os.path.join(self.workdir, "tokens.html")
-      token_pages.write(path, title, samples(limit), limit=limit, **options)
+      try:
+        token_pages.write(path, title, samples(limit), limit=limit, **options)
+      except OSError as error:  # A page is not worth a run.
+        if not self._lacks_page:
+          self.note(f"The page could not be written: {error}")
+        self._lacks_page = True
 
   def summarise(
     self, names: Sequence[str] = (), *, prefix: str = "eval/", title: str = ""
@@ -621,22 +886,50 @@ class Run:
     if not processes.is_first():
       return
     rows = logs.read_rows(self.workdir)
+    by_step = {row["step"]: row for row in rows}
     known = dict.fromkeys(name for row in rows for name in row)
     shown = [*names, *(x for x in known if x.startswith(prefix))]
+    has_start = self._log.is_complete or 0 in by_step
+    best = by_step.get((self.best or {}).get("kept"), {})
     table = {}
     for name in dict.fromkeys(shown):
       values = [row[name] for row in rows if name in row]
-      if values:
-        table[name] = {"before": values[0], "after": values[-1]}
-    title = title or self.workdir
-    if self.best:
-      title += f"; the best, of step {self.best['kept']}, is in best"
-    self._log.summary(table, title=title)
+      if not values:
+        continue
+      table[name] = {"before": values[0]} if has_start else {}
+      table[name]["after"] = values[-1]
+      if name in best:
+        table[name]["best"] = best[name]
+    if not has_start:
+      self.note("Rows of the first steps are missing: none is the one before.")
+    self._log.summary(table, title=self._with_best(title or self.workdir))
 
-  def finish(self, values: Mapping[str, Any], **options: Any) -> None:
+  def finish(
+    self, values: Mapping[str, Any], title: str = "Summary", **options: Any
+  ) -> None:
     """Writes and prints a summary of the script's own; see `logs.Logs`."""
     self._wait()
-    self._log.summary(values, **options)
+    self._log.summary(values, title=self._with_best(title), **options)
+    if not options and processes.is_first():  # What it was made of is done.
+      scores = pathlib.Path(self.workdir, rows_lib.SCORES)
+      for path in (scores, scores.with_suffix(".json")):
+        path.unlink(missing_ok=True)
+
+  def _with_best(self, title):
+    """Adds to the title of a summary of the last step which one is best."""
+    if self.best is None:
+      return title
+    step, kept = self.best["step"], self.best["kept"]
+    if kept is None:
+      return f"{title}; the start, step {step}, is the best, and best has none"
+    if kept != step:
+      return (
+        f"{title}, step {self.total_steps}; the start, step {step}, is the "
+        f"best, and best has the last, step {kept}"
+      )
+    return (
+      f"{title}, step {self.total_steps}; the best, step {kept}, is in best"
+    )
 
   def _wait(self):
     """Waits for what is being saved: where a summary is, everything is."""
@@ -674,7 +967,7 @@ def check_models(
 
   def first_start():
     if path.exists():
-      return json.loads(path.read_text())
+      return checkpoint.read_object(path)
     paths.write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
 
@@ -698,12 +991,23 @@ def check_same_kind(name: str, other: Any, policy: Any) -> None:
     other: the model, its `model` and `tokenizer`, as `hf.load` gives them.
     policy: likewise.
   """
-  if other.model.config != policy.model.config:
+  if _without_ids(other.model.config) != _without_ids(policy.model.config):
     raise ValueError(
       f"{name} is another architecture than the policy: {other.model.config} "
       f"and {policy.model.config}."
     )
   check_same_tokens(name, other, policy)
+
+
+def _without_ids(config: Any) -> Any:
+  """A config but for special ids, of which an export names more."""
+  if not dataclasses.is_dataclass(config):
+    return config
+  names = ("bos_token_id", "eos_token_id", "pad_token_id")
+  known = {field.name for field in dataclasses.fields(config)}
+  return dataclasses.replace(
+    config, **{name: None for name in names if name in known}
+  )
 
 
 def check_same_tokens(name: str, other: Any, policy: Any) -> None:

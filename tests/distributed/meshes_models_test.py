@@ -183,9 +183,13 @@ class SamplerTest(parameterized.TestCase):
     shape = (NUM_PROMPTS, PROMPT_LENGTH)
     ids = rng.integers(0, 112, shape).astype(np.int32)
     mask = np.arange(PROMPT_LENGTH) >= rng.integers(0, 3, NUM_PROMPTS)[:, None]
-    program = self._program(model, None)
+    program = self._program(model)
     expected = program(jax.random.key(1), params, ids, mask)
-    program = self._program(model, meshes.cache_splitter(mesh))
+    program = self._program(
+      model,
+      split_cache=meshes.cache_splitter(mesh),
+      split_logits=meshes.logits_splitter(mesh),
+    )
     placed = meshes.place(
       params, meshes.shardings(params, hf.partition_rules(model, mesh), mesh)
     )
@@ -202,7 +206,31 @@ class SamplerTest(parameterized.TestCase):
     self._check_cache(model.config, body)
     self._check_gathers(model, entry, body)
 
-  def _program(self, model, split_cache):
+  @parameterized.parameters("data:2,fsdp:4", MESH)
+  def test_logits_are_split(self, spec):
+    """A device computes those of its own rows, and its own tokens."""
+    model, mesh = _models()["llama"], meshes.make(spec)
+    rules = hf.partition_rules(model, mesh)
+    shapes = _shapes(model)
+    params = meshes.place(
+      jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes),
+      meshes.shardings(shapes, rules, mesh),
+    )
+    ids = np.zeros((NUM_PROMPTS, PROMPT_LENGTH), np.int32)
+    program = self._program(
+      model,
+      split_cache=meshes.cache_splitter(mesh),
+      split_logits=meshes.logits_splitter(mesh),
+    )
+    args = meshes.replicate((jax.random.key(1), ids, ids == 0), mesh)
+    text = program.compile(args[0], params, *args[1:]).as_text()
+    _, body = _loop(text)
+    num_tokens = model.config.vocab_size // mesh.shape["tensor"]
+    rows = re.findall(rf"f32\[(\d+),{num_tokens}\]", "\n".join(body))
+    num_rows = NUM_PROMPTS * NUM_SAMPLES // meshes.num_batch_shards(mesh)
+    self.assertEqual(set(rows), {str(num_rows)})
+
+  def _program(self, model, **splitters):
     return compiled.Compiled(
       "sample",
       lambda key, params, ids, mask: rollouts.sample(
@@ -214,7 +242,7 @@ class SamplerTest(parameterized.TestCase):
         max_length=LENGTH,
         settings=sampling.Settings(temperature=2.0),
         num_samples=NUM_SAMPLES,
-        split_cache=split_cache,
+        **splitters,
       ),
     )
 

@@ -33,7 +33,7 @@ ROOT = conftest.REPOSITORY
 LAUNCHER = ROOT / "launch" / "local_processes.sh"
 PPO = "experiments/ppo.py"
 TINY_PPO = (
-  "--task_options=style=last",
+  *scripts.SUMS,
   "--num_prompts=256",
   "--num_eval_prompts=24",
   "--batch_size=8",
@@ -640,7 +640,7 @@ class ScriptsTest(parameterized.TestCase):
       "experiments/grpo.py",
       "grpo",
       "--algorithm=grpo",
-      "--task_options=style=last",
+      *scripts.SUMS,
       *("--num_prompts=256", "--num_eval_prompts=24", "--batch_size=8"),
       *("--num_samples=4", "--steps=3", "--eval_every=2", "--samples_every=1"),
       *("--save_every=2", "--learning_rate=3e-4", f"--policy={policy()}"),

@@ -74,7 +74,7 @@ class ForkingTest(absltest.TestCase):
       [
         *(sys.executable, fork, f"--workdir={folder / 'run'}"),
         *(f"--policy={policy}", "--entropy_floor_coef=0.3"),
-        *("--entropy_floor=5", "--task_options=style=last", "--steps=2"),
+        *("--entropy_floor=5", *scripts.SUMS, "--steps=2"),
         *("--batch_size=8", "--num_prompts=64", "--num_eval_prompts=8"),
         *("--epochs=1", "--preflight=off", "--num_page_samples=0"),
         f"--compilation_cache={folder / 'cache'}",

@@ -11,7 +11,9 @@ ROOT = markdown.ROOT
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 # Rooms whose names with a slash are paths.
 NO_METRICS = ("distributed", "models", "storage", "tasks", "text")
-NOT_LOGGED = {"max_grad_norm", "every_seconds"}
+NOT_LOGGED = {"max_grad_norm", "every_seconds"} | {
+  *("score_seconds", "teacher_seconds"),
+}
 PATHS = ("rounds/*",)
 NAME = re.compile(r"[a-z*]\w*\*?(?:/[\w*]+)+")
 

@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 
 from rljax.evaluation import token_pages
 from rljax.tasks import arithmetic, word_lists
-from rljax.text import logged
+from rljax.text import encoding, logged
 
 END = 256  # A special token, and in each tokenizer below.
 
@@ -243,12 +243,12 @@ class MakeTest(_PagesTest):
       ],
       "log",
     )
-    encoded = logged.encode(
+    encoded = encoding.encode(
       tokenizer, rows, max_prompt_length=4, max_response_length=4
     )
-    log = logged.Log(
+    log = encoding.Log(
       encoded=encoded,
-      lengths=logged.lengths(encoded),
+      lengths=encoding.lengths(encoded),
       present=logged.present(rows),
       skipped=[],
       settings={},

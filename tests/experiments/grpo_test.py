@@ -16,8 +16,8 @@ from tests import conftest, scripts
 SFT = "experiments/sft.py"
 GRPO = "experiments/grpo.py"
 TINY = (
+  *scripts.SUMS,
   "--task=arithmetic_format",
-  "--task_options=style=last",
   "--num_prompts=512",
   "--num_eval_prompts=40",
   "--batch_size=4",
@@ -57,7 +57,7 @@ def _policy():
   scripts.run(
     SFT,
     workdir,
-    "--task_options=style=last,whole=true",
+    *scripts.LEARN_SUMS,
     "--num_eval_prompts=64",
     "--hidden_size=32",
     "--num_layers=1",

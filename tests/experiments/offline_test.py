@@ -367,7 +367,9 @@ class OfflineTest(parameterized.TestCase):
 
 class RewardModelTest(absltest.TestCase):
   def test_learns_comparisons_and_scores(self):
-    workdir, half = (scripts.scratch() / name for name in ("rm", "rm-half"))
+    workdir, half, led = (
+      scripts.scratch() / name for name in ("rm", "rm-half", "rm-led")
+    )
     flags = (*TINY_REWARD, f"--policy={_policy()}")
     learning = (
       "--task_options=num=600",
@@ -380,9 +382,15 @@ class RewardModelTest(absltest.TestCase):
       [
         (workdir, *flags, *learning),
         (half, *flags, "--frozen=wte|block_0"),
+        (led, *flags, "--margin=0.5", "--reward_margin=1", "--center_coef=1"),
       ],
     )
-    self.assertEqual(errors, [None, None])
+    self.assertEqual(errors, [None, None, None])
+    # At first all scores are the same: log 2, and more with a margin of .5 and
+    # the difference of two rewards.
+    losses = [scripts.rows(path)[0]["pairwise/loss"] for path in (half, led)]
+    self.assertAlmostEqual(losses[0], np.log(2), places=5)
+    self.assertGreater(losses[1], np.log1p(np.exp(0.5)) + 0.01)
     rows = scripts.rows(workdir)
     self.assertGreater(rows[-1]["eval/accuracy"], 0.6)
     # What is frozen keeps its bits, and the rest does not.
@@ -533,7 +541,7 @@ class EvaluateTest(absltest.TestCase):
         )
       ],
     )
-    self.assertRegex(error, "^ValueError: Nothing says how replies")
+    self.assertRegex(error, "Nothing scores the responses: give --rewards")
 
   def test_bad_input(self):
     cases = [

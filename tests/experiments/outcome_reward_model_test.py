@@ -169,7 +169,14 @@ def _bad_flags():
   samples = _data("first", "held_out")
   pairwise = [*samples, *BCE[1:]]
   return [
-    ([*BCE, *_data("first")], r"--eval_data \(or --eval_share\), or a --task"),
+    (
+      [*BCE, *samples[:1], "--task="],
+      r"Give --data \(--eval_data or --eval_share of it",
+    ),
+    (
+      [*BCE, samples[0], samples[-1]],
+      "--eval_share of it is held out., or a --task and neither",
+    ),
     ([*BCE, *samples, "--eval_share=0.1"], "--eval_share needs --data, and no"),
     ([*BCE, *_data("first"), "--eval_share=1"], "share must lie between"),
     ([*BCE, *samples, "--margin=1"], "--margin=1.0 belongs to --loss=pairw"),

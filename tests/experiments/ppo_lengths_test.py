@@ -30,6 +30,7 @@ TINY = (
   "--eval_every=3",
   "--samples_every=1",
   "--learning_rate=1e-3",
+  "--stop_at_eos=false",
 )
 WORDS = (
   *TINY,
@@ -269,6 +270,7 @@ class SentimentTest(absltest.TestCase):
       "--batch_size=16",
       "--nogreedy",
       "--max_length=9",
+      "--stop_at_eos=false",
       "--metrics=text,perplexity",
       f"--reference={_letters()}",
     )

@@ -139,6 +139,14 @@ class TermsTest(absltest.TestCase):
     self.assertGreater(max(row["reward/steps"] for row in rows[:4]), 0)
     self.assertGreater(rows[0]["reward/reward_model"], 0)
 
+  def test_whitened_rewards_keep_their_mean(self):
+    workdir = scripts.scratch() / "whitened"
+    scripts.run(PPO, workdir, *_all_terms(), "--whiten_rewards", "--steps=1")
+    found, first = scripts.rows(workdir)[0], scripts.rows(_finished())[0]
+    self.assertEqual(found["reward/with_kl"], first["reward/with_kl"])
+    # The critic begins at 0: its loss is the mean square of the returns.
+    self.assertNotAlmostEqual(found["value/loss"], first["value/loss"])
+
   def test_rollouts_are_counted(self):
     counts = [row["rollouts"] for row in scripts.rows(_finished())]
     self.assertEqual(counts, [0, 32, 64, 96, 128])

@@ -33,6 +33,10 @@ TINY = (
 OFTEN = ("--eval_every=2", "--save_every=2")
 # All replies are to become more likely: else the reference point stays at 0.
 KTO = ("--algorithm=kto", "--undesirable_weight=0.01", *OFTEN)
+ALONE = (
+  *("--task=", "--eval_share=0.3", "--batch_size=4", "--eval_every=3"),
+  "--keep_best",
+)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -144,6 +148,11 @@ def _files():
   single = {"prompt": rows["pairs"][0]["prompt"], "response": " crow dove"}
   rows["pairs"].insert(3, single)
   rows["singles"] = [single, single]
+  rows["labels"] = [
+    {"prompt": row["prompt"], "completion": row[side], "label": is_good}
+    for row in _content("pairs")
+    for side, is_good in (("chosen", True), ("rejected", False))
+  ]
   rows["alike"] = [
     row | {"prompt": single["prompt"]} for row in _content("pairs")
   ]
@@ -182,6 +191,9 @@ def _flags_of_runs():
     "kto-alike": [*KTO, file("alike")],
     "simpo-pairs": ["--algorithm=simpo", file("pairs")],
     "orpo-tied": ["--algorithm=orpo", "--order=reward", file("tied")],
+    # Without a scorer of replies.
+    "dpo-alone": [file("pairs"), *ALONE],
+    "kto-labels": ["--algorithm=kto", file("labels"), *ALONE],
     # The same in other ways.
     "dpo-micro": [*OFTEN, "--micro_batch_size=2"],
     "dpo-cache": [*OFTEN, f"--cache={_cache()}"],
@@ -221,9 +233,14 @@ def _bad_flags():
     ([pro, "--sft_weight=-1"], "sft_weight=-1: -1.0 is not a non-negative"),
     ([kto, "--kto_threshold=1", "--order=reward"], "leave out --order=reward"),
     ([kto, "--batch_size=1"], "--batch_size must be 2 or more"),
+    (
+      [file("pairs"), "--task=", f"--dev_data={_files()['pairs']}"],
+      "Nothing scores the replies to --dev_data=.*: give --rewards",
+    ),
+    ([file("pairs"), "--task=", "--eval_share=1"], "--eval_share must lie bet"),
     (["--micro_batch_size=3"], "--micro_batch_size=3 does not divide"),
     (["--mesh=data:2", "--batch_size=7"], "--batch_size must be divisible"),
-    (["--task="], "Without a --task, give --data and --dev_data"),
+    (["--task="], "Without a --task, give --data, a file of rows"),
     ([file("singles")], "2 of 2 rows .*: .*singles.jsonl:1, .*singles.jsonl:2"),
     ([file("pairs"), "--order=reward"], "--order=reward needs rewards, which"),
     ([file("pairs"), pro], "--order=reward needs rewards, which 17 of 17"),
@@ -311,6 +328,22 @@ def _arrays(pairs):
       log_probs[i, k, : len(tokens)] = tokens
       mask[i, k, : len(tokens)] = True
   return log_probs, mask
+
+
+class WithoutScorerTest(parameterized.TestCase):
+  @parameterized.parameters(("dpo-alone", True), ("kto-labels", False))
+  def test_held_out_loss_selects(self, name, has_accuracy):
+    workdir = _workdir(name)
+    rows = scripts.rows(workdir)
+    steps = [row["step"] for row in rows if "eval/loss" in row]
+    self.assertEqual(steps, [0, 3, 6])
+    self.assertFalse(any("dev/reward" in row for row in rows))
+    if has_accuracy:
+      self.assertIn("eval/accuracy", rows[0])
+    # The reference itself: log 2 of every pair, and half of what there is.
+    expected = np.log(2) if name == "dpo-alone" else 0.5
+    np.testing.assert_allclose(rows[0]["eval/loss"], expected, atol=1e-3)
+    self.assertTrue((workdir / "best").exists())
 
 
 class RunTest(parameterized.TestCase):

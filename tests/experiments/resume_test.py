@@ -18,7 +18,7 @@ from tests import conftest, scripts
 ROOT = conftest.REPOSITORY
 SFT = "experiments/sft.py"
 PPO = "experiments/ppo.py"
-TASK = ("--task_options=style=last",)
+TASK = scripts.SUMS
 TINY_PPO = (
   *TASK,
   "--num_prompts=512",
@@ -33,7 +33,7 @@ TINY_PPO = (
   "--batch_entropy_coef=0.3",
 )
 TINY_SFT = (
-  "--task_options=style=last,whole=true",
+  *scripts.LEARN_SUMS,
   "--num_eval_prompts=64",
   "--hidden_size=32",
   "--vocab_size=109",
@@ -277,6 +277,26 @@ class ResumeTest(parameterized.TestCase):
     self.assertNotEqual(done.returncode, 0)
     self.assertRegex(done.stderr, "learning_rate: was 0.0003, now 0.5")
 
+  def test_finished_run_goes_on_with_more_steps(self):
+    longer, whole = (scripts.scratch() / x for x in ("longer", "whole"))
+    flags = (*TINY_PPO, f"--policy={_policy()}", "--warmup=0")
+    errors = scripts.drive(
+      PPO,
+      [
+        (whole, *flags),
+        (longer, *flags, "--steps=3", "--save_every=1", "--eval_every=3"),
+        (longer, *flags),
+        (longer, *flags, "--steps=5"),
+      ],
+    )
+    self.assertEqual(errors[:3], [None] * 3)
+    self.assertRegex(errors[3], "--steps=6, now 5: it may grow, not fall")
+    self.assertEqual(scripts.fingerprint(longer), scripts.fingerprint(whole))
+    # The longer run evaluates steps 0 and 4, the shorter one 0 and 3.
+    self.assertEqual(
+      scripts.steady(scripts.rows(longer)), scripts.steady(scripts.rows(whole))
+    )
+
   def test_finished_run_stays_as_it_is(self):
     before = scripts.rows(_finished())
     scripts.run(PPO, _finished(), *TINY_PPO, f"--policy={_policy()}")
@@ -316,11 +336,14 @@ class SupervisedTest(parameterized.TestCase):
       ),
       "best": ("--keep_best", "--learning_rate=1", "--max_grad_norm=0"),
       "improves": ("--keep_best",),
+      "constant": ("--keep_best", "--schedule=constant"),
+      "longer": ("--keep_best", "--schedule=constant"),
     }
     found = {name: scripts.scratch() / f"sft-{name}" for name in flags}
-    errors = scripts.drive(
-      SFT, [(found[name], *cls.FLAGS, *more) for name, more in flags.items()]
-    )
+    runs = [(found[name], *cls.FLAGS, *more) for name, more in flags.items()]
+    # It has ended once before.
+    runs.insert(-1, (*runs[-1], "--steps=3", "--save_every=5"))
+    errors = scripts.drive(SFT, runs)
     if any(errors):
       raise AssertionError(errors)
     return found
@@ -385,6 +408,18 @@ class SupervisedTest(parameterized.TestCase):
       )
     self.assertEqual(
       scripts.steady(scripts.rows(killed)), scripts.steady(scripts.rows(whole))
+    )
+
+  def test_a_longer_run_ends_with_the_same_bits(self):
+    runs = self._runs()
+    for folder in (".", "best"):
+      self.assertEqual(
+        scripts.fingerprint(runs["longer"] / folder),
+        scripts.fingerprint(runs["constant"] / folder),
+      )
+    self.assertEqual(
+      scripts.steady(scripts.rows(runs["longer"])),
+      scripts.steady(scripts.rows(runs["constant"])),
     )
 
   def test_rows_of_a_file(self):

@@ -10,14 +10,14 @@ from rljax.losses import offline
 from rljax.models import hf
 from rljax.scoring import cached
 from rljax.tasks import word_lists
-from rljax.text import files, logged
+from rljax.text import encoding, files, logged
 from tests import scripts
 
 SFT = "experiments/sft.py"
 PPO = "experiments/ppo.py"
 OFFLINE = "experiments/offline.py"
 TINY_PPO = (
-  "--task_options=style=last",
+  *scripts.SUMS,
   "--num_prompts=256",
   "--num_eval_prompts=16",
   "--batch_size=16",
@@ -82,7 +82,7 @@ class PPOTest(absltest.TestCase):
     scripts.run(
       SFT,
       policy,
-      "--task_options=style=last,whole=true",
+      *scripts.LEARN_SUMS,
       "--num_eval_prompts=16",
       "--hidden_size=32",
       "--tokenizer=character",
@@ -182,7 +182,7 @@ class OfflineTest(absltest.TestCase):
     self.assertEqual(errors, [None] * len(workdirs))
 
     loaded = hf.load(policy)
-    encoded = logged.prepare(
+    encoded = encoding.prepare(
       loaded.tokenizer,
       logged.load(str(path))[0],
       **LOG,

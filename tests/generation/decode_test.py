@@ -197,6 +197,32 @@ class SampleTest(parameterized.TestCase):
     self.assertTrue(some_ended and some_ran_out)
     self.assertTrue((np.asarray(samples.log_probs)[~mask] == 0).all())
 
+  def test_a_least_length_before_the_stop_id(self):
+    options = {
+      "params": self.params,
+      "ids": self.ids,
+      "mask": self.mask,
+      "stop_ids": (3,),
+      "num_samples": 40,
+      "max_length": 8,
+      "min_new_tokens": 4,
+    }
+    samples = _sample(**options)
+    mask = np.asarray(samples.response_mask)
+    lengths, finished = mask.sum(1), np.asarray(samples.finished)
+    # Four tokens, then the stop id at the earliest.
+    self.assertTrue((np.asarray(samples.response_ids)[:, :4] != 3).all())
+    self.assertEqual(lengths[finished].min(), 5)
+    # The policy's own probabilities are as without; what was drawn from is not.
+    full = np.asarray(samples.log_probs)
+    truncated = np.asarray(samples.truncated_log_probs)
+    self.assertGreater((truncated - full)[:, :4].min(), 0)
+    np.testing.assert_allclose(
+      full[:, 4:][mask[:, 4:]], truncated[:, 4:][mask[:, 4:]], rtol=1e-5
+    )
+    greedy = _sample(**options | {"settings": sampling.Settings(greedy=True)})
+    self.assertTrue((np.asarray(greedy.response_ids)[:, :4] != 3).all())
+
   def test_lengths_limit_each_row(self):
     lengths = jnp.array([1, 4, 6], jnp.int32)
     samples = _sample(
@@ -316,6 +342,30 @@ class SampleTest(parameterized.TestCase):
 
 class RealModelTest(parameterized.TestCase):
   """The log-probabilities that the sampler returns are the trainer's."""
+
+  def test_parameters_are_narrowed_once(self):
+    """The loop reads bfloat16 matrices, and draws as before."""
+    config = tiny.llama_config(dtype=jnp.bfloat16)
+    model, params = tiny.model(config), tiny.params(config)
+    ids, mask = _prompts(np.random.default_rng(0))
+    options = {"max_length": 4, "settings": sampling.Settings()}
+
+    def run(params):
+      return decode.sample(
+        jax.random.key(0), model, params, ids, mask, **options
+      )
+
+    (loop,) = (
+      e for e in jax.make_jaxpr(run)(params).eqns if e.primitive.name == "while"
+    )
+    matrices = [
+      x.aval.dtype
+      for x in loop.invars
+      if x.aval.shape
+      in {p.shape for p in jax.tree.leaves(params) if p.ndim > 1}
+    ]
+    self.assertGreaterEqual(len(matrices), 14)
+    self.assertEqual(set(matrices), {jnp.dtype(jnp.bfloat16)})
 
   @parameterized.parameters("gpt2", "llama")
   def test_log_probs_are_the_full_forward_passes(self, family):

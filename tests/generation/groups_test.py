@@ -101,6 +101,14 @@ class CollectTest(parameterized.TestCase):
   def test_differ(self, library):
     scores = library.array([[1.0, 1.0], [0.1, 0.2], [-1.0, -1.0]])
     np.testing.assert_array_equal(groups.differ(scores), [False, True, False])
+    nan = float("nan")
+    scores = library.array([[nan, 1.0], [0.1, 0.2], [nan, nan]])
+    np.testing.assert_array_equal(groups.differ(scores), [False, True, False])
+
+  def test_deviation(self):
+    scores = jnp.array([[1.0, 3.0, jnp.nan], [5.0, jnp.nan, jnp.nan]])
+    found = groups.deviation(scores, ~jnp.isnan(scores))
+    np.testing.assert_allclose(found, 0.5)  # Of 1 and 0.
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Tests of samplers: prompts in, texts out, however they are batched."""
 
 import collections
+import contextlib
+import dataclasses
 import functools
+import io
 import pathlib
 import tempfile
 import types
@@ -11,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from absl.testing import parameterized
 
 from rljax.distributed import meshes
 from rljax.evaluation import answers
 from rljax.generation import rollouts, samplers
 from rljax.ops import sampling
+from rljax.storage import calls
 from rljax.tasks import arithmetic, word_lists
-from rljax.text import batches, files, prompts, tokens
-from tests import stand_in, tiny
+from rljax.text import asked, batches, files, prompts, tokens
+from tests import conftest, stand_in, tiny
 from tests.generation import grammars_test
 
 pytest.importorskip("tokenizers")
@@ -219,6 +224,44 @@ class SamplesTest(parameterized.TestCase):
     self.assertIsNone(samples.scores)
     self.assertIsNone(samples.parts)
 
+  def test_what_is_learnt_from(self):
+    nothing = lambda prompts, texts: (np.array([1, np.nan, 0]), [{}] * 3)
+    for options, counts in (
+      ({}, [True, False, True]),
+      # The second one has no end, and the first is all that has a score.
+      ({"mask_unfinished": True}, [True, False, True]),
+    ):
+      samples = _samples(**options).scored(nothing)
+      np.testing.assert_array_equal(~np.isnan(samples.learnt_scores), counts)
+      np.testing.assert_array_equal(
+        samples.learnt.response_mask,
+        samples.rollout.response_mask & np.array(counts)[:, None],
+      )
+      self.assertIsNone(samples.records()[1]["reward"])
+    # Of those with a score, the one without an end is left out if asked.
+    samples = _samples(mask_unfinished=True).scored(_length)
+    np.testing.assert_array_equal(samples.scores, [1, 4, 0])
+    np.testing.assert_array_equal(samples.learnt_scores, [1, np.nan, 0])
+    samples = _samples().scored(_length)
+    np.testing.assert_array_equal(samples.learnt_scores, [1, 4, 0])
+
+  def test_columns_of_the_data_are_kept(self):
+    samples = _samples()
+    columns = {"gold": 4, "reward": "not ours"}
+    given = [{"role": "user", "content": "a"}]
+    named = [asked.Prompt(p, given, columns) for p in samples.prompts]
+    samples = dataclasses.replace(samples, prompts=named).scored(_length)
+    (row, *_) = samples.records()
+    self.assertEqual((row["gold"], row["reward"]), (4, 1.0))
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder, "x.jsonl")
+      files.write_jsonl(path, [row])
+      (found,) = files.read_jsonl(path)
+    self.assertEqual(found["prompt"], given)
+    (attached,) = asked.attach([found], named)
+    self.assertEqual(asked.columns(attached["prompt"]), columns)
+    self.assertEqual(attached["prompt"], "a")
+
   def test_take(self):
     rows = [2, 0, 2]
     for samples in (_samples(), _samples().scored(_length)):
@@ -403,6 +446,64 @@ class SamplerTest(parameterized.TestCase):
       ends[text.removeprefix(short)] += 1
     for stop in stops:
       self.assertGreater(ends[stop], 0)
+
+  def test_several_end_tokens(self):
+    # The config names one besides that of the tokenizer, a flag two more.
+    own, by_id, by_name = NUMBERS.convert_tokens_to_ids(["7", "8", "="])
+    config = types.SimpleNamespace(
+      vocab_size=len(NUMBERS), max_positions=1024, eos_token_id=(own,)
+    )
+    model = mock.Mock(wraps=stand_in.model(len(NUMBERS)), config=config)
+    table = np.zeros((32, len(NUMBERS), len(NUMBERS)), np.float32)
+    table[..., [own, by_id, by_name]] = 2.0
+    asked = _asked([f"{i}+{i + 1}=" for i in range(40, 56)], NUMBERS)
+    named = (str(by_id), "=")
+    for stop_at_eos, ends in (
+      (True, [NUMBERS.eos_token_id, own, by_id, by_name]),
+      (False, [by_id, by_name]),
+    ):
+      sampler = _sampler(
+        tokenizer=NUMBERS,
+        model=model,
+        max_length=24,
+        stop_tokens=named,
+        stop_at_eos=stop_at_eos,
+      )
+      self.assertEqual(list(sampler.stop_ids), ends)
+      drawn = sampler.draw(
+        jax.random.key(0), stand_in.params(table), asked, np.arange(16), step=0
+      )
+      rollout = jax.tree.map(np.asarray, drawn.rollout)
+      last = rollout.response_mask.sum(axis=1) - 1
+      found = set()
+      for row, text in enumerate(drawn.texts):
+        ids = rollout.response_ids[row, : last[row] + 1]
+        # It ends the response, and is no part of its text.
+        self.assertFalse(np.isin(ids[:-1], ends).any())
+        if rollout.finished[row]:
+          self.assertIn(ids[-1], ends)
+          found.add(int(ids[-1]))
+          self.assertEqual(text, NUMBERS.decode(ids[:-1]))
+        if not stop_at_eos:  # An end that is not to end it is never drawn.
+          self.assertNotIn(own, ids)
+      self.assertLessEqual({by_id, by_name}, found)
+      responder = sampler.responder(asked, batch_size=8)
+      ((_, texts, _), _) = responder.batches(stand_in.params(table))
+      self.assertNotIn("=", "".join(texts))
+    with self.assertRaisesRegex(ValueError, "and must be one that it knows"):
+      _sampler(tokenizer=NUMBERS, model=model, stop_tokens=["12="])
+
+  def test_responses_from_nan_are_counted(self):
+    asked = _asked(["1+2="] * 4, NUMBERS)
+    sampler = _sampler(tokenizer=NUMBERS, model=stand_in.model(len(NUMBERS)))
+    table = np.full((32, len(NUMBERS), len(NUMBERS)), np.nan, np.float32)
+    with self.assertLogs("absl", "WARNING") as logs:
+      drawn = sampler.draw(
+        jax.random.key(0), stand_in.params(table), asked, np.arange(4), step=0
+      )
+    self.assertIn("4 of 4 responses were drawn from logits", logs.output[0])
+    ids = np.asarray(drawn.rollout.response_ids)
+    self.assertTrue(np.asarray(sampler.allowed)[ids].all())
 
   def _bracketed(self, vocab_size):
     """A task whose responses are the expressions of a small grammar."""
@@ -727,6 +828,51 @@ class CollectTest(parameterized.TestCase):
     self.assertEqual(self.collect(), whole)
     self.assertEqual(self.asked, [])
 
+  @parameterized.parameters(0, 2, 3, 5)
+  def test_what_was_scored_before_an_error_is_kept(self, num_scored):
+    whole = self.collect()
+    content = self.path.read_bytes()
+    self.path.unlink()
+    self.asked = []
+    batches = []
+
+    def fail(prompts, replies):
+      """Answers a part of the second batch."""
+      batches.append(len(prompts))
+      if len(batches) != 2:
+        return self.score(prompts, replies)
+      scores, parts = self.score(prompts[:num_scored], replies[:num_scored])
+      done = list(zip(scores, parts, strict=True))
+      raise calls.CallError("no answer.", done)
+
+    fail.source = "each by itself"
+    responder = _responder(settings=SAMPLED, batch_size=2, num_samples=3)
+    arguments = self.path, responder, self.params, PROMPTS, fail
+    with self.assertRaisesRegex(
+      calls.CallError,
+      f"no answer. {6 + num_scored} responses .*x.jsonl: the same command"
+      if num_scored
+      else "no answer.$",
+    ):
+      samplers.collect(*arguments)
+    self.assertLen(files.read_jsonl(self.path), 6 + num_scored)
+    self.assertEqual(samplers.collect(*arguments), whole)
+    self.assertEqual(self.path.read_bytes(), content)
+    self.assertLen(self.asked, 21)  # None twice.
+
+  def test_a_damaged_file_is_set_aside(self):
+    whole = self.collect()
+    content = self.path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    damaged = b"".join([*lines[:6], b"\0\0\n", *lines[7:]])
+    self.path.write_bytes(damaged)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+      self.assertEqual(self.collect(), whole)
+    self.assertRegex(said.getvalue(), "x.jsonl:7: not JSON .*x.jsonl.old1")
+    self.assertEqual(self.path.read_bytes(), content)
+    aside = self.path.with_name("x.jsonl.old1")
+    self.assertEqual(aside.read_bytes(), damaged)
+
   def test_further_draws(self):
     first = self.collect(draw=1)
     self.path.unlink()
@@ -778,6 +924,37 @@ class ProgressTest(parameterized.TestCase):
 
 
 class ReadTest(parameterized.TestCase):
+  def _drawn(self, tokenizer, ids):
+    ids = np.array([ids])
+    prompt = np.array([tokenizer.encode("Once")])
+    return rollouts.Rollout(
+      prompt_ids=prompt,
+      prompt_mask=prompt >= 0,
+      response_ids=ids,
+      response_mask=ids >= 0,
+      log_probs=np.zeros(ids.shape),
+      truncated_log_probs=np.zeros(ids.shape),
+      finished=np.array([True]),
+    )
+
+  def test_cut_where_the_sampler_stopped(self):
+    folder = conftest.shared("data/models/stories260k")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    byte = lambda i: tokenizer.convert_tokens_to_ids(f"<0x{i:02X}>")
+    # A blank in front of the first token, which SentencePiece would take off.
+    for ids, stops, expected in (
+      (encode("upon a"), [" upon"], ""),
+      (encode("upon a"), [], " upon a"),
+      (encode("upon a"), [" a"], " upon"),
+      # Bytes that are no UTF-8, in one run with a stop string and without.
+      ([byte(0xC3), byte(0x0A), byte(0x41)], ["\n"], "\ufffd"),
+      ([byte(0xC3), byte(0xA9), byte(0x0A)], ["\n"], "é"),
+      ([*encode("a"), byte(0x0A), byte(0xFF)], ["\n"], " a"),
+    ):
+      drawn = self._drawn(tokenizer, ids)
+      self.assertEqual(samplers.read(tokenizer, drawn, stops), [expected])
+
   def test_texts(self):
     # "3+4=7" with the end token, "12" cut short, nothing, and "=+".
     ids = [[3, 100, 4, 102, 7, 104], [1, 2, 9, 9, 9, 9], [104] + [9] * 5]
@@ -800,5 +977,8 @@ class ReadTest(parameterized.TestCase):
       (("=", "+4"), ["3", "12", "", ""]),
       (("+4", "="), ["3", "12", "", ""]),
       (("4=7",), ["3+", "12", "", "=+"]),
+      # One that begins first may lie in what another would cut off.
+      (("4=", "+4"), ["3", "12", "", "=+"]),
+      (("+4", "4="), ["3", "12", "", "=+"]),
     ):
       self.assertEqual(samplers.read(NUMBERS, drawn, stops), expected)

@@ -244,14 +244,18 @@ class WorkedExampleTest(parameterized.TestCase):
       "offline/log_ratio_mean": -0.7,
       "offline/advantage_mean": 0.15,
       "offline/zero_advantage_fraction": 0.5,
+      "offline/tokens": 5.0,
+      "offline/count": 2.0,
     }
     # e and e^-2.4; e^0.2, e^-0.2, e and e^-0.5, e^-1.9.
     sequence = {
+      "offline/ratio_count": 2.0,
       "offline/ratio_mean": 1.404500,
       "offline/clip_low_fraction": 0.5,
       "offline/clip_high_fraction": 0.5,
     }
     token = {
+      "offline/ratio_count": 5.0,
       "offline/ratio_mean": 1.102903,
       "offline/clip_low_fraction": 0.0,
       "offline/clip_high_fraction": 0.2,
@@ -297,6 +301,7 @@ class WeightMetricsTest(parameterized.TestCase):
     expected = {
       "offline/advantage_mean": 0.15,
       "offline/zero_advantage_fraction": 0.5,
+      "offline/ratio_count": 2.0,
       "offline/ratio_mean": (np.exp(1) + np.exp(-2.4)) / 2,
       "offline/clip_low_fraction": 0.5,
       "offline/clip_high_fraction": 0.5,
@@ -316,7 +321,7 @@ class WeightMetricsTest(parameterized.TestCase):
     no_advantage = offline.weight_metrics(
       "r_lol", _LOG_PROBS, _REF_LOG_PROBS, None, _FULL, clip_epsilon=None
     )
-    self.assertLen(no_advantage, 3)
+    self.assertLen(no_advantage, 4)
     # Without bounds none is reached.
     self.assertEqual(no_advantage["offline/clip_high_fraction"], 0)
     self.assertEqual(

@@ -144,6 +144,7 @@ class ClippedPolicyLossTest(parameterized.TestCase):
       "ppo/ratio_max": 1.648721,
       "ppo/approx_kl": 0.051835,
       "ppo/approx_kl_k2": 0.049,
+      "ppo/count": 5.0,
     }
     self.assertEqual(set(metrics), set(expected_metrics))
     for name, value in expected_metrics.items():
@@ -426,6 +427,14 @@ class ClippedValueLossTest(parameterized.TestCase):
     np.testing.assert_allclose(
       metrics["value/explained_variance"], 1 - 0.1046 / 0.24, atol=1e-6
     )
+    for name, value in (
+      ("returns_mean", 0.6),
+      ("returns_variance", 0.24),
+      ("errors_mean", 0.32),
+      ("errors_variance", 0.1046),
+      ("count", 5.0),
+    ):
+      np.testing.assert_allclose(metrics[f"value/{name}"], value, atol=1e-6)
     policy_loss, _ = ppo.clipped_policy_loss(
       _LOG_PROBS, _OLD_LOG_PROBS, _ADVANTAGES, _MASK, clip_epsilon=0.2
     )

@@ -571,7 +571,9 @@ class KtoLossTest(parameterized.TestCase):
       expected = {
         "kto/loss": mean,
         "kto/desirable_reward": 0.025,
+        "kto/desirable_count": 2.0,
         "kto/undesirable_reward": -0.015,
+        "kto/undesirable_count": 2.0,
         "kto/reference_point": point,
       }
       self.assertEqual(set(metrics), set(expected))

@@ -181,6 +181,7 @@ class TokenLevelLossTest(parameterized.TestCase):
       "token/positive_fraction": 3 / 8,
       "token/negative_fraction": 2 / 8,
       "token/penalized_log_prob_min": math.log(0.3),
+      "token/tokens": 8.0,
       "token/count": 5.0,
     }
     self.assertEqual(set(metrics), set(expected_metrics))
@@ -455,6 +456,7 @@ class TokenLevelLossTest(parameterized.TestCase):
         (loss, metrics), grad = _jitted(mode=mode, count=count)(
           _LOG_PROBS, _REF_LOG_PROBS, rewards, mask
         )
+        self.assertEqual(float(metrics.pop("token/tokens")), mask.sum())
         for value in (loss, grad, *metrics.values()):
           np.testing.assert_array_equal(value, np.zeros(value.shape))
 

@@ -104,6 +104,8 @@ def _write(path, tensors, *, quantise=False, **changes):
   writer.add_token_merges(MERGES)
   writer.add_bos_token_id(1)
   writer.add_eos_token_id(2)
+  if "eot" in changes:
+    writer.add_eot_token_id(changes["eot"])
   writer.add_unk_token_id(0)
   writer.add_pad_token_id(2)
   writer.add_add_bos_token(changes.get("add_bos", False))
@@ -156,6 +158,11 @@ class WrittenFileTest(parameterized.TestCase):
       "pad_token_id": 2,
     }
     self.assertEqual({k: config[k] for k in expected}, expected)
+
+  def test_the_end_of_a_turn_is_an_end_token_too(self):
+    for eot, ends in ((0, [2, 0]), (2, 2)):
+      reader = gguf.open_reader(_write(self.path, _hf_tensors(), eot=eot))
+      self.assertEqual(gguf.config(reader)["eos_token_id"], ends)
 
   def test_tensors_are_exact_and_rows_in_order(self):
     written = _hf_tensors()

@@ -1,5 +1,6 @@
 """Tests of the one door: names, directories, workdirs, both ways."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -502,6 +503,17 @@ class NameTest(FolderTestCase):
     ):
       hf.load(name)
 
+  @parameterized.parameters("gs://bucket/x", pathlib.Path("file:///tmp/x"))
+  def test_other_storage(self, name):
+    message = "is not a path of this machine"
+    model, params = _tiny(self.path)
+    with contextlib.chdir(self.folder):
+      with self.assertRaisesRegex(ValueError, message):
+        hf.load(name)
+      with self.assertRaisesRegex(ValueError, message):
+        hf.save(name, model, params)
+      self.assertEqual(os.listdir(), [self.path.name])
+
   def test_only_hub_names_reach_the_hub(self):
     import huggingface_hub
 
@@ -936,7 +948,7 @@ class ClassifierTest(FolderTestCase):
       self.path, "albert", architectures=["AlbertForSequenceClassification"]
     )
     with self.assertRaisesRegex(
-      ValueError, '"albert"; supported: gpt2, .*qwen3, bert, distilbert, rob'
+      ValueError, '"albert"; supported: gpt2, .*qwen3, .*roberta, .*distilb'
     ):
       load()
 

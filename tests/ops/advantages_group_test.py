@@ -43,6 +43,30 @@ def _oracle(scores, scale, ddof, epsilon):
   return result
 
 
+class CountsTest(parameterized.TestCase):
+  @_jit_and_not
+  @parameterized.parameters("none", "group", "batch")
+  def test_scores_that_do_not_count_change_nothing(self, scale):
+    relative = self.variant(
+      functools.partial(advantages.group_relative, scale=scale)
+    )
+    scores = jnp.float32(_scores(3, (4, 3)))
+    expected = relative(scores)
+    more = jnp.array([[jnp.nan], [9.0], [-9.0], [jnp.inf]], jnp.float32)
+    counts = jnp.array([[False, True, True, True]] * 4)
+    found = relative(jnp.concatenate([more, scores], axis=1), counts)
+    np.testing.assert_allclose(found[:, 1:], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found[:, 0], 0)
+
+  @_jit_and_not
+  def test_leave_one_out(self):
+    # 2 - 4 and 4 - 2; a single score has no other to be compared with.
+    scores = jnp.array([[jnp.nan, 2.0, 4.0], [7.0, jnp.nan, jnp.nan]])
+    leave_one_out = self.variant(advantages.leave_one_out)
+    found = leave_one_out(scores, ~jnp.isnan(scores))
+    np.testing.assert_allclose(found, [[0, -2, 2], [0, 0, 0]])
+
+
 class GroupRelativeTest(parameterized.TestCase):
   @_jit_and_not
   @parameterized.parameters(

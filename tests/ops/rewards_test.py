@@ -216,10 +216,44 @@ class AdaptiveKLTest(parameterized.TestCase):
     expected = oracles.adaptive_kl(coef, kl, num_samples, target, horizon)
     np.testing.assert_allclose(controller.coef, expected, rtol=1e-6)
 
-  def test_is_a_pytree_of_one_array(self):
+  def test_is_a_pytree_of_arrays(self):
     leaves = jax.tree.leaves(rewards.AdaptiveKL.create(0.2))
-    self.assertLen(leaves, 1)
-    self.assertIsInstance(leaves[0], jax.Array)
+    self.assertLen(leaves, 2)
+    for leaf in leaves:
+      self.assertIsInstance(leaf, jax.Array)
+
+  @parameterized.parameters(
+    # Of 64, 320 and 2048 responses: 1 - 0.2 n / 100, but 0.01 at least.
+    (64, 0.2 * 0.872),
+    (320, 0.2 * 0.36),
+    (500, 0.2 * 0.01),
+    (1025, 0.2 * 0.01),
+  )
+  def test_is_never_negative(self, num_samples, expected):
+    update = functools.partial(
+      rewards.AdaptiveKL.update,
+      num_samples=num_samples,
+      target=6.0,
+      horizon=100.0,
+    )
+    controller = update(rewards.AdaptiveKL.create(0.2), 0.0)
+    np.testing.assert_allclose(controller.coef, expected, rtol=1e-5)
+    self.assertGreater(update(controller, 60.0).coef, controller.coef)
+
+  @_jit_and_not
+  @parameterized.parameters(np.nan, np.inf, -np.inf)
+  def test_a_kl_that_is_not_finite_is_ignored_and_counted(self, kl):
+    update = self.variant(
+      lambda controller, kl: controller.update(kl, 8, target=6.0, horizon=50.0)
+    )
+    before = rewards.AdaptiveKL.create(0.2)
+    after = update(update(before, jnp.float32(kl)), jnp.float32(kl))
+    self.assertEqual(float(after.coef), float(before.coef))
+    self.assertEqual(int(after.num_ignored), 2)
+    # The next one counts as ever: 0.2 (1 + 0.2 * 8 / 50).
+    after = update(after, jnp.float32(60.0))
+    np.testing.assert_allclose(after.coef, 0.2064, rtol=1e-5)
+    self.assertEqual(int(after.num_ignored), 2)
 
   def test_no_gradient_from_the_kl(self):
     controller = rewards.AdaptiveKL.create(0.2)

@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
+import signal
 import tempfile
+import time
 from unittest import mock
 
 import numpy as np
@@ -15,7 +18,7 @@ from rljax.models import hf
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters
 from rljax.scoring import scorers
-from rljax.storage import checkpoint
+from rljax.storage import calls, checkpoint
 from rljax.tasks import chains, sentiment
 from rljax.text import files
 from tests import tiny
@@ -243,6 +246,64 @@ class ByFunctionTest(absltest.TestCase):
   def test_teachers_must_return_texts(self):
     with self.assertRaisesRegex(ValueError, "must return a text, got None"):
       rewriters.by_function([_row(SECOND)], lambda *_: None, SCORE)
+
+
+class OwnTeacherTest(parameterized.TestCase):
+  """A function of the user's own fails, hangs or is stopped after hours."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = self.enter_context(tempfile.TemporaryDirectory())
+    self.asked = []
+    self.rows = [_row(text) for text in (SECOND, FIRST, RIGHT, LAST)]
+
+  def rewrite(self, fail=None, **options):
+    def teacher(question, gold, wrong):
+      self.asked.append(wrong)
+      if fail and wrong == LAST:
+        return fail()
+      return RIGHT
+
+    return rewriters.by_function(
+      self.rows, teacher, SCORE, folder=self.folder, **options
+    )
+
+  def fails(self):
+    raise ConnectionError("no credit")
+
+  def hangs(self):
+    time.sleep(60)
+
+  def stops(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+  @parameterized.parameters("fails", "hangs", "stops")
+  def test_what_it_has_answered_is_on_disk(self, how):
+    self.enter_context(mock.patch.object(calls, "SECONDS_TO_GIVE_UP", 0.3))
+    error = checkpoint.Stopped if how == "stops" else calls.CallError
+    with checkpoint.Preemption(), self.assertRaises(error) as caught:
+      self.rewrite(getattr(self, how), seconds=0.3 if how == "hangs" else 0.0)
+    if how != "stops":
+      reason = "no credit" if how == "fails" else "more than 0.3 seconds"
+      self.assertRegex(str(caught.exception), reason)
+      named = f"for the question {QUESTION!r} and the response {LAST!r}"
+      self.assertIn(named, str(caught.exception))
+    rows = files.read_jsonl(pathlib.Path(self.folder, "answers.jsonl"))
+    self.assertEqual([row["response"] for row in rows], [SECOND, FIRST])
+    self.asked.clear()
+    found = self.rewrite()
+    self.assertEqual(self.asked, [LAST])
+    self.assertEqual([row["rewrite"] for row in found], [RIGHT] * 4)
+
+  def test_a_killed_one_goes_on_with_whole_answers(self):
+    self.rewrite()
+    path = pathlib.Path(self.folder, "answers.jsonl")
+    os.truncate(path, path.stat().st_size - 5)
+    self.asked.clear()
+    found = self.rewrite()
+    self.assertEqual(self.asked, [LAST])
+    self.assertEqual([row["rewrite"] for row in found], [RIGHT] * 4)
 
 
 class RewriterTest(parameterized.TestCase):

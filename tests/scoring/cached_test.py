@@ -17,7 +17,7 @@ from rljax.distributed import meshes
 from rljax.generation import rollouts
 from rljax.scoring import cached
 from rljax.tasks import word_lists
-from rljax.text import logged
+from rljax.text import encoding, logged
 from tests import tiny
 
 pytest.importorskip("tokenizers")
@@ -41,7 +41,7 @@ ROWS = (
 
 
 def _encode(rows=ROWS, tokenizer=WORDS, max_response_length=8):
-  return logged.encode(
+  return encoding.encode(
     tokenizer,
     logged.from_rows(rows, "here"),
     max_prompt_length=8,
@@ -311,10 +311,10 @@ class _Loaded(NamedTuple):
 
 
 def _log(rows=ROWS):
-  encoded = logged.prepare(WORDS, logged.from_rows(rows, "here"), **LIMITS)
-  return logged.Log(
+  encoded = encoding.prepare(WORDS, logged.from_rows(rows, "here"), **LIMITS)
+  return encoding.Log(
     encoded=encoded,
-    lengths=logged.lengths(encoded),
+    lengths=encoding.lengths(encoded),
     present=logged.present(encoded.rows),
     skipped=[],
     settings=LIMITS,

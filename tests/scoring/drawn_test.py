@@ -17,7 +17,7 @@ from rljax.generation import samplers
 from rljax.models import hf
 from rljax.scoring import drawn, scorers
 from rljax.tasks import word_lists
-from rljax.text import files, logged, prompts
+from rljax.text import encoding, files, logged, prompts
 from tests import tiny
 
 pytest.importorskip("tokenizers")
@@ -48,7 +48,7 @@ class CollectTest(parameterized.TestCase):
     """Collects, and counts the responses that were scored."""
     policy = _loaded(seed)
     rows = logged.from_prompts(texts, "here")
-    encoded = logged.prepare(policy.tokenizer, rows, **LIMITS)
+    encoded = encoding.prepare(policy.tokenizer, rows, **LIMITS)
     settings = samplers.Settings(max_length=4, num_samples=3, **settings)
     sampler = samplers.Sampler(
       policy.model, policy.tokenizer, settings, mesh=meshes.make("data:1")

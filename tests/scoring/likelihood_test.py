@@ -10,7 +10,7 @@ from rljax.distributed import meshes
 from rljax.models import hf
 from rljax.scoring import cached, likelihood
 from rljax.tasks import word_lists
-from rljax.text import logged
+from rljax.text import encoding, logged
 from tests import tiny
 
 pytest.importorskip("tokenizers")
@@ -52,7 +52,7 @@ class LikelihoodTest(parameterized.TestCase):
     lengths = [[len(values) for values in row] for row in found]
     self.assertEqual(lengths, [[3, 5], [], [3]])
     # They are what the padded arrays say, and each is as if it were alone.
-    encoded = logged.prepare(
+    encoded = encoding.prepare(
       _loaded().tokenizer,
       logged.from_rows(
         [{"prompt": PROMPTS[0], "candidates": TEXTS[0], "rewards": [0, 1]}],
@@ -73,7 +73,7 @@ class LikelihoodTest(parameterized.TestCase):
     rows = logged.from_rows(
       [{"prompt": PROMPTS[i], "response": TEXTS[i][0]} for i in (0, 2)], "here"
     )
-    encoded = logged.prepare(_loaded().tokenizer, rows, **LIMITS)
+    encoded = encoding.prepare(_loaded().tokenizer, rows, **LIMITS)
     found = likelihood.of_replies(
       _loaded(), encoded, batch_size=2, mesh=meshes.make("data:1")
     )

@@ -1,5 +1,6 @@
 """Tests of classifiers as rewards."""
 
+import dataclasses
 import functools
 import pathlib
 import tempfile
@@ -151,6 +152,22 @@ class ScoreTest(RewardModelTestCase):
     expected = logits([2, *_ids("abc"), 3])
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
+  def test_any_end_token_of_the_model_ends_a_text(self):
+    # A chat model ends a turn by another token than its tokenizer a text.
+    (turn,) = _ids("c")
+    model = classifier.CausalClassifier(
+      classifier.CausalClassifierConfig(
+        dataclasses.replace(_backbone(), eos_token_id=(turn,)), ("reward",)
+      )
+    )
+    path, logits = self._saved(model, _tokenizer())
+    scorer = reward_models.RewardModel(path, max_length=32, transform="raw")
+    scores, _ = scorer.score_batch(["ab", "ab"], ["c", "ca"])
+    for score, ids in zip(
+      scores, ([*_ids("ab"), turn], [*_ids("abca"), 3]), strict=True
+    ):
+      np.testing.assert_allclose(score, logits(ids)[0], rtol=1e-5)
+
   def test_template(self):
     path, logits = self._causal()
     scorer = reward_models.RewardModel(
@@ -295,11 +312,10 @@ class BatchTest(RewardModelTestCase):
   def test_few_programs_are_compiled(self):
     path, _ = self._causal()
     scorer = reward_models.RewardModel(path, max_length=25, batch_size=5)
-    before = reward_models._apply._cache_size()
     for texts in (self._texts(), self._texts(40), ["a"]):
       scorer.score_batch([""] * len(texts), texts)
     # Lengths 16, 24 and 25, the limit.
-    self.assertEqual(reward_models._apply._cache_size() - before, 3)
+    self.assertLen(scorer._program.compilations, 3)
 
   def test_mesh(self):
     path, _ = self._encoder()

@@ -199,7 +199,9 @@ class RoundTripTest(_WorkdirTest):
     checkpoints = checkpoint.Checkpoints(self.workdir)
     with mock.patch.object(os, "rename", side_effect=OSError("disk full")):
       checkpoints.save(1, {"x": jnp.ones(2)}, {})
-      with self.assertRaisesRegex(OSError, "could not be saved: disk full"):
+      with self.assertRaisesRegex(
+        OSError, "checkpoints/1 cannot be written: disk full"
+      ):
         checkpoints.wait()
     checkpoints.close()
     self.assertEqual(checkpoints.all_steps(), [])

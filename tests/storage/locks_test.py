@@ -22,7 +22,7 @@ from tests import conftest
 _HOLDER = """
 import sys
 from rljax.storage import locks
-file = locks.take(sys.argv[1])
+file = getattr(locks, sys.argv[2])(sys.argv[1])
 print("taken", flush=True)
 sys.stdin.read()
 """
@@ -34,10 +34,10 @@ class TakeTest(parameterized.TestCase):
     folder = self.enter_context(tempfile.TemporaryDirectory())
     self.folder = pathlib.Path(folder)
 
-  def _other_process(self):
+  def _other_process(self, how="take", path=None):
     """A process that holds the lock."""
     process = subprocess.Popen(
-      [sys.executable, "-c", _HOLDER, self.folder],
+      [sys.executable, "-c", _HOLDER, path or self.folder, how],
       cwd=conftest.REPOSITORY,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
@@ -81,6 +81,61 @@ class TakeTest(parameterized.TestCase):
     with locks.take(self.folder), locks.take(self.folder):
       content = (self.folder / ".lock").read_text()
     self.assertEqual(json.loads(content)["pid"], os.getpid())
+
+  def test_it_is_held_until_the_last_one_gives_it_back(self):
+    first = locks.take(self.folder)
+    with locks.take(self.folder):
+      pass
+    other = subprocess.run(
+      [sys.executable, "-c", _HOLDER, self.folder, "take"],
+      cwd=conftest.REPOSITORY,
+      input="",
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    self.assertIn(f"being written by process {os.getpid()}", other.stderr)
+    first.close()
+    first.close()
+    self._other_process()
+
+  def test_what_is_replaced_is_locked_beside(self):
+    path = self.folder / "export"
+    other = self._other_process("beside", path)
+    here = f"process {other.pid} on {socket.gethostname()}"
+    with self.assertRaisesRegex(
+      ValueError, f"{path} is being written by {re.escape(here)}"
+    ):
+      locks.beside(path)
+    other.stdin.close()
+    other.wait()
+    with locks.beside(path), locks.beside(self.folder / "x" / ".." / "export"):
+      self.assertEqual(os.listdir(self.folder), [".export.lock"])
+    self.assertEmpty(os.listdir(self.folder))
+
+  def test_one_that_was_deleted_meanwhile_is_none(self):
+    path = self.folder / "export"
+    lock, lockf = locks.beside(path), fcntl.lockf
+
+    def late(*arguments):
+      # The other gives it back between the opening of the file and its lock.
+      nonlocal lock
+      lock = None
+      return lockf(*arguments)
+
+    with (
+      mock.patch.object(locks, "_OPEN", {}),
+      mock.patch.object(fcntl, "lockf", late),
+    ):
+      again = locks.beside(path)
+    left = self.folder / ".export.lock"
+    self.assertEqual(json.loads(left.read_text())["pid"], os.getpid())
+    again.close()
+
+  def test_a_disk_that_is_full_keeps_no_name(self):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(json, "dump", side_effect=full):
+      locks.take(self.folder).close()
 
   def test_holder_that_cannot_be_read(self):
     (self.folder / ".lock").write_text("{")

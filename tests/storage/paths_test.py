@@ -1,5 +1,8 @@
+import contextlib
+import errno
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -109,6 +112,61 @@ class PathsTest(parameterized.TestCase):
       paths.write_whole(self.path, "new", fsync=True)
     self.assertEqual(self.path.read_text(), "old")
     self.assertEqual(os.listdir(self.folder), ["rows.txt"])
+
+  def test_a_full_disk_is_named_with_what_to_do(self):
+    self.path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+    with self.assertRaisesRegex(
+      paths.DiskError, "rows.txt cannot be written: .*Free some space"
+    ) as caught:
+      paths.write_whole(self.path, "longer than four bytes")
+    self.assertEqual(caught.exception.errno, errno.EFBIG)
+    self.assertNotIn("\n", str(caught.exception))
+    self.assertEqual(self.path.read_text(), "old")
+    self.assertEqual(os.listdir(self.folder), ["rows.txt"])
+
+  def test_set_aside(self):
+    for i in range(3):
+      self.path.write_text(str(i))
+      (self.folder / "rows.txt.old2").touch()  # Somebody else's.
+      aside = paths.set_aside(self.path)
+      self.assertEqual(aside.name, f"rows.txt.old{[1, 3, 4][i]}")
+      self.assertEqual(aside.read_text(), str(i))
+    self.assertFalse(self.path.exists())
+
+  @parameterized.parameters(
+    "gs://bucket/run",
+    "S3://bucket",
+    "file:///tmp/run",
+    "hdfs://host:9000/x",
+    "label=gs://bucket/run",
+    "corpus=https://host/rows.jsonl",
+    pathlib.Path("gs://bucket/run"),
+    pathlib.Path("file:///tmp/run"),
+    "gs://",
+  )
+  def test_paths_of_other_storage(self, path):
+    message = "--x=.*is not a path of this machine"
+    with self.assertRaisesRegex(ValueError, message):
+      paths.check_local(path, "--x")
+    with contextlib.chdir(self.folder):
+      with self.assertRaisesRegex(ValueError, "not a path of this machine"):
+        paths.write_whole(path, "text")
+      self.assertEmpty(os.listdir())
+
+  @parameterized.parameters(
+    *("runs/a", "/tmp/a:b", "~/x", "org/name", "tfds:gsm8k", "a=runs/b"),
+    *("branch:2", "module:function", "C:/runs", "", "x:y/z", "smollm2-135m"),
+    *("tfds:huggingface:org__name", "org/name@main", "C://runs"[:3]),
+  )
+  def test_paths_and_names(self, path):
+    paths.check_local(path, "--x")
+
+  def test_a_page_of_the_hub_is_told_by_its_name(self):
+    with self.assertRaisesRegex(ValueError, "or the hub name org/m.b, where"):
+      paths.check_local("https://huggingface.co/org/m.b/tree/main", "--policy")
 
   def test_fsync_comes_before_the_rename(self):
     calls = []

@@ -1,12 +1,16 @@
 """Tests of the stages of a pipeline."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 from absl.testing import absltest, parameterized
 
 from rljax.storage import stages
+from tests import conftest
 
 
 class StageTest(parameterized.TestCase):
@@ -27,6 +31,34 @@ class StageTest(parameterized.TestCase):
     second = self.stage(limits=[2, 3], seed=1)
     self.assertEqual(second.facts["rows"], 5)
     self.assertEmpty(self.notes)
+
+  def test_another_process_makes_it(self):
+    """Only one that is finished may be opened by several."""
+    first = self.stage(seed=1)
+    program = (
+      "import sys\nfrom rljax.storage import stages\n"
+      "facts = stages.Stage(sys.argv[1], 'samples', {'seed': int(sys.argv[2])})"
+      ".facts\nprint(facts and facts['rows'])"
+    )
+
+    def other(seed):
+      return subprocess.run(
+        [sys.executable, "-c", program, self.workdir, str(seed)],
+        cwd=conftest.REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+      )
+
+    for seed in (1, 2):  # Neither written to nor set aside.
+      self.assertRegex(
+        other(seed).stderr,
+        f"samples is being written by process {os.getpid()} on ",
+      )
+    self.assertTrue(first.folder.exists())
+    first.finish(rows=5)
+    self.assertEqual(other(1).stdout, "5\n")
+    self.assertEqual(os.listdir(self.workdir), ["samples"])
 
   def test_a_stopped_stage_goes_on_with_its_files(self):
     pathlib.Path(self.stage(seed=1).path("rows.jsonl")).write_text("{}\n")
@@ -186,27 +218,30 @@ class DiscardUnlessTest(parameterized.TestCase):
     self.path = pathlib.Path(folder.name, "samples", "a.jsonl")
     self.notes = []
 
-  def discard(self, **made_of):
-    stages.discard_unless(self.path, made_of, self.notes.append)
+  def look(self, **made_of):
+    stages.set_aside_unless(self.path, made_of, self.notes.append)
 
   def test_a_file_of_the_same_stays(self):
-    self.discard(seed=1, stop_strings=("a", "b"))
+    self.look(seed=1, stop_strings=("a", "b"))
     manifest = json.loads((self.path.parent / "a.json").read_text())
     self.assertEqual(manifest, {"seed": 1, "stop_strings": ["a", "b"]})
     self.path.write_text("rows\n")
-    self.discard(stop_strings=["a", "b"], seed=1)
+    self.look(stop_strings=["a", "b"], seed=1)
     self.assertEqual(self.path.read_text(), "rows\n")
     self.assertEmpty(self.notes)
 
   @parameterized.parameters("{}", '{"seed": 2}', '{"seed": 1', None)
-  def test_a_file_of_something_else_goes(self, manifest):
+  def test_a_file_of_something_else_is_set_aside(self, manifest):
     self.path.parent.mkdir()
     self.path.write_text("rows\n")
     if manifest is not None:
       (self.path.parent / "a.json").write_text(manifest)
-    self.discard(seed=1)
+    self.look(seed=1)
     self.assertFalse(self.path.exists())
     self.assertIn("a.jsonl is of another policy", self.notes[0])
+    aside = self.path.with_name("a.jsonl.old1")
+    self.assertIn("is now a.jsonl.old1", self.notes[0])
+    self.assertEqual(aside.read_text(), "rows\n")
     found = json.loads((self.path.parent / "a.json").read_text())
     self.assertEqual(found, {"seed": 1})
 

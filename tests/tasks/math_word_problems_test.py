@@ -15,6 +15,13 @@ from absl.testing import parameterized
 
 from rljax import tasks
 from rljax.tasks import math_word_problems, sandbox
+from rljax.tasks.answers import (
+  comparison,
+  expressions,
+  extraction,
+  normalisation,
+  numbers,
+)
 from rljax.text import files, keywords
 from tests import conftest
 
@@ -42,7 +49,7 @@ ANSWERS = (
   ("42", "It is 42.\n#### ", None, "hashes", "none"),
   ("42", "\\boxed{42", None, "boxed", "none"),
   ("42", "\\boxed 42", None, "boxed", "none"),
-  ("42", "#### forty-two", None, "hashes", "none"),
+  ("42", "#### forty-two", "42", "hashes", "exact"),
   # Hedging.
   ("44", "42 or 43 or 44", None, None, "none"),
   ("44", "#### 42 or 43 or 44", None, "hashes", "none"),
@@ -124,8 +131,6 @@ ANSWERS = (
   *(
     (truth, text, None, None, "none")
     for truth, text in (
-      ("42", "minus 42"),
-      ("42", "it is negative $42."),
       ("42", "10 minus 42"),
       ("42", "It is not 42."),
       ("42", "It isn't 42."),
@@ -142,9 +147,12 @@ ANSWERS = (
     for text in (
       "The answer is x = 43 or x = 42",
       "The answer is not 42.",
-      "The answer is minus 42.",
     )
   ),
+  # Words may make it negative.
+  ("42", "minus 42", "-42", "number", "exact"),
+  ("42", "it is negative $42.", "-42", "number", "exact"),
+  ("42", "The answer is minus 42.", "-42", "answer_is", "exact"),
   *(
     (truth, f"#### {text}", None, "hashes", "none")
     for truth, text in (
@@ -190,7 +198,7 @@ NUMBERS = (
   ("12,345,678.50", "24691357/2"),
   ("1,56", None),
   ("1,5600", None),
-  ("1 560", None),
+  ("1 560", "1560"),
   ("156.", "156"),
   ("156.00", "156"),
   ("007", "7"),
@@ -298,8 +306,8 @@ def require_math_verify():
 class ScoreTest(parameterized.TestCase):
   @parameterized.parameters(*ANSWERS)
   def test_answers(self, truth, response, answer, rule, verdict):
-    truth = math_word_problems.number(truth)
-    with mock.patch.object(math_word_problems, "_verify_all") as verify:
+    truth = numbers.number(truth)
+    with mock.patch.object(comparison, "verify_all") as verify:
       score, parts = math_word_problems.score(remember(truth), response)
     verify.assert_not_called()
     self.assertEqual(score, float(answer == truth))
@@ -318,7 +326,7 @@ class ScoreTest(parameterized.TestCase):
 
   @parameterized.parameters(*NUMBERS)
   def test_numbers(self, text, expected):
-    self.assertEqual(math_word_problems.number(text), expected)
+    self.assertEqual(numbers.number(text), expected)
 
   def test_equal_numbers(self):
     for truth, response, expected in (
@@ -353,19 +361,16 @@ class ScoreTest(parameterized.TestCase):
     st.sampled_from(["{}", "${}", "**{}**", "{} clips", " {}. ", "\\({}\\)"]),
   )
   def test_reads_what_it_writes(self, value, form):
-    text = math_word_problems.number(form.format(value))
+    text = numbers.number(form.format(value))
     self.assertEqual(text, str(value))
-    self.assertEqual(math_word_problems.number(text), text)
+    self.assertEqual(numbers.number(text), text)
 
   @hypothesis.given(
     st.text(alphabet="0123456789.,/-$%#\\{}boxed =\n", max_size=60)
   )
   def test_any_text(self, text):
-    _, _, verdict = math_word_problems._read(
-      text,
-      math_word_problems._PROBLEMS[remember("42")],
-      True,
-    )
+    found = extraction.extract(text, question=QUESTION, turn="Question:")
+    _, verdict = comparison.compare("42", found.text, found.rule or "")
     self.assertIn(verdict, ("exact", "none", "unsettled"))
 
   @parameterized.parameters(
@@ -435,7 +440,7 @@ class MathVerifyTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     require_math_verify()
-    math_word_problems._VERDICTS.clear()
+    comparison._VERDICTS.clear()
 
   def test_expressions(self):
     truths, texts, expected = zip(*EXPRESSIONS, strict=True)
@@ -491,8 +496,8 @@ class MathVerifyTest(parameterized.TestCase):
 
   def test_memory_that_math_verify_makes_do_without(self):
     with sandbox.Pool(
-      math_word_problems._verify,
-      setup=math_word_problems._warm_up,
+      expressions.verify,
+      setup=expressions.warm_up,
       timeout=10.0,
       max_memory_bytes=8 * 2**20,
     ) as pool:
@@ -503,8 +508,8 @@ class MathVerifyTest(parameterized.TestCase):
     self.assertEqual([o.failure for o in outcomes], [None, "memory", None])
 
   def test_duplicates_are_asked_once(self):
-    pool = mock.Mock(wraps=math_word_problems._pool())
-    with mock.patch.object(math_word_problems, "_pool", return_value=pool):
+    pool = mock.Mock(wraps=comparison.pool())
+    with mock.patch.object(comparison, "pool", return_value=pool):
       scores, _ = tasks.score_all(
         math_word_problems,
         [remember("42"), remember("42"), remember("43"), remember("42")],
@@ -517,7 +522,7 @@ class MathVerifyTest(parameterized.TestCase):
   def test_nothing_hangs(self):
     responses = (
       "#### 9^{9^{9^{9}}}",
-      "#### " + "(" * 80 + "42" + ")" * 80,
+      "#### " + "(" * 80 + "6*7" + ")" * 80,
       "#### 42*1",
     )
     start = time.monotonic()
@@ -540,7 +545,7 @@ class MathVerifyTest(parameterized.TestCase):
   def test_failures(self, failure):
     pool = mock.Mock()
     pool.map.return_value = [mock.Mock(failure=failure, value=None)]
-    with mock.patch.object(math_word_problems, "_pool", return_value=pool):
+    with mock.patch.object(comparison, "pool", return_value=pool):
       _, parts = math_word_problems.score(remember("42"), "#### 2*21")
     self.assertEqual(parts["verdict"], failure.split(":")[0])
     self.assertTrue(parts["is_unverified"])
@@ -588,6 +593,17 @@ class DataTest(parameterized.TestCase):
     )
     questions = {f"Question: What is {i}+1?\nAnswer:\n" for i in range(40)}
     self.assertEqual({*splits["train"], *splits["validation"]}, questions)
+
+  def test_a_question_that_stands_twice(self):
+    path = self.folder / "gsm8k_train.jsonl"
+    whole = self._prompts("train") + self._prompts("validation")
+    path.write_text(path.read_text() * 2)
+    math_word_problems._rows.cache_clear()
+    with self.assertLogs("absl", "WARNING") as logs:
+      again = self._prompts("train"), self._prompts("validation")
+    self.assertRegex(logs.output[0], "questions stand there already")
+    self.assertEqual(again[0] + again[1], whole)
+    self.assertFalse(set(again[0]) & set(again[1]))
 
   def test_splits_of_svamp(self):
     splits = [
@@ -810,6 +826,7 @@ class RealDataTest(parameterized.TestCase):
     for prompt in prompts[:60]:
       problem = math_word_problems._PROBLEMS[prompt]
       _, _, rest = solutions[problem.question].rpartition("\\boxed")
-      pairs.append((problem.truth, math_word_problems._braced(rest)))
-    outcomes = math_word_problems._pool().map(pairs)
+      text = normalisation.normalise(extraction.braced(rest))
+      pairs.append((problem.truth, text))
+    outcomes = comparison.pool().map(pairs)
     self.assertEqual({outcome.value for outcome in outcomes}, {True})

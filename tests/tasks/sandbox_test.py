@@ -4,7 +4,6 @@ import ctypes
 import gc
 import os
 import pathlib
-import pickle
 import signal
 import socket
 import subprocess
@@ -71,11 +70,7 @@ def die_if_not_new():
 
 def trickle():
   """Answers a byte at a time, for longer than anybody waits."""
-  (pipe,) = [
-    found
-    for found in gc.get_objects()
-    if type(found) is socket.socket and found.fileno() >= 0
-  ]
+  pipe = _pipe()
   pipe.sendall((100).to_bytes(8, "big"))
   while True:
     pipe.sendall(b"x")
@@ -122,6 +117,57 @@ def stop():
   sys.exit(3)
 
 
+def _pipe():
+  """The socket of this worker."""
+  (pipe,) = [
+    found
+    for found in gc.get_objects()
+    if type(found) is socket.socket and found.fileno() >= 0
+  ]
+  return pipe
+
+
+def say(text, size=None):
+  """Sends something else than an answer, of any announced size."""
+  data = text.encode()
+  _pipe().sendall((size or len(data)).to_bytes(8, "big") + data)
+  if size:
+    os._exit(0)
+  hang()
+
+
+def say_twice():
+  """Answers twice: the second time to a call that is not made yet."""
+  for _ in range(2):
+    data = b'[1, "forged", null]'
+    _pipe().sendall(len(data).to_bytes(8, "big") + data)
+  return "honest"
+
+
+def values():
+  import numpy as np
+
+  return {
+    "tuple": (1, None, True),
+    "text": "é\ud800\u2028",
+    "numbers": [np.float32(0.5), np.int64(2**62), np.bool_(True)],
+    "array": np.arange(4).reshape(2, 2),
+    "large": 2**80,
+    "infinite": float("-inf"),
+  }
+
+
+class Boom:
+  """Unpickled, it would run a command."""
+
+  def __reduce__(self):
+    return os.system, ("touch " + os.environ["RLJAX_NO_START"],)
+
+
+def send_object():
+  return Boom()
+
+
 def misbehave(how, *arguments):
   return globals()[how](*arguments)
 
@@ -145,6 +191,13 @@ def with_child():
   )
   print(child.pid, file=sys.stderr, flush=True)
   hang()
+
+
+def hang_alone_with_child():
+  """Starts a process of its own, and cannot be interrupted."""
+  child = subprocess.Popen(["sleep", "60"])
+  pathlib.Path(os.environ["RLJAX_CHILD"]).write_text(str(child.pid))
+  hang_alone()
 
 
 def is_alive(pid):
@@ -241,7 +294,7 @@ class PoolTest(parameterized.TestCase):
     self.assertLess(len(failures[7]), 250)
     self.assertEqual(failures[8], "error: _Unprintable")
     self.assertEqual(failures[9], "error: SystemExit: 3")
-    self.assertRegex(failures[10], "error: .*pickle")
+    self.assertRegex(failures[10], "error: TypeError: .*nothing that JSON ho")
     self.assertEqual(failures[11:], ["timeout", None])
 
   def test_errors_keep_the_worker(self):
@@ -320,11 +373,59 @@ class PoolTest(parameterized.TestCase):
     path.unlink()
     self.assertEqual(pool.map([("double", 1)])[0].value, 2)
 
-  def test_items_that_cannot_be_pickled(self):
+  def test_items_that_cannot_be_sent(self):
     pool = self._pool("double")
-    with self.assertRaises((pickle.PicklingError, TypeError, AttributeError)):
+    with self.assertRaisesRegex(TypeError, "nothing that JSON holds"):
       pool.map([(lambda: 0,)])
+    with (
+      mock.patch.object(sandbox, "_MAX_BYTES", 50),
+      self.assertRaisesRegex(ValueError, "at most 50 may pass"),
+    ):
+      pool.map([("x" * 50,)])
     self.assertEqual(pool.map([(1,)])[0].value, 2)
+
+  def test_values_travel_as_data(self):
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    path = str(folder / "executed")
+    self.enter_context(mock.patch.dict(os.environ, RLJAX_NO_START=path))
+    pool = self._pool("misbehave")
+    plain, loaded = pool.map([("values",), ("send_object",)])
+    self.assertEqual(
+      plain.value,
+      {
+        "tuple": [1, None, True],
+        "text": "é\ud800\u2028",
+        "numbers": [0.5, 2**62, True],
+        "array": [[0, 1], [2, 3]],
+        "large": 2**80,
+        "infinite": float("-inf"),
+      },
+    )
+    self.assertRegex(loaded.failure, "error: TypeError: Boom")
+    self.assertEmpty(os.listdir(folder))
+
+  @parameterized.parameters(
+    ("say", "not JSON"),
+    ("say", "[2, 7, null]"),  # Of another call.
+    ("say", '[1, 7, {"a": 1}]'),
+    ("say", "7"),
+    ("say", "[" * 200_000),
+    ("say", "9" * 10_000),
+    ("say", "x", 2**60),
+    ("say", '[1, "x', 1000),  # Cut.
+    ("say_twice",),
+  )
+  def test_replies_that_are_none(self, *call):
+    pool = self._pool("misbehave", timeout=5.0)
+    start = time.monotonic()
+    first, second = pool.map([call, ("double", 1)])
+    self.assertLess(time.monotonic() - start, 5)
+    if call[0] == "say_twice":  # Only the forger's own call is forged.
+      self.assertEqual(first.value, "forged")
+    else:
+      self.assertIsNone(first.value)
+      self.assertRegex(first.failure, "error: BadReply|died")
+    self.assertEqual(second, sandbox.Outcome(2))
 
   def test_hanging_workers_are_killed(self):
     pool = self._pool("misbehave", timeout=1.0)
@@ -462,9 +563,18 @@ class EndTest(parameterized.TestCase):
     self.assertEmpty(wait_for_death(pids))
 
   def test_parent_killed_while_a_worker_cannot_be_interrupted(self):
-    driver, pids = self._drive("hang_alone", 1.2, signal.SIGKILL, 1)
+    driver, pids = self._drive("hang_alone", 600, signal.SIGKILL, 1)
     driver.wait()
-    self.assertEmpty(wait_for_death(pids, 30))
+    self.assertEmpty(wait_for_death(pids, 1))
+
+  def test_children_end_when_the_parent_is_killed(self):
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    path, how = f"{folder}/child", "hang_alone_with_child"
+    with mock.patch.dict(os.environ, RLJAX_CHILD=path):
+      driver, pids = self._drive(how, 600, signal.SIGKILL, 1)
+    driver.wait()
+    child = int(pathlib.Path(path).read_text())
+    self.assertEmpty(wait_for_death([*pids, child], 1))
 
   def test_interrupted(self):
     driver, pids = self._drive("hang", 60, signal.SIGINT)

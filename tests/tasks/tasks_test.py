@@ -1,12 +1,33 @@
+import fractions
 import math
 import types
 
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
 from rljax import tasks
 from rljax.tasks import arithmetic
 from rljax.text import keywords
+
+
+class Tensor:
+  """As much of torch as a score takes."""
+
+  def __init__(self, array):
+    self.array = array
+
+  def detach(self):
+    return Tensor(self.array.astype(np.float32))
+
+  def cpu(self):
+    return self
+
+  def float(self):
+    return self
+
+  def tolist(self):
+    return self.array.tolist()
 
 
 class LoadTest(parameterized.TestCase):
@@ -49,11 +70,13 @@ class OptionsTest(parameterized.TestCase):
 
 class CheckPartsTest(parameterized.TestCase):
   def test_missing_parts_are_named(self):
-    tasks.check_parts("sums", [{"is_correct": True, "x": 1}], "is_correct")
+    tasks.check_parts(
+      {"task": "sums"}, [{"is_correct": True, "x": 1}], "is_correct"
+    )
     with self.assertRaisesRegex(
       ValueError, "score has the parts answer, is_valid; that of sums has x"
     ):
-      tasks.check_parts("sums", [{"x": 1}], "x", "answer", "is_valid")
+      tasks.check_parts({"task": "sums"}, [{"x": 1}], "x", "answer", "is_valid")
 
 
 class ScoreAllTest(parameterized.TestCase):
@@ -75,10 +98,80 @@ class ScoreAllTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "given 1 responses .* 2 scores"):
       tasks.score_all(task, ["a"], ["c"])
 
-  @parameterized.parameters(math.nan, math.inf, None, "high")
+  @parameterized.parameters(
+    *(math.nan, math.inf, None, "high", 1e39, -1e39, 10**400)
+  )
   def test_not_finite(self, score):
     task = types.SimpleNamespace(score=lambda prompt, response: (score, {}))
     with self.assertRaisesRegex(ValueError, "finite number.* prompt '3"):
+      tasks.score_all(task, ["3+4="], ["7"])
+
+  @parameterized.named_parameters(
+    ("column", lambda n: np.arange(n, dtype=np.float64)[:, None]),
+    ("row", lambda n: np.arange(n)[None]),
+    ("list", lambda n: [float(i) for i in range(n)]),
+    ("columns_of_lists", lambda n: [[float(i)] for i in range(n)]),
+    ("scalars", lambda n: [np.float32(i) for i in range(n)]),
+    ("arrays", lambda n: tuple(np.array([i]) for i in range(n))),
+    ("generator", lambda n: (i for i in range(n))),
+    ("fractions", lambda n: [fractions.Fraction(i) for i in range(n)]),
+    ("jax", jnp.arange),
+    ("like_torch", lambda n: Tensor(np.arange(n)[:, None])),
+  )
+  def test_scores_of_many_kinds(self, make):
+    for number in (1, 2, 3):
+      asked = ["a"] * number
+      for returned in (
+        make,
+        lambda n: (make(n), [{"i": i} for i in range(n)]),
+        lambda n: (make(n), ({"i": i} for i in range(n))),
+        lambda n: (make(n), [None] * n),
+      ):
+        task = types.SimpleNamespace(
+          score_batch=lambda p, r, f=returned: f(len(p))
+        )
+        scores, parts = tasks.score_all(task, asked, asked)
+        np.testing.assert_array_equal(scores, np.arange(number))
+        self.assertEqual((scores.dtype, scores.ndim), (np.float32, 1))
+        self.assertLen(parts, number)
+        self.assertTrue(all(type(part) is dict for part in parts))
+
+  @parameterized.parameters(
+    *((x, 1.0) for x in (1, True, np.bool_(True), np.float32(1), [1.0])),
+    (np.array([[1.0]]), 1.0),
+    ((1.0, None), 1.0),
+    ((np.array([1.0]), {}), 1.0),
+  )
+  def test_one_score_of_many_kinds(self, found, expected):
+    task = types.SimpleNamespace(score=lambda prompt, response: found)
+    scores, parts = tasks.score_all(task, ["a"], ["b"])
+    self.assertEqual((scores.tolist(), parts), ([expected], [{}]))
+
+  @parameterized.parameters(
+    *(
+      ([x, 0], "finite number.*prompt 'a1'") for x in (1e39, 10**400, math.nan)
+    ),
+    *(([x, 0], "finite number") for x in ("1.0", None, [1, 2], {}, 1j)),
+    (5, "of Mine returned 5 as scores: score_batch.prompts, responses. ret"),
+    ("high", "of Mine returned 'high' as scores"),
+    (None, "of Mine returned None as scores"),
+    ([1.0, 2.0, 3.0], "given 2 responses and returned 3 scores"),
+    (([1, 2], [{}]), "2 scores and 1 parts: score_batch.*returns N scores"),
+    (([1, 2], ["good", "bad"]), "of Mine are 'good', and must be a dict"),
+    (([1, 2], "good"), "of Mine returned 'good' as its parts"),
+    (([1, 2], [{}, {}], 3), "of Mine returned 3 values: score_batch"),
+  )
+  def test_what_cannot_be_meant(self, found, message):
+    class Mine:
+      def score_batch(self, prompts, responses):
+        return found
+
+    with self.assertRaisesRegex(ValueError, message):
+      tasks.score_all(Mine(), ["a1", "a2"], ["b1", "b2"])
+
+  def test_a_score_that_cannot_be_written_out(self):
+    task = types.SimpleNamespace(score=lambda prompt, response: 10**5000)
+    with self.assertRaisesRegex(ValueError, "thousands of digits .* '3"):
       tasks.score_all(task, ["3+4="], ["7"])
 
   def test_other_number_of_responses(self):

@@ -13,7 +13,7 @@ from absl.testing import parameterized
 
 from rljax import tasks
 from rljax.tasks import word_lists
-from rljax.text import batches, keywords, logged, tokens
+from rljax.text import batches, encoding, keywords, logged, tokens
 
 PROMPT = "birds 4 not duck owl:"
 # (reply, reward, share of its words that belong, number of words).
@@ -266,7 +266,7 @@ class TokenizerTest(parameterized.TestCase):
 
   def test_every_logged_reply_comes_back(self):
     rows = logged.from_rows(_rows()[:300], "word_lists")
-    encoded = logged.encode(
+    encoded = encoding.encode(
       self.tokenizer,
       rows,
       max_prompt_length=7,

@@ -8,7 +8,7 @@ import pytest
 from absl.testing import absltest
 
 from rljax.tasks import arithmetic, word_lists
-from rljax.text import files, logged, prompts
+from rljax.text import encoding, files, logged, prompts
 
 pytest.importorskip("tokenizers")
 
@@ -22,7 +22,7 @@ LIMITS = {"max_prompt_length": 4, "max_response_length": 8}
 def _prepare(rows, prompt_format="plain", too_long="skip"):
   tokenizer = word_lists.word_tokenizer()
   tokenizer.chat_template = TEMPLATE
-  return logged.prepare(
+  return encoding.prepare(
     tokenizer, rows, prompt_format=prompt_format, too_long=too_long, **LIMITS
   )
 
@@ -32,7 +32,7 @@ class RowsTest(absltest.TestCase):
     # The second one is too long.
     rows = logged.from_prompts(["owl", "owl " * 9, "duck"], "here")
     encoded = _prepare(rows)
-    self.assertEqual(logged.as_given(rows, encoded), [rows[0], rows[2]])
+    self.assertEqual(encoding.as_given(rows, encoded), [rows[0], rows[2]])
     asked = prompts.of_rows(rows, encoded, templated=False)
     self.assertEqual(asked.texts, ["owl", "duck"])
     self.assertEqual(asked.encoded, encoded.prompt_ids)
@@ -42,7 +42,7 @@ class RowsTest(absltest.TestCase):
   def test_a_task_scores_what_it_has_written(self):
     rows = logged.from_prompts(["owl", "duck"], "here")
     encoded = _prepare(rows, "chat")
-    self.assertEqual(logged.as_given(rows, encoded), rows)
+    self.assertEqual(encoding.as_given(rows, encoded), rows)
     asked = prompts.of_rows(rows, encoded, templated=False)
     self.assertEqual(asked.texts, ["owl", "duck"])
     # The policy and a reward model read the template.
@@ -63,10 +63,10 @@ class LoadOrAskTest(absltest.TestCase):
     folder = self.enter_context(tempfile.TemporaryDirectory())
     path = os.path.join(folder, "rows.jsonl")
     files.write_jsonl(path, [{"prompt": "a", "response": "b"}, {"x": 1}])
-    rows, unusable = logged.load_or_ask(path, None, "test", 0, {})
+    rows, unusable, _ = logged.load_or_ask(path, None, "test", 0, {})
     self.assertEqual([(r.prompt, r.candidates) for r in rows], [("a", ())])
     self.assertLen(unusable, 1)
-    rows, unusable = logged.load_or_ask(
+    rows, unusable, _ = logged.load_or_ask(
       "", arithmetic, "test", 3, {"num": 5, "style": "last"}
     )
     expected = arithmetic.prompts("test", 3, num=5, style="last")

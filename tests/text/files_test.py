@@ -124,7 +124,11 @@ class LoadRowsTest(parameterized.TestCase):
   @parameterized.parameters(
     ("", None, r"no file for split 'test' \(looked for test.jsonl"),
     ("none.jsonl", None, "no such file or folder"),
-    ("rows.csv", b"a,b", "expected .jsonl or .json"),
+    ("rows.txt", b"a,b", "expected .jsonl, .json or .csv"),
+    ("rows.csv", b"a,b", "no rows"),
+    ("rows.csv", b"a,b\n\xff,c", "not a .csv file in UTF-8"),
+    ("rows.csv.gz", b"plain", "not a gzip file"),
+    ("rows.parquet", b"PAR1", "not a .parquet file that pyarrow reads"),
     ("rows.json", b'{"a": 1}', "expected a list of JSON objects"),
     ("rows.json", b"[{}, 1]", r"rows.json, row 1: expected a JSON obj.*got 1"),
     ("rows.json", b"[]", "no rows"),

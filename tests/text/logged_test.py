@@ -18,7 +18,7 @@ from absl.testing import parameterized
 from rljax.generation import rollouts, samplers
 from rljax.models import hf
 from rljax.tasks import arithmetic, word_lists
-from rljax.text import files, logged, tokens
+from rljax.text import chats, dialogues, encoding, files, forms, logged, tokens
 from tests import conftest
 
 WORDS = arithmetic.word_tokenizer()
@@ -59,7 +59,7 @@ BYTES = _bytes()
 
 def _row(prompt="1+2=", candidates=("3",), rewards=None, **fields):
   values = {"value": None, "advantage": None, "response_ids": None}
-  return logged.Row(
+  return forms.Row(
     prompt=prompt,
     candidates=tuple(candidates),
     rewards=rewards,
@@ -104,7 +104,7 @@ class ParseTest(parameterized.TestCase):
   )
   def test_forms(self, fields, candidates, rewards):
     for prompt in ("1+2=", [{"name": "x", **ASKED}]):
-      row = logged.parse({"prompt": prompt, "other": 1, **fields}, "here")
+      row = forms.parse({"prompt": prompt, "other": 1, **fields}, "here")
       expected = prompt if isinstance(prompt, str) else (ASKED,)
       self.assertEqual(row, _row(expected, candidates, rewards))
 
@@ -112,17 +112,17 @@ class ParseTest(parameterized.TestCase):
     row = {"prompt": "1+2=", "response": "3", "reward": 1}
     row |= {"value": 0.75, "advantage": 0.25}
     self.assertEqual(
-      logged.parse(row, "here"),
+      forms.parse(row, "here"),
       _row(rewards=(1.0,), value=0.75, advantage=0.25),
     )
 
   def test_texts_that_repeat_the_prompt(self):
-    row = logged.parse(
+    row = forms.parse(
       {"prompt": "1+2=", "chosen": "1+2= 3", "rejected": "1+2= 4"}, "here"
     )
     self.assertEqual(row.candidates, (" 3", " 4"))
     # One that merely begins like it is a reply.
-    row = logged.parse(
+    row = forms.parse(
       {"prompt": "1+2=", "chosen": "1+2=3", "rejected": "4"}, "here"
     )
     self.assertEqual(row.candidates, ("1+2=3", "4"))
@@ -131,7 +131,7 @@ class ParseTest(parameterized.TestCase):
   def test_messages_that_repeat_the_prompt(self, prompt):
     row = {"prompt": prompt}
     row |= {"chosen": [ASKED, _said("3")], "rejected": [ASKED, _said("4")]}
-    self.assertEqual(logged.parse(row, "here"), _row((ASKED,), ("3", "4")))
+    self.assertEqual(forms.parse(row, "here"), _row((ASKED,), ("3", "4")))
 
   def test_transcripts(self):
     replies = (" a\n\nb: c\n\n\nd", " e\n")
@@ -139,7 +139,7 @@ class ParseTest(parameterized.TestCase):
       "chosen": TRANSCRIPT + replies[0],
       "rejected": TRANSCRIPT + replies[1],
     }
-    self.assertEqual(logged.parse(row, "here"), _row(TRANSCRIPT, replies))
+    self.assertEqual(forms.parse(row, "here"), _row(TRANSCRIPT, replies))
 
   def test_rollout_records(self):
     ids = jnp.array([[3, 104, 0], [4, 1, 2]])
@@ -163,11 +163,11 @@ class ParseTest(parameterized.TestCase):
       policy_step=7,
       tokenizer=WORDS,
     ).records()
-    rows = [logged.parse(json.loads(json.dumps(r)), "here") for r in records]
+    rows = [forms.parse(json.loads(json.dumps(r)), "here") for r in records]
     self.assertEqual(
       rows,
       [
-        _row(rewards=(1.0,), response_ids=(3, 104)),
+        _row(rewards=(1.0,), response_ids=(3, 104), finished=(False,)),
         _row("2+2=", ("412",), (0.0,), response_ids=(4, 1, 2)),
       ],
     )
@@ -221,7 +221,7 @@ class ParseTest(parameterized.TestCase):
   )
   def test_unusable(self, row, message):
     with self.assertRaisesRegex(ValueError, f"^rows.jsonl:17: .*{message}"):
-      logged.parse(row, "rows.jsonl:17")
+      forms.parse(row, "rows.jsonl:17")
 
   @parameterized.product(
     name=("reward", "value", "advantage"),
@@ -230,11 +230,11 @@ class ParseTest(parameterized.TestCase):
   def test_no_finite_number(self, name, value):
     row = {"prompt": "a", "response": "b", name: value}
     with self.assertRaisesRegex(ValueError, f'^x: "{name}" must be a finite'):
-      logged.parse(row, "x")
+      forms.parse(row, "x")
 
   def test_lost_reward(self):
     with self.assertRaisesRegex(ValueError, "a finite number, got None"):
-      logged.parse({"prompt": "a", "response": "b", "reward": None}, "x")
+      forms.parse({"prompt": "a", "response": "b", "reward": None}, "x")
 
   @parameterized.parameters(
     (TRANSCRIPT + " a", TRANSCRIPT + " ", '"rejected" is empty'),
@@ -249,14 +249,14 @@ class ParseTest(parameterized.TestCase):
   )
   def test_unusable_transcripts(self, chosen, rejected, message):
     with self.assertRaisesRegex(ValueError, message):
-      logged.parse({"chosen": chosen, "rejected": rejected}, "x")
+      forms.parse({"chosen": chosen, "rejected": rejected}, "x")
 
   def test_another_prompt(self):
     row = {"prompt": "2+2=", "chosen": [ASKED, _said("3")], "rejected": "4"}
     with self.assertRaisesRegex(
       ValueError, '"chosen" does not continue the pr'
     ):
-      logged.parse(row, "x")
+      forms.parse(row, "x")
 
 
 class TurnsTest(parameterized.TestCase):
@@ -266,10 +266,11 @@ class TurnsTest(parameterized.TestCase):
       {"role": "assistant", "content": "three"},
       {"role": "user", "content": "four"},
     ]
-    self.assertEqual(logged.turns(TRANSCRIPT), expected)
-    self.assertEqual(logged.turns(TRANSCRIPT.strip()), expected)
+    self.assertEqual(dialogues.turns(TRANSCRIPT), expected)
+    self.assertEqual(dialogues.turns(TRANSCRIPT.strip()), expected)
     self.assertEqual(
-      logged.turns(TRANSCRIPT + " five: six"), [*expected, _said("five: six")]
+      dialogues.turns(TRANSCRIPT + " five: six"),
+      [*expected, _said("five: six")],
     )
 
   @parameterized.parameters(
@@ -279,7 +280,7 @@ class TurnsTest(parameterized.TestCase):
   )
   def test_bad_transcripts(self, transcript, message):
     with self.assertRaisesRegex(ValueError, message):
-      logged.turns(transcript)
+      dialogues.turns(transcript)
 
 
 class LoadTest(parameterized.TestCase):
@@ -306,7 +307,7 @@ class LoadTest(parameterized.TestCase):
     path = self.folder / name
     for source in (name, "{split}" + name.removeprefix("train"), "."):
       with self.assertLogs("absl", logging.WARNING) as logs:
-        rows, skipped = logged.load(source, data_dir=self.folder)
+        rows, skipped, _ = logged.load(source, data_dir=self.folder)
       self.assertEqual([r.place for r in rows], [f"{path}:1", f"{path}:6"])
       self.assertLen(skipped, 3)
       for message, start in zip(
@@ -322,7 +323,7 @@ class LoadTest(parameterized.TestCase):
   def test_list(self):
     good = {"prompt": "a", "response": "b"}
     (self.folder / "dev.json").write_text(json.dumps([good, 1, {}]))
-    rows, skipped = logged.load("dev.json", data_dir=self.folder)
+    rows, skipped, _ = logged.load("dev.json", data_dir=self.folder)
     self.assertEndsWith(rows[0].place, "dev.json, row 0")
     self.assertIn("dev.json, row 1: expected a JSON object", skipped[0])
     self.assertIn("dev.json, row 2: it has none of", skipped[1])
@@ -343,13 +344,19 @@ class LoadTest(parameterized.TestCase):
     pair = {"chosen": TRANSCRIPT + " a", "rejected": TRANSCRIPT + " b"}
     lines = [{"prompt": "a"}, pair, {"prompt": ""}, b"{", {"response": "b"}]
     self._write([*lines, {"prompt": [ASKED], "response": "", "reward": "x"}])
-    rows, skipped = logged.load_prompts("train.jsonl", data_dir=self.folder)
+    rows, skipped, _ = logged.load_prompts("train.jsonl", data_dir=self.folder)
     path = self.folder / "train.jsonl"
     self.assertEqual(
       rows,
       [
-        _row(prompt, (), place=f"{path}:{number}")
-        for number, prompt in ((1, "a"), (2, TRANSCRIPT), (6, (ASKED,)))
+        dataclasses.replace(
+          _row(prompt, (), place=f"{path}:{number}"), columns=columns
+        )
+        for number, prompt, columns in (
+          (1, "a", {}),
+          (2, TRANSCRIPT, pair),
+          (6, (ASKED,), {"response": "", "reward": "x"}),
+        )
       ],
     )
     self.assertLen(skipped, 3)
@@ -386,7 +393,7 @@ class LoadTest(parameterized.TestCase):
 
     folder = str(self.folder)
     Logged(data_dir=folder, file_format="array_record").download_and_prepare()
-    rows, skipped = logged.load("tfds:rljax_logged", data_dir=folder)
+    rows, skipped, _ = logged.load("tfds:rljax_logged", data_dir=folder)
     (row,) = rows
     self.assertRegex(row.place, r"^tfds:rljax_logged, row \d$")
     self.assertEqual(row, _row("a", ("né",), (0.5,), place=row.place))
@@ -400,7 +407,7 @@ class LoadTest(parameterized.TestCase):
     name = str(
       conftest.shared("data/hh_rlhf") / "harmless_base_{split}.jsonl.gz"
     )
-    rows, skipped = logged.load(name, split)
+    rows, skipped, _ = logged.load(name, split)
     self.assertEqual((len(rows), skipped), (num_rows, []))
     # Counted, not compared by assertEqual: the texts are not for logs.
     transcripts = files.load_rows(name, split)
@@ -417,7 +424,7 @@ class LoadTest(parameterized.TestCase):
     self.assertTrue(any("\n\n" in row.candidates[0] for row in rows))
     # A prompt holds all its turns, and the user's is the last.
     num_turns = [row.prompt.count("\n\nHuman:") for row in rows]
-    found = [logged.turns(row.prompt) for row in rows]
+    found = [dialogues.turns(row.prompt) for row in rows]
     self.assertEqual(
       num_turns, [sum(m["role"] == "user" for m in turns) for turns in found]
     )
@@ -427,9 +434,9 @@ class LoadTest(parameterized.TestCase):
 class RenderTest(parameterized.TestCase):
   def test_plain(self):
     rows = [_row(TRANSCRIPT, (" a ",))]
-    self.assertEqual(logged.render(rows, None, "plain"), (rows, []))
+    self.assertEqual(chats.render(rows, None, "plain"), (rows, []))
     with self.assertRaisesRegex(ValueError, "here: .*--prompt_format=chat"):
-      logged.render([_row((ASKED,))], None, "plain")
+      chats.render([_row((ASKED,))], None, "plain")
 
   @parameterized.parameters(
     ((ASKED,), "<|start|>[user]1+2=[assistant]"),
@@ -447,12 +454,12 @@ class RenderTest(parameterized.TestCase):
   def test_chat(self, prompt, expected):
     rows = [_row(prompt, (" a\n\nb ", "c"))]
     self.assertEqual(
-      logged.render(rows, BYTES, "chat"),
+      chats.render(rows, BYTES, "chat"),
       ([_row(expected, ("a\n\nb", "c"))], []),
     )
 
   def test_prompts_of_a_task(self):
-    render = logged.render_prompts
+    render = chats.render_prompts
     self.assertEqual(render(["1+2=", "3"], "t", None, "plain"), ["1+2=", "3"])
     self.assertEqual(
       render(["1+2="], "t", BYTES, "chat"),
@@ -470,11 +477,11 @@ class RenderTest(parameterized.TestCase):
     )
     rows = [_row(TRANSCRIPT, place="a"), _row("1+2=", place="b")]
     with self.assertLogs("absl", logging.WARNING) as logs:
-      kept, skipped = logged.render(rows, alternating, "chat")
+      kept, skipped = chats.render(rows, alternating, "chat")
     self.assertEqual([row.place for row in kept], ["b"])
     self.assertRegex(skipped[0], "a: no chat prompt .*one turn")
     self.assertIn("1 of 2 rows do not fit the chat template", logs.output[0])
-    encoded = logged.prepare(
+    encoded = encoding.prepare(
       alternating,
       rows,
       prompt_format="chat",
@@ -485,17 +492,17 @@ class RenderTest(parameterized.TestCase):
 
   def test_errors(self):
     with self.assertRaisesRegex(ValueError, "no chat template; use .*=plain"):
-      logged.render([], _bytes(chat_template=None), "chat")
+      chats.render([], _bytes(chat_template=None), "chat")
     with self.assertRaisesRegex(ValueError, 'must be "plain" or "chat", got'):
-      logged.render([], BYTES, "markdown")
-    once, _ = logged.render([_row()], BYTES, "chat")
+      chats.render([], BYTES, "markdown")
+    once, _ = chats.render([_row()], BYTES, "chat")
     with self.assertRaisesRegex(
       ValueError, "here: .*already begins with a special"
     ):
-      logged.render(once, BYTES, "chat")
+      chats.render(once, BYTES, "chat")
     strict = _bytes("{{ raise_exception('Turns must alternate') }}")
     with self.assertRaisesRegex(ValueError, "here: .*Turns must alternate"):
-      logged.render([_row()], strict, "chat")
+      chats.render([_row()], strict, "chat")
 
 
 class BestFirstTest(parameterized.TestCase):
@@ -562,12 +569,12 @@ class FromMemoryTest(parameterized.TestCase):
     with tempfile.TemporaryDirectory() as folder:
       path = f"{folder}/rows.jsonl"
       files.write_jsonl(path, [{"prompt": "a", "response": "b"}, {}])
-      rows, unusable = logged.load_or_draw(path, word_lists, "test", 0, {})
+      rows, unusable, _ = logged.load_or_draw(path, word_lists, "test", 0, {})
     self.assertEqual([row.candidates for row in rows], [("b",)])
     self.assertRegex(unusable[0], "rows.jsonl:2: ")
     self.assertEqual(
       logged.load_or_draw("", word_lists, "test", 0, {"num": 3}),
-      (logged.task_rows(word_lists, "test", 0, {"num": 3}), []),
+      (logged.task_rows(word_lists, "test", 0, {"num": 3}), [], []),
     )
 
   def test_first_replies(self):
@@ -619,7 +626,7 @@ class ArraysTest(parameterized.TestCase):
 
 class EncodeTest(parameterized.TestCase):
   def _encode(self, rows, tokenizer=WORDS, limits=(9, 9), **settings):
-    return logged.encode(
+    return encoding.encode(
       tokenizer,
       rows,
       max_prompt_length=limits[0],
@@ -752,7 +759,7 @@ class EncodeTest(parameterized.TestCase):
     self.assertRegex(logs.output[0], "3 of 4 .* differ from their ids")
 
   def test_one_start_token(self):
-    rows, _ = logged.render([_row((ASKED,)), _row()], BYTES, "chat")
+    rows, _ = chats.render([_row((ASKED,)), _row()], BYTES, "chat")
     rows.append(_row())
     encoded = self._encode(rows, BYTES, (40, 5))
     for ids in encoded.prompt_ids:
@@ -766,7 +773,7 @@ class EncodeTest(parameterized.TestCase):
       tokenizer = hf.load_tokenizer("smollm2-135m")
     except (ImportError, ValueError) as error:
       pytest.skip(str(error))
-    rows, _ = logged.render([_row(TRANSCRIPT, (" a\n\nb",))], tokenizer, "chat")
+    rows, _ = chats.render([_row(TRANSCRIPT, (" a\n\nb",))], tokenizer, "chat")
     encoded = self._encode(rows, tokenizer, (99, 9))
     (prompt,), ((response,),) = encoded.prompt_ids, encoded.response_ids
     self.assertEqual(tokenizer.decode(prompt), rows[0].prompt)
@@ -776,12 +783,12 @@ class EncodeTest(parameterized.TestCase):
 
 
 class BatchTest(parameterized.TestCase):
-  ENCODED = logged.Encoded(
+  ENCODED = encoding.Encoded(
     [[1, 2], [3]], [[[4, 9]], [[5, 6, 9], [7, 9]]], [_row(), _row()], []
   )
 
   def test_hand_computed(self):
-    batch = logged.batch(
+    batch = encoding.batch(
       self.ENCODED,
       np.array([1, 0, 0]),
       np.array([1, 0, 1]),
@@ -801,7 +808,7 @@ class BatchTest(parameterized.TestCase):
   @parameterized.parameters(([-1], [0]), ([0], [-1]))
   def test_bad_numbers(self, rows, candidates):
     with self.assertRaisesRegex(ValueError, "counted from 0"):
-      logged.batch(
+      encoding.batch(
         self.ENCODED, rows, candidates, prompt_length=3, response_length=3
       )
 
@@ -831,7 +838,7 @@ class ReadTest(parameterized.TestCase):
     files.write_jsonl(self.path, rows)
 
   def _read(self, name=None, task=None, **options):
-    return logged.read(
+    return encoding.read(
       WORDS,
       name=str(self.path) if name is None else name,
       task=task,
@@ -884,7 +891,7 @@ class ReadTest(parameterized.TestCase):
     )
 
   def test_the_log_of_a_task(self):
-    log = logged.read(
+    log = encoding.read(
       word_lists.word_tokenizer(),
       name="",
       task=word_lists,
@@ -906,12 +913,12 @@ class ReadTest(parameterized.TestCase):
 class LengthsTest(parameterized.TestCase):
   def test_buckets(self):
     # The longest have 7 and 5 tokens; buckets hold 8 and 6.
-    encoded = logged.Encoded(
+    encoded = encoding.Encoded(
       [[1] * 7, [1] * 2], [[[1] * 5, [1]], [[1] * 3]], [_row(), _row()], []
     )
-    self.assertEqual(logged.lengths(encoded), (8, 6))
-    encoded = logged.Encoded([[1] * 2], [[[1] * 3]], [_row()], [])
-    self.assertEqual(logged.lengths(encoded), (2, 3))
+    self.assertEqual(encoding.lengths(encoded), (8, 6))
+    encoded = encoding.Encoded([[1] * 2], [[[1] * 3]], [_row()], [])
+    self.assertEqual(encoding.lengths(encoded), (2, 3))
 
 
 class FingerprintTest(parameterized.TestCase):
@@ -942,8 +949,8 @@ class FingerprintTest(parameterized.TestCase):
   def test_another_process(self):
     row = _row(({"content": "né", "role": "user"},), ("a",), (0.1,))
     program = (
-      "from rljax.text import logged\n"
-      "row = logged.parse({'prompt': [{'role': 'user', 'content': 'n\\xe9'}], "
+      "from rljax.text import forms, logged\n"
+      "row = forms.parse({'prompt': [{'role': 'user', 'content': 'n\\xe9'}], "
       "'response': 'a', 'reward': 0.1}, 'elsewhere')\n"
       "print(logged.fingerprint([row]))"
     )
@@ -958,8 +965,8 @@ class FingerprintTest(parameterized.TestCase):
 
   def test_ids(self):
     def of(prompts, responses):
-      return logged.fingerprint_ids(
-        logged.Encoded(prompts, responses, [self.ROW], [])
+      return encoding.fingerprint_ids(
+        encoding.Encoded(prompts, responses, [self.ROW], [])
       )
 
     found = of([[1, 2]], [[[3], [4]]])

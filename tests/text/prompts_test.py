@@ -20,6 +20,81 @@ LIMITS = {
 }
 
 
+class LoadTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    self.file = pathlib.Path(folder) / "prompts.jsonl"
+    # Ten different prompts; each comes twice, with another column.
+    self.rows = [
+      {"prompt": f"{i}+{i}=", "answer": f"{i}{side}"}
+      for side in "ab"
+      for i in range(10)
+    ]
+    files.write_jsonl(self.file, self.rows)
+
+  def load(self, data="", **options):
+    return prompts.load(
+      None,
+      arithmetic.word_tokenizer(),
+      **{
+        "seed": 0,
+        "num_prompts": 99,
+        "num_eval_prompts": 99,
+        "eval_split": "test",
+        "max_length": 8,
+        "data": data or str(self.file),
+        **options,
+      },
+    )
+
+  def test_one_file_is_split_by_distinct_prompts(self):
+    train, held_out = self.load(eval_share=0.3)
+    self.assertLen(train, 14)
+    self.assertLen(held_out, 6)
+    self.assertFalse(set(train.texts) & set(held_out.texts))
+    self.assertEqual(train.ids.shape[1], held_out.ids.shape[1])
+    # Equal prompts keep columns of their own.
+    answers = {(str(t), t.columns["answer"]) for t in held_out.texts}
+    self.assertLen(answers, 6)
+    again, _ = self.load(eval_share=0.3)
+    self.assertEqual(again.texts, train.texts)
+    others, _ = self.load(eval_share=0.3, seed=1)
+    self.assertNotEqual(others.texts, train.texts)
+
+  def test_files_of_their_own_and_splits(self):
+    train, held_out = self.load(eval_data=str(self.file), num_eval_prompts=3)
+    self.assertEqual((len(train), len(held_out)), (20, 3))
+    for split in ("train", "test"):
+      files.write_jsonl(
+        self.file.parent / f"{split}.jsonl", [{"prompt": "1"}, {"prompt": "2"}]
+      )
+    for data in (
+      str(self.file.parent),
+      str(self.file.parent / "{split}.jsonl"),
+    ):
+      train, held_out = self.load(data)
+      self.assertEqual(train.texts, ["1", "2"])
+      self.assertEqual(held_out.texts, ["1", "2"])
+
+  def test_what_cannot_be_used_is_named(self):
+    files.write_jsonl(
+      self.file, [{"prompt": "1+" * 15}, {"prompt": ""}, *self.rows]
+    )
+    with self.assertLogs("absl", "WARNING"):
+      train, held_out = self.load()
+    self.assertEqual(len(train) + len(held_out), 20)
+    self.assertRegex(" ".join(train.skipped + held_out.skipped), "31 tokens")
+    self.assertRegex(" ".join(train.skipped), "prompts.jsonl:2: .* is empty")
+
+  def test_too_few(self):
+    with self.assertRaisesRegex(ValueError, "leaves 18 prompts .* asks 32"):
+      self.load(at_least=32)
+    files.write_jsonl(self.file, [{"prompt": "1"}, {"prompt": "1"}])
+    with self.assertRaisesRegex(ValueError, "one prompt, of which none can"):
+      self.load()
+
+
 class ReadTest(absltest.TestCase):
   def test_a_file(self):
     folder = self.enter_context(tempfile.TemporaryDirectory())

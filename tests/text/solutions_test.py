@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rljax.evaluation import metrics
 from rljax.tasks import tokenizers
-from rljax.text import logged
+from rljax.text import encoding, forms
 from rljax.text import solutions as solutions_lib
 
 _SAMPLE = {"prompt": "1+2=", "response": "3\n#3", "reward": 1.0}
@@ -46,7 +46,7 @@ def _parse(row, labels="outcome", **changes):
 
 
 def _labelled(solutions, targets, *, joined=False, max_response_length=40):
-  encoded = logged.encode(
+  encoded = encoding.encode(
     _tokenizer(joined),
     solutions,
     max_prompt_length=8,
@@ -90,7 +90,7 @@ class ParseTest(parameterized.TestCase):
     self.assertEqual(second.labels, (0.25, 0.25))
     self.assertEqual(second.candidates, ("2\n3",))
     self.assertFalse(second.is_positive)
-    rows = [logged.parse(row, "log:1")]
+    rows = [forms.parse(row, "log:1")]
     self.assertEqual(solutions_lib.from_rows(rows), [first, second])
 
   def test_sorm_labels(self):
@@ -145,7 +145,7 @@ class LoadTest(absltest.TestCase):
   def test_files_follow_each_other_and_bad_rows_are_named(self):
     first = self._file("a.jsonl", [_SAMPLE, {"prompt": "1="}])
     second = self._file("b.jsonl", [_VALUES])
-    found, skipped = solutions_lib.load([first, second], "train", "outcome")
+    found, skipped, _ = solutions_lib.load([first, second], "train", "outcome")
     self.assertEqual([x.labels[-1] for x in found], [1.0, 0.0])
     self.assertLen(skipped, 1)
     self.assertRegex(skipped[0], r"a\.jsonl:2: ")
@@ -241,7 +241,7 @@ class LabelTokensTest(parameterized.TestCase):
   def test_a_tokenizer_without_a_line_feed(self):
     tokenizer = tokenizers.of_words([*"0123456789"], r"[0-9]")
     encode = functools.partial(
-      logged.encode, tokenizer, max_prompt_length=4, max_response_length=4
+      encoding.encode, tokenizer, max_prompt_length=4, max_response_length=4
     )
     row = {**_SAMPLE, "prompt": "1", "response": "2"}
     part = solutions_lib.label_tokens(

@@ -11,7 +11,7 @@ from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
 from rljax.tasks import tokenizers as words_tokenizers
-from rljax.text import batches, files, tokens
+from rljax.text import batches, encoding, files, forms, prompts, tokens
 from tests import conftest
 
 TEXTS = (
@@ -290,6 +290,88 @@ class DecodeTest(parameterized.TestCase):
       tokens.decode(WORDS, ids, ids)
     with self.assertRaisesRegex(ValueError, r"\(2, 3\) and bool \(3, 2\)"):
       tokens.decode(WORDS, ids, np.ones((3, 2), np.bool_))
+
+
+class EndTokensTest(parameterized.TestCase):
+  TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|turn|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+  )
+
+  def _tokenizer(self, template=TEMPLATE):
+    tokenizer = _byte_level_bpe()
+    tokenizer.add_special_tokens(
+      {"additional_special_tokens": ["<|start|>", "<|turn|>"]}
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+  def test_the_end_of_a_turn(self):
+    tokenizer = self._tokenizer()
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    self.assertEqual(tokens.turn_end(tokenizer), turn)
+    eos = tokenizer.eos_token_id
+    self.assertEqual(tokens.stop_ids(tokenizer), (eos, turn))
+    self.assertEqual(
+      tokens.stop_ids(tokenizer, (7, eos), None, 9), (eos, turn, 7, 9)
+    )
+    self.assertIsNone(tokens.turn_end(self._tokenizer(None)))
+
+  @parameterized.parameters(
+    "{{ raise_exception('no') }}",
+    "{% for m in messages %}{{ m.role }}{% endfor %}",
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+    "{% for m in messages %}{{ m.content }}<think>{% endfor %}",
+    "{{",
+  )
+  def test_templates_without_one(self, template):
+    self.assertIsNone(tokens.turn_end(self._tokenizer(template)))
+
+  def test_a_config_may_have_the_only_end(self):
+    tokenizer = words_tokenizers.of_words(["a"], ".")
+    tokenizer.eos_token = None
+    self.assertEqual(tokens.stop_ids(tokenizer, [1, 2]), (1, 2))
+    with self.assertRaisesRegex(ValueError, r"an end token \(eos_token\)"):
+      tokens.stop_ids(tokenizer, None)
+
+  def test_rows_of_a_chat_end_in_the_end_of_a_turn(self):
+    tokenizer = self._tokenizer()
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    rows = [forms.Row("a", ("b",), None, None, None, "it:1", None)]
+    limits = {"max_prompt_length": 99, "max_response_length": 99}
+    pairs = {"pairs": [("a", "b")], "max_length": 99}
+    for prompt_format, end in (
+      ("chat", turn),
+      ("plain", tokenizer.eos_token_id),
+    ):
+      encoded = encoding.prepare(
+        tokenizer, rows, prompt_format=prompt_format, **limits
+      )
+      self.assertEqual(encoded.response_ids[0][0][-1], end)
+      ((_, response),) = prompts.encode_pairs(
+        tokenizer, prompt_format=prompt_format, **pairs
+      )
+      self.assertEqual(response[-1], end)
+      self.assertEqual(response.count(end), 1)
+
+  def test_named_ids(self):
+    tokenizer = self._tokenizer()
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    newline = tokenizer.encode("\n")
+    self.assertEqual(
+      tokens.named_ids(tokenizer, ["<|turn|>", "\n", "<think>", "7", "7"]),
+      (turn, *newline, tokenizer.convert_tokens_to_ids("<think>"), 7),
+    )
+    self.assertEqual(tokens.named_ids(tokenizer, []), ())
+    for name in ("<|none|>", "999999", "9" * 99, "", "漢", "-1"):
+      with self.assertRaisesRegex(ValueError, "tokens of|no token with the id"):
+        tokens.named_ids(tokenizer, [name])
+    with self.assertRaisesRegex(ValueError, "tokens of"):
+      tokens.named_ids(WORDS, ["neverseen"])
+
+  def test_ids_beyond_the_model(self):
+    with self.assertRaisesRegex(ValueError, "has the id 120, and the model"):
+      tokens.allowed_tokens(WORDS, 120, (104, 120))
 
 
 class SamplerSettingsTest(parameterized.TestCase):

@@ -479,7 +479,9 @@ class ElsewhereTest(_LogsTest):
   def test_wandb_missing(self):
     with (
       mock.patch.dict(sys.modules, {"wandb": None}),
-      self.assertRaisesRegex(ValueError, "--wandb_project needs wandb"),
+      self.assertRaisesRegex(
+        ValueError, "--wandb_project needs the package wandb"
+      ),
     ):
       self._logs(wandb_project="p")
 

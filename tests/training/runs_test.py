@@ -283,8 +283,11 @@ class GoOnTest(_RunTest):
     ) as save:
       self.train(run)
     self.assertEqual([call.args[1] for call in save.call_args_list], [4, 8, 10])
+    files = ("samples.jsonl", "histograms.jsonl", "evaluations.jsonl")
+    rows = {"metrics.jsonl": 10} | dict.fromkeys(files, 0)
     self.assertEqual(
-      save.call_args.args[3], {"step": 10, "best": None, "drawn": 27}
+      save.call_args.args[3],
+      {"step": 10, "best": None, "drawn": 27, "rows": rows},
     )
     self.assertTrue(run.is_complete)
     self.assertFalse(run.is_stopped)
@@ -399,6 +402,27 @@ class ProgramsTest(_RunTest):
     placed = run.place({"wide": np.zeros((4, 2))}, [("wide", tensor)])
     self.assertEqual(placed["wide"].sharding.spec, tensor)
 
+  def test_moments_are_made_where_they_lie(self):
+    """Inside a program: whole, they need not fit a device or the host."""
+    inner, made = optax.adam(1e-3), []
+
+    def init(params):
+      made.extend(jax.tree.leaves(params))
+      return inner.init(params)
+
+    tensor = jax.sharding.PartitionSpec("tensor")
+    state = self.start("--mesh=data:2,tensor:2").restore(
+      {"wide": np.ones((4, 2), np.float32)},
+      [("wide", tensor)],
+      optimizer=optax.GradientTransformation(init, inner.update),
+    )
+    self.assertNotEmpty(made)
+    for leaf in made:
+      self.assertIsInstance(leaf, jax.core.Tracer)
+    moments = state["optimizer"][0].mu["wide"]
+    self.assertEqual(moments.sharding.spec, tensor)
+    self.assertEqual(moments.addressable_shards[0].data.shape, (2, 2))
+
 
 class KeepBestTest(_RunTest):
   """One evaluation before every step, and one at the end."""
@@ -496,11 +520,11 @@ class LogsTest(_RunTest):
     self.assertEqual(
       summary,
       {
-        "sum": {"before": sums[0], "after": sums[2]},
-        "eval/value": {"before": 0.5, "after": 0.75},
+        "sum": {"before": sums[0], "after": sums[2], "best": sums[1]},
+        "eval/value": {"before": 0.5, "after": 0.75, "best": 2.0},
       },
     )
-    title = f"{self.workdir}; the best, of step 1, is in best"
+    title = f"{self.workdir}, step 3; the best, step 1, is in best"
     # A narrow terminal breaks the title.
     self.assertIn("".join(title.split()), "".join(printed.split()))
 

@@ -1,0 +1,236 @@
+"""Exports a run as a Hugging Face directory with a model card.
+
+  python -m rljax.export runs/grpo exported --dtype=bfloat16
+  python -m rljax.export runs/grpo/best exported --push=my-name/my-model
+
+Writes the weights, the tokenizer, generation_config.json with the sampler of
+the run, and a README.md: the base model, the data, the numbers before and
+after, and all flags. `--push` sends the folder to the Hugging Face hub.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rljax.models import hf
+from rljax.storage import paths
+
+# Flags of the sampler -> names in generation_config.json.
+_SAMPLER = {
+  "max_length": "max_new_tokens",
+  "min_new_tokens": "min_new_tokens",
+  "temperature": "temperature",
+  "top_k": "top_k",
+  "top_p": "top_p",
+  "min_p": "min_p",
+}
+# Flags that say where a run was, rather than what it did.
+_OF_THE_PLACE = ("workdir", "compilation_cache", "wandb_project", "mesh")
+
+
+def export(
+  source: str | os.PathLike[str],
+  directory: str | os.PathLike[str],
+  *,
+  dtype: str = "float32",
+  step: int | None = None,
+) -> None:
+  """Writes a run, or any other model that flags name, with a card.
+
+  Args:
+    source: workdir, its `best` folder, or a model in the forms of --policy.
+    directory: is made; files of other names in it stay.
+    dtype: of the weights in the file, "float32" or "bfloat16".
+    step: of the checkpoint; None: the last.
+
+  Raises:
+    ValueError: if there is no such model or step, or the directory holds the
+      run itself.
+  """
+  directory = pathlib.Path(directory)
+  place = _run_of(pathlib.Path(source))
+  if directory.resolve() in (pathlib.Path(source).resolve(), place.resolve()):
+    raise ValueError(
+      f"{directory} holds the run itself: choose another folder to export to."
+    )
+  loaded = hf.load(source, step=step)
+  hf.save(directory, loaded.model, loaded.params, loaded.tokenizer, dtype=dtype)
+  flags = _read(place / "flags.json")
+  path = directory / "generation_config.json"
+  settings = generation_config(flags, loaded.tokenizer)
+  settings |= _read(path)  # All end tokens of the model are in there.
+  paths.write_whole(path, json.dumps(settings, indent=2) + "\n")
+  card = model_card(
+    directory.resolve().name, str(source), flags, _read(place / "summary.json")
+  )
+  paths.write_whole(directory / "README.md", card)
+
+
+def generation_config(
+  flags: Mapping[str, Any], tokenizer: Any
+) -> dict[str, Any]:
+  """Returns what transformers' `generate` takes from a run's sampler.
+
+  Args:
+    flags: of the run, as filed; those that are missing are left out.
+    tokenizer: whose end and padding tokens are named.
+  """
+  found = {
+    name: flags[flag] for flag, name in _SAMPLER.items() if flags.get(flag)
+  }
+  if "temperature" in found:
+    found["do_sample"] = True
+  for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    value = getattr(tokenizer, name, None)
+    if value is not None:
+      found[name] = value
+  return found
+
+
+def model_card(
+  title: str, source: str, flags: Mapping[str, Any], summary: Mapping[str, Any]
+) -> str:
+  """Writes the README.md of an exported model.
+
+  Args:
+    title: of the page.
+    source: what was exported.
+    flags: of the run; may be empty.
+    summary: its `summary.json`; may be empty.
+  """
+  base = flags.get("policy") or ""
+  of_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+  is_hub = of_hub and not os.path.exists(base)
+  head = ["---", "library_name: transformers", "tags: [rljax]"]
+  head += [f"base_model: {base}"] if is_hub else []
+  lines = [*head, "---", "", f"# {title}", ""]
+  version = ""
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    version = f" {importlib.metadata.version('rljax-lm')}"
+  lines += [f"Trained with rljax{version}; exported from `{source}`."]
+  facts = {
+    "Base model": base or (flags and "random weights"),
+    "Data": flags.get("data") or flags.get("task"),
+    "Rewards": flags.get("rewards") or flags.get("reward_model"),
+    "Algorithm": flags.get("algorithm"),
+  }
+  shown = [f"- {name}: {_text(x)}" for name, x in facts.items() if x]
+  lines += ["", *shown] if shown else []
+  if summary:
+    lines += ["", "## Numbers", "", *_table(summary)]
+  if flags:
+    kept = {k: v for k, v in flags.items() if k not in _OF_THE_PLACE}
+    lines += ["", "## Flags", "", "```"]
+    lines += [f"--{name}={_text(value)}" for name, value in kept.items()]
+    lines += ["```"]
+  return "\n".join(lines) + "\n"
+
+
+def push(directory: str | os.PathLike[str], name: str) -> str:
+  """Sends a folder to the Hugging Face hub; returns its address.
+
+  Args:
+    directory: an exported model.
+    name: of the repository there, organisation/name; it is made, private.
+
+  Raises:
+    ValueError: if huggingface_hub is missing, or refuses.
+  """
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError(
+      "--push needs the package huggingface_hub, which is not installed."
+    ) from error
+  hub = huggingface_hub.HfApi()
+  try:
+    hub.create_repo(name, private=True, exist_ok=True)
+    hub.upload_folder(repo_id=name, folder_path=str(directory))
+  except Exception as error:  # Of the hub and of the network: many types.
+    raise ValueError(
+      f"--push={name}: the hub did not take {directory} "
+      f"({type(error).__name__}: {str(error).splitlines()[0]}). HF_TOKEN must "
+      "hold a token that may write there."
+    ) from error
+  return f"https://huggingface.co/{name}"
+
+
+def _run_of(source: pathlib.Path) -> pathlib.Path:
+  """The folder with the flags of a run, for its workdir or its `best`."""
+  if not (source / "flags.json").is_file() and source.name == "best":
+    return source.parent
+  return source
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _text(value: Any) -> str:
+  if isinstance(value, (list, tuple)):
+    return ",".join(map(str, value))
+  if isinstance(value, bool):
+    return str(value).lower()
+  return "" if value is None else str(value)
+
+
+def _number(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else _text(value)
+
+
+def _table(summary: Mapping[str, Any]) -> list[str]:
+  """A table in Markdown, of numbers or of mappings to them."""
+  rows = {
+    name: value if isinstance(value, Mapping) else {"value": value}
+    for name, value in summary.items()
+  }
+  columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+  lines = ["| | " + " | ".join(columns) + " |", "|---" * len(columns) + "|---|"]
+  for name, row in rows.items():
+    cells = (_number(row.get(column, "")) for column in columns)
+    lines.append(f"| {name} | " + " | ".join(cells) + " |")
+  return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Reads the command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m rljax.export", description=__doc__.split("\n")[0]
+  )
+  parser.add_argument("source", help="Workdir of a run, or its best folder.")
+  parser.add_argument("directory", help="Folder to write to.")
+  parser.add_argument(
+    "--dtype",
+    default="float32",
+    choices=["float32", "bfloat16"],
+    help="Number format of the weights in the file.",
+  )
+  parser.add_argument("--step", type=int, help="Step of the checkpoint.")
+  parser.add_argument(
+    "--push", help="Repository on the Hugging Face hub, organisation/name."
+  )
+  options = parser.parse_args(arguments)
+  try:
+    export(
+      options.source,
+      options.directory,
+      dtype=options.dtype,
+      step=options.step,
+    )
+    print(f"Wrote {options.directory}.")
+    if options.push:
+      print(f"Pushed to {push(options.directory, options.push)}.")
+  except ValueError as error:
+    print(f"rljax.export: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

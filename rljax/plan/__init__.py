@@ -1,0 +1,1 @@
+"""Compiles the programs of a script for machines that are not there."""

@@ -1,0 +1,1 @@
+"""Reads final answers in text that a model wrote, and compares them."""

@@ -1,0 +1,212 @@
+"""Finds what a text without marks says of its last number."""
+
+import collections
+import re
+
+from rljax.tasks.answers import literals, normalisation, numbers, words
+
+WINDOW = 320
+DIGIT = re.compile("[0-9]")
+SENTENCE_END = re.compile(r"[.!?。！？]+[\"'*_)\]$]*(?:\s|$)|[。！？]")
+SENTENCE_START = re.compile(r"[.!?]+[\"'*_)\]$]*\s+|[。！？]|\n")
+TAKEN_UP = re.compile(
+  r"[\s*_$(\\)\]]*(?:or|no|wait|actually|sorry|correction|alternatively|hmm"
+  r"|oops|and also|perhaps|maybe|nein|或|oder|ou)\b",
+  re.IGNORECASE,
+)
+_JOINED = re.compile(
+  r"(?:\b(?:or|and|nor|to|plus|minus|times|than|not|oder|ou|y|between|by)"
+  r"|或|[-+*/×÷√,^])[\s*_$\"'(\\[]*$",
+  re.IGNORECASE,
+)
+# A whole reply whose words change nothing.
+_SIMPLE = re.compile(
+  r"\s?(?:(?:so|thus|hence|therefore|then|now|that|this|it|she|he|they|we|there"
+  r"|the|total|result|is|are|has|have|was|were|makes|equals)[ ,]{1,2}){0,8}"
+  r"\$?(-?[0-9]{1,15})[.!]?\s?",
+  re.IGNORECASE,
+)
+_ENDS = frozenset([*".!?;)>0123456789", ""])  # No "or" ends so.
+OR = re.compile(
+  r"(?:\b(?:or|oder|ou|nor)(?:\s+(?:maybe|perhaps|possibly|else|that|even))?"
+  r"(?:\s+(?:the|a|my|it|is))*|或)[\s*_$\"'(\\[:#,]*$",
+  re.IGNORECASE,
+)
+HEDGE = re.compile(
+  r"\b(?:or|maybe|perhaps|possibly|alternatively|might|could be|may be|oder|ou"
+  r"|guess|candidate|alternative)"
+  r"\b",
+  re.IGNORECASE,
+)
+_DOUBT = re.compile(
+  r"\b(?:do|does|did|could|can|am|is|are|was)(?: ?not|n't|n’t)"
+  r" (?:really |quite |exactly )?(?:know|sure|certain|tell|say|clear)\b"
+  r"|\bno (?:idea|answer|solution|clue)\b|\bunsure\b|\buncertain\b"
+  r"|\bnot (?:sure|certain|enough)\b|\bcannot (?:be |say|tell|determine|know)"
+  r"|\bimpossible\b|\brandom(?:ly)? guess",
+  re.IGNORECASE,
+)
+_MARKER = re.compile(
+  r"(?<![<>!=:])=+(?!=)"
+  r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
+  r"|giving|gave|gets?|got|leaves?|leaving|left with|yields?|totals?|total of"
+  r"|total|contain(?:s|ed)|becomes?|so|thus|hence|therefore|altogether|in all"
+  r"|overall|she|he|they|we|it|you|sold|needs?|earns?|earned|pays?|paid"
+  r"|costs?|comes to"
+  r"|takes?|took|spends?|spent|ends? up with"
+  r"|es|son|ist|sind|est|sont|são|tiene|hat|a un total de|共有|一共)\b"
+  r"|[共有是为為]",
+  re.IGNORECASE,
+)
+_CHOICE = re.compile(
+  r"^\W*(?:[A-Za-z]|(?:option|choice|answer|case|guess)\s*\w{1,2})\s*[).:]\s*",
+  re.IGNORECASE,
+)
+BARE = re.compile(r"[\W\d_]*[0-9][\W\d_]*")
+# Where a sentence goes on to say something else.
+_ASIDE = re.compile(
+  r"(?:,\s*(?:so|which|who|since|because|as|and)|\s(?:in|for|after|when"
+  r"|because|since|who|that|which|are|is|was|were|will|would|can|could|did|do|does|left|so"
+  r"|during|at|on|with|now|while|before|per|they|he|she|it|from|than|by|to))\s",
+  re.IGNORECASE,
+)
+_IF = re.compile(r"\s(?:if|unless)\s", re.IGNORECASE)
+# What judges the number before it.
+_JUDGED = re.compile(
+  r"^\W*(?:\w+\W+){0,2}(?:or|nor|to|versus|vs|through)\W+[0-9]"
+  r"|\b(?:is|are|was|were) (?:wrong|incorrect|false|too|only|just)\b"
+  r"|\b(?:is|are|was|were) not"
+  r"(?:\W*$| (?:the|right|correct|it|true|possible)\b)"
+  r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
+  r"|^\W*(?:or|minus|plus|times|not)\b",
+  re.IGNORECASE,
+)
+# x = 41 and y = 42.
+_NAMED = re.compile(
+  r"(?:[,;&]|\b(?:and|or)\b)\s*\\?[A-Za-z]\w?\s*=", re.IGNORECASE
+)
+
+
+def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
+  """Returns the last match of a pattern, or None."""
+  found = collections.deque(pattern.finditer(text), maxlen=1)
+  return found.pop() if found else None
+
+
+def is_offered(text: str, place: int) -> bool:
+  """Tells whether what stands before a place ends in "or"."""
+  before = text[max(0, place - 40) : place].rstrip()
+  return before[-1:] not in _ENDS and OR.search(before) is not None
+
+
+def last_clause(tail: str) -> str | None:
+  """Returns the clause with the last number of a text.
+
+  | text                                      | clause        |
+  |-------------------------------------------|---------------|
+  | She had 5, so she has 42 clips. Bye!      | so she has 42 clips |
+  | 48 + 24 = 72                              | 72            |
+  | 42, 43; 42 or 43; between 42 and 43       | all of it, to be refused |
+  | 4 or<line feed>5; 1. 2. 3.; 6? 7?         | None          |
+  | I do not know. 42                         | None          |
+
+  Args:
+    tail: the end of a response.
+  """
+  match = _SIMPLE.fullmatch(tail)  # Most short replies.
+  if match:
+    return match[1]
+  tail = tail.rstrip().replace(" vs. ", " vs ")
+  if not tail.isascii():
+    tail = tail[: -2 * WINDOW] + normalisation.characters(tail[-2 * WINDOW :])
+  place = max(tail.rfind(digit) for digit in "0123456789")
+  if place < 0:
+    sentence = SENTENCE_START.split(tail.rstrip(" .!?*_$")[-WINDOW:])[-1]
+    return sentence if words.has_number_word(sentence) else None
+  first = place
+  while first > 0 and place - first < WINDOW and tail[first - 1] not in " \n":
+    first -= 1
+  end = SENTENCE_END.search(tail, place + 1)
+  line_end = tail.find("\n", place)
+  stop = min(
+    end.start() if end else len(tail), line_end if line_end >= 0 else len(tail)
+  )
+  window = tail[max(0, first - WINDOW) : first]
+  start = 0
+  for boundary in SENTENCE_START.finditer(window):
+    start = boundary.end()
+  previous, sentence = window[:start], window[start:] + tail[first:stop]
+  if sentence.lstrip().startswith("|"):
+    cells = [cell for cell in sentence.split("|") if DIGIT.search(cell)]
+    if len(cells) > 1:
+      return None
+    sentence = cells[0]
+  sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
+  rest = tail[stop:].lstrip(".!?\"'*_ ")
+  if _DOUBT.search(window + tail[first : stop + 80]):
+    return None
+  if TAKEN_UP.match(rest):
+    sentence = f"{sentence}. {rest[:80]}"
+  if not _may_follow(previous, sentence):
+    return None
+  if len(sentence) > numbers.MAX_ANSWER:
+    kept = sentence[first - max(0, first - WINDOW) - start :]
+    if len(kept) > numbers.MAX_ANSWER:
+      if len(kept.split(maxsplit=1)[0]) > numbers.MAX_ANSWER:
+        return kept  # For `compare`, which calls it too long.
+      return kept[: numbers.MAX_ANSWER].rpartition(" ")[0]
+    sentence = sentence[-numbers.MAX_ANSWER :].partition(" ")[2]
+  return _last_of_several(sentence)
+
+
+def _may_follow(previous: str, sentence: str) -> bool:
+  """Tells whether a sentence stands alone, rather than in a list of numbers."""
+  above = previous.rstrip(" \n*_$\"'.!?")
+  if not above:
+    return True
+  if OR.search(previous):
+    return False
+  joined = _JOINED.search(previous.rstrip())
+  last = SENTENCE_START.split(above)[-1]
+  if (
+    joined
+    and not re.fullmatch(r"[-*_,\s]*", last)
+    and (joined[0][0] != "," or re.search(r"[0-9][^\w]*$", previous))
+  ):
+    return False
+  last, sentence = (_CHOICE.sub("", one) for one in (last, sentence))
+  if BARE.fullmatch(last) and BARE.fullmatch(sentence) and "=" not in sentence:
+    return numbers.number(last) == numbers.number(sentence)
+  return not (HEDGE.search(sentence) and DIGIT.search(previous))
+
+
+def _last_of_several(sentence: str) -> str | None:
+  """Cuts a sentence down to what it says of its result, or its last number."""
+  text = numbers.without_labels(numbers.plain(sentence))
+  found = literals.quantities(text)
+  if not found:
+    return sentence
+  number, start = found[-1], 0
+  signs = [sign.start() for sign in numbers.EQUALITY.finditer(text)]
+  behind = [one for one in found if signs and one.start > signs[-1]]
+  if behind and len(text[signs[-1] + 1 : behind[0].start].split()) < 3:
+    number, start = behind[0], signs[-1] + 1
+    if _NAMED.search(text[signs[0] : start]) or (
+      len(behind) > 1 and not _ASIDE.search(text[number.end : behind[1].start])
+    ):
+      return sentence  # For `number`, which refuses most.
+    condition = _IF.search(text, number.end)
+    text = text[: condition.start()] if condition else text
+  elif len(found) > 1:
+    if HEDGE.search(sentence):
+      return None
+    gap = text[found[-2].end : number.start]
+    marker = last_match(_MARKER, gap)
+    if marker is None or words.REFUSED.search(gap):
+      return sentence
+    start = found[-2].end + marker.start()
+  rest = text[number.end :]
+  aside = _ASIDE.search(rest)
+  if aside and not _JUDGED.search(rest):
+    rest = rest[: aside.start()]
+  return text[start : number.end] + rest

@@ -1,0 +1,451 @@
+r"""Finds where a response says its final answer."""
+
+import dataclasses
+import re
+
+from rljax.tasks.answers import clauses, normalisation, numbers, words
+
+# Bounds on what is searched of a response; its marks are found anywhere.
+MAX_READ = 2**14
+_MAX_MARKS = 32  # Headings, tried from the last one back.
+_MAX_LINE = 2**13
+_MIN_QUESTION = 10  # A shorter one may stand in any text.
+
+_TAG = re.compile(r"<(?:final[_ ]?)?answer>", re.IGNORECASE)
+_CLOSED = re.compile(r"</(?:final[_ ]?)?answer>", re.IGNORECASE)
+_ANSWER = re.compile(r"answer", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+  r"answer(?:[*_\"'}\])]*\s*(?::|=|\s-\s)"
+  r"|[^.\n:=?!]{0,60}?\b(?:is|was|are|would be|should be|will be|equals"
+  r"|comes to)\b)",
+  re.IGNORECASE,
+)
+_ANSWER_NUMBER = re.compile(r"answer[*_]*\s+(?=\$?-?[0-9])", re.IGNORECASE)
+_ANSWER_ELSEWHERE = re.compile(
+  r"(?:\b(?:respuesta|resposta|risposta|r[ée]ponse|antwort|antwoord|svaret"
+  r"|cevap|jawabannya|jawaban|ответ|відповідь)\b(?: finale?)?"
+  r"|答案|答え|答|정답은|정답|답은|답)"
+  r"[*_]*\s*(?::|=|：|\b(?:es|est|ist|é|è|is|adalah)\b|为|是|為|は|—|)",
+  re.IGNORECASE,
+)
+_HEADING = re.compile(
+  r"[\s*_#]*(?:[0-9]{1,2}[.:)]\s+[*_]*[A-Za-z]"
+  r"|(?:step|part|case|problem|question|method|example)\s*[0-9])",
+  re.IGNORECASE,
+)
+_ANSWER_HEADING = re.compile(
+  r"[\s*_#:]*(?:(?:the|my|our|your|final|short|correct|so|in)\s+)*"
+  r"(?:answer|result|conclusion|solution|final|total|summary|therefore"
+  r"|respuesta|antwort|r[ée]ponse|答案|答)",
+  re.IGNORECASE,
+)
+# The most common ones, to be quick.
+_ANNOUNCED = frozenset(
+  f"{start}answer{end}"
+  for start in ("", "the ", "final ", "the final ", "so the ", "so, the ")
+  for end in (":", " is", " is:")
+)
+_DENIED = re.compile(
+  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|suppose"
+  r"|cannot)\b|n't\b",
+  re.IGNORECASE,
+)
+_TURNED = re.compile(r"\b(?:but|however|no|wait|so|anyway)\b", re.IGNORECASE)
+_IS = re.compile(r"\b(?:is|was)\s(?!.*\b(?:is|was)\s)")
+_MARKUP = re.compile(r"^(?:[\s*_:$\"']|\\[\[(](?!\w))+")
+_ABBREVIATED = re.compile(r"\b(Rs|approx|ca|No|i\.e|e\.g)\.\s")
+_CONNECTORS = re.compile(
+  r"(?:[\s.,;:!?$*_()\[\]|/&~-]|\\[\[\]()]|\\text\{|\}|\\quad|\\qquad"
+  r"|\b(?:or|and|maybe|perhaps|possibly|also|either|else|then|is|it|the|answer"
+  r"|could|may|might|be|another|alternatively|oder|und|ou|et|y|o|vs)\b"
+  r"|\b(?:answer|option|choice|guess|candidate)\s*(?:\d|[A-E])?\b)*",
+  re.IGNORECASE,
+)
+# A minus, but not a bullet.
+_OPERATOR_BEFORE = re.compile(
+  r"(?:(?:(?<![\s*])|^|(?<=\s))-|\S[ ]+-\s*)[{$]*$"
+  r"|(?:[0-9)}+/^_×÷<>≤≥≠]"
+  r"|\\(?:cdot|times|div|pm|sqrt|neq?|[lg]eq?|leqslant|geqslant|ll|gg))[\s{$]*$"
+)
+_WORKED_OUT = re.compile(r"[-+*/^=×÷]|\\(?:cdot|times|frac|div|sqrt)")
+_BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extract:
+  """Holds what a response gives as its answer.
+
+  Attributes:
+    text: None if there is nothing, or what is there is taken back.
+    rule: what found it; None if nothing did.
+  """
+
+  text: str | None
+  rule: str | None
+
+
+def extract(
+  response: str,
+  *,
+  question: str = "",
+  turn: str = "",
+  is_strict: bool = False,
+  is_number: bool = True,
+) -> Extract:
+  r"""Returns the part of a response that says its final answer.
+
+  The first rule that finds its mark decides, even if nothing usable follows it
+  (a truncated "#### " has no answer); of several marks of a kind, the last.
+
+  | rule      | mark                          | the answer is            |
+  |-----------|-------------------------------|--------------------------|
+  | hashes    | "####"                        | the rest of its line     |
+  | tag       | <answer>                      | up to </answer>          |
+  | boxed     | \boxed{ or \fbox{             | up to its closing brace  |
+  | answer_is | "answer is", "Answer:", "答案" | the sentence behind it   |
+  | number    | none: the last digit          | its clause               |
+  | line      | none, and no number is asked  | a short last line        |
+
+  Within hashes and tags, the next marks are looked for again.
+
+  | before that                              | what is read              |
+  |------------------------------------------|---------------------------|
+  | "#### Step 3: done", "#### Method"       | no answer: an earlier mark |
+  | "#### ", "#### Final answer:" above text | the text below            |
+  | <think> ... </think>                     | what follows              |
+  | <\|im_end\|>, </s>                       | what precedes             |
+  | the question, asked again before any answer | what follows           |
+  | the question, or `turn`, behind an answer | what precedes            |
+
+  | what is there                                    | text |
+  |--------------------------------------------------|------|
+  | \boxed{5} or \boxed{6}; \boxed{5} \boxed{6}      | None |
+  | not \boxed{5}; \boxed{5} is wrong                | None |
+  | I do not think that the answer is 5              | None |
+  | 4 or<line feed>5; 1. 2. 3.; 6? 5? I do not know. | None |
+
+  Args:
+    response: text of any length.
+    question: what was asked.
+    turn: what precedes the next question, if a model asks one: "Question:".
+    is_strict: whether "####" is the only mark.
+    is_number: whether a number is asked.
+  """
+  text = _own(response, question, turn)
+  hashes = _after_hashes(text, is_strict, is_number)
+  if hashes is not None or is_strict:
+    return hashes or Extract(None, None)
+  return _marked(text, is_number)
+
+
+def _own(response: str, question: str, turn: str) -> str:
+  """Returns the part of a response that answers the question."""
+  if "<" in response or "[" in response:
+    response = normalisation.cut_at_end_token(response)
+    place = response.rfind("</think>")
+    if place >= 0:
+      response = response[place + len("</think>") :]
+  if len(question) >= _MIN_QUESTION:
+    start, place = 0, response.find(question)
+    while place >= 0:  # Each time, `start` moves on by the question's length.
+      if _has_answer(response[start:place], turn):
+        response = response[:place]
+        break
+      start = place + len(question)
+      place = response.find(question, start)
+    response = response[start:]
+  if turn and turn in response:
+    if response.lstrip(" \n*_").startswith(turn):
+      response = response.lstrip(" \n*_").partition("\n")[2]
+    response = f"\n{response}".partition(f"\n{turn}")[0]
+  return response
+
+
+def _has_answer(text: str, turn: str) -> bool:
+  """Tells whether a text before the question has answered it."""
+  if "\\boxed{" in text or "<answer>" in text:
+    return True
+  place = text.find("####")
+  if place >= 0 and clauses.DIGIT.search(text[place:]):
+    return True
+  text = text.strip().removesuffix(turn)
+  last = text[-numbers.MAX_ANSWER :]
+  match = _ANSWER_IS.search(last)
+  if match and clauses.DIGIT.search(last[match.end() :]):
+    return True
+  return (
+    len(text) <= numbers.MAX_ANSWER and clauses.BARE.fullmatch(text) is not None
+  )
+
+
+def _line(text: str, start: int) -> str:
+  end = text.find("\n", start)
+  return text[start : len(text) if end < 0 else end]
+
+
+def _after_hashes(
+  text: str, is_strict: bool, is_number: bool
+) -> Extract | None:
+  """Reads behind "####"; None if there is none that is no heading."""
+  place = text.rfind("####")
+  for _ in range(_MAX_MARKS):
+    if place < 0:
+      return None
+    line = _line(text, place + 4)
+    if numbers.PLAINEST.fullmatch(line):  # The most common case.
+      is_offered = place and clauses.is_offered(text, place)
+      return Extract(None if is_offered else line.strip(), "hashes")
+    if not line.strip(" #*_:"):
+      above = text.rfind("\n", 0, place) + 1
+      opening = text.find("####", above)
+      between = text[opening:place].strip(" #")
+      if between and place - opening < numbers.MAX_ANSWER:
+        return Extract(between, "hashes")  # #### 72 ####
+    if not _is_heading(line, text, place, is_strict, is_number):
+      if not is_strict:
+        inner = _inner(line, is_number)
+        if inner is not None:
+          return inner
+      is_offered = clauses.is_offered(text, place)
+      return Extract(None if is_offered else line.strip() or None, "hashes")
+    below = text[place + 4 + len(line) :]
+    if not is_strict and (not line.strip() or _ANSWER_HEADING.match(line)):
+      if below.strip():
+        found = _marked(below, is_number)
+        if found.rule is not None:
+          return found
+      elif not line.strip() and text.rfind("####", 0, place) < 0:
+        return Extract(None, "hashes")
+    place = text.rfind("####", 0, place)
+  return None
+
+
+def _is_heading(
+  line: str, text: str, place: int, is_strict: bool, is_number: bool
+) -> bool:
+  """Tells whether a line behind "####" is no answer."""
+  if is_strict or len(line) > _MAX_LINE:
+    return _HEADING.match(line) is not None
+  below = place + 4 + len(line)
+  if not line.strip():
+    return bool(text[below:].strip()) or text.rfind("####", 0, place) >= 0
+  if _HEADING.match(line):
+    return True
+  has_digit = (
+    re.search("[0-9\\\\½-¾]", normalisation.characters(line)) is not None
+  )
+  if _ANSWER_HEADING.match(line) and not has_digit:
+    return not words.has_number_word(line) and (
+      is_number
+      or line.rstrip(" *_").endswith(":")
+      or bool(_ANSWER_HEADING.fullmatch(line.rstrip(" *_:")))
+    )
+  is_said = re.search("answer|result|total|[:=]", line, re.IGNORECASE)
+  begins_with_word = re.match(r"[\s*_]*[A-Za-z]", line)
+  if numbers.number(line) is not None and (is_said or not begins_with_word):
+    return False
+  if has_digit or not is_number:
+    behind = text[below:]
+    return "\\boxed" in behind or _answer_is(behind) is not None
+  return bool(text[below:].strip())
+
+
+def _inner(text: str, is_number: bool) -> Extract | None:
+  """Reads the marks within what a mark has found."""
+  if "boxed" in text or "fbox" in text:
+    return _in_box(text)
+  if _ANSWER.search(text) or not text.isascii():
+    found = _answer_is(text, is_number)
+    if found is not None and found.text:
+      return found
+  return None
+
+
+def _marked(text: str, is_number: bool) -> Extract:
+  """Reads behind the other marks."""
+  if "<" in text:
+    found = _in_tag(text, is_number)
+    if found is not None:
+      return found
+  found = _in_box(text)
+  if found is not None:
+    return found
+  found = _answer_is(text, is_number)
+  if found is not None:
+    return found
+  if not is_number:
+    line = text.strip().rpartition("\n")[2]
+    if 0 < len(line) <= 60:
+      said = None if _DENIED.search(line) else _IS.search(line)
+      return Extract(line[said.end() :] if said else line, "line")
+  clause = clauses.last_clause(text[-MAX_READ:])
+  return Extract(clause, None if clause is None else "number")
+
+
+def _in_tag(text: str, is_number: bool) -> Extract | None:
+  opened = list(_TAG.finditer(text))
+  if not opened:
+    return None
+  last = opened[-1]
+  closed = _CLOSED.search(text, last.end())
+  content = text[last.end() : closed.start() if closed else len(text)].strip()
+  if len(opened) > 1:
+    before = _CLOSED.search(text, opened[-2].end())
+    if before and before.start() < last.start():
+      earlier = text[opened[-2].end() : before.start()].strip()
+      gap = text[before.end() : last.start()]
+      if earlier != content and _is_gap_of_hedge(gap):
+        return Extract(None, "tag")
+  if closed and _is_taken_back(text[closed.end() : closed.end() + 80]):
+    return Extract(None, "tag")
+  if len(content) > numbers.MAX_ANSWER or "\n" in content:
+    found = _in_box(content) or _answer_is(content, is_number)
+    if found is None:
+      found = Extract(clauses.last_clause(content[-MAX_READ:]), "tag")
+    return dataclasses.replace(found, rule="tag")
+  inner = _inner(content, is_number)
+  return Extract(content if inner is None else inner.text, "tag")
+
+
+def _is_gap_of_hedge(gap: str) -> bool:
+  """Tells whether what stands between two answers offers both."""
+  return len(gap) <= 80 and (
+    _CONNECTORS.fullmatch(gap) is not None
+    or clauses.HEDGE.search(gap) is not None
+  )
+
+
+def _is_taken_back(behind: str) -> bool:
+  """Tells whether the words behind a marked answer change it."""
+  behind = re.sub(r"^(?:[\s$}*_)]|\\[\])]|\\\))+", " ", behind)
+  behind = clauses.SENTENCE_END.split(behind, maxsplit=1)[0].partition("\n")[0]
+  return (
+    re.match(
+      r"[\s,(]*(?:or\b|oder\b|ou\b|或|isn't|is (?:not|wrong|incorrect|false)"
+      r"|wrong|incorrect|not\b|squared|cubed|dozen|hundred|thousand|million"
+      r"|billion|trillion|or more|and a half|plus|minus|times \d|to \d"
+      r"|[-+^*/]\s*[\d(\\{]|!)",
+      behind,
+      re.IGNORECASE,
+    )
+    is not None
+  )
+
+
+def _is_changed_before(before: str) -> bool:
+  """Tells whether the words before a marked answer change it."""
+  if _OPERATOR_BEFORE.search(before):
+    return True
+  before = _BEFORE_WORD.sub("", before)
+  if re.search(r"\bor$", before) and _WORKED_OUT.search(before[-28:]):
+    return False  # 50 \cdot 12, or \boxed{600}.
+  before = re.split(r"[.!?;:,\n=]", before)[-1]
+  last = " ".join(before.split()[-3:])
+  return (
+    re.search(
+      r"\b(?:not|never|than|except|minus|negative|twice"
+      r"|double|half of|or|times|over|under|cannot be|but|without|plus"
+      r"|square root of|square of|oder|ou)$|n't(?: be)?$|或$",
+      last,
+      re.IGNORECASE,
+    )
+    is not None
+  )
+
+
+def braced(text: str) -> str:
+  """Returns what is in the braces that begin a text; "" if they stay open."""
+  text = text[: 2 * numbers.MAX_ANSWER].lstrip()
+  depth = 0
+  for i, character in enumerate(text):
+    depth += (character == "{") - (character == "}")
+    if depth == 0:
+      return text[1:i]  # Empty if the text does not begin with a brace.
+  return text if len(text) > numbers.MAX_ANSWER else ""
+
+
+def _in_box(text: str) -> Extract | None:
+  place, width = text.rfind("\\boxed"), 6
+  other = text.rfind("\\fbox")
+  if other > place:
+    place, width = other, 5
+  if place < 0:
+    return None
+  inner = braced(
+    text[place + width : place + width + 2 * numbers.MAX_ANSWER + 9]
+  )
+  start = text.find("{", place)
+  end = start + len(inner) + 2
+  previous = max(
+    text.rfind("\\boxed", 0, place), text.rfind("\\fbox", 0, place)
+  )
+  if previous >= 0 and place - previous < 3 * numbers.MAX_ANSWER:
+    opening = text.find("{", previous)
+    earlier = braced(text[opening : opening + 2 * numbers.MAX_ANSWER + 9])
+    closing = opening + len(earlier) + 2
+    if (
+      closing <= place
+      and "".join(earlier.split()) != "".join(inner.split())
+      and _is_gap_of_hedge(text[closing:place])
+    ):
+      return Extract(None, "boxed")
+  if inner and text[end - 1 : end] == "}":
+    behind, before = text[end : end + 80], text[max(0, place - 80) : place]
+    if (behind.strip(" .$\n") and _is_taken_back(behind)) or (
+      not before.rstrip(" $").endswith(("is", "are", ":", "\n", "= "))
+      and _is_changed_before(before)
+    ):
+      return Extract(None, "boxed")
+  return Extract(inner, "boxed")
+
+
+def _answer_is(text: str, is_number: bool = True) -> Extract | None:
+  """Reads behind the last words that announce an answer."""
+  place = len(text)
+  for _ in range(_MAX_MARKS):
+    place = max(text.rfind("nswer", 0, place), text.rfind("NSWER", 0, place))
+    if place < 1:
+      break
+    match = _ANSWER_IS.match(text, place - 1)
+    if not match and is_number:
+      match = _ANSWER_NUMBER.match(text, place - 1)
+    if match:
+      return _announced(text, place - 1, match.end(), is_number)
+  tail = text[-MAX_READ:]
+  last = clauses.last_match(_ANSWER_ELSEWHERE, tail)
+  if last is None:
+    return None
+  return _announced(tail, last.start(), last.end(), is_number)
+
+
+def _announced(
+  text: str, start: int, end: int, is_number: bool
+) -> Extract | None:
+  """Reads the sentence behind a mark; None if it has no answer."""
+  behind = text[end : end + 2 * clauses.WINDOW]
+  behind = _MARKUP.sub("", behind, count=1)
+  if ". " in behind:
+    behind = _ABBREVIATED.sub(r"\1 ", behind)
+  line = behind.partition("\n")[0]
+  match = clauses.SENTENCE_END.search(line)
+  sentence = line[: match.start()] if match else line
+  rest = line[match.end() :] if match else behind[len(line) :]
+  has_number = (
+    clauses.DIGIT.search(normalisation.characters(sentence)) is not None
+    or "\\" in sentence
+    or words.has_number_word(sentence)
+  )
+  if not has_number and (is_number or len(sentence.split()) > 4):
+    return None
+  before = text[max(0, start - 100) : start]
+  before = clauses.SENTENCE_START.split(before)[-1]
+  said = before + text[start:end]
+  if said.lower() not in _ANNOUNCED:
+    turned = clauses.last_match(_TURNED, said)
+    if _DENIED.search(said, turned.end() if turned else 0) or clauses.OR.search(
+      before
+    ):
+      return Extract(None, "answer_is")
+  if clauses.TAKEN_UP.match(rest):
+    sentence = f"{sentence}. {rest.strip()[:80]}"
+  return Extract(sentence, "answer_is")

@@ -1,0 +1,242 @@
+"""Scripts that are planned for eight simulated devices, and for others."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import jax
+import pytest
+from absl.testing import absltest, parameterized
+
+from rljax import tasks
+from rljax.models import fresh, hf
+from rljax.plan import command, scripts, targets
+from tests import conftest
+from tests.experiments import meshes_test
+
+MESH = ("--mesh=data:2,fsdp:2,tensor:2", "--dtype=bfloat16")
+# Models that are a config and a tokenizer, no more.
+POLICIES = {
+  "words": ("word_lists", "word", 32),
+  "sums": ("merge_sums", "character", 48),
+  "chains": ("chains", "character", 128),
+  "corrector": ("chains", "character", 160),
+}
+# What a script needs that a plan has no run of another one for.
+INSTEAD = {
+  "offline": {"--cache": "--algorithm=nll"},
+  "rlmec": {"--num_eval_prompts": "--template=compact"},
+}
+# Scripts whose fits take what was sampled: a plan of them ends before.
+SAMPLED = {
+  "expert_iteration": "None of the responses fits",
+  "rlmec": "is wrong and has a verified rewrite",
+}
+# Of the programs that a run has, those that a plan must have met.
+PROGRAMS = {
+  "sft": ["held-out loss", "optimizer", "update"],
+  "grpo": ["learn", "optimizer", "respond", "sample"],
+  "ppo": ["learn", "optimizer", "respond", "sample"],
+  "evaluate": ["respond"],
+  "preference": ["optimizer", "reference", "respond", "update"],
+  "offline": ["optimizer", "respond", "update"],
+  "offline_value": ["hidden states", "reference", "respond", "update"],
+  "outcome_reward_model": ["optimizer", "score", "update"],
+  "expert_iteration": ["respond"],
+  "return_conditioned": ["optimizer", "respond", "update"],
+  "rlmec_reward_model": ["held-out loss", "optimizer", "respond", "update"],
+  "rlmec": ["respond"],
+}
+QUICK = ("sft", "grpo", "ppo", "evaluate", "preference")
+
+
+@functools.cache
+def _scratch():
+  return pathlib.Path(tempfile.mkdtemp(prefix="rljax-plans-"))
+
+
+def tearDownModule():
+  shutil.rmtree(_scratch(), ignore_errors=True)
+
+
+@functools.cache
+def _policy(name):
+  task, kind, max_positions = POLICIES[name]
+  tokenizer = tasks.tokenizer(tasks.load(task), kind)
+  model = fresh.make(
+    "llama",
+    tokenizer,
+    vocab_size=len(tokenizer) + len(tokenizer) % 2,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=4,
+    max_positions=max_positions,
+  )
+  hf.save_config(_scratch() / name, model, tokenizer)
+  return _scratch() / name
+
+
+def _flags(name):
+  flags = {**meshes_test.RUNS, "sft": meshes_test.TINY_SFT}[name]
+  for start, other in INSTEAD.get(name, {}).items():
+    flags = [x if not x.startswith(start) else other for x in flags]
+  folders = {policy: _policy(policy) for policy in POLICIES}
+  return [x.format(**folders) for x in flags]
+
+
+def _plan(name, *flags, **options):
+  """Plans a script as it is run: with the types that JAX mixes by default."""
+  path = str(conftest.REPOSITORY / "experiments" / f"{name}.py")
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.numpy_dtype_promotion("standard"))
+    stack.enter_context(jax.numpy_rank_promotion("allow"))
+    stack.enter_context(contextlib.chdir(conftest.REPOSITORY))
+    script = scripts.Script(path, [*_flags(name), *flags])
+    try:
+      return script.plan(targets.parse("cpu:8"), **options)
+    finally:
+      script.close()
+
+
+def _foreign_calls(traced, executable, args):
+  del executable, args
+  calls = {}
+  for platform in ("tpu", "cuda"):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo" in text
+    calls[platform] = [x for x in text.splitlines() if "custom_call" in x]
+  return calls
+
+
+class LoweringTest(parameterized.TestCase):
+  def _check(self, name):
+    found = _plan(name, *MESH, inspect=_foreign_calls, compiles=False)
+    self.assertRegex(found.ended, SAMPLED.get(name, "^$"))
+    names = {program.name for program in found.programs}
+    self.assertLessEqual(set(PROGRAMS[name]), names)
+    for program in found.programs:
+      for platform, calls in program.details.items():
+        self.assertEqual(calls, [], f"{program.name} on {platform}")
+
+  @parameterized.parameters(*QUICK)
+  def test_programs_lower_for_tpu_and_cuda(self, name):
+    self._check(name)
+
+  @pytest.mark.slow
+  @parameterized.parameters(*(set(PROGRAMS) - set(QUICK)))
+  def test_programs_of_the_others(self, name):
+    self._check(name)
+
+  def test_no_script_is_left_out(self):
+    self.assertEqual(set(PROGRAMS), {*meshes_test.RUNS, "sft"})
+
+
+class CompiledTest(parameterized.TestCase):
+  """What holds of programs on a mesh of two, two and two devices."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.found = _plan("grpo", *MESH, "--kl=none")
+    cls.rows = {row.name: row for row in cls.found.rows}
+
+  def test_programs_and_calls(self):
+    self.assertEqual(self.found.ended, "")
+    self.assertEqual(list(self.rows), PROGRAMS["grpo"][1:] + ["learn"])
+    calls = {row.name: row.calls for row in self.found.rows}
+    self.assertEqual(calls["sample"], 1)
+    self.assertEqual(calls["learn"], 1)
+    self.assertEqual(calls["respond"], 0)  # Not in every step.
+    self.assertEqual(self.found.tokens, 4 * 4 * 12)
+
+  def test_sampler(self):
+    sample = self.rows["sample"]
+    self.assertEqual(sample.rounds, 12)
+    self.assertGreater(sample.token_flops, 0)
+    self.assertGreater(sample.token_traffic, 0)
+    self.assertEqual(sample.warnings, [])
+
+  def test_update(self):
+    learn = self.rows["learn"]
+    self.assertEqual(learn.warnings, [])
+    self.assertGreater(learn.flops, 0)
+    # Parameters and moments are given and taken back in their place.
+    self.assertGreater(
+      learn.memory["alias"], 0.99 * learn.memory["argument"] / 2
+    )
+    self.assertGreaterEqual(
+      learn.memory["alias"], learn.memory["output"] - 2048
+    )
+
+  def test_what_lies_beside_the_sampler(self):
+    """The moments of Adam, twice the parameters."""
+    sample, learn = self.rows["sample"], self.rows["learn"]
+    ratio = sample.beside / (learn.memory["alias"] / 3)
+    self.assertBetween(ratio, 1.9, 2.1)
+
+
+class CommandTest(absltest.TestCase):
+  def _run(self, *words):
+    output, errors = io.StringIO(), io.StringIO()
+    environment = dict(os.environ)
+    with (
+      contextlib.redirect_stdout(output),
+      contextlib.redirect_stderr(errors),
+      jax.numpy_dtype_promotion("standard"),
+      jax.numpy_rank_promotion("allow"),
+      contextlib.chdir(conftest.REPOSITORY),
+    ):
+      try:
+        status = command.main(words)
+      finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return status, output.getvalue(), errors.getvalue()
+
+  def test_extrapolates_and_writes(self):
+    path = _scratch() / "plan.json"
+    status, output, errors = self._run(
+      *("--target=cpu:8", "--layers=1,2", f"--json={path}"),
+      *("--programs=optimizer,held-out loss", "--", "experiments/sft.py"),
+      *(*_flags("sft"), *MESH),
+    )
+    self.assertEqual(status, 0, errors)
+    self.assertIn("held-out loss: compiled in", output)
+    self.assertIn("Extrapolated from 1 and 2 to 1 layers.", output)
+    content = json.loads(path.read_text())
+    names = [row["name"] for row in content["programs"]]
+    self.assertEqual(names, ["optimizer", "held-out loss"])
+    self.assertTrue(content["summary"]["fits"])
+
+  def test_wrong_arguments(self):
+    for words, message in (
+      (["--target=cpu:8"], "no script to plan"),
+      (["--target=v9", "--", "experiments/sft.py"], "--target=v9 is none of"),
+      (["--target=cpu:8", "--", "nothing.py"], "nothing.py is no script"),
+      (
+        ["--target=cpu:8", "--layers=4,2", "--", "experiments/sft.py"],
+        "two rising positive numbers",
+      ),
+      (
+        ["--target=cpu:8", "--", "experiments/sft.py", "--nothing=1"],
+        "Unknown command line flag 'nothing'",
+      ),
+      (
+        ["--target=cpu:8", "--", "experiments/grpo.py", "--policy=nowhere/x/y"],
+        "neither a directory",
+      ),
+    ):
+      with self.subTest(words):
+        status, _, errors = self._run(*words)
+        self.assertEqual(status, 2)
+        self.assertIn(message, errors)
+        self.assertEqual(errors.count("\n"), 1, errors)
+
+
+if __name__ == "__main__":
+  absltest.main()
