@@ -36,6 +36,7 @@ class GPTNeoXConfig(decoder.DecoderConfig):
     "model": "gpt_neox",
     "embed_tokens": "embed_in",
     "norm": "final_layer_norm",
+    "lm_head": "embed_out",
     "self_attn.qkv_proj": "attention.query_key_value",
     "self_attn.o_proj": "attention.dense",
     "mlp.up_proj": "mlp.dense_h_to_4h",

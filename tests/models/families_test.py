@@ -119,10 +119,6 @@ class FamiliesTest(parameterized.TestCase):
     expected = dict(golden["weights"])
     if model.config.tie_word_embeddings:
       expected.pop("lm_head.weight", None)
-    if "embed_out.weight" in tensors:  # Either name is read by transformers.
-      expected.setdefault(
-        "embed_out.weight", expected.pop("lm_head.weight", None)
-      )
     self.assertEqual(set(tensors), set(expected))
     for key, tensor in tensors.items():
       np.testing.assert_array_equal(tensor, np.float32(expected[key]), key)
@@ -404,7 +400,7 @@ class MeshTest(parameterized.TestCase):
     found = _logits(model, params, ids, mask)
     chosen = golden["mask"]
     np.testing.assert_allclose(
-      found[chosen], golden["logits"][chosen], atol=5e-5, rtol=2e-5
+      found[chosen], golden["logits"][chosen], atol=2e-4, rtol=2e-5
     )
 
   @parameterized.parameters("gpt2", "llama")
