@@ -4,7 +4,7 @@
 
 GRPO on GSM8K with the settings of a flagfile, for language models of six sizes
 and machines that are not there: `python -m rljax.plan` compiles the optimizer's
-start, the sampler and the learner at 1 and 2 layers, and extrapolates. The
+start, the sampler and the learner at two depths, and extrapolates. The
 models have the sizes of well-known ones; their prompts are counted with the
 tokenizer of SmolLM2, whatever their own is. Rows that the file has already are
 left alone, so that a run may be stopped. TPUs and GPUs need what
@@ -133,6 +133,7 @@ def plan(model, target):
     "warnings",
   )
   return {
+    "layers": LAYERS,
     "summary": content["summary"],
     "programs": [{k: row[k] for k in keep} for row in content["programs"]],
   }
@@ -141,16 +142,17 @@ def plan(model, target):
 def table(found):
   """Lines of the table, in Markdown."""
   yield (
-    "| model | machine | mesh | sampler, GB | learner, GB | of | fits | decode "
-    "step, ms | bound by | step, s | MFU at most |"
+    "| model | machine | mesh | layers | sampler, GB | learner, GB | of | fits "
+    "| decode step, ms | bound by | step, s | MFU at most |"
   )
-  yield "|---|---|---|---:|---:|---:|---|---:|---|---:|---:|"
+  yield "|---|---|---|---|---:|---:|---:|---|---:|---|---:|---:|"
   for name, row in found.items():
     model, target = name.split("@")
     summary = row["summary"]
     peaks = {x["name"]: _peak(x) for x in row["programs"]}
     cells = [
       *(model, f"`{target}`", f"`{MACHINES[target]}`"),
+      row["layers"].replace(",", " and "),
       *(peaks["sample"], peaks["learn"], f"{summary['room'] / 1e9:.1f}"),
       "yes" if summary["fits"] else "no",
       *_times(summary),

@@ -397,6 +397,8 @@ class _Walk:
 
   def _check_logits(self, line, times):
     """Logits are at most [rows, a device's share of the vocabulary]."""
+    if "dot_general" in line.attributes:
+      return  # Where the width is split, sums of all rows are in part anywhere.
     for dtype, shape, layout in line.arrays:
       if dtype != "f32" or len(shape) < 2 or shape in self._shapes:
         continue
