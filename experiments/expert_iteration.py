@@ -215,11 +215,11 @@ def main():
         batch = batches.supervised_batch(
           [pairs[i] for i in chosen], num_rows=FLAGS.batch_size, **shape
         )
+        part.check_learner(gradients, state["params"], batch)
         state, metrics = update(
           state, run.shard(batch), jnp.float32(rates(step))
         )
-        part.watch(step, metrics)
-        if np.isfinite(metrics["nll/loss"]):  # Else it was skipped.
+        if part.watch(step, metrics):  # Else it was skipped.
           losses = [*losses, float(metrics["nll/loss"])][-50:]
         part.save(step + 1, state, losses=losses)
     about |= {"fit/steps": num_updates, "fit/loss": np.mean(losses)}

@@ -59,7 +59,6 @@ SCALES = {"grpo": "group", "dr_grpo": "none", "reinforce_pp_baseline": "batch"}
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_presets("grpo", PRESETS, paired=PAIRED)
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
-cli.define_preflight()
 cli.define_task(num_prompts=131_072, num_eval_prompts=512)
 cli.define_prompts()
 cli.define_models()
@@ -320,24 +319,14 @@ def main():
     found, inputs = roll_out(run.first_step, position)
     rollout = run.shard(found.samples.rollout)
     learn.compile(state, reference, *inputs)
-    batch, _ = jax.jit(prepare)(state, reference, rollout, inputs[1])
-    rows = jax.tree.map(lambda x: x[: sizes.micro_batch], batch)
-    # The gradient of groups without signal would be noise.
-    signs = jnp.where(jnp.arange(sizes.micro_batch) % 2, -1.0, 1.0)[:, None]
-    rows["advantages"] = jnp.where(rows["rollout"].response_mask, signs, 0.0)
     preflight.run(
-      FLAGS.preflight,
-      lambda params, rollout: read(params, rollout).log_probs,
-      state["params"]["policy"],
-      rollout,
+      *(FLAGS.preflight, prepare, state, reference, rollout, inputs[1]),
       sampler=sampler,
-      gradients=lambda num_parts: jax.jit(gradients(num_parts))(
-        state["params"], rows
-      ),
-      num_rows=sizes.micro_batch // meshes.num_batch_shards(run.mesh),
+      gradients=gradients,
+      micro_batch=sizes.micro_batch,
+      num_shards=meshes.num_batch_shards(run.mesh),
       is_float32=FLAGS.dtype == "float32",
       programs=[sampler, learn],
-      memory=state | {"reference": reference},
     )
 
   starts_from = {"policy": loaded.params, "reference": reference}

@@ -31,14 +31,13 @@ from absl import flags
 
 from rljax import cli
 from rljax.distributed import meshes
-from rljax.evaluation import answers, token_pages
-from rljax.evaluation import held_out as held_out_lib
+from rljax.evaluation import token_pages
 from rljax.generation import rollouts
 from rljax.losses import offline
 from rljax.models import hf
 from rljax.ops import advantages, log_probs
 from rljax.scoring import cached
-from rljax.text import batches, logged, tokens
+from rljax.text import batches, logged, splits, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -111,10 +110,7 @@ flags.register_multi_flags_validator(
 )
 FLAGS = flags.FLAGS
 
-COLUMNS = (
-  *("offline/loss", "dev/reward", "dev/words", "eval/loss"),
-  "tokens_per_second",
-)
+COLUMNS = ("offline/loss", "dev/reward", "eval/loss", "tokens_per_second")
 
 
 def main():
@@ -125,7 +121,7 @@ def main():
   policy, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)
-  score, answer, dev = cli.load_selection(FLAGS, loaded, run.mesh)
+  selection = cli.load_selection(FLAGS, loaded, run)
 
   # What methods weigh by: rewards, advantages `[N, K]` and reference
   # log-probabilities `[N, K, T]` of up to K replies to each of N prompts.
@@ -143,7 +139,7 @@ def main():
   )
   if "rewards" in known:
     logged.check_rewards(known["rewards"])
-  for text in cached.other_scorer(FLAGS.cache, score) if score else ():
+  for text in cached.other_scorer(FLAGS.cache, selection.score):
     run.note(text)
 
   # Which replies are drawn, and how often.
@@ -155,10 +151,7 @@ def main():
       scores, shares, double_weighting=FLAGS.double_weighting
     )
   )
-  held_out = np.flatnonzero(shares * log.is_held_out[:, None])
-  if log.is_held_out.any() and not len(held_out):
-    raise ValueError("No held-out reply can be drawn: give --eval_data.")
-  shares = shares * ~log.is_held_out[:, None]
+  shares, held_out = splits.of_shares(shares, log.is_held_out)
   draws = batches.PrioritySampler(
     shares.ravel(), seed=FLAGS.seed, replace=FLAGS.replace
   )
@@ -238,8 +231,10 @@ def main():
     optimizer=transform,
   )
   update = run.compile(update, returns_state=True)
-  held_out_metrics = run.compile(
-    lambda params, batch: loss_fn(params, batch)[1], name="held-out loss"
+  selection.by_loss(
+    lambda params, batch: loss_fn(params, batch)[1],
+    lambda rows: batch_of(held_out[rows]),
+    len(held_out),
   )
 
   def weigh(params, batch):
@@ -268,36 +263,22 @@ def main():
 
   def evaluate(step):
     """The dev reward or held-out loss, by which --keep_best selects."""
-    if score is None:
-      metrics = held_out_lib.means(
-        lambda rows: held_out_metrics(
-          state["params"], run.shard(batch_of(held_out[rows]))
-        ),
-        len(held_out),
-        FLAGS.batch_size,
-      )
-      run.keep_best(step, -metrics["eval/loss"], state["params"])
-      return metrics
-    rows = answers.evaluate(answer, state["params"]["policy"], score)
-    run.evaluated(step, rows)
-    run.samples(step, rows)
     if FLAGS.num_page_samples:
       show_tokens(step)
-    metrics = answers.means(rows, prefix="dev/")
-    run.keep_best(step, metrics["dev/reward"], state["params"])
-    return metrics | answers.wording(rows, prefix="dev/")
+    return selection.evaluate(step, state["params"])
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note(
       f"{draws.num_rows} of {log.present.sum()} replies can be drawn; "
       f"{run.total_steps} steps."
     )
-    run.has_read(log, *dev)
-    for step in run.steps(freeze=[update, answer or held_out_metrics, weigh]):
+    run.has_read(log, *selection.dev)
+    for step in run.steps(freeze=[update, selection.program, weigh]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % eval_every == 0 else {}
       started = time.perf_counter()
       batch = batch_of(draws.draw(FLAGS.batch_size, step))
+      run.check_learner(gradients, state["params"], batch)
       state, learnt = update(state, run.shard(batch))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
@@ -306,7 +287,7 @@ def main():
       run.save(step + 1, state)
     if run.is_complete:
       run.log(run.total_steps, evaluate(run.total_steps))
-      run.summarise(**cli.summary_options(FLAGS, score))
+      selection.summarise()
   return run.exit_status
 
 

@@ -155,6 +155,11 @@ def main():
     def values_of(head_params, batch):
       return head.apply({"params": head_params}, *batch)
 
+    if FLAGS.value_pad_mask:
+      few = slice(FLAGS.batch_size)
+      values_at_first = functools.partial(values_of, head_params)
+      run.check_rows(values_at_first, hidden[few], mask[few])
+
     def loss_fn(head_params, batch, targets, key):
       values = head.apply(
         {"params": head_params},

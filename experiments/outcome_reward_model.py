@@ -36,7 +36,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 
 from rljax import cli
@@ -180,14 +179,18 @@ def main():
       **cli.pairwise_options(FLAGS),
     )
 
-  # A micro-batch weighs by its share of what the loss divides by.
-  is_over_targets = is_bce and FLAGS.normalizer == "token_mean"
+  def weight(part):
+    """What --loss=bce divides by: targets, or solutions that have any."""
+    is_over_targets = FLAGS.normalizer == "token_mean"
+    mask = part["is_target"]
+    return (mask if is_over_targets else mask.any(axis=1)).sum()
+
   gradients = microbatch.grad(
     lambda learnt, batch, others: loss_of(
       score(frozen.join(learnt, others), batch), batch
     ),
     sizes.num_parts,
-    weigh=(lambda part: part["is_target"].sum()) if is_over_targets else None,
+    weigh=weight if is_bce else None,
     sharding=run.rows_sharding,
   )
   adamw = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
@@ -205,11 +208,12 @@ def main():
   state = run.restore(
     params,
     hf.partition_rules(model, run.mesh),
-    optimizer=optax.GradientTransformation(
-      lambda params: adamw.init(split(params)[0]), adamw.update
-    ),
+    optimizer=adamw._replace(init=lambda params: adamw.init(split(params)[0])),
   )
   update = run.compile(update, returns_state=True)
+  learnt, others = split(state["params"])
+  first = batch_of(train, np.arange(FLAGS.batch_size))
+  run.check_learner(gradients, learnt, first, more=lambda batch: (others,))
   score_rows = run.compile(score, out_shardings=run.rows_sharding)
   questions = batch_of(held_out, np.arange(len(held_out.rows)))
 

@@ -35,7 +35,6 @@ from rljax.training import microbatch, optimizers, preflight, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
-cli.define_preflight()
 cli.define_task(num_prompts=131_072, num_eval_prompts=512)
 cli.define_models()
 cli.define_sampler(max_length=256, num_samples=1, online=True)
@@ -334,22 +333,16 @@ def main():
     samples, inputs = roll_out(run.first_step)
     rollout = run.shard(samples.rollout)
     learn.compile(state, reference, *inputs)
-    batch, _ = jax.jit(prepare)(state, reference, rollout, inputs[1])
-    rows = jax.tree.map(lambda x: x[: sizes.micro_batch], batch)
     preflight.run(
-      FLAGS.preflight,
-      lambda params, rollout: read(params, rollout).log_probs,
-      state["params"]["policy"],
-      rollout,
+      *(FLAGS.preflight, prepare, state, reference, rollout, inputs[1]),
       sampler=sampler,
-      gradients=lambda num_parts: jax.jit(gradients(num_parts))(
-        state["params"], rows, state["kl"].coef
-      ),
-      num_rows=sizes.micro_batch // meshes.num_batch_shards(run.mesh),
+      gradients=gradients,
+      more=[state["kl"].coef],
+      micro_batch=sizes.micro_batch,
+      num_shards=meshes.num_batch_shards(run.mesh),
       is_float32=FLAGS.dtype == "float32",
       parts_add_up=not FLAGS.batch_entropy_coef,
       programs=[sampler, terms, learn],
-      memory=state | {"reference": reference},
     )
 
   models = {"policy": loaded.params, "reference": reference}

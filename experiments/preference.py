@@ -29,13 +29,11 @@ import numpy as np
 from absl import flags
 
 from rljax import cli
-from rljax.evaluation import answers
-from rljax.evaluation import held_out as held_out_lib
 from rljax.generation import rollouts
 from rljax.losses import preference
 from rljax.models import hf
 from rljax.ops import log_probs
-from rljax.text import batches, comparisons, tokens
+from rljax.text import comparisons, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -144,7 +142,7 @@ def main():
   policy, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer, join=True)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)
-  score, answer, dev = cli.load_selection(FLAGS, loaded, run.mesh)
+  selection = cli.load_selection(FLAGS, loaded, run)
 
   # Which replies are compared: M comparisons of K, the best one first. PRO
   # wants logits, and a cache holds rewards that are not negative.
@@ -171,6 +169,8 @@ def main():
   if FLAGS.algorithm in ("dpo", "ipo", "kto") and not FLAGS.reference_free:
     known |= cli.load_known(FLAGS, log, loaded, ["ref_log_probs"], run.mesh)
 
+  draw = lambda step: compared.draw(FLAGS.batch_size, step, FLAGS.seed)
+
   def batch_of(part, drawn):
     """Arrays `[B, K, ...]`; prompts stand before each of their replies."""
     rows, candidates = at = part.rows[drawn, None], part.ranks[drawn]
@@ -190,8 +190,7 @@ def main():
   )
   beta = FLAGS.beta or (2.0 if FLAGS.algorithm == "simpo" else 0.1)
 
-  def fold(x):
-    return x.reshape(-1, x.shape[-1])  # [B, K, T] -> [B * K, T]
+  fold = lambda x: x.reshape(-1, x.shape[-1])  # [B, K, T] -> [B * K, T]
 
   def log_probs_of(params, batch):
     names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
@@ -262,10 +261,9 @@ def main():
   transform = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
 
   def update(state, ref_params, batch):
-    params, reference_point = state["params"], None
-    if is_kto:
-      reference_point = reference_point_of(params, ref_params, batch)
-    grads, metrics = gradients(params, batch, reference_point)
+    params = state["params"]
+    point = reference_point_of(params, ref_params, batch) if is_kto else None
+    grads, metrics = gradients(params, batch, point)
     params, optimizer_state, metrics = optimizers.step(
       transform, grads, state["optimizer"], params, metrics
     )
@@ -277,41 +275,33 @@ def main():
   # KTO keeps the reference, for its mismatched pairs are new in every step.
   ref_params = run.place({"policy": loaded.params}, rules) if is_kto else None
   update = run.compile(update, returns_state=True)
+  run.check_learner(
+    *(gradients, state["params"], batch_of(compared, draw(0))),
+    more=lambda batch: (np.float32(0) if is_kto else None,),
+    pads_count=FLAGS.pro_mask == "published",
+  )
 
-  def held_out_metrics(params, ref_params, batch):
+  def held_out_metrics(params, batch, ref_params):
     point = reference_point_of(params, ref_params, batch) if is_kto else None
     return loss_fn(params, batch, point)[1]
 
-  held_out_metrics = run.compile(held_out_metrics, name="held-out loss")
-
-  def evaluate(step):
-    """The dev reward or held-out loss, by which --keep_best selects."""
-    if score is None:
-      metrics_of = lambda rows: held_out_metrics(
-        state["params"], ref_params, run.shard(batch_of(held_out, rows))
-      )
-      num_rows = len(held_out.rows)
-      metrics = held_out_lib.means(metrics_of, num_rows, FLAGS.batch_size)
-      run.keep_best(step, -metrics["eval/loss"], state["params"])
-      return metrics
-    rows = answers.evaluate(answer, state["params"]["policy"], score)
-    run.evaluated(step, rows)
-    run.samples(step, rows)
-    metrics = answers.means(rows, prefix="dev/")
-    run.keep_best(step, metrics["dev/reward"], state["params"])
-    return metrics | answers.wording(rows, prefix="dev/")
+  selection.by_loss(
+    held_out_metrics,
+    lambda rows: batch_of(held_out, rows),
+    len(held_out.rows),
+    ref_params,
+  )
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
     run.note("\n".join(compared.notes))
-    run.has_read(log, *dev)
-    for step in run.steps(freeze=[update, answer or held_out_metrics]):
+    run.has_read(log, *selection.dev)
+    for step in run.steps(freeze=[update, selection.program]):
       # Row `step` of the metrics is about the policy after `step` updates.
-      metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
+      metrics = {}
+      if step % FLAGS.eval_every == 0:
+        metrics = selection.evaluate(step, state["params"])
       started = time.perf_counter()
-      drawn = batches.batch_indices(
-        len(compared.rows), FLAGS.batch_size, step, seed=FLAGS.seed
-      )
-      batch = batch_of(compared, drawn)
+      batch = batch_of(compared, draw(step))
       state, learnt = update(state, ref_params, run.shard(batch))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
@@ -319,8 +309,9 @@ def main():
       run.log(step, metrics)
       run.save(step + 1, state)
     if run.is_complete:
-      run.log(FLAGS.steps, evaluate(FLAGS.steps))
-      run.summarise(**cli.summary_options(FLAGS, score))
+      last = selection.evaluate(FLAGS.steps, state["params"])
+      run.log(FLAGS.steps, last)
+      selection.summarise()
   return run.exit_status
 
 

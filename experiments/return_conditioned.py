@@ -293,6 +293,8 @@ def main():
       [encoded[i] for i in chosen], num_rows=FLAGS.batch_size, **shape
     )
 
+  run.check_learner(gradients, state["params"], batch_of(0))
+
   def evaluate(step):
     """Greedy accuracy under each tag; --keep_best goes by the good one."""
     metrics = {}

@@ -313,11 +313,7 @@ def main():
   transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
-    counts = {
-      name: jnp.count_nonzero(batch[name]).astype(jnp.float32)
-      for name in ("rewards", "weights")
-    }
-    grads, metrics = gradients(state["params"], batch, counts)
+    grads, metrics = gradients(state["params"], batch, counts_of(batch))
     params, optimizer_state, metrics = optimizers.step(
       transform, grads, state["optimizer"], state["params"], metrics
     )
@@ -331,6 +327,13 @@ def main():
   )
   del policy
   update = run.compile(update, returns_state=True)
+  run.check_learner(
+    gradients,
+    state["params"],
+    {name: x[: FLAGS.batch_size] for name, x in arrays.items()},
+    more=lambda batch: (counts_of(batch),),
+    texts=texts,
+  )
 
   def evaluate(step):
     """Greedy answers to the held-out questions; --keep_best keeps the best."""
@@ -394,6 +397,14 @@ def main():
         }
       )
   return run.exit_status
+
+
+def counts_of(batch):
+  """What the losses of a whole batch divide by."""
+  return {
+    name: jnp.count_nonzero(batch[name]).astype(jnp.float32)
+    for name in ("rewards", "weights")
+  }
 
 
 def check_flags():

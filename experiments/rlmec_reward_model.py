@@ -39,7 +39,7 @@ from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
 from rljax.text import batches, tokens
-from rljax.training import optimizers, runs
+from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=0, epochs=3.0, save_every=500, eval_every=250)
@@ -228,11 +228,12 @@ def main():
     )
     return supervised.nll_loss(statistics.log_probs, batch["response_mask"])
 
+  gradients = microbatch.grad(loss_fn, 1)
   transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     params = state["params"]
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
+    grads, metrics = gradients(params, batch)
     params, optimizer_state, metrics = optimizers.step(
       transform, grads, state["optimizer"], params, metrics
     )
@@ -241,6 +242,8 @@ def main():
   # The state; a run that was stopped goes on from its last checkpoint.
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
+  first = batch_of(train[: FLAGS.batch_size])
+  run.check_learner(gradients, state["params"], first, num_parts=1)
   held_out_loss = run.compile(
     lambda params, batch: loss_fn(params, batch)[1], name="held-out loss"
   )

@@ -174,6 +174,8 @@ def main():
   starts_from = {"policy": params if FLAGS.policy else None}
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
+  first = batch_of(train, np.arange(FLAGS.batch_size))
+  run.check_learner(gradients, state["params"], first)
   held_out_loss = run.compile(
     lambda params, batch: (loss_fn(params, batch)[0], weight(batch)),
     name="held-out loss",

@@ -302,7 +302,7 @@ NO_PATHS = {
   *("arm", "bad_tag", "good_tag", "k", "mesh", "metrics", "new_vs", "split"),
   *("reward_template", "reward_terms", "reward_transform", "stop_strings"),
   *("run_name", "run_tags", "solution_column", "stop_tokens", "system_prompt"),
-  *("task", "template_options", "title", "wandb_project"),
+  *("template_options", "title", "wandb_project"),
 }
 
 

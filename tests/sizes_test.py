@@ -13,8 +13,8 @@ ROOT = conftest.REPOSITORY
 LINES = {
   "ppo": 360,
   "grpo": 340,
-  "offline": 290,
-  "preference": 332,
+  "offline": 270,
+  "preference": 320,
   "rlmec": 400,
   "rlmec_reward_model": 330,
   "expert_iteration": 320,

@@ -98,7 +98,7 @@ from rljax.cli.sampling import (
   load_responder,
   sampler_settings,
 )
-from rljax.cli.selection import load_selection, summary_options
+from rljax.cli.selection import load_selection
 
 # Flags of the groups below whose default, or help, the script chooses. All
 # others are the same in all scripts.
@@ -161,7 +161,6 @@ __all__ = (
   "load_reward_terms",
   "load_scorer",
   "load_selection",
-  "summary_options",
   "load_task",
   "may_change",
   "may_grow",

@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import flags
 
-from rljax.cli import entry
+from rljax.cli import entry, running
 from rljax.distributed import meshes
 from rljax.training import microbatch, optimizers
 
@@ -96,7 +96,7 @@ def define_optimizer(
   weight_decay: float = 0.0,
   max_grad_norm: float = 0.0,
 ) -> None:
-  """Defines AdamW."""
+  """Defines AdamW, and what is done if what it is given is wrong."""
   flags.DEFINE_float(
     "learning_rate",
     learning_rate,
@@ -156,6 +156,7 @@ def define_optimizer(
     lower_bound=0.0,
   )
   define_max_skipped()
+  running.define_preflight()
 
 
 def define_max_skipped() -> None:

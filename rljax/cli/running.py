@@ -217,7 +217,8 @@ def define_preflight() -> None:
     "preflight",
     "strict",
     ["strict", "warn", "off"],
-    "What to do if sampler and trainer disagree before the first update: "
-    "strict stops, warn continues, off skips the check.",
+    "What to do if the checks before the first update fail, or sampler and "
+    "trainer come to disagree later on: strict stops, warn continues, off "
+    "skips the checks.",
   )
   entry.may_change("preflight")

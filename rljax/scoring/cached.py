@@ -396,17 +396,19 @@ def notes(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def other_scorer(
-  directory: str | os.PathLike, scorer: scorers.Scorer
+  directory: str | os.PathLike, scorer: scorers.Scorer | None
 ) -> list[str]:
   """Notes that a cache's rewards are by another scorer than this one.
 
   Args:
     directory: of a cache that `load` has read; empty if there is none.
-    scorer: with the attribute `description`.
+    scorer: with the attribute `description`; None: there is nothing to note.
 
   Returns:
     A sentence, or nothing if they are by the same.
   """
+  if scorer is None:
+    return []
   scored_by = notes(directory)["reward"] if directory else None
   if not directory or scored_by == scorer.description:
     return []

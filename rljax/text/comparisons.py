@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rljax.text import forms, logged
+from rljax.text import batches, forms, logged
 
 
 class Comparisons(NamedTuple):
@@ -52,6 +52,10 @@ class Comparisons(NamedTuple):
         f"--batch_size={batch_size} is more than the {len(self.rows)} rows "
         "that can be compared."
       )
+
+  def draw(self, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Returns the numbers of a step's comparisons, see `batch_indices`."""
+    return batches.batch_indices(len(self.rows), batch_size, step, seed=seed)
 
 
 def ranked(

@@ -132,3 +132,25 @@ def rows(
     for side in (False, True)
   )
   return left, apart, loaded._replace(rows=[])
+
+
+def of_shares(
+  shares: np.ndarray, is_held_out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Takes the replies of held-out rows out of those that are drawn.
+
+  Args:
+    shares: `[N, K]` float, how often each reply is drawn; 0 for never.
+    is_held_out: `[N]` bool.
+
+  Returns:
+    `[N, K]` shares of the other rows, 0 for those held out; and the numbers,
+    in the flat `[N * K]`, of the held-out replies that could be drawn.
+
+  Raises:
+    ValueError: if rows are held out, and none of their replies could be.
+  """
+  held_out = np.flatnonzero(shares * is_held_out[:, None])
+  if is_held_out.any() and not len(held_out):
+    raise ValueError("No held-out reply can be drawn: give --eval_data.")
+  return shares * ~is_held_out[:, None], held_out

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rljax.distributed import processes
+from rljax.distributed import planning, processes
 
 Tree = Any
 
@@ -172,6 +172,8 @@ def first_not_finite(tree: Tree) -> str | None:
   Args:
     tree: arrays on the host or on devices; all processes call this alike.
   """
+  if planning.current():  # There are no numbers.
+    return None
   floats = {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -19,6 +19,7 @@ import numpy as np
 from rljax.distributed import processes
 from rljax.generation import rollouts, samplers
 from rljax.ops import log_probs as log_probs_lib
+from rljax.training import guards
 
 Array = chex.Array
 
@@ -139,7 +140,7 @@ def check(
       checks.append(
         Check(
           f"{num_micro_batches} micro-batches equal one batch",
-          _relative_gap(whole, parts),
+          relative_gap(whole, parts),
           gradient_tolerance,
           "relative difference of the gradients"
           + ("" if gradient_tolerance else "; entropies differ, as they must"),
@@ -215,7 +216,7 @@ def _end_token(rollout, stop_ids, has_stop_strings) -> Check:
   )
 
 
-def _relative_gap(tree, other) -> float:
+def relative_gap(tree, other) -> float:
   """`|a - b| / |a|` over all leaves together."""
   square = lambda t: sum(
     float(jnp.sum(jnp.square(x.astype(jnp.float32))))
@@ -321,55 +322,132 @@ def enforce(checks: Sequence[Check], mode: str) -> None:
 
 def run(
   mode: str,
-  log_probs_of: Callable[[Any, rollouts.Rollout], Array],
-  params: Any,
+  prepare: Callable[..., tuple[dict[str, Any], Any]],
+  state: dict[str, Any],
+  reference: Any,
   rollout: rollouts.Rollout,
+  earned: Any,
   *,
   sampler: samplers.Sampler,
-  gradients: Callable[[int], tuple[Any, dict[str, Array]]],
-  num_rows: int,
+  gradients: Callable[[int], Callable[..., tuple[Any, dict[str, Array]]]],
+  more: Sequence[Any] = (),
+  micro_batch: int,
+  num_shards: int = 1,
   is_float32: bool,
   parts_add_up: bool = True,
   programs: Sequence[Any] = (),
-  memory: dict[str, Any] | None = None,
 ) -> None:
   """Checks sampler against trainer on a script's first rollout, and shows it.
 
+  Everything is the script's own: what `prepare` makes of what was just sampled
+  is compared with what the sampler wrote down, and gradients are those of the
+  update. They are taken of rows that show a fault if there is one: every second
+  one ends early, by an end token, and no two rows have the same advantage.
+
   Args:
     mode: "strict" stops if a check fails, "warn" goes on.
-    log_probs_of: see `check`, likewise `params` and `rollout`.
-    params: of the policy.
+    prepare: maps state, reference, rollout and earnings to the batch that is
+      learnt from, with `rollout`, `old_log_probs` and `advantages`, and to
+      metrics.
+    state: of the script, with `params`.
+    reference: likewise, or None.
     rollout: N rows, drawn by `sampler`.
+    earned: of the rollout.
     sampler: the script's own.
-    gradients: of `num_rows` rows in so many parts, exactly as the update makes
-      them.
-    num_rows: that a device has of a micro-batch.
+    gradients: maps a number of parts to the gradient of parameters, a batch and
+      `more`, exactly as the update takes it.
+    more: its further arguments.
+    micro_batch: rows of a pass.
+    num_shards: devices that share them.
     is_float32: whether the model computes in float32; bfloat16 is allowed
       larger differences.
     parts_add_up: False where a part of the loss is no sum over rows: the
       difference is then only shown.
     programs: whose `compilations` are shown.
-    memory: part -> tree of arrays, to be shown.
 
   Raises:
     Refused: in mode "strict", if a check failed.
   """
+  stop_ids = sampler.stop_ids
+  synthetic = with_ends(rollout, stop_ids)
+  batch, _ = jax.jit(prepare)(state, reference, synthetic, earned)
+  rows = jax.tree.map(lambda x: x[:micro_batch], batch)
+  mask = rows["rollout"].response_mask
+  number = jnp.arange(len(mask))
+  sizes = jnp.where(number % 2, -1.0, 1.0) * (1.0 + number / len(mask))
+  rows["advantages"] = jnp.where(mask, sizes[:, None], 0.0)
+  compiled = {}
+
+  def gradients_of(num_parts, rows=rows):
+    if num_parts not in compiled:
+      compiled[num_parts] = jax.jit(gradients(num_parts))
+    return compiled[num_parts](state["params"], rows, *more)
+
   checks = check(
-    log_probs_of,
-    params,
+    lambda given, rollout: prepare(*given[:2], rollout, given[2])[0][
+      "old_log_probs"
+    ],
+    (state, reference, earned),
     rollout,
-    stop_ids=sampler.stop_ids,
+    stop_ids=stop_ids,
     has_stop_strings=bool(sampler.settings.stop_strings),
-    gradients=gradients,
+    gradients=gradients_of,
     # Parts of which every device still has a row.
-    num_micro_batches=_smallest_divisor(num_rows),
-    tolerance=1e-4 if is_float32 else 0.2,
+    num_micro_batches=smallest_divisor(micro_batch // num_shards),
+    tolerance=guards.tolerance(is_float32),
     gradient_tolerance=(1e-3 if is_float32 else 0.1) if parts_add_up else None,
   )
+  # Other ratios at the ends, where rows have ended.
+  length = mask.sum(axis=1, keepdims=True)
+  is_end = (jnp.arange(mask.shape[1])[None] == length - 1) & (
+    rows["rollout"].finished[:, None] if stop_ids else True
+  )
+  moved = jnp.where(is_end, rows["old_log_probs"] - 0.05, rows["old_log_probs"])
+  gap = relative_gap(
+    gradients_of(1)[0], gradients_of(1, rows | {"old_log_probs": moved})[0]
+  )
+  checks.append(
+    Check(
+      "the end of a response is learnt from",
+      float(gap <= 1e-6),
+      0.0,
+      "1 if the gradient does not change with the ratio there",
+    )
+  )
+  memory = state | {"reference": reference}
   show(checks, [row for x in programs for row in x.compilations], memory)
   enforce(checks, mode)
 
 
-def _smallest_divisor(number: int) -> int:
+def with_ends(
+  rollout: rollouts.Rollout, stop_ids: Sequence[int]
+) -> rollouts.Rollout:
+  """Ends every second row of a rollout at half of its length.
+
+  Args:
+    rollout: N rows. One with tokens that are allowed place by place stays as it
+      is.
+    stop_ids: token ids that end a response; the first one is put there.
+  """
+  if rollout.allowed is not None:
+    return rollout
+  mask = rollout.response_mask
+  column = jnp.arange(mask.shape[1])[None]
+  is_cut = (jnp.arange(len(mask)) % 2 == 0)[:, None]
+  half = jnp.minimum(
+    mask.sum(axis=1, keepdims=True), max(1, len(column[0]) // 2)
+  )
+  ids = rollout.response_ids
+  if stop_ids:
+    is_end = is_cut & (column == half - 1)
+    ids = jnp.where(is_end, jnp.asarray(stop_ids[0], ids.dtype), ids)
+  return rollout.replace(
+    response_ids=ids,
+    response_mask=jnp.where(is_cut, column < half, mask),
+    finished=is_cut[:, 0] | rollout.finished,
+  )
+
+
+def smallest_divisor(number: int) -> int:
   """Returns the smallest divisor above 1, and 1 for 1."""
   return next((n for n in range(2, number + 1) if number % n == 0), 1)

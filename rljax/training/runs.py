@@ -40,7 +40,16 @@ from rljax.generation import samplers
 from rljax.models import hf
 from rljax.storage import calls, checkpoint, locks, paths
 from rljax.storage import rows as rows_lib
-from rljax.training import announce, guards, logs, longer, preflight, trackers
+from rljax.training import (
+  announce,
+  guards,
+  learner_checks,
+  logs,
+  longer,
+  microbatch,
+  preflight,
+  trackers,
+)
 
 Tree = Any
 
@@ -146,6 +155,7 @@ class Run:
     self._memory: dict[str, Tree] = {}
     self._has_shown: list[bool] = []  # Of programs; shared with parts.
     self._watch = self._new_watch()
+    self._is_checked: list[bool] = []  # Shared by the parts of a run.
 
   def _new_watch(self):
     """What looks at the metrics, by the flags that the script has."""
@@ -533,9 +543,9 @@ class Run:
 
   def _show_programs(self, programs: Sequence[Any]) -> None:
     """Shows once what was compiled, and the memory that a device has of it."""
-    has_preflight = "preflight" in self._values
-    if has_preflight and self._values.preflight != "off":
-      self._has_shown.append(True)  # The preflight has done so.
+    is_online = "samples_every" in self._values
+    if is_online and self._values.preflight != "off":
+      self._has_shown.append(True)  # `preflight.run` has done so.
     if programs and not self._has_shown:
       found = (getattr(x, "program", x) for x in programs)
       rows = [row for x in found for row in getattr(x, "compilations", ())]
@@ -679,9 +689,71 @@ class Run:
     self._log.write(step, metrics)
     self.watch(step, metrics)
 
-  def watch(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Ends a run that metrics show to be lost; see `guards.Watch.look`."""
+  def check_learner(
+    self,
+    gradients: microbatch.Gradient,
+    params: Tree,
+    batch: Mapping[str, Any],
+    more: Callable[..., tuple[Any, ...]] = lambda batch: (),
+    **options: Any,
+  ) -> None:
+    """Checks, once, what a script learns from given texts; see --preflight.
+
+    Args:
+      gradients: of the script; see `learner_checks.check`, likewise the others.
+      params: that it differentiates.
+      batch: rows of an update; those of its first pass are looked at.
+      more: maps a batch to further arguments of the gradient.
+      **options: of `learner_checks.check`.
+
+    Raises:
+      preflight.Refused: if a check fails, with --preflight=strict.
+    """
+    num_rows = len(batch["prompt_ids"]) // gradients.num_parts
+    num_own = num_rows // meshes.num_batch_shards(self.mesh)
+    self._enforce(
+      lambda is_float32: learner_checks.check(
+        gradients,
+        params,
+        {name: x[:num_rows] for name, x in batch.items()},
+        more=more,
+        place=self.shard,
+        is_float32=is_float32,
+        **{
+          "num_parts": preflight.smallest_divisor(num_own),
+          "is_start": not self.first_step,
+          **options,
+        },
+      )
+    )
+
+  def check_rows(
+    self, function: Callable[..., Any], arrays: jax.Array, mask: jax.Array
+  ) -> None:
+    """Checks that a function reads rows by themselves, as `check_learner`."""
+    self._enforce(
+      lambda is_float32: learner_checks.check_rows(
+        function, arrays, mask, is_float32=is_float32
+      )
+    )
+
+  def _enforce(self, check):
+    mode = self._values.preflight
+    if mode == "off" or self._is_checked or planning.current():
+      return
+    checks = check(self._values.dtype == "float32")
+    preflight.show(checks)
+    preflight.enforce(checks, mode)
+    self._is_checked.append(True)
+
+  def watch(self, step: int, metrics: Mapping[str, Any]) -> bool:
+    """Ends a run that metrics show to be lost; see `guards.Watch.look`.
+
+    Returns:
+      Whether the last update was applied.
+    """
     self._watch.look(step, metrics)
+    return self._watch.skipping_since is None
 
   def note(self, text: str) -> None:
     """Prints a line above the progress line, or once that is there."""

@@ -82,16 +82,22 @@ class PagesTest(parameterized.TestCase):
         copies[words[2]] = words[1]
         continue
       for i, word in enumerate(words):
-        given = [w for w in words[i + 1 :] if w.startswith("--")]
+        rest = words[i + 1 :]
+        if word == "rljax.plan":  # Behind -- stand a script and its flags.
+          rest = rest[: rest.index("--")]
+        given = [w for w in rest if w.startswith("--")]
         if re.fullmatch(r"experiments/[\w/]+\.py", word):
           known = markdown.flags()[copies.get(word, word)]
           if word in copies:  # With the flags that the page adds.
             more = re.findall(r'(?m)^\+  "(\w+)",', TEXTS[page])
             known = known | dict.fromkeys(more, {"kind": "float"})
+          if "rljax.plan" in words:  # It writes to a folder of its own.
+            known = known | {"workdir": known["workdir"] | {"default": ""}}
           self.check_flags(word, known, given)
         elif re.fullmatch(r"benchmarks\.\w+|rljax\.[\w.]+", word):
-          # The command of the doctor is in its room.
+          # The commands of the doctor and of the plan are in their rooms.
           file = word.replace("rljax.doctor", "rljax.distributed.doctor")
+          file = file.replace("rljax.plan", "rljax.plan.command")
           source = (ROOT / f"{file.replace('.', '/')}.py").read_text()
           for flag in given:
             name = flag.removeprefix("--").partition("=")[0]

@@ -281,26 +281,24 @@ class ResumeTest(parameterized.TestCase):
     self.assertRegex(done.stderr, "learning_rate: was 0.0003, now 0.5")
 
   def test_finished_run_goes_on_with_more_steps(self):
-    workdir = scripts.scratch() / "longer"
-    flags = (*TINY_PPO, f"--policy={_policy()}")
+    longer, whole = (scripts.scratch() / x for x in ("longer", "whole"))
+    flags = (*TINY_PPO, f"--policy={_policy()}", "--warmup=0")
     errors = scripts.drive(
       PPO,
       [
-        (workdir, *flags, "--steps=3", "--save_every=1", "--eval_every=3"),
-        (workdir, *flags),
-        (workdir, *flags, "--steps=5"),
-        (workdir, *flags, "--steps=9", "--schedule=linear"),
+        (whole, *flags),
+        (longer, *flags, "--steps=3", "--save_every=1", "--eval_every=3"),
+        (longer, *flags),
+        (longer, *flags, "--steps=5"),
       ],
     )
-    self.assertEqual(errors[:2], [None, None])
-    self.assertRegex(errors[2], "--steps=6, now 5: it may grow, not fall")
-    self.assertRegex(errors[3], "schedule: was .constant., now .linear.")
-    self.assertEqual(
-      scripts.fingerprint(workdir), scripts.fingerprint(_finished())
-    )
+    self.assertEqual(errors[:3], [None] * 3)
+    self.assertRegex(errors[3], "--steps=6, now 5: it may grow, not fall")
+    self.assertEqual(scripts.fingerprint(longer), scripts.fingerprint(whole))
     # The longer run evaluates steps 0 and 4, the shorter one 0 and 3.
-    rows = scripts.steady(scripts.rows(_finished()))
-    self.assertEqual(scripts.steady(scripts.rows(workdir)), rows)
+    self.assertEqual(
+      scripts.steady(scripts.rows(longer)), scripts.steady(scripts.rows(whole))
+    )
 
   def test_finished_run_stays_as_it_is(self):
     before = scripts.rows(_finished())
@@ -341,7 +339,8 @@ class SupervisedTest(parameterized.TestCase):
       ),
       "best": ("--keep_best", "--learning_rate=1", "--max_grad_norm=0"),
       "improves": ("--keep_best",),
-      "longer": ("--keep_best",),
+      "constant": ("--keep_best", "--schedule=constant"),
+      "longer": ("--keep_best", "--schedule=constant"),
     }
     found = {name: scripts.scratch() / f"sft-{name}" for name in flags}
     runs = [(found[name], *cls.FLAGS, *more) for name, more in flags.items()]
@@ -419,11 +418,11 @@ class SupervisedTest(parameterized.TestCase):
     for folder in (".", "best"):
       self.assertEqual(
         scripts.fingerprint(runs["longer"] / folder),
-        scripts.fingerprint(runs["improves"] / folder),
+        scripts.fingerprint(runs["constant"] / folder),
       )
     self.assertEqual(
       scripts.steady(scripts.rows(runs["longer"])),
-      scripts.steady(scripts.rows(runs["improves"])),
+      scripts.steady(scripts.rows(runs["constant"])),
     )
 
   def test_rows_of_a_file(self):

@@ -426,6 +426,50 @@ class MergeSumsTest(absltest.TestCase):
       self.assertTrue(parts["is_correct"])
 
 
+class PlantedFaultsTest(absltest.TestCase):
+  """See planted_faults_test.py, which has the other scripts."""
+
+  def test_refused(self):
+    ends = '{0} & (batch["{1}_ids"] != tokenizer.eos_token_id)'
+    faults = [
+      (RLMEC, "temperature=1.0", "temperature=0.7", "starts as its reference"),
+      (RLMEC, "adds_up=True, ", "", "micro-batches equal one batch"),
+      *(
+        (
+          *(RLMEC, f'batch["{text}_mask"],'),
+          ends.format(f'batch["{text}_mask"]', text) + ",",
+          f"the mask of a {text} decides about its end",
+        )
+        for text in ("response", "imitated")
+      ),
+      (
+        *(GRM, 'statistics.log_probs, batch["response_mask"])'),
+        "statistics.log_probs, "
+        + ends.format('batch["response_mask"]', "response")
+        + ")",
+        "the mask of a response decides about its end",
+      ),
+    ]
+    workdir = scripts.scratch() / "fault"
+    given = {
+      RLMEC: rlmec_flags("--micro_batch_size=4"),
+      GRM: (*GRM_FLAGS, f"--policy={policy()}", f"--stages={trained()[1]}"),
+    }
+    errors = scripts.drive(
+      "-",
+      [
+        {
+          "script": script,
+          "flags": (f"{workdir}{i}", *given[script]),
+          "replace": [(old, new)],
+        }
+        for i, (script, old, new, _) in enumerate(faults)
+      ],
+    )
+    for error, (*_, name) in zip(errors, faults, strict=True):
+      self.assertRegex(error or "", f"Refused: .*{name}")
+
+
 class ErrorsTest(absltest.TestCase):
   def test_flags_are_checked_before_anything_is_drawn(self):
     workdir = scripts.scratch() / "errors"

@@ -1,6 +1,7 @@
 """Every check must turn red for the bug that it is there to find."""
 
 import contextlib
+import functools
 import io
 from unittest import mock
 
@@ -10,8 +11,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from rljax.generation import rollouts
+from rljax.losses import ppo
 from rljax.ops import sampling
-from rljax.training import preflight
+from rljax.training import microbatch, preflight
 from tests import tiny
 
 STOP_IDS = tuple(range(5, 20))
@@ -34,8 +36,7 @@ def _setting(**options):
     max_length=5,
     settings=settings,
     num_samples=2,
-    stop_ids=STOP_IDS,
-    **options,
+    **{"stop_ids": STOP_IDS, **options},
   )
   return model, params, rollout, settings
 
@@ -204,45 +205,88 @@ class CheckTest(parameterized.TestCase):
     preflight.enforce(red, "warn")
     self.assertFalse(preflight.Check("nan", float("nan"), 1.0).passed)
 
-  def test_run_shows_and_refuses(self):
-    model, params, rollout, settings = _setting()
-    sampler = mock.Mock(stop_ids=STOP_IDS)
+  def run_preflight(self, mode, fault=None, num_rows=6, **options):
+    """What a script's preflight prints, of a rollout that no row has ended."""
+    model, params, rollout, settings = _setting(stop_ids=())
+    rollout = jax.tree.map(lambda x: x[:num_rows], rollout)
+    drawn = set(np.asarray(rollout.response_ids).ravel().tolist())
+    end = next(i for i in range(40) if i not in drawn)
+    sampler = mock.Mock(stop_ids=() if fault == "no stops" else (end,))
     sampler.settings.stop_strings = ()
-    one = jnp.float32(1.0)
-    ratios = {"ppo/ratio_min": one, "ppo/ratio_max": one}
-    parts = []
 
-    def gradients(num_parts):
-      parts.append(num_parts)
-      return {"w": jnp.full(3, float(num_parts))}, ratios
+    def log_probs_of(params, rollout):
+      temperature = 1.0 if fault == "temperature" else settings.temperature
+      statistics, _ = rollouts.token_statistics(
+        model, params, rollout, temperature=temperature
+      )
+      return statistics.log_probs
 
-    def run(mode, **options):
-      out = io.StringIO()
-      with contextlib.redirect_stdout(out):
-        preflight.run(
-          mode,
-          lambda params, rollout: (
-            rollouts.token_statistics(
-              model, params, rollout, temperature=settings.temperature
-            )[0].log_probs
-          ),
-          params,
-          rollout,
-          sampler=sampler,
-          gradients=gradients,
-          is_float32=True,
-          **options,
-        )
-      return out.getvalue()
+    def prepare(state, reference, rollout, earned):
+      # All scores are equal: the advantages are 0.
+      mask = rollout.response_mask
+      return {
+        "rollout": rollout,
+        "old_log_probs": log_probs_of(state["params"], rollout),
+        "advantages": jnp.where(mask, earned[:, None], 0.0),
+      }, {}
 
-    # 9 rows of a device are split in three; the gradients then differ.
-    with self.assertRaisesRegex(preflight.Refused, "3 micro-batches equal one"):
-      run("strict", num_rows=9)
-    self.assertEqual(parts, [1, 3])
-    self.assertIn("RED", run("warn", num_rows=9))
-    shown = run("strict", num_rows=9, parts_add_up=False)
+    def loss_fn(params, batch, scale):
+      mask = batch["rollout"].response_mask
+      ids = batch["rollout"].response_ids
+      if fault == "end":
+        mask &= ids != end
+      if fault == "short":
+        mask &= jnp.roll(mask, -1, axis=1)
+      loss, metrics = ppo.clipped_policy_loss(
+        log_probs_of(params, batch["rollout"]),
+        batch["old_log_probs"],
+        batch["advantages"],
+        mask,
+        clip_epsilon=0.2,
+      )
+      return scale * loss, metrics
+
+    weigh = lambda part: part["rollout"].response_mask.sum()
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      preflight.run(
+        *(mode, prepare, {"params": params}, None, rollout),
+        jnp.zeros(num_rows),
+        sampler=sampler,
+        gradients=functools.partial(
+          microbatch.grad, loss_fn, weigh=None if fault == "weights" else weigh
+        ),
+        more=[jnp.float32(2.0)],
+        micro_batch=num_rows,
+        is_float32=True,
+        **options,
+      )
+    return out.getvalue()
+
+  def test_run_of_a_sound_script(self):
+    shown = self.run_preflight("strict")
+    self.assertIn("2 micro-batches equal one", shown)
+    self.assertNotIn("RED", shown)
+    self.assertIn("3 micro-batches", self.run_preflight("strict", num_rows=3))
+    # One row has no parts.
+    self.assertNotIn("micro-batches", self.run_preflight("strict", num_rows=1))
+    self.run_preflight("strict", "no stops")
+
+  @parameterized.parameters(
+    ("temperature", "sampler and trainer log-probs agree"),
+    ("end", "the end of a response is learnt from"),
+    ("short", "the end of a response is learnt from"),
+    ("weights", "2 micro-batches equal one batch"),
+  )
+  def test_run_refuses(self, fault, name):
+    # With equal scores, and no row that has ended by itself.
+    with self.assertRaisesRegex(preflight.Refused, name):
+      self.run_preflight("strict", fault)
+    self.assertIn("RED", self.run_preflight("warn", fault))
+
+  def test_parts_that_need_not_add_up(self):
+    shown = self.run_preflight("strict", "weights", parts_add_up=False)
     self.assertIn("entropies differ", shown)
-    self.assertNotIn("micro-batches", run("strict", num_rows=1))
 
   def test_show(self):
     out = io.StringIO()

@@ -1,0 +1,253 @@
+"""Faults that are planted in copies of the scripts, and refused.
+
+Each fault is one that such code has: a mask without the end token, or one token
+short, pads that are read, rows that mix, a temperature that one side forgot,
+micro-batches with wrong weights, a sampler that keeps its first weights.
+"""
+
+import functools
+import json
+
+from absl.testing import absltest, parameterized
+
+from tests import scripts
+
+WORDS = (
+  "--task=word_lists",
+  "--max_prompt_length=8",
+  "--max_response_length=10",
+)
+LOG = (
+  *WORDS,
+  "--task_options=num=64",
+  "--batch_size=8",
+  "--micro_batch_size=4",
+  "--steps=2",
+)
+OFFLINE = (*LOG, "--num_dev_prompts=8", "--sample_batch_size=8")
+SUMS = (
+  "--task=merge_sums",
+  "--task_options=num_terms=3,max_term=5",
+  "--num_prompts=8",
+  "--num_eval_prompts=8",
+  "--max_length=16",
+  "--sample_batch_size=4",
+  "--batch_size=8",
+  "--micro_batch_size=4",
+  "--epochs=1",
+)
+ONLINE = (
+  "--task=word_lists",
+  "--num_prompts=16",
+  "--num_eval_prompts=8",
+  "--batch_size=8",
+  "--micro_batch_size=4",
+  "--max_length=6",
+  "--stop_at_eos",
+  "--steps=4",
+  "--learning_rate=1e-2",
+  "--temperature=0.7",
+)
+# Script -> flags.
+FLAGS = {
+  "sft": (*WORDS, "--num_examples=32", "--num_eval_prompts=8")
+  + ("--batch_size=8", "--micro_batch_size=4", "--steps=2"),
+  "offline": (*OFFLINE, "--algorithm=r_lol"),
+  "preference": OFFLINE,
+  "outcome_reward_model": (*LOG, "--num_eval_rows=8"),
+  "offline_value": (*WORDS, "--task_options=num=64", "--num_heads=4")
+  + ("--num_value_prompts=32", "--sample_batch_size=8", "--epochs=1"),
+  "expert_iteration": (*SUMS, "--num_examples=8", "--num_samples=1")
+  + ("--rounds=1", "--example_options=slot=true"),
+  "return_conditioned": (*SUMS, "--blank_slot"),
+  "ppo": ONLINE,
+  "grpo": (*ONLINE, "--num_samples=2", "--normalizer=sequence_mean"),
+}
+END = "the mask of a response decides about its end"
+SHORT = "the last token of a response is learnt"
+PADS = "pads change nothing"
+ORDER = "order of rows changes nothing"
+PARTS = "micro-batches equal one batch"
+START = "the policy starts as its reference"
+LEARNT = "the end of a response is learnt from"
+AGREE = "sampler and trainer log-probs agree"
+STALE = "Stale: step 3: sampler and trainer differ"
+
+MASK, LEARNT_MASK = 'batch["response_mask"]', 'batch["learnt_mask"]'
+ENDS = 'batch["response_ids"] == tokenizer.eos_token_id'
+ROLL = "jax.numpy.roll({0}, -1, axis=-1)"
+LM = 'params["policy"], batch, temp'
+PAD_LM = (
+  'params["policy"], {**batch, "prompt_mask": '
+  'jax.numpy.ones_like(batch["prompt_mask"])}, temp'
+)
+ROLLOUT = 'batch["rollout"].response_ids == tokenizer.eos_token_id'
+FIRST = 'jax.tree.map(jax.numpy.copy, state["params"]["policy"])'
+
+
+def _nll(mask, new, end=")"):
+  """A likelihood loss whose mask is another."""
+  return [
+    f"statistics.log_probs, {mask}{end}",
+    f"statistics.log_probs, {new}{end}",
+  ]
+
+
+# Script, the text that is replaced, what it becomes, and what is said.
+FAULTS = [
+  ("sft", *_nll(MASK, f"{MASK} & ~({ENDS})", ","), END),
+  ("sft", *_nll(MASK, f"{MASK} & {ROLL.format(MASK)}", ","), SHORT),
+  ("sft", LM, PAD_LM, PADS),
+  ("sft", "weigh=weight,", "", PARTS),
+  (
+    *("sft", "statistics.log_probs, batch"),
+    *("statistics.log_probs + statistics.log_probs[:1], batch", ORDER),
+  ),
+  ("offline", "temperature=1.0", "temperature=0.7", START),
+  ("offline", LM, PAD_LM, PADS),
+  (
+    *("offline", '("ref_log_probs"), batch["response_mask"]'),
+    *(f'("ref_log_probs"), {MASK} & ~({ENDS})', END),
+  ),
+  ("preference", "temperature=1.0", "temperature=0.7", START),
+  (
+    *("preference", 'mask = batch["response_mask"]\n    log_probs ='),
+    *(f"mask = {MASK} & {ROLL.format(MASK)}\n    log_probs =", SHORT),
+  ),
+  (
+    *("preference", "{name: fold(batch[name]) for name in names}"),
+    "{name: fold(batch[name] | (name == 'prompt_mask')) for name in names}",
+    PADS,
+  ),
+  (
+    *("outcome_reward_model", "jax.tree.map(fold, texts)"),
+    "jax.tree.map(fold, texts | {'prompt_mask': texts['prompt_mask'] | True})",
+    PADS,
+  ),
+  (
+    *("outcome_reward_model", "texts = {name: batch[name] for name in names}"),
+    "texts = {name: batch[name] for name in names}\n"
+    f"    texts['response_mask'] &= ~({ENDS})",
+    END,
+  ),
+  (
+    *("outcome_reward_model", 'scores.reshape(batch["present"].shape)'),
+    '(scores + scores[:1]**2).reshape(batch["present"].shape)',
+    ORDER,
+  ),
+  ("expert_iteration", *_nll(MASK, f"{MASK} & ~({ENDS})"), END),
+  ("expert_iteration", LM, PAD_LM, PADS),
+  (
+    *("expert_iteration", 'weigh=lambda part: part["response_mask"].sum(),'),
+    *("", PARTS),
+  ),
+  ("return_conditioned", *_nll(LEARNT_MASK, f"{LEARNT_MASK} & ~({ENDS})"), END),
+  ("return_conditioned", LM, PAD_LM, PADS),
+  (
+    *("return_conditioned", 'weigh=lambda part: part["learnt_mask"].sum(),'),
+    *("", PARTS),
+  ),
+  (
+    *("offline_value", 'head.apply({"params": head_params}, *batch)'),
+    'head.apply({"params": head_params}, batch[0], batch[1] | True)',
+    PADS,
+  ),
+  (
+    *("ppo", "temperature=FLAGS.temperature,\n    allowed=sampler.allowed if"),
+    *("temperature=1.0,\n    allowed=sampler.allowed if", AGREE),
+  ),
+  (
+    *("ppo", "mask, old_log_probs = rollout.response_mask,"),
+    f"mask, old_log_probs = rollout.response_mask & ~({ROLLOUT}),",
+    LEARNT,
+  ),
+  (
+    *("ppo", 'weigh=lambda part: part["rollout"].response_mask.sum(),'),
+    *("", PARTS),
+  ),
+  (
+    *("ppo", 'sample_key, state["params"]["policy"], train'),
+    f'sample_key, roll_out.__dict__.setdefault("first", {FIRST}), train',
+    STALE,
+  ),
+  (
+    *("grpo", 'mask, old = batch["rollout"].response_mask,'),
+    f'mask, old = batch["rollout"].response_mask & ~({ROLLOUT}),',
+    LEARNT,
+  ),
+  ("grpo", 'if FLAGS.normalizer == "token_mean" else None', "", PARTS),
+  (
+    *("grpo", 'params = state["params"]["policy"]\n      samples'),
+    f'params = roll_out.__dict__.setdefault("first", {FIRST})\n      samples',
+    STALE,
+  ),
+]
+
+
+def setUpModule():
+  scripts.without_pictures()
+
+
+def tearDownModule():
+  scripts.remove_scratch()
+
+
+def _labels(path):
+  """Labelled solutions, as return_conditioned.py leaves them."""
+  rows = [
+    {
+      "prompt": f"{i}+1+1=",
+      "response": f" {i + 1}+1\n {i + 2}",
+      "values": [1.0, float(i % 2)],
+      "is_correct": bool(i % 2),
+    }
+    for i in range(8)
+  ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+@functools.cache
+def _outcomes():
+  """The errors of the scripts as they are, and with a fault each."""
+  folder = scripts.scratch()
+  sft = {"script": "experiments/sft.py"}
+  common = ("--hidden_size=16", "--num_layers=1", "--max_positions=48")
+  common += ("--preflight=off", "--steps=1", "--num_eval_prompts=8")
+  sums = ("--task=merge_sums", SUMS[1] + ",slot=true", "--tokenizer=character")
+  runs = [
+    sft | {"flags": (folder / "words", "--task=word_lists", *common)},
+    sft | {"flags": (folder / "sums", *sums, *common)},
+  ]
+  more = {
+    "sft": [f"--policy={folder / 'words'}"],
+    "return_conditioned": [f"--labels={_labels(folder / 'labels.jsonl')}"],
+  }
+  for i, (name, *fault) in enumerate(
+    [(name, "", "", None) for name in FLAGS] + FAULTS
+  ):
+    flags = [folder / f"run{i}", *FLAGS[name], *more.get(name, [])]
+    if name != "sft":
+      policy = "sums" if "--task=merge_sums" in flags else "words"
+      flags.append(f"--policy={folder / policy}")
+    run = {"script": f"experiments/{name}.py", "flags": flags}
+    runs.append(run | ({"replace": [fault[:2]]} if fault[0] else {}))
+  errors = scripts.drive("-", runs)
+  return errors[:2], errors[2:]
+
+
+class PlantedFaultsTest(parameterized.TestCase):
+  def test_scripts_as_they_are_pass(self):
+    self.assertEqual(_outcomes()[0], [None, None])
+    for name, error in zip(FLAGS, _outcomes()[1], strict=False):
+      self.assertIsNone(error, name)
+
+  @parameterized.parameters(*enumerate(FAULTS))
+  def test_refused(self, number, fault):
+    error = _outcomes()[1][len(FLAGS) + number]
+    self.assertIsNotNone(error, fault)
+    self.assertIn(fault[-1], error)
+
+
+if __name__ == "__main__":
+  absltest.main()
