@@ -45,6 +45,9 @@ TINY_PPO = (
   "--epochs=1",
   "--num_page_samples=0",
   "--preflight=off",
+  # As the numbers below were found.
+  "--warmup=0",
+  "--max_grad_norm=0",
 )
 WORDS = (
   "--task=word_lists",

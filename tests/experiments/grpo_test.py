@@ -28,6 +28,9 @@ TINY = (
   "--samples_every=3",
   "--learning_rate=3e-4",
   "--preflight=off",
+  # As the numbers below were found.
+  "--warmup=0",
+  "--max_grad_norm=0",
 )
 # Most of its groups are all right: some rounds are needed to fill a batch.
 DYNAMIC = (
@@ -87,7 +90,7 @@ for words in json.load(sys.stdin):
   for name in list(values):
     values[name].unparse()
     values[name].value = values[name].default
-  values([sys.argv[1], "--workdir=x", "--policy=x", *words])
+  values([sys.argv[1], "--workdir=x", "--policy=x", "--task=x", *words])
   print(json.dumps({name: values[name].value for name in values}))
 """
   done = subprocess.run(

@@ -48,6 +48,8 @@ TINY = (
   "--eval_every=4",
   "--save_every=3",
   "--learning_rate=1e-3",
+  # As the numbers below were found.
+  *("--schedule=constant", "--warmup=0", "--max_grad_norm=0.3"),
 )
 TINY_REWARD = (
   *DATA,
@@ -56,6 +58,8 @@ TINY_REWARD = (
   "--steps=6",
   "--eval_every=3",
   "--save_every=2",
+  # As the numbers below were found.
+  *("--learning_rate=1e-4", "--warmup=0"),
 )
 
 

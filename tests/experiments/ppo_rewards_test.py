@@ -30,6 +30,9 @@ TINY = (
   "--stop_at_eos",
   "--learning_rate=3e-4",
   "--preflight=off",
+  # As the numbers below were found.
+  "--warmup=0",
+  "--max_grad_norm=0",
 )
 
 

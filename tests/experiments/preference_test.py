@@ -29,6 +29,8 @@ TINY = (
   "--steps=6",
   "--eval_every=100",
   "--learning_rate=1e-3",
+  # As the numbers below were found.
+  *("--schedule=constant", "--warmup=0", "--max_grad_norm=0.3"),
 )
 OFTEN = ("--eval_every=2", "--save_every=2")
 # All replies are to become more likely: else the reference point stays at 0.

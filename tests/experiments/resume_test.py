@@ -31,6 +31,9 @@ TINY_PPO = (
   "--learning_rate=3e-4",
   "--preflight=off",
   "--batch_entropy_coef=0.3",
+  # As the numbers below were found.
+  "--warmup=0",
+  "--max_grad_norm=0",
 )
 TINY_SFT = (
   *scripts.LEARN_SUMS,

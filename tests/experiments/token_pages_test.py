@@ -30,6 +30,9 @@ TINY_PPO = (
   "--preflight=off",
   "--nowhiten_advantages",
   "--gae_lambda=1",
+  # As the numbers below were found.
+  "--warmup=0",
+  "--max_grad_norm=0",
 )
 LOG = {"max_prompt_length": 16, "max_response_length": 16}
 TINY_OFFLINE = (
@@ -47,6 +50,9 @@ TINY_OFFLINE = (
   "--eval_every=6",
   "--save_every=6",
   "--learning_rate=5e-3",
+  # As the numbers below were found.
+  "--schedule=constant",
+  "--warmup=0",
 )
 
 
