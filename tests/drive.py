@@ -28,6 +28,11 @@ def main():
     script = runpy.run_path(path, run_name="script")
     results = [_run(path, script, arguments) for arguments in runs]
   else:
+    from absl import app, logging
+
+    from rljax import cli
+
+    assert app and logging and cli  # They have flags of their own.
     own = set(flags.FLAGS)
     for run in runs:
       for name in set(flags.FLAGS) - own:

@@ -73,6 +73,7 @@ LEARNT = "the end of a response is learnt from"
 AGREE = "sampler and trainer log-probs agree"
 STALE = "Stale: step 3: sampler and trainer differ"
 
+OF_CHAT = "learnt_mask(batch)"
 MASK, LEARNT_MASK = 'batch["response_mask"]', 'batch["learnt_mask"]'
 ENDS = 'batch["response_ids"] == tokenizer.eos_token_id'
 ROLL = "jax.numpy.roll({0}, -1, axis=-1)"
@@ -95,13 +96,13 @@ def _nll(mask, new, end=")"):
 
 # Script, the text that is replaced, what it becomes, and what is said.
 FAULTS = [
-  ("sft", *_nll(MASK, f"{MASK} & ~({ENDS})", ","), END),
-  ("sft", *_nll(MASK, f"{MASK} & {ROLL.format(MASK)}", ","), SHORT),
+  ("sft", *_nll(OF_CHAT, f"{OF_CHAT} & ~({ENDS})", ","), END),
+  ("sft", *_nll(OF_CHAT, f"{OF_CHAT} & {ROLL.format(OF_CHAT)}", ","), SHORT),
   ("sft", LM, PAD_LM, PADS),
   ("sft", "weigh=weight,", "", PARTS),
   (
-    *("sft", "statistics.log_probs, batch"),
-    *("statistics.log_probs + statistics.log_probs[:1], batch", ORDER),
+    *("sft", "statistics.log_probs, learnt"),
+    *("statistics.log_probs + statistics.log_probs[:1], learnt", ORDER),
   ),
   ("offline", "temperature=1.0", "temperature=0.7", START),
   ("offline", LM, PAD_LM, PADS),
@@ -157,8 +158,8 @@ FAULTS = [
     *("temperature=1.0,\n    allowed=sampler.allowed if", AGREE),
   ),
   (
-    *("ppo", "mask, old_log_probs = rollout.response_mask,"),
-    f"mask, old_log_probs = rollout.response_mask & ~({ROLLOUT}),",
+    *("ppo", "mask, old = rollout.response_mask,"),
+    f"mask, old = rollout.response_mask & ~({ROLLOUT}),",
     LEARNT,
   ),
   (
@@ -175,7 +176,10 @@ FAULTS = [
     f'mask, old = batch["rollout"].response_mask & ~({ROLLOUT}),',
     LEARNT,
   ),
-  ("grpo", 'if FLAGS.normalizer == "token_mean" else None', "", PARTS),
+  (
+    *("grpo", 'ppo.num_terms(part["rollout"].response_mask, **average)'),
+    *('part["rollout"].response_mask.sum()', PARTS),
+  ),
   (
     *("grpo", 'params = state["params"]["policy"]\n      samples'),
     f'params = roll_out.__dict__.setdefault("first", {FIRST})\n      samples',
