@@ -293,7 +293,7 @@ class ResumeTest(parameterized.TestCase):
       ],
     )
     self.assertEqual(errors[:3], [None] * 3)
-    self.assertRegex(errors[3], "--steps=6, now 5: it may grow, not fall")
+    self.assertRegex(errors[3], "has done 6 steps, and is to have 5")
     self.assertEqual(scripts.fingerprint(longer), scripts.fingerprint(whole))
     # The longer run evaluates steps 0 and 4, the shorter one 0 and 3.
     self.assertEqual(
