@@ -14,6 +14,7 @@ class ResultsTest(parameterized.TestCase):
     ("reasoning", ["--from_results"], "reasoning", 30),
     ("rlmec", ["--from_results"], "rlmec", 60),
     ("games_study", ["--from_results"], "ppo_programmed_rewards", 4),
+    ("plans", ["--from_results"], "devices", 3),
   )
   def test_page_has_what_the_benchmark_prints(self, name, flags, page, num):
     done = subprocess.run(
