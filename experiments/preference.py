@@ -215,7 +215,7 @@ def main():
         loss_type=FLAGS.dpo_loss_type if FLAGS.algorithm == "dpo" else "ipo",
         label_smoothing=FLAGS.label_smoothing,
         reference_free=FLAGS.reference_free,
-        per_token=FLAGS.ipo_per_token,
+        per_token=FLAGS.algorithm == "ipo" and FLAGS.ipo_per_token,
       )
     if is_pro:
       return preference.pro_loss(

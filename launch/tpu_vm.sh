@@ -5,7 +5,7 @@
 #   export SHARED=10.0.0.2:/share         # NFS: checkpoints of several hosts
 #   bash launch/tpu_vm.sh queue           # asks for the slice, does not wait
 #   bash launch/tpu_vm.sh create          # asks if need be, waits for it
-#   bash launch/tpu_vm.sh create -- python experiments/ppo.py --policy=NAME
+#   bash launch/tpu_vm.sh create -- python SCRIPT --policy=NAME
 #                                         # plans the script first: where it
 #                                         # does not fit, nothing is asked for
 #   bash launch/tpu_vm.sh setup           # every host: Python, ~/shared

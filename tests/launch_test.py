@@ -203,7 +203,7 @@ def shown_commands(path):
     text = text[: text.index("\nset -euo")]
     text = "".join(re.findall(r"(?m)^# ? ?(.*\n)", text))
   lines = text.replace("\\\n", " ").splitlines()
-  pattern = r"(experiments/[\w/]+\.py|-m rljax\.distributed\.doctor)\b(.*)"
+  pattern = r"(experiments/[\w/]+\.py|-m rljax\.doctor)\b(.*)"
   return [
     found.groups() for line in lines if (found := re.search(pattern, line))
   ]

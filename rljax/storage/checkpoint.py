@@ -75,8 +75,7 @@ class Checkpoints:
     self._folder = _folder(workdir)
     self._keep = keep
     self._saved = set()
-    self._thread = None
-    self._failure = None
+    self._thread = self._failure = self._lock = None
     if _is_first():
       with paths.writing(workdir):
         os.makedirs(workdir, exist_ok=True)
@@ -231,8 +230,9 @@ class Checkpoints:
       self.wait()
 
   def close(self) -> None:
-    """Waits for the last save."""
+    """Waits for the last save, and gives the lock back."""
     self.wait()
+    self._lock = None
 
   def __enter__(self):
     return self

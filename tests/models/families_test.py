@@ -25,6 +25,7 @@ from rljax.models import (
   moe,
 )
 from rljax.models import weights as weights_lib
+from rljax.tasks import tokenizers
 from tests import conftest, tiny
 
 NAMES = (
@@ -476,8 +477,8 @@ class ClassifiersTest(parameterized.TestCase):
 class FreshTest(parameterized.TestCase):
   @parameterized.parameters(*fresh.FAMILIES)
   def test_random_model(self, family):
-    tokenizer = mock.MagicMock()
-    tokenizer.__len__.return_value = 30
+    letters = [chr(ord("a") + i) for i in range(26)]
+    tokenizer = tokenizers.of_words([*letters, "1"], ".")
     model = fresh.make(
       family,
       tokenizer,
@@ -507,7 +508,7 @@ class FreshTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "divisible by the 4 heads, got 30"):
       fresh.make(
         "gpt_neox",
-        range(9),
+        tokenizers.of_words([*"abcdefg"], "."),
         hidden_size=30,
         num_layers=1,
         num_heads=4,
