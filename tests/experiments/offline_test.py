@@ -344,7 +344,7 @@ class OfflineTest(parameterized.TestCase):
       (["--clip_epsilon=-0.1"], "-0.1 is not a non-negative number"),
       (["--kl_coef=0.1"], "kl_coef belongs to r_lol_kl and a_lol_kl"),
       (["--batch_size=99", "--noreplace"], "without replacement"),
-      (["--task=", "--cache="], "Without a --task, give --data, a file of rows"),
+      (["--task=", "--cache="], "Without a --task, give --data"),
       (["--score_options=x=1"], "no option 'x'"),
       (["--algorithm=a_lol_kl"], "a_lol_kl, which need a positive one"),
       (
