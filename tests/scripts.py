@@ -89,11 +89,17 @@ UNCHECKED = (
 )
 
 
+# Tiny models from random weights; the defaults are for pretrained ones.
+SFT_RATES = ("--learning_rate=1e-3", "--warmup=0", "--weight_decay=0.1")
+
+
 def _as_needed(script, flags):
   """The flags, without the checks of a script that are tested elsewhere."""
-  if pathlib.Path(script).stem not in UNCHECKED:
+  name = pathlib.Path(script).stem
+  if name not in UNCHECKED:
     return flags
-  return ["--preflight=off", *flags]
+  rates = SFT_RATES if name == "sft" else ()
+  return ["--preflight=off", *rates, *flags]
 
 
 def arguments(workdir, *flags):
