@@ -90,7 +90,10 @@ UNCHECKED = (
 
 
 # Tiny models from random weights; the defaults are for pretrained ones.
-SFT_RATES = ("--learning_rate=1e-3", "--warmup=0", "--weight_decay=0.1")
+RATES = {
+  "sft": ("--learning_rate=1e-3", "--warmup=0", "--weight_decay=0.1"),
+  "outcome_reward_model": ("--learning_rate=1e-4", "--warmup=0"),
+}
 
 
 def _as_needed(script, flags):
@@ -98,8 +101,7 @@ def _as_needed(script, flags):
   name = pathlib.Path(script).stem
   if name not in UNCHECKED:
     return flags
-  rates = SFT_RATES if name == "sft" else ()
-  return ["--preflight=off", *rates, *flags]
+  return ["--preflight=off", *RATES.get(name, ()), *flags]
 
 
 def arguments(workdir, *flags):
