@@ -246,7 +246,7 @@ class BadInputTest(absltest.TestCase):
       ([dense, other], "another vocabulary than --policy=.*reads texts"),
       (
         ["--task=arithmetic", "--task_options=", "--reward_terms=steps"],
-        "say step_matches.* --task=arithmetic are is_correct",
+        "say step_matches.* of this one are is_correct",
       ),
     ]
     workdir = scripts.scratch() / "bad"
