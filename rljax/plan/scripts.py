@@ -189,4 +189,7 @@ def _logits_of(traced, args):
 
 def _is_embedding(name: str) -> bool:
   """Whether a path of a parameter is that of the embedding of tokens."""
-  return name.endswith(("embed_tokens/embedding", "wte/embedding"))
+  return name.split("/")[-2:] in (
+    ["embed_tokens", "embedding"],
+    ["wte", "embedding"],
+  )

@@ -397,26 +397,28 @@ def run(
     tolerance=guards.tolerance(is_float32),
     gradient_tolerance=(1e-3 if is_float32 else 0.1) if parts_add_up else None,
   )
-  # Other ratios at the ends, where rows have ended.
-  length = mask.sum(axis=1, keepdims=True)
-  is_end = (jnp.arange(mask.shape[1])[None] == length - 1) & (
-    rows["rollout"].finished[:, None] if stop_ids else True
-  )
-  moved = jnp.where(is_end, rows["old_log_probs"] - 0.05, rows["old_log_probs"])
-  gap = relative_gap(
-    gradients_of(1)[0], gradients_of(1, rows | {"old_log_probs": moved})[0]
-  )
-  checks.append(
-    Check(
-      "the end of a response is learnt from",
-      float(gap <= 1e-6),
-      0.0,
-      "1 if the gradient does not change with the ratio there",
-    )
-  )
+  if rollout.allowed is None:  # Else the end may be the one token allowed.
+    checks.append(_end_is_learnt(rows, gradients_of, has_ends=bool(stop_ids)))
   memory = state | {"reference": reference}
   show(checks, [row for x in programs for row in x.compilations], memory)
   enforce(checks, mode)
+
+
+def _end_is_learnt(rows, gradients_of, *, has_ends):
+  """Checks that other ratios at the ends of rows give another gradient."""
+  mask, old = rows["rollout"].response_mask, rows["old_log_probs"]
+  length = mask.sum(axis=1, keepdims=True)
+  is_end = (jnp.arange(mask.shape[1])[None] == length - 1) & (
+    rows["rollout"].finished[:, None] if has_ends else True
+  )
+  moved = rows | {"old_log_probs": jnp.where(is_end, old - 0.05, old)}
+  gap = relative_gap(gradients_of(1)[0], gradients_of(1, moved)[0])
+  return Check(
+    "the end of a response is learnt from",
+    float(gap <= 1e-6),
+    0.0,
+    "1 if the gradient does not change with the ratio there",
+  )
 
 
 def with_ends(

@@ -143,6 +143,7 @@ class ConstraintTest(absltest.TestCase):
       PPO,
       scripts.scratch() / "refused",
       f"--policy={policy()}",
+      "--task=arithmetic",
       "--stop_at_eos",
       "--constraint=grammar",
       ok=False,
