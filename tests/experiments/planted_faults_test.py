@@ -246,8 +246,9 @@ def _errors(cases):
   folder.mkdir()
   sft = {"script": "experiments/sft.py"}
   common = ("--hidden_size=16", "--num_layers=1", "--max_positions=48")
-  common += ("--preflight=off", "--steps=1", "--num_eval_prompts=8")
-  common += ("--num_examples=16", "--batch_size=8")
+  common += ("--preflight=off", "--steps=20", "--num_eval_prompts=8")
+  # No uniform distribution, which no temperature changes.
+  common += ("--num_examples=16", "--batch_size=8", "--learning_rate=3e-2")
   sums = ("--task=merge_sums", SUMS[1] + ",slot=true", "--tokenizer=character")
   runs = [
     sft | {"flags": (folder / "words", "--task=word_lists", *common)},
