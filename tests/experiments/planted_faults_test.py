@@ -136,8 +136,8 @@ FAULTS = [
   ),
   (
     *("outcome_reward_model", 'scores.reshape(batch["present"].shape)'),
-    "(scores + scores[:1] * jax.numpy.arange(len(scores)))"
-    '.reshape(batch["present"].shape)',
+    "(scores + scores[:1] * jax.numpy.arange(scores.size)"
+    '.reshape(scores.shape)).reshape(batch["present"].shape)',
     ORDER,
   ),
   ("expert_iteration", *_nll(MASK, f"{MASK} & ~({ENDS})"), END),
