@@ -113,27 +113,30 @@ def _foreign_calls(traced, executable, args):
   return calls
 
 
-class LoweringTest(parameterized.TestCase):
-  def _check(self, name):
-    found = _plan(name, *MESH, inspect=_foreign_calls, compiles=False)
-    self.assertRegex(found.ended, SAMPLED.get(name, "^$"))
-    names = {program.name for program in found.programs}
-    self.assertLessEqual(set(PROGRAMS[name]), names)
-    for program in found.programs:
-      for platform, calls in program.details.items():
-        self.assertEqual(calls, [], f"{program.name} on {platform}")
+def _check(case, name):
+  found = _plan(name, *MESH, inspect=_foreign_calls, compiles=False)
+  case.assertRegex(found.ended, SAMPLED.get(name, "^$"))
+  names = {program.name for program in found.programs}
+  case.assertLessEqual(set(PROGRAMS[name]), names)
+  for program in found.programs:
+    for platform, calls in program.details.items():
+      case.assertEqual(calls, [], f"{program.name} on {platform}")
 
+
+class LoweringTest(parameterized.TestCase):
   @parameterized.parameters(*QUICK)
   def test_programs_lower_for_tpu_and_cuda(self, name):
-    self._check(name)
-
-  @pytest.mark.slow
-  @parameterized.parameters(*(set(PROGRAMS) - set(QUICK)))
-  def test_programs_of_the_others(self, name):
-    self._check(name)
+    _check(self, name)
 
   def test_no_script_is_left_out(self):
     self.assertEqual(set(PROGRAMS), {*meshes_test.RUNS, "sft"})
+
+
+@pytest.mark.slow
+class OtherLoweringTest(parameterized.TestCase):
+  @parameterized.parameters(*sorted(set(PROGRAMS) - set(QUICK)))
+  def test_programs_lower_for_tpu_and_cuda(self, name):
+    _check(self, name)
 
 
 class CompiledTest(parameterized.TestCase):
@@ -227,7 +230,10 @@ class CommandTest(absltest.TestCase):
         "Unknown command line flag 'nothing'",
       ),
       (
-        ["--target=cpu:8", "--", "experiments/grpo.py", "--policy=nowhere/x/y"],
+        [
+          *("--target=cpu:8", "--", "experiments/grpo.py"),
+          *("--policy=nowhere/x/y", "--task=arithmetic"),
+        ],
         "neither a directory",
       ),
     ):
