@@ -11,7 +11,7 @@ _PARTS = ("argument", "temporary", "output", "alias", "code")
 
 
 @dataclasses.dataclass
-class Row:
+class ProgramRow:
   """What one program takes; numbers are of one device unless they say more.
 
   Attributes:
@@ -62,7 +62,7 @@ class Details:
   has_narrow: bool
 
 
-def rows(programs: Sequence[Any], step: int) -> list[Row]:
+def rows(programs: Sequence[Any], step: int) -> list[ProgramRow]:
   """Describes the programs of a plan.
 
   Args:
@@ -91,7 +91,7 @@ def _row(program, step):
       f"{share:.1%} of the operations are products with float32 beside "
       f"bfloat16, the largest {counted.widest}",
     )
-  return Row(
+  return ProgramRow(
     name=program.name,
     seconds=program.seconds,
     memory=dict(program.memory),
@@ -113,8 +113,8 @@ def _row(program, step):
 
 
 def extrapolate(
-  shallow: Row, deep: Row, depths: tuple[int, int], depth: int
-) -> Row:
+  shallow: ProgramRow, deep: ProgramRow, depths: tuple[int, int], depth: int
+) -> ProgramRow:
   """Draws a line through a program at two depths, to a third.
 
   Args:
@@ -138,11 +138,11 @@ def extrapolate(
   fixed = {name: getattr(deep, name) for name in names}
   fixed["error"] = shallow.error or deep.error
   fixed["seconds"] = shallow.seconds + deep.seconds
-  return Row(
+  return ProgramRow(
     **fixed,
     **{
       field.name: both(getattr(shallow, field.name), getattr(deep, field.name))
-      for field in dataclasses.fields(Row)
+      for field in dataclasses.fields(ProgramRow)
       if field.name not in fixed
     },
   )
@@ -216,7 +216,7 @@ class Summary:
 
 
 def summarise(
-  target: targets.Target, found: Sequence[Row], tokens: int
+  target: targets.Target, found: Sequence[ProgramRow], tokens: int
 ) -> Summary:
   """Sums up the programs of a script on a machine.
 
@@ -267,7 +267,9 @@ def summarise(
   return summary
 
 
-def text(target: targets.Target, found: Sequence[Row], summary: Summary) -> str:
+def text(
+  target: targets.Target, found: Sequence[ProgramRow], summary: Summary
+) -> str:
   """Writes a plan as text, program by program."""
   lines = [f"{target.name}: {target.num_devices} devices ({target.kind})"]
   if summary.room:

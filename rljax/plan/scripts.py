@@ -133,7 +133,7 @@ class Planned:
     self.tokens = rows * (values.get("max_length") or 0)
 
   @property
-  def rows(self) -> list[report.Row]:
+  def rows(self) -> list[report.ProgramRow]:
     """What the programs take, with their calls in the last step."""
     return report.rows(self.programs, self._last)
 

@@ -7,7 +7,7 @@ from absl.testing import absltest
 from rljax.plan import report, targets
 
 GB = 1e9
-ROW = report.Row(
+ROW = report.ProgramRow(
   name="sample",
   seconds=1.0,
   memory={
