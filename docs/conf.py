@@ -78,6 +78,8 @@ PAGES = {
       "forking",
       "tasks",
       "data",
+      "models",
+      "runs",
       "devices",
       "generated/launching",
       "speed",

@@ -50,8 +50,8 @@ class Ended(Exception):
     exit_status: of the process.
   """
 
-  done: Sequence[Any] = ()
-  rows: Sequence[dict[str, Any]] = ()
+  done = ()
+  rows = ()
   exit_status = 0
 
 
