@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, moe, norms, products
+from rljax.models import attention, linear, moe, norms, products
 from rljax.models import rope as rope_lib
 
 Array = jax.Array
@@ -318,11 +318,13 @@ class Attention(nn.Module):
     sizes = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
     if c.qkv_layout == "split":
       self.q_proj, self.k_proj, self.v_proj = (
-        _dense(c, size * c.head_dim, c.qkv_bias) for size in sizes
+        linear.dense(c, size * c.head_dim, c.qkv_bias) for size in sizes
       )
     else:
-      self.qkv_proj = _dense(c, sum(sizes) * c.head_dim, c.qkv_bias)
-    self.o_proj = _dense(c, c.hidden_size, c.output_bias, into_residual=True)
+      self.qkv_proj = linear.dense(c, sum(sizes) * c.head_dim, c.qkv_bias)
+    self.o_proj = linear.dense(
+      c, c.hidden_size, c.output_bias, into_residual=True
+    )
     if c.qk_norm:
       self.q_norm = make_norm(c)
       self.k_norm = make_norm(c)
@@ -387,12 +389,14 @@ class FeedForward(nn.Module):
   def setup(self):
     c = self.config
     if c.gated and c.gate_up_joined:
-      self.gate_up_proj = _dense(c, 2 * c.intermediate_size, c.mlp_bias)
+      self.gate_up_proj = linear.dense(c, 2 * c.intermediate_size, c.mlp_bias)
     else:
       if c.gated:
-        self.gate_proj = _dense(c, c.intermediate_size, c.mlp_bias)
-      self.up_proj = _dense(c, c.intermediate_size, c.mlp_bias)
-    self.down_proj = _dense(c, c.hidden_size, c.mlp_bias, into_residual=True)
+        self.gate_proj = linear.dense(c, c.intermediate_size, c.mlp_bias)
+      self.up_proj = linear.dense(c, c.intermediate_size, c.mlp_bias)
+    self.down_proj = linear.dense(
+      c, c.hidden_size, c.mlp_bias, into_residual=True
+    )
 
   def __call__(self, x: Array) -> Array:
     c = self.config
@@ -511,10 +515,10 @@ class Decoder(nn.Module):
 
   def setup(self):
     c = self.config
-    self.embed_tokens = embed(c, c.vocab_size)
+    self.embed_tokens = linear.embed(c, c.vocab_size, c.hidden_size)
     if c.learned_positions is not None:
       rows = c.max_positions + c.learned_positions
-      self.embed_positions = embed(c, rows)
+      self.embed_positions = linear.embed(c, rows, c.hidden_size)
     block = nn.remat(Block) if c.remat else Block
     self.layers = [block(c, i) for i in range(c.num_layers)]
     self.norm = make_norm(c)
@@ -657,29 +661,3 @@ def make_norm(config: DecoderConfig) -> nn.Module:
     )
   plus_one = config.norm == "rms_plus_one"
   return norms.RMSNorm(config.norm_eps, config.param_dtype, plus_one)
-
-
-def embed(config: DecoderConfig, rows: int) -> nn.Embed:
-  """Returns a table of vectors of the model's width."""
-  return nn.Embed(
-    rows,
-    config.hidden_size,
-    param_dtype=config.param_dtype,
-    embedding_init=nn.initializers.normal(config.initializer_range),
-  )
-
-
-def _dense(
-  config: DecoderConfig, features: int, use_bias: bool, into_residual=False
-) -> nn.Dense:
-  """A dense layer; what is added to the residual stream starts smaller."""
-  scale = config.initializer_range
-  if into_residual:
-    scale /= math.sqrt(2 * config.num_layers)
-  return nn.Dense(
-    features,
-    use_bias=use_bias,
-    dtype=config.dtype,
-    param_dtype=config.param_dtype,
-    kernel_init=nn.initializers.normal(scale),
-  )

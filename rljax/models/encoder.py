@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, classifier, fields, norms
+from rljax.models import attention, classifier, fields, linear, norms
 
 Array = jax.Array
 
@@ -370,10 +370,10 @@ class Attention(nn.Module):
 
   def setup(self):
     c = self.config
-    self.query = _dense(c, c.hidden_size)
-    self.key = _dense(c, c.hidden_size)
-    self.value = _dense(c, c.hidden_size)
-    self.output = _dense(c, c.hidden_size)
+    self.query = linear.dense(c, c.hidden_size)
+    self.key = linear.dense(c, c.hidden_size)
+    self.value = linear.dense(c, c.hidden_size)
+    self.output = linear.dense(c, c.hidden_size)
 
   def __call__(self, x: Array, mask: Array) -> Array:
     heads = lambda y: y.reshape(*y.shape[:-1], self.config.num_heads, -1)
@@ -390,8 +390,8 @@ class FeedForward(nn.Module):
 
   def setup(self):
     c = self.config
-    self.up = _dense(c, c.intermediate_size)
-    self.down = _dense(c, c.hidden_size)
+    self.up = linear.dense(c, c.intermediate_size)
+    self.down = linear.dense(c, c.hidden_size)
 
   def __call__(self, x: Array) -> Array:
     return self.down(_ACTIVATIONS[self.config.activation](self.up(x)))
@@ -421,19 +421,21 @@ class Encoder(nn.Module):
 
   def setup(self):
     c = self.config
-    self.word_embeddings = _embedding(c, c.vocab_size)
+    self.word_embeddings = linear.embed(c, c.vocab_size, c.embedding_size)
     rows = c.max_positions + c.position_offset
-    self.position_embeddings = _embedding(c, rows)
+    self.position_embeddings = linear.embed(c, rows, c.embedding_size)
     if c.type_vocab_size:
-      self.token_type_embeddings = _embedding(c, c.type_vocab_size)
+      self.token_type_embeddings = linear.embed(
+        c, c.type_vocab_size, c.embedding_size
+      )
     self.embedding_norm = _norm(c)
     if c.embedding_size != c.hidden_size:
-      self.embeddings_project = _dense(c, c.hidden_size)
+      self.embeddings_project = linear.dense(c, c.hidden_size)
     block = nn.remat(Block) if c.remat else Block
     self.layers = [block(c) for _ in range(c.num_layers)]
     in_float32 = dataclasses.replace(c, dtype=jnp.float32)
-    self.pooler = _dense(in_float32, c.hidden_size)
-    self.classifier = _dense(in_float32, len(c.labels))
+    self.pooler = linear.dense(in_float32, c.hidden_size)
+    self.classifier = linear.dense(in_float32, len(c.labels))
 
   def __call__(
     self, ids: Array, mask: Array, token_type_ids: Array | None = None
@@ -486,23 +488,5 @@ class Encoder(nn.Module):
     return self.classifier(squash(self.pooler(x)))
 
 
-def _embedding(config: EncoderConfig, rows: int) -> nn.Embed:
-  return nn.Embed(
-    rows,
-    config.embedding_size,
-    param_dtype=config.param_dtype,
-    embedding_init=nn.initializers.normal(config.initializer_range),
-  )
-
-
 def _norm(config: EncoderConfig) -> norms.LayerNorm:
   return norms.LayerNorm(config.layer_norm_eps, config.param_dtype)
-
-
-def _dense(config: EncoderConfig, features: int) -> nn.Dense:
-  return nn.Dense(
-    features,
-    dtype=config.dtype,
-    param_dtype=config.param_dtype,
-    kernel_init=nn.initializers.normal(config.initializer_range),
-  )

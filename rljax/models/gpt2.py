@@ -5,7 +5,6 @@ learning compares the probabilities of two passes over the same tokens.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, fields, norms, products
+from rljax.models import attention, fields, linear, norms, products
 
 Array = jax.Array
 Cache = attention.Cache
@@ -224,8 +223,8 @@ class Attention(nn.Module):
 
   def setup(self):
     c = self.config
-    self.c_attn = _dense(c, 3 * c.hidden_size)
-    self.c_proj = _dense(c, c.hidden_size, into_residual=True)
+    self.c_attn = linear.dense(c, 3 * c.hidden_size)
+    self.c_proj = linear.dense(c, c.hidden_size, into_residual=True)
 
   def _project(self, x):
     """`[..., D]` to queries, keys and values, `[..., H, d]` each."""
@@ -252,8 +251,8 @@ class FeedForward(nn.Module):
 
   def setup(self):
     c = self.config
-    self.c_fc = _dense(c, c.intermediate_size)
-    self.c_proj = _dense(c, c.hidden_size, into_residual=True)
+    self.c_fc = linear.dense(c, c.intermediate_size)
+    self.c_proj = linear.dense(c, c.hidden_size, into_residual=True)
 
   def __call__(self, x: Array) -> Array:
     return self.c_proj(_ACTIVATIONS[self.config.activation](self.c_fc(x)))
@@ -289,8 +288,8 @@ class GPT2(nn.Module):
 
   def setup(self):
     c = self.config
-    self.wte = _embedding(c, c.vocab_size)
-    self.wpe = _embedding(c, c.max_positions)
+    self.wte = linear.embed(c, c.vocab_size, c.hidden_size)
+    self.wpe = linear.embed(c, c.max_positions, c.hidden_size)
     block = nn.remat(Block) if c.remat else Block
     self.layers = [block(c) for _ in range(c.num_layers)]
     self.ln_f = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
@@ -386,25 +385,3 @@ class GPT2(nn.Module):
       hidden.astype(c.dtype),
       self.wte.embedding.astype(c.dtype),
     )
-
-
-def _embedding(config: GPT2Config, rows: int) -> nn.Embed:
-  return nn.Embed(
-    rows,
-    config.hidden_size,
-    param_dtype=config.param_dtype,
-    embedding_init=nn.initializers.normal(config.initializer_range),
-  )
-
-
-def _dense(config: GPT2Config, features: int, into_residual=False) -> nn.Dense:
-  """A dense layer; what is added to the residual stream starts smaller."""
-  scale = config.initializer_range
-  if into_residual:
-    scale /= math.sqrt(2 * config.num_layers)
-  return nn.Dense(
-    features,
-    dtype=config.dtype,
-    param_dtype=config.param_dtype,
-    kernel_init=nn.initializers.normal(scale),
-  )

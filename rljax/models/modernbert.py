@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rljax.models import attention, classifier, config_fields, decoder
+from rljax.models import attention, classifier, config_fields, decoder, linear
 from rljax.models import rope as rope_lib
 
 Array = jax.Array
@@ -182,21 +182,15 @@ class ModernBert(nn.Module):
 
   def setup(self):
     c = self.config
-    self.embed_tokens = decoder.embed(c, c.vocab_size)
+    self.embed_tokens = linear.embed(c, c.vocab_size, c.hidden_size)
     self.embedding_norm = decoder.make_norm(c)
     block = nn.remat(decoder.Block) if c.remat else decoder.Block
     self.layers = [block(c, i) for i in range(c.num_layers)]
     self.norm = decoder.make_norm(c)
-    dense = lambda features, bias: nn.Dense(
-      features,
-      use_bias=bias,
-      dtype=jnp.float32,
-      param_dtype=c.param_dtype,
-      kernel_init=nn.initializers.normal(c.initializer_range),
-    )
-    self.head_dense = dense(c.hidden_size, c.head_bias)
+    in_float32 = dataclasses.replace(c, dtype="float32")
+    self.head_dense = linear.dense(in_float32, c.hidden_size, c.head_bias)
     self.head_norm = decoder.make_norm(c)
-    self.classifier = dense(len(c.labels), True)
+    self.classifier = linear.dense(in_float32, len(c.labels))
 
   def __call__(self, ids: Array, mask: Array) -> Array:
     """Computes the logits of whole texts.

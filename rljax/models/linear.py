@@ -1,0 +1,47 @@
+"""Dense layers and tables of vectors, as the config of a model has them.
+
+A config holds `dtype`, `param_dtype` and `initializer_range`.
+"""
+
+import math
+from typing import Any
+
+from flax import linen as nn
+
+
+def dense(
+  config: Any,
+  features: int,
+  use_bias: bool = True,
+  *,
+  into_residual: bool = False,
+) -> nn.Dense:
+  """Returns a dense layer.
+
+  Args:
+    config: of the model.
+    features: width of what it computes.
+    use_bias: whether it has a bias.
+    into_residual: whether its output is added to the residual stream: its new
+      weights are then smaller, by the square root of twice `num_layers`.
+  """
+  scale = config.initializer_range
+  if into_residual:
+    scale /= math.sqrt(2 * config.num_layers)
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    kernel_init=nn.initializers.normal(scale),
+  )
+
+
+def embed(config: Any, rows: int, width: int) -> nn.Embed:
+  """Returns a table of `rows` vectors of a width."""
+  return nn.Embed(
+    rows,
+    width,
+    param_dtype=config.param_dtype,
+    embedding_init=nn.initializers.normal(config.initializer_range),
+  )
