@@ -82,9 +82,6 @@ def batch_sizes(
     name = "--sample_batch_size"
     meshes.check_divisible(values.sample_batch_size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
-  if "sample_batch_size" in values:
-    name = "--sample_batch_size"
-    meshes.check_divisible(values.sample_batch_size, mesh, name)
   return microbatch.Sizes(rows, minibatch, micro_batch)
 
 
