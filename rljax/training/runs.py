@@ -143,7 +143,7 @@ class Run:
     self.best: dict[str, Any] | None = None
     self.is_complete = False
     self._values, self._in_force = values, in_force
-    self._keeps_best = "keep_best" in values and values.keep_best
+    self._keeps_best = self._flag("keep_best", False)
     self._may_change = may_change
     self._saved_every = longer.filed(values.workdir).get("save_every", 0)
     self._lock = lock  # Held as long as this object lives.
@@ -159,12 +159,11 @@ class Run:
 
   def _new_watch(self):
     """What looks at the metrics, by the flags that the script has."""
-    values = self._values
-    mode = values.preflight if "preflight" in values else "off"
-    is_float32 = "dtype" not in values or values.dtype == "float32"
+    mode = self._flag("preflight", "off")
+    is_float32 = self._flag("dtype", "float32") == "float32"
     return guards.Watch(
       self.note,
-      max_skipped=values.max_skipped if "max_skipped" in values else 0,
+      max_skipped=self._flag("max_skipped", 0),
       max_gap=None if mode == "off" else guards.tolerance(is_float32),
       is_strict=mode == "strict",
     )
