@@ -30,7 +30,7 @@ POLICIES = {
 # What a script needs that a plan has no run of another one for.
 INSTEAD = {
   "offline": {"--cache": "--algorithm=nll"},
-  "rlmec": {"--num_eval_prompts": "--template=compact"},
+  "rlmec": {"--eval_every": "--template=compact"},
 }
 # Scripts whose fits take what was sampled: a plan of them ends before.
 SAMPLED = {
