@@ -267,7 +267,7 @@ def main():
   run.total_steps = batches.num_updates(
     len(encoded), FLAGS.batch_size, FLAGS.epochs
   )
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)
