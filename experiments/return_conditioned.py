@@ -37,7 +37,7 @@ from absl import flags
 from rljax import cli, tasks
 from rljax.distributed import processes
 from rljax.evaluation import answers
-from rljax.generation import completions, rollouts, samplers
+from rljax.generation import completions, forced, responders, rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
 from rljax.ops import log_probs
@@ -160,7 +160,7 @@ def main():
       required = ("prompt", "response", "finished", "parts")
       found = [files.read_jsonl(p, required=required) for p in FLAGS.solutions]
       return train.attach(sum(found, []))
-    return samplers.collect(
+    return responders.collect(
       os.path.join(run.workdir, "solutions.jsonl"),
       sampler.responder(train, num_samples=FLAGS.num_solutions, **at_once),
       params,
@@ -280,7 +280,7 @@ def main():
   state = run.restore({"policy": base.params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
   save_forced = functools.partial(
-    samplers.save_forced,
+    forced.save,
     forced=good,
     forced_as=tokens.single_id(tokenizer, " ") if FLAGS.blank_slot else None,
   )

@@ -2,7 +2,7 @@
 
 A trace is a response; a step is one of its lines, with the line feed that ends
 it, unless a task ends its steps by other characters. Rows are those of
-`samplers.collect`.
+`responders.collect`.
 """
 
 import collections
