@@ -240,8 +240,12 @@ def main():
   (asked,) = prompts.encode(
     tokenizer, [row["prompt"] for row in rows], **cli.encode_options(FLAGS)
   )
+  end_id = tokens.end_id(tokenizer, cli.prompt_format(FLAGS))
   encoded = [
-    (ids, *steps.encode_tagged(tokenizer, row["tagged"], tag_ids))
+    (
+      ids,
+      *steps.encode_tagged(tokenizer, row["tagged"], tag_ids, end_id=end_id),
+    )
     for ids, row in zip(asked.encoded, rows, strict=True)
   ]
   shape = batches.supervised_shape(encoded)
