@@ -41,7 +41,15 @@ from rljax.generation import completions, forced, responders, rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
 from rljax.ops import log_probs
-from rljax.text import batches, files, prompts, steps, tokens
+from rljax.text import (
+  batches,
+  end_tokens,
+  files,
+  prompts,
+  steps,
+  tokens,
+  vocabularies,
+)
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -137,14 +145,14 @@ def main():
   _, parts = score(held_out.texts[:1], [""])
   tasks.check_parts(score.description, parts, "is_correct")
   tags = (FLAGS.good_tag, FLAGS.bad_tag)
-  tag_ids = {tag: tokens.single_id(tokenizer, tag) for tag in tags}
+  tag_ids = {tag: vocabularies.single_id(tokenizer, tag) for tag in tags}
 
   # What is asked: training prompts, their prefixes, and held-out prompts with
   # either tag in front of every step, or none.
   settings = cli.sampler_settings(FLAGS, unfinished_score=0.0)
   sampler = samplers.Sampler(policy, tokenizer, settings, mesh=run.mesh)
   at_once = {"batch_size": FLAGS.sample_batch_size}
-  texts_of = tokens.token_bytes(tokenizer, vocab_size=config.vocab_size)
+  texts_of = vocabularies.token_bytes(tokenizer, vocab_size=config.vocab_size)
   good, bad = (steps.forced_tag(texts_of, tag_ids[tag]) for tag in tags)
   answer = {
     "good": sampler.greedy(held_out, forced=good, **at_once),
@@ -240,7 +248,7 @@ def main():
   (asked,) = prompts.encode(
     tokenizer, [row["prompt"] for row in rows], **cli.encode_options(FLAGS)
   )
-  end_id = tokens.end_id(tokenizer, cli.prompt_format(FLAGS))
+  end_id = end_tokens.end_id(tokenizer, cli.prompt_format(FLAGS))
   encoded = [
     (
       ids,
@@ -286,7 +294,9 @@ def main():
   save_forced = functools.partial(
     forced.save,
     forced=good,
-    forced_as=tokens.single_id(tokenizer, " ") if FLAGS.blank_slot else None,
+    forced_as=vocabularies.single_id(tokenizer, " ")
+    if FLAGS.blank_slot
+    else None,
   )
 
   def batch_of(step):

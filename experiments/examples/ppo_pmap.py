@@ -39,7 +39,13 @@ from rljax.losses import entropy, ppo
 from rljax.models import heads, hf
 from rljax.ops import advantages, masking, rewards, sampling
 from rljax.storage import checkpoint, locks
-from rljax.text import batches, keywords, prompts, tokens
+from rljax.text import (
+  batches,
+  keywords,
+  prompts,
+  tokens,
+  vocabularies,
+)
 from rljax.training import guards, logs, optimizers
 
 flags.DEFINE_string(
@@ -133,7 +139,7 @@ def main():
   loaded = hf.load(FLAGS.policy)
   policy, tokenizer = loaded.model, loaded.tokenizer
   allowed = jnp.asarray(
-    tokens.allowed_tokens(tokenizer, policy.config.vocab_size)
+    vocabularies.allowed_tokens(tokenizer, policy.config.vocab_size)
   )
   task_options = keywords.parse(FLAGS.task_options)
   keywords.check(task.prompts, task_options)

@@ -17,7 +17,12 @@ import numpy as np
 from rljax.distributed import compiled, meshes, planning, processes
 from rljax.generation import answered, responses, rollouts, stops
 from rljax.ops import sampling
-from rljax.text import asked, files, tokens
+from rljax.text import (
+  asked,
+  files,
+  tokens,
+  vocabularies,
+)
 from rljax.text import batches as batches_lib
 
 
@@ -101,7 +106,7 @@ class Responder:
     stop_ids, allowed = stops.ends(model, tokenizer, stop_at_eos, stop_tokens)
     stop_table, self._pieces = None, ()
     if stop_strings:
-      self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
+      self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(stop_strings, self._pieces)
 
     def sample(key, params, batch):
@@ -129,7 +134,7 @@ class Responder:
         constraint=within,
         split_cache=meshes.cache_splitter(mesh),
         split_logits=meshes.logits_splitter(mesh),
-        pad_id=tokens.pad_id(tokenizer),
+        pad_id=vocabularies.pad_id(tokenizer),
       )
 
       # Nobody reads it: it need not leave the devices.

@@ -13,8 +13,12 @@ import numpy as np
 from rljax.distributed import compiled, meshes
 from rljax.generation import grammars, responders, responses, rollouts, stops
 from rljax.ops import sampling
-from rljax.text import prompts as prompts_lib
-from rljax.text import tokens
+from rljax.text import (
+  prompts as prompts_lib,
+)
+from rljax.text import (
+  vocabularies,
+)
 
 
 class Sampler:
@@ -67,7 +71,7 @@ class Sampler:
       self._grammar = meshes.replicate(grammar, mesh)
     stop_table = None
     if settings.stop_strings:
-      self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
+      self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(settings.stop_strings, self._pieces)
 
     def sample(key, params, ids, mask, lengths, within):
@@ -88,7 +92,7 @@ class Sampler:
         constraint=within,
         split_cache=meshes.cache_splitter(mesh),
         split_logits=meshes.logits_splitter(mesh),
-        pad_id=tokens.pad_id(tokenizer),
+        pad_id=vocabularies.pad_id(tokenizer),
       )
 
     self.program = compiled.Compiled("sample", sample)

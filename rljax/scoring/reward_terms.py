@@ -28,7 +28,10 @@ from rljax.generation import responses, rollouts
 from rljax.models import classifier, hf
 from rljax.ops import masking, rewards
 from rljax.scoring import scorers
-from rljax.text import tokens
+from rljax.text import (
+  tokens,
+  vocabularies,
+)
 
 Array = chex.Array
 
@@ -285,7 +288,9 @@ def load(
   vocab_size = loaded.model.config.vocab_size
   line_feeds = np.zeros(vocab_size, np.int32)  # In each token.
   if {"steps", "dense_reward_model"} & set(names):
-    token_bytes = tokens.token_bytes(loaded.tokenizer, vocab_size=vocab_size)
+    token_bytes = vocabularies.token_bytes(
+      loaded.tokenizer, vocab_size=vocab_size
+    )
     line_feeds[:] = [piece.count(b"\n") for piece in token_bytes]
   more = {}
   if "reward_model" in names:

@@ -10,7 +10,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rljax.text import batches, chat, chats, forms, logged, splits, tokens
+from rljax.text import (
+  batches,
+  chat,
+  chats,
+  end_tokens,
+  forms,
+  logged,
+  splits,
+  tokens,
+  vocabularies,
+)
 
 Row = forms.Row
 
@@ -205,7 +215,7 @@ def read(
     notes=[*loaded.notes, *encoded.notes],
     is_held_out=is_held_out,
     settings=settings,
-    pad_id=tokens.pad_id(tokenizer),
+    pad_id=vocabularies.pad_id(tokenizer),
   )
 
 
@@ -354,7 +364,7 @@ def prepare(
   """
   rows, refused = chats.render(rows, tokenizer, prompt_format)
   template = chat.parse(prompt_format, tokenizer)
-  end_id = tokens.end_id(tokenizer, prompt_format)
+  end_id = end_tokens.end_id(tokenizer, prompt_format)
   if template and all_turns:
     limits["template"] = template
   encoded = encode(tokenizer, rows, end_id=end_id, **limits)
@@ -540,7 +550,7 @@ def _dialogue(template, row, prompt_ids, counts, *, end_id):
 def _without_ends(tokenizer, row: Row) -> Row:
   """Returns a row without the texts of end tokens behind its replies."""
   bare = tuple(
-    tokens.without_end(tokenizer, text)[0] for text in row.candidates
+    end_tokens.without_end(tokenizer, text)[0] for text in row.candidates
   )
   if bare == row.candidates:
     return row

@@ -14,7 +14,9 @@ from absl.testing import parameterized
 from rljax.distributed import meshes
 from rljax.generation import responses, rollouts, samplers
 from rljax.ops import sampling
-from rljax.text import tokens
+from rljax.text import (
+  vocabularies,
+)
 from tests import stand_in
 from tests.generation import drawing, grammars_test
 
@@ -62,11 +64,11 @@ class SamplerTest(parameterized.TestCase):
         settings=sampler.settings.distribution,
         num_samples=num_samples,
         allowed=jnp.asarray(
-          tokens.allowed_tokens(drawing.WORDS, 120, sampler.stop_ids)
+          vocabularies.allowed_tokens(drawing.WORDS, 120, sampler.stop_ids)
         ),
         stop_ids=sampler.stop_ids,
         lengths=lengths,
-        pad_id=tokens.pad_id(drawing.WORDS),
+        pad_id=vocabularies.pad_id(drawing.WORDS),
       )
     )(drawing.params(), asked.ids[rows], asked.mask[rows], limits)
     _assert_same(drawn.rollout, expected)

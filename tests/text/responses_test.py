@@ -11,7 +11,15 @@ import transformers
 from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
-from rljax.text import chat, chats, encoding, forms, steps, tokens
+from rljax.text import (
+  chat,
+  chats,
+  encoding,
+  forms,
+  steps,
+  tokens,
+  vocabularies,
+)
 from tests import conftest
 
 WORDS = arithmetic.word_tokenizer()
@@ -227,10 +235,10 @@ class DecodeBehindTest(parameterized.TestCase):
     self.assertEqual(found, [" Once", "Once"])
     mask[1] = False
     np.testing.assert_array_equal(
-      tokens.has_text(tokenizer, ids, mask), [True, False]
+      vocabularies.has_text(tokenizer, ids, mask), [True, False]
     )
     start = np.array([[tokenizer.bos_token_id]])
-    self.assertFalse(tokens.has_text(tokenizer, start, start > 0).any())
+    self.assertFalse(vocabularies.has_text(tokenizer, start, start > 0).any())
 
   def test_ids_of_a_rollout_are_used_either_way(self):
     tokenizer = _family("stories")
