@@ -41,6 +41,7 @@ cli.define_models(required=False)
 cli.require_examples()
 cli.define_random_model(hidden_size=96, num_layers=2, max_positions=64)
 cli.define_batches(64)
+cli.define_packing()
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of supervised fine-tuning.
@@ -119,17 +120,20 @@ def main():
   lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
 
+  draw = lambda step: batches.batch_indices(
+    len(train.rows), FLAGS.batch_size, step, seed=FLAGS.seed
+  )
+  pack = cli.packer(FLAGS, run, sizes, train, lambda step: (draw(step), 0))
+
   def batch_of(part, rows):
-    """Rows by number, on the devices; those behind the last row are empty."""
+    """Rows by number; those behind the last row are empty."""
     is_there = rows < len(part.rows)
-    return run.shard(
-      encoding.batch(
-        part,
-        np.where(is_there, rows, 0),
-        np.where(is_there, 0, 1),  # There is no second response.
-        prompt_length=lengths[0],
-        response_length=lengths[1],
-      )
+    return encoding.batch(
+      part,
+      np.where(is_there, rows, 0),
+      np.where(is_there, 0, 1),  # There is no second response.
+      prompt_length=lengths[0],
+      response_length=lengths[1],
     )
 
   # What is differentiated.
@@ -175,7 +179,7 @@ def main():
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
   first = batch_of(train, np.arange(FLAGS.batch_size))
-  run.check_learner(gradients, state["params"], first)
+  run.check_learner(gradients, state["params"], first, pack=pack.alone)
   held_out_loss = run.compile(
     lambda params, batch: (loss_fn(params, batch)[0], weight(batch)),
     name="held-out loss",
@@ -186,7 +190,8 @@ def main():
     losses, weights = [], []
     for start in range(0, len(held_out.rows), sizes.micro_batch):
       rows = np.arange(start, start + sizes.micro_batch)
-      loss, of = held_out_loss(state["params"], batch_of(held_out, rows))
+      batch = run.shard(batch_of(held_out, rows))
+      loss, of = held_out_loss(state["params"], batch)
       losses.append(float(loss))
       weights.append(float(of))
     loss = np.average(losses, weights=weights)
@@ -199,10 +204,8 @@ def main():
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      rows = batches.batch_indices(
-        len(train.rows), FLAGS.batch_size, step, seed=FLAGS.seed
-      )
-      state, learnt = update(state, batch_of(train, rows))
+      batch = run.shard(pack(batch_of(train, draw(step))))
+      state, learnt = update(state, batch)
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = metrics["nll/tokens"] / seconds

@@ -54,7 +54,9 @@ from rljax.cli.learning import (
   define_batches,
   define_max_skipped,
   define_optimizer,
+  define_packing,
   optimizer_options,
+  packer,
   schedule_options,
 )
 from rljax.cli.models import (
@@ -136,6 +138,7 @@ __all__ = (
   "define_optimizer",
   "define_pairwise",
   "define_overlong_penalty",
+  "define_packing",
   "define_preflight",
   "define_prompts",
   "define_presets",
@@ -166,6 +169,7 @@ __all__ = (
   "may_grow",
   "model_options",
   "optimizer_options",
+  "packer",
   "pairwise_options",
   "preset",
   "prompt_format",

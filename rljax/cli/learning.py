@@ -1,12 +1,15 @@
 """Flags of batches and of the optimizer, and their readers."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from rljax.cli import entry, running
 from rljax.distributed import meshes
-from rljax.training import microbatch, optimizers
+from rljax.text import encoding, packing
+from rljax.training import microbatch, optimizers, runs
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
@@ -83,6 +86,59 @@ def batch_sizes(
     meshes.check_divisible(values.sample_batch_size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
   return microbatch.Sizes(rows, minibatch, micro_batch)
+
+
+def define_packing() -> None:
+  """Defines whether texts are joined to longer rows."""
+  flags.DEFINE_integer(
+    "packed_length",
+    0,
+    "Tokens of the rows to which the prompts of an update and their replies "
+    "are joined, so that less of it is padding, the longest of them or more; "
+    "what is learnt stays the same up to rounding. 0 joins none.",
+    lower_bound=0,
+  )
+
+
+def packer(
+  values: flags.FlagValues,
+  run: runs.Run,
+  sizes: microbatch.Sizes,
+  encoded: encoding.Encoded,
+  draw: Callable[[int], tuple[np.ndarray, np.ndarray]],
+) -> packing.Packer:
+  """Plans the packed rows of --packed_length, for the steps of a run.
+
+  Args:
+    values: parsed flags.
+    run: whose steps are known.
+    sizes: of `batch_sizes`.
+    encoded: rows of prompts and replies.
+    draw: maps a step to the numbers of its rows and of their candidates, in
+      shapes that go together, `[B, ...]`.
+
+  Raises:
+    ValueError: if a text is longer than a row.
+  """
+  if not values.packed_length:
+    return packing.Packer()
+  asked, said = encoding.counts(encoded)
+
+  def counts(step):
+    rows, candidates = draw(step)
+    none = said.shape[1] - 1  # Of any number behind the last.
+    return asked[rows], said[rows, np.minimum(candidates, none)]
+
+  packer = packing.plan(
+    values.packed_length,
+    map(counts, range(run.total_steps)),
+    num_parts=sizes.num_parts,
+    multiple=meshes.num_batch_shards(run.mesh),
+    padded=sum(encoding.lengths(encoded)),
+  )
+  for note in packer.notes:
+    run.note(note)
+  return packer
 
 
 def define_optimizer(

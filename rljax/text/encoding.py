@@ -376,6 +376,23 @@ def lengths(encoded: Encoded) -> tuple[int, int]:
   )
 
 
+def counts(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+  """Counts the tokens of prompts and replies.
+
+  Args:
+    encoded: N rows of up to K replies.
+
+  Returns:
+    `[N]` int and `[N, K + 1]` int, 0 where there is no reply, as in the last
+    column.
+  """
+  replies = [[len(ids) for ids in row] for row in encoded.response_ids]
+  found = np.zeros((len(replies), max(map(len, replies), default=0) + 1), int)
+  for row, sizes in zip(found, replies, strict=True):
+    row[: len(sizes)] = sizes
+  return np.array([len(ids) for ids in encoded.prompt_ids], int), found
+
+
 def take(encoded: Encoded, rows: Iterable[int]) -> Encoded:
   """Returns some rows of N, and of every array `[N, ...]` of a subclass.
 
