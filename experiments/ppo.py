@@ -134,7 +134,9 @@ def main():
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
   score = cli.task_scorer(FLAGS, task, run.mesh)
-  terms = cli.load_reward_terms(FLAGS, loaded, run.mesh, map_rows=in_parts)
+  terms = cli.load_reward_terms(
+    FLAGS, loaded, run.mesh, score, map_rows=in_parts
+  )
   terms.check(score, held_out.texts[0])
   sampler = samplers.Sampler(
     policy, tokenizer, cli.sampler_settings(FLAGS), mesh=run.mesh, task=task
