@@ -37,6 +37,7 @@ cli.define_task(num_eval_prompts=256, eval_split=None, scores=False)
 cli.define_log()
 cli.define_held_out()
 cli.define_lengths(max_response_length=512, too_long="error")
+cli.define_turns()
 cli.define_models(required=False)
 cli.require_examples()
 cli.define_random_model(hidden_size=96, num_layers=2, max_positions=64)
@@ -226,7 +227,7 @@ def examples(task, tokenizer):
         logged.task_examples(
           task, split, FLAGS.seed, num, keywords.parse(FLAGS.task_options)
         ),
-        **cli.length_options(FLAGS),
+        **cli.example_options(FLAGS),
       )
       for split, num in (
         ("train", FLAGS.num_examples),
@@ -244,7 +245,7 @@ def examples(task, tokenizer):
     seed=FLAGS.seed,
     first_row=FLAGS.first_row,
     num_rows=FLAGS.num_rows,
-    settings=cli.length_options(FLAGS),
+    settings=cli.example_options(FLAGS),
   )
 
 

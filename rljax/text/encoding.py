@@ -243,6 +243,7 @@ def encode(
   too_long: Literal["skip", "cut", "error"] = "skip",
   end_id: int | None = None,
   template: chat.Template | None = None,
+  assistant_only: bool = True,
 ) -> Encoded:
   """Turns rows into ids; responses end in the end token, unless they were cut.
 
@@ -264,6 +265,8 @@ def encode(
     end_id: the token that responses end in; the tokenizer's own by default.
     template: by which dialogues are rendered, of which all turns of the
       assistant are learnt from; None: the last one alone.
+    assistant_only: False learns from whole texts: the prompt is then their
+      first token, and the response everything behind it.
 
   A row that the tokenizer cannot write is left out and named as well.
 
@@ -318,11 +321,15 @@ def encode(
         raise ValueError(message)
       encoded.skipped.append(message)
       continue
-    if learnt is not None and not any(learnt[:max_response_length]):
+    is_learnt = learnt is None or any(learnt[:max_response_length])
+    if assistant_only and not is_learnt:
       encoded.skipped.append(f"{row.place}: nothing is left to learn from.")
       continue
     counts["prompts_cut"] += prompt != whole
     counts["cut"] += sum(a != b for a, b in zip(cut, responses, strict=True))
+    if not assistant_only:
+      cut = [prompt[1:] + ids for ids in cut]
+      prompt, learnt = prompt[:1], None
     encoded.prompt_ids.append(prompt)
     encoded.response_ids.append(cut)
     encoded.learnt.append(learnt and learnt[:max_response_length])
