@@ -13,8 +13,8 @@ ROOT = conftest.REPOSITORY
 LINES = {
   "ppo": 360,
   "grpo": 340,
-  "offline": 270,
-  "preference": 320,
+  "offline": 275,
+  "preference": 330,
   "rlmec": 400,
   "rlmec_reward_model": 330,
   "expert_iteration": 320,

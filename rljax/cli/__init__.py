@@ -28,9 +28,7 @@ from rljax.cli.data import (
   define_log,
   define_prompts,
   define_task,
-  define_turns,
   encode_options,
-  example_options,
   file_options,
   length_options,
   load_known,
@@ -50,6 +48,12 @@ from rljax.cli.entry import (
   may_grow,
   require,
   run,
+)
+from rljax.cli.examples import (
+  define_examples,
+  example_options,
+  open_stream,
+  pack_feed,
 )
 from rljax.cli.learning import (
   batch_sizes,
@@ -131,6 +135,7 @@ __all__ = (
   "define_dev",
   "define_dynamic_sampling",
   "define_ends",
+  "define_examples",
   "define_kl",
   "define_lengths",
   "define_held_out",
@@ -154,7 +159,6 @@ __all__ = (
   "define_sampler",
   "define_stop_strings",
   "define_task",
-  "define_turns",
   "encode_options",
   "example_options",
   "file_options",
@@ -172,7 +176,9 @@ __all__ = (
   "may_change",
   "may_grow",
   "model_options",
+  "open_stream",
   "optimizer_options",
+  "pack_feed",
   "packer",
   "pairwise_options",
   "preset",

@@ -276,23 +276,6 @@ def length_options(values: flags.FlagValues) -> dict[str, Any]:
   }
 
 
-def define_turns() -> None:
-  """Defines what of a text is learnt, after the limits of rows."""
-  flags.DEFINE_bool(
-    "assistant_only_loss",
-    True,
-    "Whether what the assistant says is learnt alone, in all of its turns of a "
-    "dialogue; false learns whole texts, with what the user and the system "
-    "say, but for the first token.",
-  )
-
-
-def example_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `encoding.prepare` for supervised rows."""
-  only = values.assistant_only_loss
-  return length_options(values) | {"assistant_only": only}
-
-
 def define_log() -> None:
   """Defines the flags of logged replies."""
   flags.DEFINE_string(

@@ -1,6 +1,6 @@
 """Flags of batches and of the optimizer, and their readers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,8 +120,6 @@ def packer(
   Raises:
     ValueError: if a text is longer than a row.
   """
-  if not values.packed_length:
-    return packing.Packer()
   asked, said = encoding.counts(encoded)
 
   def counts(step):
@@ -129,12 +127,31 @@ def packer(
     none = said.shape[1] - 1  # Of any number behind the last.
     return asked[rows], said[rows, np.minimum(candidates, none)]
 
+  return plan_packing(values, run, sizes, counts, encoding.lengths(encoded))
+
+
+def plan_packing(
+  values: flags.FlagValues,
+  run: runs.Run,
+  sizes: microbatch.Sizes,
+  counts: Callable[[int], tuple[np.ndarray, np.ndarray]],
+  lengths: Sequence[int],
+) -> packing.Packer:
+  """The same, by the tokens of each step's prompts and replies.
+
+  Args:
+    values: see `packer`; likewise `run` and `sizes`.
+    run: whose steps are known.
+    sizes: of `batch_sizes`.
+    counts: maps a step to both, `[B, ...]` each.
+    lengths: columns of prompts and replies without packing, for the notes.
+  """
   packer = packing.plan(
     values.packed_length,
     map(counts, range(run.total_steps)),
     num_parts=sizes.num_parts,
     multiple=meshes.num_batch_shards(run.mesh),
-    padded=sum(encoding.lengths(encoded)),
+    padded=sum(lengths),
   )
   for note in packer.notes:
     run.note(note)

@@ -79,6 +79,18 @@ class Packer:
       "packed_places": places,
     }
 
+  def holds(self, asked: np.ndarray, said: np.ndarray) -> bool:
+    """Whether a batch of so many tokens has room in the rows.
+
+    Args:
+      asked: `[B]` int, tokens of the prompts.
+      said: `[B]` int, tokens of the responses.
+    """
+    needed = plan(self.length, [(asked, said)], num_parts=self.num_parts)
+    return (
+      needed.num_rows <= self.num_rows and needed.num_reads <= self.num_reads
+    )
+
   def alone(self, batch: Mapping[str, Any]) -> Batch:
     """Packs any batch, in as many rows as it needs, as one part."""
     asked, said = (
@@ -211,6 +223,26 @@ def plan(
     multiple,
     (f"{note}.",),
   )
+
+
+def room_for(
+  length: int, num_tokens: float, *, num_parts: int = 1, multiple: int = 1
+) -> Packer:
+  """Makes rows for batches that are not known yet.
+
+  Args:
+    length: S, tokens of a row.
+    num_tokens: of a part, for which there is room at least.
+    num_parts: see `plan`; likewise `multiple`.
+    multiple: what R must be divisible by.
+  """
+  num_rows = -(-max(num_tokens, 1) // (length * multiple)) * multiple
+  num_rows = int(num_rows)
+  note = (
+    f"Packing: the texts of a step are joined to {num_rows * num_parts} rows "
+    f"of {length} tokens; those that do not fit wait for the next step."
+  )
+  return Packer(length, num_rows, length, num_parts, multiple, (note,))
 
 
 def _sizes(num_asked: np.ndarray, num_said: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""--packed_length in the scripts that have it, run as a user runs them."""
+"""--packed_length and --stream, in scripts that are run as a user runs them."""
 
 import functools
 import shutil
@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from rljax.tasks import word_lists
+from rljax.text import files
 from tests import scripts
 
 SFT = "experiments/sft.py"
@@ -95,9 +97,8 @@ class PackedLengthTest(parameterized.TestCase):
     shutil.rmtree(again / "checkpoints" / "4")
     script, *flags = RUNS["sft"]
     flags = [flag.format(_policy()) for flag in flags]
-    scripts.run(
-      *(script, again, *flags, *PACKED, "--preflight=strict"), devices=2
-    )
+    run = [again, *flags, *PACKED, "--preflight=strict"]
+    self.assertEqual(scripts.drive(script, [run], devices=2), [None])
     self.assertEqual(scripts.fingerprint(packed), scripts.fingerprint(again))
 
   def test_rows_that_are_too_short(self):
@@ -107,6 +108,51 @@ class PackedLengthTest(parameterized.TestCase):
       script, [[scripts.scratch() / "short", *flags, "--packed_length=4"]]
     )
     self.assertRegex(error, "--packed_length=4 is less than the [0-9]+ tokens")
+
+
+class StreamTest(parameterized.TestCase):
+  def test_goes_on_bit_for_bit(self):
+    path = scripts.scratch() / "rows.jsonl"
+    rows = word_lists.logged("train", 0, num=60)
+    rows = [{k: row[k] for k in ("prompt", "response")} for row in rows]
+    files.write_jsonl(path, rows)
+    flags = [
+      *(f"--policy={_policy()}", f"--data={path}", "--stream"),
+      *("--stream_buffer=16", "--num_eval_prompts=8", "--eval_share=0.2"),
+      *("--max_prompt_length=12", "--max_response_length=20", *SHAPE),
+      *("--too_long=skip", "--packed_length=32", "--preflight=strict"),
+      *("--steps=10", "--save_every=4"),
+    ]
+    whole, again = (scripts.scratch() / f"stream-{i}" for i in range(2))
+    self.assertEqual(scripts.drive(SFT, [[whole, *flags]]), [None])
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "10")
+    self.assertEqual(scripts.drive(SFT, [[again, *flags]]), [None])
+    self.assertEqual(scripts.fingerprint(whole), scripts.fingerprint(again))
+    one, two = (scripts.rows(folder)[-4:] for folder in (whole, again))
+    self.assertEqual(scripts.steady(one), scripts.steady(two))
+    self.assertGreaterEqual(one[-2]["data/epoch"], 1)
+
+  def test_bad_input(self):
+    path = scripts.scratch() / "few.jsonl"
+    rows = [{"prompt": f"a {i}", "response": "b"} for i in range(40)]
+    files.write_jsonl(path, rows)
+    cases = [
+      (["--task=word_lists", "--stream"], "--stream reads a file"),
+      (
+        [f"--data={path}", "--stream", "--packed_length=9"],
+        "must be 24 or more",
+      ),
+    ]
+    runs = [
+      [
+        *(scripts.scratch() / f"bad-{i}", f"--policy={_policy()}", *flags),
+        *("--max_prompt_length=12", "--max_response_length=12"),
+      ]
+      for i, (flags, _) in enumerate(cases)
+    ]
+    for error, (_, words) in zip(scripts.drive(SFT, runs), cases, strict=True):
+      self.assertRegex(str(error), words)
 
 
 if __name__ == "__main__":
