@@ -110,12 +110,15 @@ class PackedLengthTest(parameterized.TestCase):
     self.assertRegex(error, "--packed_length=4 is less than the [0-9]+ tokens")
 
 
+def _write(path, num):
+  pairs = word_lists.supervised("train", 0, num=num)
+  files.write_jsonl(path, [{"prompt": p, "response": r} for p, r in pairs])
+
+
 class StreamTest(parameterized.TestCase):
   def test_goes_on_bit_for_bit(self):
     path = scripts.scratch() / "rows.jsonl"
-    rows = word_lists.logged("train", 0, num=60)
-    rows = [{k: row[k] for k in ("prompt", "response")} for row in rows]
-    files.write_jsonl(path, rows)
+    _write(path, 60)
     flags = [
       *(f"--policy={_policy()}", f"--data={path}", "--stream"),
       *("--stream_buffer=16", "--num_eval_prompts=8", "--eval_share=0.2"),
@@ -135,19 +138,18 @@ class StreamTest(parameterized.TestCase):
 
   def test_bad_input(self):
     path = scripts.scratch() / "few.jsonl"
-    rows = [{"prompt": f"a {i}", "response": "b"} for i in range(40)]
-    files.write_jsonl(path, rows)
+    _write(path, 40)
     cases = [
       (["--task=word_lists", "--stream"], "--stream reads a file"),
       (
         [f"--data={path}", "--stream", "--packed_length=9"],
-        "must be 24 or more",
+        "must be 32 or more",
       ),
     ]
     runs = [
       [
         *(scripts.scratch() / f"bad-{i}", f"--policy={_policy()}", *flags),
-        *("--max_prompt_length=12", "--max_response_length=12"),
+        *("--max_prompt_length=12", "--max_response_length=20"),
       ]
       for i, (flags, _) in enumerate(cases)
     ]
