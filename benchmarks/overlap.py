@@ -21,7 +21,7 @@ from absl import app, flags
 
 from benchmarks import generation, machine
 from rljax.distributed import meshes
-from rljax.generation import ahead, samplers
+from rljax.generation import ahead, responders
 from rljax.ops import sampling
 from rljax.tasks import tokenizers
 
@@ -40,7 +40,7 @@ def measure_all():
   tokenizer = tokenizers.of_words(words, "..")
   rng = np.random.default_rng(0)
   prompts = ["".join(rng.choice(words, 16)) for _ in range(FLAGS.prompts)]
-  responder = samplers.Responder(
+  responder = responders.Responder(
     model,
     tokenizer,
     [tokenizer.encode(prompt)[:16] for prompt in prompts],
@@ -78,7 +78,7 @@ def measure(responder, params, prompts, of_batch, share):
       ):
         path = pathlib.Path(folder, "samples.jsonl")
         started = time.perf_counter()
-        samplers.collect(path, responder, params, prompts, score)
+        responders.collect(path, responder, params, prompts, score)
         found.append(time.perf_counter() - started)
         written[name] = path.read_bytes()
   assert written["waits"] == written["ahead"]

@@ -195,7 +195,7 @@ def main():
     weigh=lambda part: ppo.num_terms(part["rollout"].response_mask, **average),
     sharding=run.rows_sharding,
   )
-  transform = optimizers.adamw(
+  transform = optimizers.make(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
     **cli.optimizer_options(FLAGS),
   )
@@ -328,7 +328,7 @@ def main():
       gradients=gradients,
       micro_batch=sizes.micro_batch,
       num_shards=meshes.num_batch_shards(run.mesh),
-      is_float32=FLAGS.dtype == "float32",
+      is_float32="float32" == FLAGS.dtype == FLAGS.param_dtype,
       programs=[sampler, learn],
     )
 

@@ -221,7 +221,7 @@ def main():
   gradients = microbatch.grad(
     loss_fn, sizes.num_parts, sharding=run.rows_sharding
   )
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)

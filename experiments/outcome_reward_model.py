@@ -201,13 +201,13 @@ def main():
     weigh=weight if is_bce else None,
     sharding=run.rows_sharding,
   )
-  adamw = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(FLAGS.steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     learnt, others = split(state["params"])
     grads, metrics = gradients(learnt, batch, others)
     learnt, optimizer_state, metrics = optimizers.step(
-      adamw, grads, state["optimizer"], learnt, metrics
+      transform, grads, state["optimizer"], learnt, metrics
     )
     params = frozen.join(learnt, others)
     return {"params": params, "optimizer": optimizer_state}, metrics
@@ -216,7 +216,9 @@ def main():
   state = run.restore(
     params,
     hf.partition_rules(model, run.mesh),
-    optimizer=adamw._replace(init=lambda params: adamw.init(split(params)[0])),
+    optimizer=transform._replace(
+      init=lambda params: transform.init(split(params)[0])
+    ),
   )
   update = run.compile(update, returns_state=True)
   learnt, others = split(state["params"])

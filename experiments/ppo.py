@@ -222,7 +222,7 @@ def main():
     weigh=lambda part: part["rollout"].response_mask.sum(),
     sharding=run.rows_sharding,
   )
-  transform = optimizers.adamw(
+  transform = optimizers.make(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
     **cli.optimizer_options(FLAGS),
   )
@@ -342,7 +342,7 @@ def main():
       more=[state["kl"].coef],
       micro_batch=sizes.micro_batch,
       num_shards=meshes.num_batch_shards(run.mesh),
-      is_float32=FLAGS.dtype == "float32",
+      is_float32="float32" == FLAGS.dtype == FLAGS.param_dtype,
       parts_add_up=not FLAGS.batch_entropy_coef,
       programs=[sampler, terms, learn],
     )

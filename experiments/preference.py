@@ -264,7 +264,7 @@ def main():
   gradients = microbatch.grad(
     loss_fn, sizes.num_parts, sharding=run.rows_sharding
   )
-  transform = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(FLAGS.steps, **cli.optimizer_options(FLAGS))
 
   def update(state, ref_params, batch):
     params = state["params"]

@@ -37,7 +37,7 @@ from absl import flags
 from rljax import cli, tasks
 from rljax.distributed import processes
 from rljax.evaluation import answers
-from rljax.generation import completions, rollouts, samplers
+from rljax.generation import completions, forced, responders, rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
 from rljax.ops import log_probs
@@ -160,7 +160,7 @@ def main():
       required = ("prompt", "response", "finished", "parts")
       found = [files.read_jsonl(p, required=required) for p in FLAGS.solutions]
       return train.attach(sum(found, []))
-    return samplers.collect(
+    return responders.collect(
       os.path.join(run.workdir, "solutions.jsonl"),
       sampler.responder(train, num_samples=FLAGS.num_solutions, **at_once),
       params,
@@ -240,8 +240,12 @@ def main():
   (asked,) = prompts.encode(
     tokenizer, [row["prompt"] for row in rows], **cli.encode_options(FLAGS)
   )
+  end_id = tokens.end_id(tokenizer, cli.prompt_format(FLAGS))
   encoded = [
-    (ids, *steps.encode_tagged(tokenizer, row["tagged"], tag_ids))
+    (
+      ids,
+      *steps.encode_tagged(tokenizer, row["tagged"], tag_ids, end_id=end_id),
+    )
     for ids, row in zip(asked.encoded, rows, strict=True)
   ]
   shape = batches.supervised_shape(encoded)
@@ -267,7 +271,7 @@ def main():
   run.total_steps = batches.num_updates(
     len(encoded), FLAGS.batch_size, FLAGS.epochs
   )
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)
@@ -280,7 +284,7 @@ def main():
   state = run.restore({"policy": base.params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
   save_forced = functools.partial(
-    samplers.save_forced,
+    forced.save,
     forced=good,
     forced_as=tokens.single_id(tokenizer, " ") if FLAGS.blank_slot else None,
   )

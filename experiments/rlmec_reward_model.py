@@ -229,7 +229,7 @@ def main():
     return supervised.nll_loss(statistics.log_probs, batch["response_mask"])
 
   gradients = microbatch.grad(loss_fn, 1)
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     params = state["params"]

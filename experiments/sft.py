@@ -144,7 +144,7 @@ def main():
   gradients = microbatch.grad(
     loss_fn, sizes.num_parts, weigh=weight, sharding=run.rows_sharding
   )
-  transform = optimizers.adamw(
+  transform = optimizers.make(
     FLAGS.schedule_steps or FLAGS.steps, **cli.optimizer_options(FLAGS)
   )
 

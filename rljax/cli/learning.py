@@ -14,6 +14,8 @@ from rljax.training import microbatch, optimizers, runs
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
 
+_OF_ADAM = {"adam_b1": 0.9, "adam_b2": 0.999, "adam_epsilon": 1e-8}
+
 
 def define_batches(
   batch_size: int,
@@ -166,11 +168,12 @@ def define_optimizer(
   weight_decay: float = 0.0,
   max_grad_norm: float = 0.0,
 ) -> None:
-  """Defines AdamW, and what is done if what it is given is wrong."""
+  """Defines the optimizer, and what is done if what it is given is wrong."""
+  _define_moments()
   flags.DEFINE_float(
     "learning_rate",
     learning_rate,
-    "Highest learning rate of AdamW.",
+    "Highest learning rate of the optimizer.",
     lower_bound=0.0,
   )
   flags.DEFINE_enum(
@@ -194,29 +197,9 @@ def define_optimizer(
     lower_bound=0.0,
   )
   flags.DEFINE_float(
-    "adam_b1",
-    0.9,
-    "Decay β1 of Adam's first moment, in [0, 1].",
-    lower_bound=0.0,
-    upper_bound=1.0,
-  )
-  flags.DEFINE_float(
-    "adam_b2",
-    0.999,
-    "Decay β2 of Adam's second moment, in [0, 1].",
-    lower_bound=0.0,
-    upper_bound=1.0,
-  )
-  flags.DEFINE_float(
-    "adam_epsilon",
-    1e-8,
-    "Number ε that is added to Adam's denominator.",
-    lower_bound=0.0,
-  )
-  flags.DEFINE_float(
     "weight_decay",
     weight_decay,
-    "Decoupled weight decay of AdamW, times the learning rate.",
+    "Decoupled weight decay, times the learning rate.",
     lower_bound=0.0,
   )
   flags.DEFINE_float(
@@ -227,6 +210,55 @@ def define_optimizer(
   )
   define_max_skipped()
   running.define_preflight()
+
+
+def _define_moments() -> None:
+  """Defines which optimizer it is, and what it keeps of gradients."""
+  flags.DEFINE_enum(
+    "optimizer",
+    "adamw",
+    list(optimizers.OPTIMIZERS),
+    "What makes steps of gradients: adamw keeps two moments of every "
+    "parameter, muon one of every matrix of the layers, adafactor next to "
+    "none.",
+  )
+  flags.DEFINE_enum(
+    "moment_dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "Number format in which the optimizer keeps moments of matrices; bfloat16 "
+    "takes half the memory, and is rounded stochastically.",
+  )
+  flags.DEFINE_float(
+    "adam_b1",
+    _OF_ADAM["adam_b1"],
+    "Decay β1 of Adam's first moment, in [0, 1]; not for adafactor.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+  )
+  flags.DEFINE_float(
+    "adam_b2",
+    _OF_ADAM["adam_b2"],
+    "Decay β2 of Adam's second moment, in [0, 1]; not for adafactor.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+  )
+  flags.DEFINE_float(
+    "adam_epsilon",
+    _OF_ADAM["adam_epsilon"],
+    "Number ε that is added to Adam's denominator; not for adafactor.",
+    lower_bound=0.0,
+  )
+
+  @flags.multi_flags_validator(
+    ["optimizer", *_OF_ADAM],
+    message="--optimizer=adafactor has no --adam_b1, --adam_b2 and "
+    "--adam_epsilon; leave them out.",
+  )
+  def _has_moments(values):
+    return values["optimizer"] != "adafactor" or all(
+      values[name] == default for name, default in _OF_ADAM.items()
+    )
 
 
 def define_max_skipped() -> None:
@@ -242,8 +274,10 @@ def define_max_skipped() -> None:
 
 
 def optimizer_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `optimizers.adamw`."""
+  """Returns keyword arguments of `optimizers.make`."""
   return schedule_options(values) | {
+    "name": values.optimizer,
+    "moment_dtype": values.moment_dtype,
     "b1": values.adam_b1,
     "b2": values.adam_b2,
     "epsilon": values.adam_epsilon,

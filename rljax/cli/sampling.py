@@ -7,7 +7,7 @@ from absl import flags
 
 from rljax.cli import entry
 from rljax.distributed import meshes
-from rljax.generation import samplers
+from rljax.generation import responders, responses
 from rljax.models import hf
 from rljax.ops import sampling
 from rljax.text import prompts
@@ -101,21 +101,21 @@ def define_sampler(
 
 def sampler_settings(
   values: flags.FlagValues, **settings: Any
-) -> samplers.Settings:
+) -> responses.Settings:
   """Returns how responses are drawn.
 
   Args:
     values: parsed flags.
-    **settings: fields of `samplers.Settings` that no flag decides.
+    **settings: fields of `responses.Settings` that no flag decides.
   """
   found = {
     name: values[name].value
-    for name in samplers.Settings._fields
+    for name in responses.Settings._fields
     if name in values and name not in ("stop_strings", "stop_tokens")
   }
   found["stop_strings"] = tuple(runs.unescaped(values.stop_strings))
   found["stop_tokens"] = tuple(runs.unescaped(values.stop_tokens))
-  return samplers.Settings(**found | settings)
+  return responses.Settings(**found | settings)
 
 
 def define_ends() -> None:
@@ -285,7 +285,7 @@ def load_responder(
   loaded: hf.LanguageModel,
   asked: prompts.Prompts,
   mesh: Any,
-) -> samplers.Responder:
+) -> responders.Responder:
   """Makes what replies to dev prompts, up to --max_response_length.
 
   Raises:
@@ -293,7 +293,7 @@ def load_responder(
       devices cannot share --sample_batch_size.
   """
   meshes.check_divisible(values.sample_batch_size, mesh, "--sample_batch_size")
-  return samplers.Responder(
+  return responders.Responder(
     loaded.model,
     loaded.tokenizer,
     asked.encoded,

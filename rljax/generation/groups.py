@@ -8,7 +8,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.generation import ahead, samplers
+from rljax.generation import ahead, responses
 from rljax.ops import masking
 
 Array = chex.Array
@@ -58,8 +58,8 @@ class Groups(NamedTuple):
     num_groups: groups in `samples`.
   """
 
-  samples: samplers.Samples
-  drawn: samplers.Samples
+  samples: responses.Samples
+  drawn: responses.Samples
   num_rounds: int
   num_useful: int
   num_groups: int
@@ -72,7 +72,7 @@ class Groups(NamedTuple):
       differ; "groups/without_signal", the share of `samples` whose scores are
       equal; "reward/mean" and "reward/std", over all scores of what was drawn.
     """
-    scores = samplers.known(self.drawn.scores)
+    scores = responses.known(self.drawn.scores)
     num_drawn = self.num_rounds * self.num_groups
     return {
       "reward/mean": scores.mean(),
@@ -84,7 +84,7 @@ class Groups(NamedTuple):
 
 
 def collect(
-  draw: Callable[[int], samplers.Samples],
+  draw: Callable[[int], responses.Samples],
   num_groups: int,
   *,
   max_rounds: int = 1,
@@ -124,7 +124,7 @@ def collect(
       others += list(first + np.flatnonzero(~found))
       if len(useful) >= num_groups:
         break
-  drawn = samplers.Samples.concatenate(rounds)
+  drawn = responses.Samples.concatenate(rounds)
   chosen = np.sort((useful + others)[:num_groups])
   size = len(drawn.scores) // len(rounds) // num_groups
   rows = chosen[:, None] * size + np.arange(size)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rljax.distributed import processes
-from rljax.generation import samplers
+from rljax.generation import responders, samplers
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters, targets
 from rljax.storage import stages
@@ -85,7 +85,7 @@ def sample(
   score: Score,
   *,
   batch_size: int,
-  progress: rewriters.Progress = samplers.Progress,
+  progress: rewriters.Progress = responders.Progress,
   **inputs: Any,
 ) -> stages.Stage:
   """Draws samples of a policy, with their verdicts.
@@ -104,7 +104,7 @@ def sample(
       it, as values that `json` can write.
 
   Returns:
-    The finished stage; its file is `samples.jsonl`, of `samplers.collect`.
+    The finished stage; its file is `samples.jsonl`, of `responders.collect`.
   """
   sampled = stage(
     workdir,
@@ -118,7 +118,7 @@ def sample(
     },
   )
   if sampled.facts is None:
-    rows = samplers.collect(
+    rows = responders.collect(
       sampled.path("samples.jsonl"),
       sampler.responder(prompts, batch_size=batch_size),
       params,
@@ -143,7 +143,7 @@ def rewrite(
   score: Score,
   *,
   own: Callable[[str, str], str] | None = None,
-  progress: rewriters.Progress = samplers.Progress,
+  progress: rewriters.Progress = responders.Progress,
 ) -> stages.Stage:
   """Rewrites the wrong ones of the different samples that have an end.
 
@@ -343,7 +343,7 @@ def test(
   rewriter: rewriters.Rewriter,
   score: Score,
   *,
-  progress: rewriters.Progress = samplers.Progress,
+  progress: rewriters.Progress = responders.Progress,
 ) -> dict[str, float]:
   """Compares how a model rewrites samples of unseen questions with a teacher.
 
@@ -383,7 +383,7 @@ def records(rows: Rows, gold: Mapping[str, str]) -> Rows:
   """Makes what is rewritten: samples with their own verdicts and solutions.
 
   Args:
-    rows: of `samplers.collect`.
+    rows: of `responders.collect`.
     gold: prompt -> its solution.
 
   Returns:

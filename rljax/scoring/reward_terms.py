@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import compiled, meshes, processes
-from rljax.generation import rollouts, samplers
+from rljax.generation import responses, rollouts
 from rljax.models import classifier, hf
 from rljax.ops import masking, rewards
 from rljax.scoring import scorers
@@ -166,7 +166,7 @@ class Terms:
         f"{', '.join(parts[0]) or 'none'}."
       )
 
-  def earn(self, samples: samplers.Samples) -> dict[str, Array]:
+  def earn(self, samples: responses.Samples) -> dict[str, Array]:
     """Returns what each term needs of the responses, on the devices.
 
     Args:

@@ -241,7 +241,7 @@ def parse(row: Mapping[str, Any], place: str, labels: str) -> list[Solution]:
 
   Args:
     row: JSON values by field: `prompt`, `response` and `reward` as
-      `samplers.collect` writes them, or any form of `forms.parse` with
+      `responders.collect` writes them, or any form of `forms.parse` with
       rewards. For "sorm" `prompt`, `response` and `values`.
     place: of the row, for messages.
     labels: "outcome" or "sorm".

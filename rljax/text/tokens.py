@@ -301,13 +301,16 @@ def without_end(tokenizer, text: str) -> tuple[str, int | None]:
 def _ends_of(tokenizer) -> dict[str, int]:
   """Returns the texts of the tokens that end a response, and their ids."""
   template = str(getattr(tokenizer, "chat_template", None))
-  return _known_ends(tokenizer, tokenizer.eos_token_id, template)
+  more = getattr(tokenizer, "model_ends", ())
+  return _known_ends(tokenizer, tokenizer.eos_token_id, template, more)
 
 
 @functools.lru_cache(8)
-def _known_ends(tokenizer, eos_token_id, chat_template: str) -> dict[str, int]:
-  """The same, found once for a tokenizer with this end token and template."""
-  del eos_token_id, chat_template
+def _known_ends(
+  tokenizer, eos_token_id, chat_template: str, model_ends: tuple[int, ...]
+) -> dict[str, int]:
+  """The same, found once for a tokenizer with these ends and template."""
+  del eos_token_id, chat_template, model_ends
   return {tokenizer.convert_ids_to_tokens(i): i for i in stop_ids(tokenizer)}
 
 
@@ -392,7 +395,8 @@ def stop_ids(tokenizer, *more: int | Sequence[int] | None) -> tuple[int, ...]:
   """Returns the ids that end a response.
 
   These are the tokenizer's end token, the end of a turn in its chat template,
-  and those that a model's config names.
+  and those that a model's config names: `hf.load` leaves them in the
+  tokenizer's attribute `model_ends`.
 
   Args:
     tokenizer: Hugging Face tokenizer.
@@ -403,7 +407,7 @@ def stop_ids(tokenizer, *more: int | Sequence[int] | None) -> tuple[int, ...]:
     ValueError: if there is none.
   """
   found = [tokenizer.eos_token_id, turn_end(tokenizer)]
-  for ids in more:
+  for ids in (getattr(tokenizer, "model_ends", ()), *more):
     found += [ids] if ids is None or isinstance(ids, int) else list(ids)
   found = tuple(dict.fromkeys(id_ for id_ in found if id_ is not None))
   if not found:
@@ -453,9 +457,10 @@ def end_id(tokenizer, prompt_format: str) -> int | None:
   Args:
     tokenizer: Hugging Face tokenizer.
     prompt_format: "plain", or "chat", where it is the end of a turn in the chat
-      template, if that has one.
+      template, if that has one; or what `chat.describe` makes of either.
   """
-  found = turn_end(tokenizer) if prompt_format == "chat" else None
+  is_chat = prompt_format.partition(" ")[0] == "chat"
+  found = turn_end(tokenizer) if is_chat else None
   return tokenizer.eos_token_id if found is None else found
 
 

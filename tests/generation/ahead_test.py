@@ -117,7 +117,7 @@ class RoundsTest(parameterized.TestCase):
         drawn.append(number)
         return Drawn(number)
 
-      with mock.patch.object(groups.samplers, "Samples") as samples:
+      with mock.patch.object(groups.responses, "Samples") as samples:
         samples.concatenate.side_effect = lambda rounds: mock.Mock(
           scores=np.concatenate([x.learnt_scores for x in rounds]),
           take=list,

@@ -11,7 +11,7 @@ import pytest
 from absl.testing import parameterized
 
 from rljax.distributed import meshes
-from rljax.generation import samplers
+from rljax.generation import responses
 from rljax.models import classifier, hf
 from rljax.scoring import reward_models, reward_terms, scorers
 from rljax.tasks import word_lists
@@ -166,7 +166,7 @@ class OnceTest(parameterized.TestCase):
 class UnfinishedTest(parameterized.TestCase):
   def test_unfinished_are_wrong(self):
     part = {"is_correct": True, "is_valid": True, "answer": "7", "length": 3}
-    scores, parts = samplers.unfinished_are_wrong(
+    scores, parts = responses.unfinished_are_wrong(
       [1.0, 1.0], [part, {"other": 1}], [False, True]
     )
     np.testing.assert_array_equal(scores, np.float32([0, 1]))

@@ -9,9 +9,19 @@ import tokenizers
 import transformers
 from absl.testing import parameterized
 
+from rljax.models import tokenizers as model_tokenizers
 from rljax.tasks import arithmetic
 from rljax.tasks import tokenizers as words_tokenizers
-from rljax.text import batches, encoding, files, forms, prompts, tokens
+from rljax.text import (
+  batches,
+  chat,
+  encoding,
+  files,
+  forms,
+  prompts,
+  steps,
+  tokens,
+)
 from tests import conftest
 
 TEXTS = (
@@ -342,6 +352,7 @@ class EndTokensTest(parameterized.TestCase):
     pairs = {"pairs": [("a", "b")], "max_length": 99}
     for prompt_format, end in (
       ("chat", turn),
+      (chat.describe("chat", options={"x": 1}), turn),
       ("plain", tokenizer.eos_token_id),
     ):
       encoded = encoding.prepare(
@@ -353,6 +364,30 @@ class EndTokensTest(parameterized.TestCase):
       )
       self.assertEqual(response[-1], end)
       self.assertEqual(response.count(end), 1)
+
+  def test_an_end_that_the_config_alone_names(self):
+    tokenizer = self._tokenizer(None)
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    ids = tokens.encode_prompts(tokenizer, ["a"], max_length=9)[0]
+    encode = lambda: (
+      tokens.encode_response(tokenizer, "a", ids, "b<|turn|>").ids
+    )
+    self.assertEqual(encode()[-2:], [turn, tokenizer.eos_token_id])
+    model_tokenizers.add_ends(tokenizer, [turn, 10**6])
+    self.assertEqual(encode()[1:], [turn])
+    self.assertEqual(tokens.stop_ids(tokenizer), (tokenizer.eos_token_id, turn))
+
+  def test_the_last_step_ends_once(self):
+    tokenizer = self._tokenizer()
+    turn, tag = tokenizer.convert_tokens_to_ids(["<|turn|>", "<|start|>"])
+    pairs = [("t", "1\n"), ("t", "2<|turn|>\n")]
+    encode = lambda pairs, **options: steps.encode_tagged(
+      tokenizer, pairs, {"t": tag}, **options
+    )[0]
+    self.assertEqual(encode(pairs).count(turn), 1)
+    self.assertEqual(encode(pairs)[-1], turn)
+    self.assertEqual(encode(pairs[:1])[-1], tokenizer.eos_token_id)
+    self.assertEqual(encode(pairs[:1], end_id=turn)[-1], turn)
 
   def test_named_ids(self):
     tokenizer = self._tokenizer()
