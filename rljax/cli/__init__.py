@@ -62,6 +62,7 @@ from rljax.cli.learning import (
   define_optimizer,
   define_packing,
   optimizer_options,
+  pack_pairs,
   packer,
   schedule_options,
 )
@@ -179,6 +180,7 @@ __all__ = (
   "open_stream",
   "optimizer_options",
   "pack_feed",
+  "pack_pairs",
   "packer",
   "pairwise_options",
   "preset",

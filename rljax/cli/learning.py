@@ -8,7 +8,7 @@ from absl import flags
 
 from rljax.cli import entry, running
 from rljax.distributed import meshes
-from rljax.text import encoding, packing
+from rljax.text import batches, encoding, packing
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that are defined below belong to the script that calls the group.
@@ -130,6 +130,31 @@ def packer(
     return asked[rows], said[rows, np.minimum(candidates, none)]
 
   return plan_packing(values, run, sizes, counts, encoding.lengths(encoded))
+
+
+def pack_pairs(
+  values: flags.FlagValues,
+  run: runs.Run,
+  sizes: microbatch.Sizes,
+  pairs: Sequence[tuple[Sequence[int], ...]],
+  draw: Callable[[int], np.ndarray],
+) -> packing.Packer:
+  """The same, for pairs of prompt and response ids.
+
+  Args:
+    values: see `packer`; likewise `run` and `sizes`.
+    run: whose steps are known.
+    sizes: of `batch_sizes`.
+    pairs: (prompt ids, response ids, ...).
+    draw: maps a step to the numbers of its pairs, `[B]`.
+
+  Raises:
+    ValueError: if a text is longer than a row.
+  """
+  asked, said = (np.array([len(pair[i]) for pair in pairs]) for i in (0, 1))
+  lengths = batches.supervised_shape(pairs).values()
+  counts = lambda step: (asked[draw(step)], said[draw(step)])
+  return plan_packing(values, run, sizes, counts, list(lengths))
 
 
 def plan_packing(
