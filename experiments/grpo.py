@@ -30,7 +30,7 @@ from absl import flags
 from rljax import cli
 from rljax.distributed import meshes
 from rljax.evaluation import answers
-from rljax.generation import ahead, groups, rollouts, samplers
+from rljax.generation import groups, rollouts, samplers
 from rljax.losses import ppo
 from rljax.models import hf
 from rljax.ops import advantages, log_probs, masking, rewards
@@ -288,8 +288,6 @@ def main():
     reference = run.place(reference, rules)
   learn = run.compile(learn, returns_state=True)
 
-  pace = ahead.Pace()  # Slow rewards: the next round is drawn meanwhile.
-
   def roll_out(step, position):
     """Draws groups until there are enough: those, and what `learn` takes."""
     sample_key, learn_key = run.keys(step)
@@ -300,12 +298,16 @@ def main():
       )
       key = jax.random.fold_in(sample_key, number)
       params = state["params"]["policy"]
-      return sampler.draw(key, params, train, rows, step=step, number=number)
+      return sampler.draw_scored(
+        *(key, params, train, rows),
+        step=step,
+        number=number,
+        score=score,
+        at_once=FLAGS.draw_batch_size,
+      )
 
     max_rounds = FLAGS.max_sampling_rounds if FLAGS.dynamic_sampling else 1
-    found = groups.collect(
-      draw, FLAGS.batch_size, max_rounds=max_rounds, score=score, pace=pace
-    )
+    found = groups.collect(draw, FLAGS.batch_size, max_rounds=max_rounds)
     inputs = run.shard((found.samples.learnt, found.samples.learnt_scores))
     return found, (*inputs, learn_key)
 

@@ -317,9 +317,12 @@ def main():
     """Samples and scores one batch: texts, and what `learn` takes."""
     rows = train.rows(FLAGS.batch_size, step, seed=FLAGS.seed)
     sample_key, learn_key = run.keys(step)
-    samples = sampler.draw(
-      sample_key, state["params"]["policy"], train, rows, step=step
-    ).scored(score)
+    samples = sampler.draw_scored(
+      *(sample_key, state["params"]["policy"], train, rows),
+      step=step,
+      score=score,
+      at_once=FLAGS.draw_batch_size,
+    )
     return samples, (run.shard(samples.learnt), terms.earn(samples), learn_key)
 
   def evaluate(step):

@@ -86,6 +86,14 @@ def batch_sizes(
   if "sample_batch_size" in values:
     name = "--sample_batch_size"
     meshes.check_divisible(values.sample_batch_size, mesh, name)
+  if "draw_batch_size" in values and values.draw_batch_size:
+    name, size = "--draw_batch_size", values.draw_batch_size
+    if values.batch_size % size:
+      raise ValueError(
+        f"{name}={size} does not divide the {values.batch_size} prompts of a "
+        "step (--batch_size)."
+      )
+    meshes.check_divisible(size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
   return microbatch.Sizes(rows, minibatch, micro_batch)
 

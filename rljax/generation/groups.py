@@ -1,14 +1,13 @@
 """Groups of responses to one prompt, drawn until enough of them differ."""
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.generation import ahead, responses
+from rljax.generation import responses
 from rljax.ops import masking
 
 Array = chex.Array
@@ -88,8 +87,6 @@ def collect(
   num_groups: int,
   *,
   max_rounds: int = 1,
-  score: Callable[..., Any] | None = None,
-  pace: ahead.Pace | None = None,
 ) -> Groups:
   """Draws rounds of groups until there are enough whose scores differ.
 
@@ -97,12 +94,10 @@ def collect(
   fewer, the first of the others fill up.
 
   Args:
-    draw: maps the number of a round to its samples, of `num_groups` groups of
-      equal size, which are scored already if there is no `score`.
+    draw: maps the number of a round to its scored samples, of `num_groups`
+      groups of equal size.
     num_groups: B, groups of a round and of the result.
     max_rounds: most rounds; 1 takes the groups of the only one as they are.
-    score: of `Samples.scored`; the next round may be drawn meanwhile.
-    pace: see `ahead.rounds`, from step to step.
 
   Returns:
     The groups, with their rollouts on the host.
@@ -111,19 +106,12 @@ def collect(
     Yu et al. (2025), "DAPO", dynamic sampling.
   """
   rounds, useful, others = [], [], []
-  if score is None:
-    coming = (draw(number) for number in range(max_rounds))
-  else:
-    coming = ahead.rounds(draw, score, max_rounds, pace or ahead.Pace())
-  with contextlib.closing(coming):
-    for samples in coming:
-      first = len(rounds) * num_groups
-      rounds.append(samples)
-      found = differ(samples.learnt_scores.reshape(num_groups, -1))
-      useful += list(first + np.flatnonzero(found))
-      others += list(first + np.flatnonzero(~found))
-      if len(useful) >= num_groups:
-        break
+  while len(rounds) < max_rounds and len(useful) < num_groups:
+    first = len(rounds) * num_groups
+    rounds.append(draw(len(rounds)))
+    found = differ(rounds[-1].learnt_scores.reshape(num_groups, -1))
+    useful += list(first + np.flatnonzero(found))
+    others += list(first + np.flatnonzero(~found))
   drawn = responses.Samples.concatenate(rounds)
   chosen = np.sort((useful + others)[:num_groups])
   size = len(drawn.scores) // len(rounds) // num_groups
