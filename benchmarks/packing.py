@@ -113,18 +113,7 @@ def measure(loaded, name):
 
 def make_update(model):
   """The update of experiments/sft.py, for batches of either kind."""
-  transform = optimizers.adamw(
-    1000,
-    learning_rate=1e-5,
-    kind="constant",
-    warmup=0.0,
-    final_learning_rate=0.0,
-    b1=0.9,
-    b2=0.999,
-    epsilon=1e-8,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-  )
+  transform = optimizers.make(1000, learning_rate=1e-5, max_grad_norm=1.0)
 
   def loss_fn(params, batch):
     statistics_, _ = rollouts.token_statistics(
