@@ -298,8 +298,13 @@ def main():
       )
       key = jax.random.fold_in(sample_key, number)
       params = state["params"]["policy"]
-      samples = sampler.draw(key, params, train, rows, step=step, number=number)
-      return samples.scored(score)
+      return sampler.draw_scored(
+        *(key, params, train, rows),
+        step=step,
+        number=number,
+        score=score,
+        at_once=FLAGS.draw_batch_size,
+      )
 
     max_rounds = FLAGS.max_sampling_rounds if FLAGS.dynamic_sampling else 1
     found = groups.collect(draw, FLAGS.batch_size, max_rounds=max_rounds)

@@ -59,6 +59,7 @@ cli.define_prompts()
 cli.define_models(policy="Language model that writes and completes solutions.")
 cli.define_sampler(max_length=256, sample_batch_size=64)
 cli.define_batches(64, epochs=8)
+cli.define_packing()
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of return-conditioned RL: solutions and the values of their steps.
@@ -299,15 +300,17 @@ def main():
     else None,
   )
 
+  draw = lambda step: batches.indices_or_all(
+    len(encoded), FLAGS.batch_size, step, seed=FLAGS.seed
+  )
+  pack = cli.pack_pairs(FLAGS, run, sizes, encoded, draw)
+
   def batch_of(step):
-    chosen = batches.indices_or_all(
-      len(encoded), FLAGS.batch_size, step, seed=FLAGS.seed
-    )
     return batches.supervised_batch(
-      [encoded[i] for i in chosen], num_rows=FLAGS.batch_size, **shape
+      [encoded[i] for i in draw(step)], num_rows=FLAGS.batch_size, **shape
     )
 
-  run.check_learner(gradients, state["params"], batch_of(0))
+  run.check_learner(gradients, state["params"], batch_of(0), pack=pack.alone)
 
   def evaluate(step):
     """Greedy accuracy under each tag; --keep_best goes by the good one."""
@@ -326,7 +329,7 @@ def main():
     for step in run.steps(freeze=[update]):
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      state, learnt = update(state, run.shard(batch_of(step)))
+      state, learnt = update(state, run.shard(pack(batch_of(step))))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = metrics["nll/tokens"] / seconds

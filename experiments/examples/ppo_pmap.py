@@ -15,7 +15,7 @@ experiments/sft.py has made the policy:
 
   XLA_FLAGS=--xla_force_host_platform_device_count=8 \
     python experiments/examples/ppo_pmap.py --policy=runs/sft \
-    --workdir=runs/pmap
+    --task=arithmetic --task_options=style=last --workdir=runs/pmap
 
 With the same flags it ends with the parameters of ppo.py, to rounding. It runs
 in one process, evaluates nothing, saves once, at the end, and cannot go on with
@@ -65,14 +65,16 @@ flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.", 0)
 flags.DEFINE_integer("steps", 100, "Rollouts, each followed by --epochs.", 1)
 flags.DEFINE_string(
   "task",
-  "arithmetic",
-  "Task that writes prompts and scores responses: a module of rljax.tasks.",
+  "",
+  "Task that writes prompts and scores responses: one of rljax.tasks; or one "
+  "of your own, by its path, such as ./my_task.py, or its module, such as "
+  "my_package.my_task.",
 )
 flags.DEFINE_list(
   "task_options",
-  ["style=last"],
+  [],
   "Options of the task's prompts, name=value, separated by commas; "
-  "docs/tasks.md lists them. Those of the quickstart, unless given.",
+  "docs/tasks.md lists them.",
 )
 flags.DEFINE_integer(
   "num_prompts", 32_768, "Training prompts that the task draws.", 1
@@ -114,6 +116,12 @@ flags.DEFINE_float(
 flags.DEFINE_integer("epochs", 4, "Updates on a rollout, each on all of it.", 1)
 flags.DEFINE_float("learning_rate", 3e-4, "Learning rate of Adam.", 0)
 cli.define_max_skipped()
+cli.require(
+  ["task"],
+  lambda v: v["task"],
+  "There is nothing to ask the policy: give --task, such as "
+  "--task=arithmetic --task_options=style=last; ppo.py reads --data as well.",
+)
 FLAGS = flags.FLAGS
 
 AXIS = "devices"

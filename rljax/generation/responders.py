@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import compiled, meshes, planning, processes
-from rljax.generation import answered, responses, rollouts, stops
+from rljax.generation import ahead, answered, responses, rollouts, stops
 from rljax.ops import sampling
 from rljax.text import (
   asked,
@@ -256,10 +256,11 @@ def collect(
 ) -> list[dict[str, Any]]:
   """Draws and scores the responses to all prompts, into a file.
 
-  Every batch is on disk before the next is drawn, and so is what was scored of
-  a batch before its scorer failed. If the file is there already, from a call
-  that was stopped, the prompts that it answers in full are not asked again; the
-  outcome is the same. A response that ran out of length is never right.
+  The next batch is drawn while one is scored. Every batch is on disk before the
+  next is scored, and so is what was scored of a batch before its scorer failed.
+  If the file is there already, from a call that was stopped, the prompts that
+  it answers in full are not asked again; the outcome is the same. A response
+  that ran out of length is never right.
 
   Args:
     path: the file, of JSON lines.
@@ -297,9 +298,8 @@ def collect(
     row["prompt"] = prompts[index]
   first = len(rows) // num_samples
   rows, left = rows[: first * num_samples], rows[first * num_samples :]
-  for indices, texts, finished in responder.batches(
-    params, first=first, draw=draw
-  ):
+  drawn = ahead.items(responder.batches(params, first=first, draw=draw))
+  for indices, texts, finished in drawn:
     repeated = [prompts[i] for i in indices for _ in range(num_samples)]
     # Of a prompt that was not answered in full, what is there was scored; it
     # counts where each response is scored by itself.

@@ -4,6 +4,7 @@
 limits and constraint.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import compiled, meshes
-from rljax.generation import grammars, responders, responses, rollouts, stops
+from rljax.generation import (
+  ahead,
+  grammars,
+  responders,
+  responses,
+  rollouts,
+  stops,
+)
 from rljax.ops import sampling
 from rljax.text import (
   prompts as prompts_lib,
@@ -74,7 +82,7 @@ class Sampler:
       self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(settings.stop_strings, self._pieces)
 
-    def sample(key, params, ids, mask, lengths, within):
+    def sample(key, params, ids, mask, lengths, within, indices=None):
       return rollouts.sample(
         key,
         model,
@@ -84,6 +92,7 @@ class Sampler:
         max_length=settings.max_length,
         settings=distribution,
         num_samples=settings.num_samples,
+        prompt_indices=indices,
         allowed=self.allowed,
         stop_ids=self.stop_ids,
         stop_strings=stop_table,
@@ -120,6 +129,7 @@ class Sampler:
     *,
     step: int,
     number: int = 0,
+    part: slice | None = None,
   ) -> responses.Samples:
     """Draws responses to some of the prompts.
 
@@ -131,6 +141,8 @@ class Sampler:
       step: rollouts that the policy has learnt from; decides the limits of
         length, where they differ.
       number: of the draw, if a step has several, for the same.
+      part: of the rows, which is drawn alone, as it would be among all; None:
+        all.
 
     Returns:
       B * num_samples responses; row b * num_samples + j is sample j of b.
@@ -138,6 +150,12 @@ class Sampler:
     num_samples = self.settings.num_samples
     place = (step, 1, number) if number else (step, 1)
     lengths = self.settings.lengths(len(rows) * num_samples, *place)
+    indices = ()
+    if part is not None:
+      lengths = lengths.reshape(len(rows), -1)[part].ravel()
+      indices = np.arange(len(rows), dtype=np.int32)[part]
+      indices = (meshes.shard_batch(indices, self._mesh),)
+      rows = rows[part]
     ids, mask, lengths = meshes.shard_batch(
       (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
     )
@@ -148,7 +166,7 @@ class Sampler:
         start=meshes.shard_batch(within.start, self._mesh),
         seconds=meshes.shard_batch(within.seconds, self._mesh),
       )
-    rollout = self.program(key, params, ids, mask, lengths, within)
+    rollout = self.program(key, params, ids, mask, lengths, within, *indices)
     return responses.Samples(
       rollout=rollout,
       prompts=[text for text in texts for _ in range(num_samples)],
@@ -162,6 +180,37 @@ class Sampler:
       settings=self.settings,
       policy_step=step,
       tokenizer=self._tokenizer,
+    )
+
+  def draw_scored(
+    self,
+    *inputs: Any,
+    score: Callable[..., Any],
+    at_once: int = 0,
+    **options: Any,
+  ) -> responses.Samples:
+    """Draws responses to some of the prompts, and scores them.
+
+    Args:
+      *inputs: of `draw`.
+      score: of `Samples.scored`.
+      at_once: prompts that are drawn at the same time, a divisor of B, while
+        the responses to those before are scored; 0: all.
+      **options: of `draw`.
+
+    Returns:
+      The samples, the same to the bit for every `at_once` if a score does not
+      depend on the responses to other prompts.
+    """
+    *_, rows = inputs
+    if at_once in (0, len(rows)):
+      return self.draw(*inputs, **options).scored(score)
+    parts = (
+      self.draw(*inputs, part=slice(i, i + at_once), **options)
+      for i in range(0, len(rows), at_once)
+    )
+    return responses.Samples.concatenate(
+      [samples.scored(score) for samples in ahead.items(parts)]
     )
 
   def responder(

@@ -248,6 +248,7 @@ def load(
   step_coef: float = 1.0,
   unfinished_earns: bool = True,
   reward_model: str = "",
+  model_score: scorers.Scorer | None = None,
   **reward_options: Any,
 ) -> Terms:
   """Loads what the terms need: a reward model, or the line feeds of tokens.
@@ -266,6 +267,8 @@ def load(
     unfinished_earns: whether a response without an end earns more than its
       score.
     reward_model: a classifier, for the terms that have one.
+    model_score: its scorer, where it scores the responses already; None: it
+      is loaded.
     **reward_options: of `reward_models.RewardModel`.
 
   Raises:
@@ -294,7 +297,7 @@ def load(
     line_feeds[:] = [piece.count(b"\n") for piece in token_bytes]
   more = {}
   if "reward_model" in names:
-    more["model_score"] = scorers.scorer(
+    more["model_score"] = model_score or scorers.scorer(
       "",
       {},
       reward_model,

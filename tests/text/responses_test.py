@@ -307,6 +307,16 @@ class DialogueTest(parameterized.TestCase):
     )
     return tokenizer, encoded
 
+  def test_whole_texts(self):
+    _, turns = self._prepare(TEMPLATE, all_turns=True)
+    _, whole = self._prepare(TEMPLATE, all_turns=True, assistant_only=False)
+    (prompt,), ((text,),) = whole.prompt_ids, whole.response_ids
+    self.assertEqual(
+      prompt + text, turns.prompt_ids[0] + turns.response_ids[0][0]
+    )
+    self.assertLen(prompt, 1)
+    self.assertEqual(whole.learnt, [None])  # All of it.
+
   def test_all_turns(self):
     tokenizer, encoded = self._prepare(TEMPLATE, all_turns=True)
     (prompt,), ((ids,),) = encoded.prompt_ids, encoded.response_ids
