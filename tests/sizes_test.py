@@ -13,10 +13,10 @@ ROOT = conftest.REPOSITORY
 LINES = {
   "ppo": 360,
   "grpo": 340,
-  "offline": 275,
-  "preference": 330,
+  "offline": 270,
+  "preference": 320,
   "rlmec": 400,
-  "rlmec_reward_model": 340,
+  "rlmec_reward_model": 330,
   "expert_iteration": 320,
   "return_conditioned": 330,
   "outcome_reward_model": 320,
