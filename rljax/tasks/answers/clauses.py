@@ -42,7 +42,8 @@ _DOUBT = re.compile(
   r"\b(?:do|does|did|could|can|am|is|are|was)(?: ?not|n't|n’t)"
   r" (?:really |quite |exactly )?(?:know|sure|certain|tell|say|clear)\b"
   r"|\bno (?:idea|answer|solution|clue)\b|\bunsure\b|\buncertain\b"
-  r"|\bnot (?:sure|certain|enough)\b|\bcannot (?:be |say|tell|determine|know)"
+  r"|\bnot (?:sure|certain|enough)\b|\b(?:cannot|can't|unable to)"
+  r" (?:be |say|tell|determine|know|answer|solve)"
   r"|\bimpossible\b|\brandom(?:ly)? guess",
   re.IGNORECASE,
 )
@@ -58,11 +59,32 @@ _MARKER = re.compile(
   r"|[共有是为為]",
   re.IGNORECASE,
 )
+# The rows of a table.
+_ROW_OF_NUMBER = re.compile(r"\|[^|\n]*[0-9][^|\n]*\|\s*$")
+_TOTAL = re.compile(
+  r"total|sum|all|altogether|answer|result|final|combined", re.IGNORECASE
+)
+_CLOSING_EMPHASIS = re.compile(r"(?<=[\w.:!?])(?:\*\*|__)$")
 _CHOICE = re.compile(
   r"^\W*(?:[A-Za-z]|(?:option|choice|answer|case|guess)\s*\w{1,2})\s*[).:]\s*",
   re.IGNORECASE,
 )
 BARE = re.compile(r"[\W\d_]*[0-9][\W\d_]*")
+_REASON = re.compile(r"\s(?:because|since)\s", re.IGNORECASE)
+_CONCLUDED = re.compile(r",\s*(?:so|thus|hence|therefore)\s", re.IGNORECASE)
+# After 2 days, 42 remain.
+_OPENING = re.compile(
+  r"\W*(?:(?:so|thus|then|now|and),? )?(?:after|in|for|with|when|if|since|at|of"
+  r"|from|over|within|during|out of|once|because|as)\b[^,=]*,\s+\$?",
+  re.IGNORECASE,
+)
+# Ann has 41, Tom has 42.
+_PARALLEL = re.compile(
+  r"^(?!\W*(?:If|When|Since|As|Because)\b)[^,]*\b(has|have|had"
+  r"|gets?|got|is|are|was|earns?|pays?|sells?|sold|makes?)"
+  r"\s+\$?[0-9][^,]*(?:,|,? and) (?!He |She |They |We |It |I )[A-Z][a-z]+ \1"
+  r"\s+\$?$"
+)
 # Where a sentence goes on to say something else.
 _ASIDE = re.compile(
   r"(?:,\s*(?:so|which|who|since|because|as|and)|\s(?:in|for|after|when"
@@ -138,7 +160,9 @@ def last_clause(tail: str) -> str | None:
   previous, sentence = window[:start], window[start:] + tail[first:stop]
   if sentence.lstrip().startswith("|"):
     cells = [cell for cell in sentence.split("|") if DIGIT.search(cell)]
-    if len(cells) > 1:
+    if len(cells) > 1 or (
+      _ROW_OF_NUMBER.search(previous) and not _TOTAL.search(sentence)
+    ):
       return None
     sentence = cells[0]
   sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
@@ -166,7 +190,7 @@ def _may_follow(previous: str, sentence: str) -> bool:
     return True
   if OR.search(previous):
     return False
-  joined = _JOINED.search(previous.rstrip())
+  joined = _JOINED.search(_CLOSING_EMPHASIS.sub("", previous.rstrip()))
   last = SENTENCE_START.split(above)[-1]
   if (
     joined
@@ -183,6 +207,9 @@ def _may_follow(previous: str, sentence: str) -> bool:
 def _last_of_several(sentence: str) -> str | None:
   """Cuts a sentence down to what it says of its result, or its last number."""
   text = numbers.without_labels(numbers.plain(sentence))
+  reason = _REASON.search(text)
+  if reason and DIGIT.search(text[: reason.start()]):
+    text = text[: reason.start()]
   found = literals.quantities(text)
   if not found:
     return sentence
@@ -191,7 +218,12 @@ def _last_of_several(sentence: str) -> str | None:
   behind = [one for one in found if signs and one.start > signs[-1]]
   if behind and len(text[signs[-1] + 1 : behind[0].start].split()) < 3:
     number, start = behind[0], signs[-1] + 1
-    if _NAMED.search(text[signs[0] : start]) or (
+    if numbers.UNSOLVED.search(text[: signs[-1]]):
+      return sentence
+    concluded = _CONCLUDED.search(text, number.end)
+    if concluded and len(behind) == 2 and concluded.end() <= behind[1].start:
+      number, start = behind[1], concluded.end()
+    elif _NAMED.search(text[signs[0] : start]) or (
       len(behind) > 1 and not _ASIDE.search(text[number.end : behind[1].start])
     ):
       return sentence  # For `number`, which refuses most.
@@ -202,9 +234,16 @@ def _last_of_several(sentence: str) -> str | None:
       return None
     gap = text[found[-2].end : number.start]
     marker = last_match(_MARKER, gap)
-    if marker is None or words.REFUSED.search(gap):
+    if _OPENING.fullmatch(text[: number.start]):
+      start = found[-2].end + gap.rindex(",") + 1
+    elif (
+      marker is None
+      or words.REFUSED.search(gap)
+      or _PARALLEL.search(text[: number.start])
+    ):
       return sentence
-    start = found[-2].end + marker.start()
+    else:
+      start = found[-2].end + marker.start()
   rest = text[number.end :]
   aside = _ASIDE.search(rest)
   if aside and not _JUDGED.search(rest):

@@ -199,6 +199,10 @@ def _compare_word(truth: str, text: str) -> tuple[str, str]:
   if re.fullmatch(r"[A-Z]", truth):
     choice = _CHOICE.fullmatch(text)
     return (choice[1] if choice else text), "exact"
+  if "_" in truth:
+    text = words.with_digits(text)
+  elif ":" in truth:
+    text = re.sub(r"(?<=[0-9]) to (?=[0-9])", ":", text)
   plain, known = (
     "".join(re.sub("[{}()]" if "_" in truth else "[{}]", "", t).split())
     for t in (text, truth)

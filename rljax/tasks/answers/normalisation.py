@@ -104,9 +104,14 @@ _DELIMITERS = re.compile(
 )
 _ROOT_SIGN = re.compile(r"√\s*(?:([0-9]+(?:\.[0-9]+)?)|\(([^()]*)\))")
 _ROOT = re.compile(r"(?<![\\\w])sqrt\s*\(([^()]*)\)")
+_OVER = re.compile(
+  r"\{?([^{}\\]{1,40})\\over(?![a-z])\s*([^{}\\]{1,40})\}?"
+)
 _ARROW = re.compile(
   r"[-=]+>|\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])"
 )
+# GSM8K's calculator notes: <<9*2=18>>18.
+_NOTE = re.compile(r"<<[^<>\n]{0,100}>>(?=\$?[0-9])|<<[^<>=\n]{0,100}=|>>")
 _PAIRS = (("(", ")"), ("{", "}"), ("[", "]"), ("\\{", "\\}"), ("<", ">"))
 
 
@@ -183,6 +188,8 @@ def normalise(text: str) -> str:
     The text in one notation, for `numbers.number` and for comparison.
   """
   text = characters(text)
+  if "<<" in text:
+    text = _NOTE.sub("", text)
   if "<" in text or "[" in text:
     text = _TAGS.sub(" ", _END_TOKENS.sub(" ", text))
   if "*" in text or "_" in text or "`" in text:
@@ -212,6 +219,9 @@ def _latex(text: str) -> str:
   if "\\begin" not in text:  # The rows of a matrix.
     text = _WIDE.sub("  ", text)
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+  text = text.replace("\\colon", ":")
+  if "\\over" in text:
+    text = _OVER.sub(r"\\frac{\1}{\2}", text)
   text = _DEGREES.sub(" ", text)
   text = _DELIMITERS.sub("", text)
   for _ in range(4):
