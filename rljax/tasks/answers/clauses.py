@@ -47,6 +47,7 @@ _DOUBT = re.compile(
   r"|\bimpossible\b|\brandom(?:ly)? guess",
   re.IGNORECASE,
 )
+_DOUBTS = ("not", "n't", "n’t", "no ", "uns", "unc", "una", "imp", "guess")
 _MARKER = re.compile(
   r"(?<![<>!=:])=+(?!=)"
   r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
@@ -71,6 +72,10 @@ _CHOICE = re.compile(
 )
 BARE = re.compile(r"[\W\d_]*[0-9][\W\d_]*")
 _REASON = re.compile(r"\s(?:because|since)\s", re.IGNORECASE)
+_LEAVES = re.compile(
+  r"\b(?:leaves|leaving|left with|gives|giving|makes|making|yields|totals)\b",
+  re.IGNORECASE,
+)
 _CONCLUDED = re.compile(r",\s*(?:so|thus|hence|therefore)\s", re.IGNORECASE)
 # After 2 days, 42 remain.
 _OPENING = re.compile(
@@ -84,6 +89,25 @@ _PARALLEL = re.compile(
   r"|gets?|got|is|are|was|earns?|pays?|sells?|sold|makes?)"
   r"\s+\$?[0-9][^,]*(?:,|,? and) (?!He |She |They |We |It |I )[A-Z][a-z]+ \1"
   r"\s+\$?$"
+)
+# A reply that stops in the middle of a sentence.
+_CUT_SHORT = re.compile(
+  r"\s(?:and|or|but|with|the|an?|to|of|by|from|minus|plus|times|if|because|since"
+  r"|which)$|(?<![.,/])[-+/=×÷^(]$",
+  re.IGNORECASE,
+)
+# What ends a reply, and answers nothing.
+_REMARK = re.compile(
+  r"[.!?\n]\s*(?:I hope|Hope (?:this|that)|(?:Please )?let me know|Feel free"
+  r"|If you (?:have|need|want)|Would you like"
+  r"|Do you (?:have|need|want))\b[^\n]*$",
+  re.IGNORECASE,
+)
+# No, wait, it is 42.
+_TURNED = re.compile(
+  r"^\W*(?:(?:no|wait|sorry|oops|actually|hmm|correction|nein|perd[oó]n)"
+  r"\s?[,:!-]+\s*)+",
+  re.IGNORECASE,
 )
 # Where a sentence goes on to say something else.
 _ASIDE = re.compile(
@@ -99,6 +123,7 @@ _JUDGED = re.compile(
   r"|\b(?:is|are|was|were) (?:wrong|incorrect|false|too|only|just)\b"
   r"|\b(?:is|are|was|were) not"
   r"(?:\W*$| (?:the|right|correct|it|true|possible)\b)"
+  r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
   r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
   r"|^\W*(?:or|minus|plus|times|not)\b",
   re.IGNORECASE,
@@ -139,6 +164,11 @@ def last_clause(tail: str) -> str | None:
   if match:
     return match[1]
   tail = tail.rstrip().replace(" vs. ", " vs ")
+  if _CUT_SHORT.search(tail, max(0, len(tail) - 12)):
+    return None
+  remark = _REMARK.search(tail, max(0, len(tail) - WINDOW))
+  if remark and DIGIT.search(tail, 0, remark.start()):
+    tail = tail[: remark.start() + 1].rstrip()
   if not tail.isascii():
     tail = tail[: -2 * WINDOW] + normalisation.characters(tail[-2 * WINDOW :])
   place = max(tail.rfind(digit) for digit in "0123456789")
@@ -166,8 +196,11 @@ def last_clause(tail: str) -> str | None:
       return None
     sentence = cells[0]
   sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
+  sentence = _TURNED.sub("", sentence)
   rest = tail[stop:].lstrip(".!?\"'*_ ")
-  if _DOUBT.search(window + tail[first : stop + 80]):
+  around = window + tail[first : stop + 80]
+  lower = around.lower()
+  if any(stem in lower for stem in _DOUBTS) and _DOUBT.search(around):
     return None
   if TAKEN_UP.match(rest):
     sentence = f"{sentence}. {rest[:80]}"
@@ -218,12 +251,23 @@ def _last_of_several(sentence: str) -> str | None:
   behind = [one for one in found if signs and one.start > signs[-1]]
   if behind and len(text[signs[-1] + 1 : behind[0].start].split()) < 3:
     number, start = behind[0], signs[-1] + 1
-    if numbers.UNSOLVED.search(text[: signs[-1]]):
-      return sentence
+    before = numbers.EQUALITY.split(text[: signs[-1]])[-1]
+    is_number = numbers.NUMBER_ALONE.fullmatch(before)
+    if numbers.UNSOLVED.search(before) or (
+      is_number and numbers.single(before)
+    ):
+      return sentence  # 2x = 42; 41 = 42.
     concluded = _CONCLUDED.search(text, number.end)
     if concluded and len(behind) == 2 and concluded.end() <= behind[1].start:
       number, start = behind[1], concluded.end()
-    elif _NAMED.search(text[signs[0] : start]) or (
+    elif len(behind) > 2 and _LEAVES.search(
+      text, behind[-2].end, behind[-1].start
+    ):
+      number, start = behind[-1], behind[-2].end
+    elif (
+      _NAMED.search(text[signs[0] : start])
+      and not numbers.UNSOLVED.search(text[: signs[0]])
+    ) or (
       len(behind) > 1 and not _ASIDE.search(text[number.end : behind[1].start])
     ):
       return sentence  # For `number`, which refuses most.

@@ -34,6 +34,10 @@ _ANSWER_ELSEWHERE = re.compile(
   r"[*_]*\s*(?::|=|：|\b(?:es|est|ist|é|è|is|adalah)\b|为|是|為|は|—|)",
   re.IGNORECASE,
 )
+_PLAIN_LINE = re.compile(
+  r"(?:[Ss]o,? |[Tt]hus,? |[Tt]herefore,? )?(?:[Tt]he )?(?:[Ff]inal )?"
+  r"[Aa]nswer(?: is|:| is:) \$?(-?[0-9]{1,15})\.?"
+)
 _HEADING = re.compile(
   r"[\s*_#]*(?:[0-9]{1,2}[.:)]\s+[*_]*[A-Za-z]"
   r"|(?:step|part|case|problem|question|method|example)\s*[0-9])",
@@ -52,7 +56,8 @@ _ANNOUNCED = frozenset(
   for end in (":", " is", " is:")
 )
 _DENIED = re.compile(
-  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|suppose"
+  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|second|third|another|alternative"
+  r"|suppos(?:e|ing|edly)|assum(?:e|es|ed|ing)|imagine"
   r"|cannot)\b|n't\b",
   re.IGNORECASE,
 )
@@ -75,6 +80,7 @@ _ASKED = re.compile(r"[?？]|\b(?:question|problem|exercise)\b", re.IGNORECASE)
 _GROUP_BEFORE = re.compile(
   r"\\(?:text[a-z]{0,6}|math[a-z]{2}|f?boxed|fbox|begin)\s*\{[^{}]*\}[\s$]*$"
 )
+_BOXED_BARE = re.compile(r"\s?(-?[0-9][0-9.,]{0,40})(?=[\s$.]|$)")
 _BULLET = re.compile(r"\s*\n\s*[-*•+][ \t]+")
 
 
@@ -147,7 +153,12 @@ def extract(
   if is_strict:
     return found or Extract(None, None)
   found = found or _marked(text, is_number)
-  if found.text and found.rule in _MARKS and _is_withdrawn(text, found):
+  if (
+    found.text
+    and found.rule in _MARKS
+    and not text.endswith(found.text)
+    and _is_withdrawn(text, found)
+  ):
     return Extract(None, found.rule)
   return found
 
@@ -322,6 +333,8 @@ def _marked(text: str, is_number: bool) -> Extract:
 
 
 def _in_tag(text: str, is_number: bool) -> Extract | None:
+  if "nswer>" not in text and "NSWER>" not in text:
+    return None
   opened = list(_TAG.finditer(text))
   if not opened:
     return None
@@ -367,6 +380,10 @@ def _in_box(text: str) -> Extract | None:
   inner = braced(
     text[place + width : place + width + 2 * numbers.MAX_ANSWER + 9]
   )
+  if not inner:
+    bare = _BOXED_BARE.match(text, place + width)
+    if bare:
+      return Extract(bare[1], "boxed")
   start = text.find("{", place)
   end = start + len(inner) + 2
   previous = max(
@@ -395,6 +412,9 @@ def _in_box(text: str) -> Extract | None:
 
 def _answer_is(text: str, is_number: bool = True) -> Extract | None:
   """Reads behind the last words that announce an answer."""
+  match = _PLAIN_LINE.fullmatch(text, text.rfind("\n") + 1)
+  if match and is_number:  # The most common case.
+    return Extract(match[1], "answer_is")
   place = len(text)
   for _ in range(_MAX_MARKS):
     place = max(text.rfind("nswer", 0, place), text.rfind("NSWER", 0, place))
@@ -406,10 +426,25 @@ def _answer_is(text: str, is_number: bool = True) -> Extract | None:
     if match:
       return _announced(text, place - 1, match.end(), is_number)
   tail = text[-MAX_READ:]
+  if tail.isascii() and not _may_be_elsewhere(tail.lower()):
+    return None
   last = clauses.last_match(_ANSWER_ELSEWHERE, tail)
   if last is None:
     return None
   return _announced(tail, last.start(), last.end(), is_number)
+
+
+def _may_be_elsewhere(lower: str) -> bool:
+  """Tells whether ASCII may hold "answer" in another language; to be quick."""
+  return (
+    "espuesta" in lower
+    or "sposta" in lower
+    or "eponse" in lower
+    or "antwo" in lower
+    or "svaret" in lower
+    or "cevap" in lower
+    or "jawaban" in lower
+  )
 
 
 def _announced(

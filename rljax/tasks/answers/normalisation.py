@@ -96,6 +96,7 @@ _SPACE = re.compile(
 _WIDE = re.compile(
   r"\\q?quad(?![A-Za-z])|\\[hm]space\*?\s*\{[^{}]*\}|(?<!\\)\\\\(?!begin|end)"
 )
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 _DEGREES = re.compile(
   r"\s*\^\s*\{?\s*\\circ\s*\}?|\s*\\(?:degree|textdegree)\b|°"
 )
@@ -104,9 +105,7 @@ _DELIMITERS = re.compile(
 )
 _ROOT_SIGN = re.compile(r"√\s*(?:([0-9]+(?:\.[0-9]+)?)|\(([^()]*)\))")
 _ROOT = re.compile(r"(?<![\\\w])sqrt\s*\(([^()]*)\)")
-_OVER = re.compile(
-  r"\{?([^{}\\]{1,40})\\over(?![a-z])\s*([^{}\\]{1,40})\}?"
-)
+_OVER = re.compile(r"\{?([^{}\\]{1,40})\\over(?![a-z])\s*([^{}\\]{1,40})\}?")
 _ARROW = re.compile(
   r"[-=]+>|\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])"
 )
@@ -117,7 +116,14 @@ _PAIRS = (("(", ")"), ("{", "}"), ("[", "]"), ("\\{", "\\}"), ("<", ">"))
 
 def cut_at_end_token(text: str) -> str:
   """Cuts a response before the first written end token that has text before."""
-  if "<" not in text and "[" not in text:
+  if not (  # To be quick.
+    "|>" in text
+    or "s>" in text
+    or "pad>" in text
+    or "_turn>" in text
+    or "INST]" in text
+    or "｜>" in text
+  ):
     return text
   for match in _END_TOKENS.finditer(text):
     before = text[: match.start()]
@@ -215,6 +221,8 @@ def _latex(text: str) -> str:
   text = text.replace("\\$", "$").replace("\\%", "%").replace("\\#", "#")
   text = text.replace("\\&", "&")
   text = text.replace("\\langle", "(").replace("\\rangle", ")")
+  if "color" in text:
+    text = _COLOUR.sub("", text)
   text = _SPACE.sub(" ", text)
   if "\\begin" not in text:  # The rows of a matrix.
     text = _WIDE.sub("  ", text)

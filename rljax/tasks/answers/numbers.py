@@ -32,7 +32,9 @@ _ABOUT = re.compile(r"\\(?:approx|simeq|cong|sim)(?![A-Za-z])|^\s*~")
 _MONEY_MILLIONS = re.compile(
   rf"([{normalisation._MONEY}]\s?[0-9][0-9.,]*\s?)m\b"
 )
-_MONEY = re.compile(f"[{normalisation._MONEY}]")
+_MONEY = re.compile(
+  rf"(?:\b(?:US|AU?|CA?|S|HK|NT|NZ|MX)(?=\$))?[{normalisation._MONEY}]"
+)
 _ALIGNMENT = re.compile(r"&|\\\\|\\(?:begin|end)\s*\{[a-z*]+\}")
 _ABBREVIATED = re.compile(
   r"\b(rs|approx|ca|no|fr|nr|incl|resp)\.\s*", re.IGNORECASE
@@ -54,7 +56,7 @@ _CENTS = re.compile(
   r" *(?:cents?|pence)\b",
   re.IGNORECASE,
 )
-_NO_CENTS = re.compile(r"(?<=[0-9])[,/]-(?![0-9])")
+_NO_CENTS = re.compile(r"(?<=[0-9])[.,/]-(?![0-9])")
 _PER = re.compile(r"\b(?:per|pro|por|par)\s+[0-9]+\b", re.IGNORECASE)
 _BELOW_ZERO = re.compile(
   r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below\s+"
@@ -74,6 +76,7 @@ _IS = re.compile(
   re.IGNORECASE,
 )
 EQUALITY = re.compile(r"(?<![<>!=:])=+(?!=)")
+_ASKS = re.compile(r"\W*is (?:it|this|that|the answer)\b", re.IGNORECASE)
 _VARIABLE = re.compile(r"\s*\\?[A-Za-z](?:_\{?\w{1,3}\}?)?\s*")
 # A multiple or a power of a variable: 2x, -x, x^2.
 UNSOLVED = re.compile(
@@ -92,7 +95,7 @@ _SEPARATED = re.compile(
   r"[;,&](?!\s*(?:so|thus|hence|then|therefore|which|giving)\b)|\band\b|\bor\b|\n"
 )
 _SUM = re.compile(r"[-+0-9., ]+")
-_NUMBER_ALONE = re.compile(r"[-0-9., ]+")
+NUMBER_ALONE = re.compile(r"[-0-9., ]+")
 # What may be attached to a number, of one or two letters: 5m, but not 5x.
 _ATTACHED = re.compile(
   "[ghlmsACFJKLNVW]|Hz|hp|hr|ft|nd|rd|st|th|(?:am|cm|dm|gb|GB|ha|in|kb|kB|KB|Mb|Gb"
@@ -162,7 +165,7 @@ def plain(text: str) -> str:
     text = _ABBREVIATED.sub(r"\1 ", text)
   if "^" in text:
     text = _UNIT_POWER.sub("", text)
-  if "/-" in text or ",-" in text:  # Rs 50/-, 50,- €.
+  if "/-" in text or ",-" in text or ".-" in text:  # Rs 50/-, 50,- €.
     text = _NO_CENTS.sub("", text)
   text = words.with_digits(text)
   if "cent" in text or "pence" in text:
@@ -188,7 +191,7 @@ def _value(text: str) -> fractions.Fraction | None:
       return None
     text = parts[-1]
   text, num_below = _BELOW_ZERO.subn(" ", text)
-  if words.REFUSED.search(text) or words.DATE.search(text):
+  if words.REFUSED.search(text) or words.DATE.search(text) or _ASKS.match(text):
     return None
   text = without_labels(text)
   text = text.lstrip(" :=#*")
@@ -223,7 +226,7 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
       return first if first is not None and first == _sum(sides[last]) else None
     return None
   before = sides[last - 1] if last else ""
-  other = single(before) if _NUMBER_ALONE.fullmatch(before) else None
+  other = single(before) if NUMBER_ALONE.fullmatch(before) else None
   if other is not None and other != value:
     return None  # 5 = 6.
   if not _DIGITS.search(before) and words.CHANGES_BEFORE.search(

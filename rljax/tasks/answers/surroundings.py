@@ -19,7 +19,8 @@ _OPERATOR_BEFORE = re.compile(
 )
 _WORKED_OUT = re.compile(r"[-+*/^=×÷]|\\(?:cdot|times|frac|div|sqrt)")
 _WITHDRAWN = re.compile(
-  r"\b(?:(?:that|this|it)(?:'s| is| was) (?:wrong|incorrect|not (?:right|correct))"
+  r"\b(?:(?:that|this|it)(?:'s| is| was) (?:wrong|incorrect"
+  r"|not (?:right|correct))"
   r"|i(?:'ve| have)? made an? (?:mistake|error)|correction)\b",
   re.IGNORECASE,
 )
@@ -31,7 +32,6 @@ _CONFIRMED = re.compile(
   re.IGNORECASE,
 )
 _BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
-
 
 
 def is_hedge(gap: str) -> bool:

@@ -81,7 +81,8 @@ _DECIMAL = re.compile(
 )
 _ALONE = re.compile(r"\W*(?:a |one )?half\W*", re.IGNORECASE)
 _AND_A_PART = re.compile(
-  r"(?<=[0-9]) and (?:a|one) (half|third|quarter|fourth|fifth)\b", re.IGNORECASE
+  r"(?<=[0-9])\s+and (?:a|one) (half|third|quarter|fourth|fifth)\b",
+  re.IGNORECASE,
 )
 _PRONOUN = re.compile(r"[0-9]|\b(?:each|every|no|any|this|that|the|only) one\b")
 
@@ -149,7 +150,8 @@ def with_digits(text: str) -> str:
       value += f"/{_PARTS[part if part in _PARTS else part.removesuffix('s')]}"
     return f"  {value}  "
 
-  return _RUN.sub(written, text)
+  text = _RUN.sub(written, text)
+  return _AND_A_PART.sub(lambda match: f" 1/{_PARTS[match[1].lower()]}", text)
 
 
 # Anywhere in an answer: it is taken back, or one of several.
@@ -157,7 +159,8 @@ REFUSED = re.compile(
   r"\b(?:or|nor|either|neither|not|never|cannot|wrong|incorrect(?:ly)?|false"
   r"|untrue|mistaken|invalid|impossible|unknown|undefined|unclear|unlikely"
   r"|except|excluding|versus|vs|instead|too|insufficient|unsure|uncertain"
-  r"|anything|everything|mod|modulo|dozens?|dutzend|docenas?|douzaines?"
+  r"|anything|everything|used to be|mod|modulo|dozens?|dutzend|docenas?"
+  r"|douzaines?"
   r"|dúzias?|dozzin[ae]|gross|factorial|squared|cubed"
   r"|rejected|refused|errors?|mistakes?|halves|pi|nan|inf|halved|doubled|tripled|quadrupled|twice|divisible"
   # Other languages.
@@ -194,6 +197,7 @@ CHANGES_BEFORE = re.compile(
   r"|billions?|trillions?|lakhs?|crores?|score of|pairs? of|between|from"
   r"|version|room|chapter|page|figure|equation"
   r"|(?:step|question|example|problem|exercise)(?=\s*\#?$)"
+  r"|(?:if|suppos\w+|assum\w+|imagin\w+)(?=[^,]*$)"
   # Other languages.
   r"|menos|más|mais|moins|meno|più|weniger|mehr|mindestens|höchstens"
   r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad|doppelte|doble|dobro|doppio|dreifache"
@@ -225,6 +229,7 @@ CHANGES_BEHIND = re.compile(
   r"|fewer|counting|change)|at (?:least|most)|minimum|maximum|max|(?<=\w )min"
   r"|upwards?|onwards?|if|unless|else|otherwise|assuming|provided"
   r"|to the|power|raised|root|scores?|and one"
+  r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
   r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
   r"|thousandth|millionth|billionth|trillionth)s"
   r"|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|hundreds"
