@@ -125,7 +125,7 @@ _JUDGED = re.compile(
   r"(?:\W*$| (?:the|right|correct|it|true|possible)\b)"
   r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
   r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
-  r"|^\W*(?:or|minus|plus|times|not)\b",
+  r"|^\W*(?:or|minus|plus|times|not)\b|, not the\b",
   re.IGNORECASE,
 )
 # x = 41 and y = 42.

@@ -166,7 +166,10 @@ def extract(
 def _is_withdrawn(text: str, found: Extract) -> bool:
   """Tells whether what follows a marked answer gives another one."""
   place = text.rfind(_MARKS[found.rule or ""])
-  place = text.find(found.text or "", max(place, 0)) + len(found.text or "")
+  place = text.find(found.text or "", max(place, 0))
+  if place < 0:  # It is not there as it was written.
+    return False
+  place += len(found.text or "")
   behind = text[place : place + MAX_READ]
   if len(behind) < 8 or behind.isspace():
     return False
