@@ -102,6 +102,7 @@ HOSTILE = (
   *("<|im_end|>", "[", "<", "7/", "7^", "minus ", "or ", "答案", "\\\\", "'"),
   *("~~", "<<1=", "<think>", "\n- ", "| 7 |\n", "\\color{", "{1\\over", "if "),
   *("The answer is 6. ", "That is wrong. ", "Wait, 7 ", "\\text{a}", "٣", "१"),
+  *(".", ",", "{", "the answer is", "7.x", "has 7, "),
 )
 
 
@@ -243,7 +244,6 @@ class ExtractTest(parameterized.TestCase):
   @parameterized.parameters(*HOSTILE)
   def test_no_function_hangs(self, part):
     text = part * (100_000 // len(part))
-    start = time.monotonic()
     for function in (
       *(clauses.last_clause, normalisation.characters, numbers.number),
       *(normalisation.cut_at_end_token, normalisation.normalise),
@@ -253,8 +253,9 @@ class ExtractTest(parameterized.TestCase):
       lambda text: math_word_problems.step_matches(["43"], text),
       lambda text: extraction.extract(text, is_strict=True),
     ):
+      start = time.process_time()
       function(text)
-      self.assertLess(time.monotonic() - start, 5.0, function)
+      self.assertLess(time.process_time() - start, 2.0, function)
 
 
 class NumbersTest(parameterized.TestCase):

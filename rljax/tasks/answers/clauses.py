@@ -93,7 +93,7 @@ _PARALLEL = re.compile(
 # A reply that stops in the middle of a sentence.
 _CUT_SHORT = re.compile(
   r"\s(?:and|or|but|with|the|an?|to|of|by|from|minus|plus|times|if|because|since"
-  r"|which)$|(?<![.,/])[-+/=×÷^(]$",
+  r"|which)$|(?<![.,/=-])[-+/=×÷^(]$",
   re.IGNORECASE,
 )
 # What ends a reply, and answers nothing.
@@ -178,7 +178,7 @@ def last_clause(tail: str) -> str | None:
   first = place
   while first > 0 and place - first < WINDOW and tail[first - 1] not in " \n":
     first -= 1
-  end = SENTENCE_END.search(tail, place + 1)
+  end = SENTENCE_END.search(tail, place + 1, place + 4 * WINDOW)
   line_end = tail.find("\n", place)
   stop = min(
     end.start() if end else len(tail), line_end if line_end >= 0 else len(tail)

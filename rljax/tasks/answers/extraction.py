@@ -56,7 +56,7 @@ _ANNOUNCED = frozenset(
   for end in (":", " is", " is:")
 )
 _DENIED = re.compile(
-  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|second|third|another|alternative"
+  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|(?:second|third|another|alternative) answer"
   r"|suppos(?:e|ing|edly)|assum(?:e|es|ed|ing)|imagine"
   r"|cannot)\b|n't\b",
   re.IGNORECASE,
@@ -81,7 +81,7 @@ _GROUP_BEFORE = re.compile(
   r"\\(?:text[a-z]{0,6}|math[a-z]{2}|f?boxed|fbox|begin)\s*\{[^{}]*\}[\s$]*$"
 )
 _BOXED_BARE = re.compile(r"\s?(-?[0-9][0-9.,]{0,40})(?=[\s$.]|$)")
-_BULLET = re.compile(r"\s*\n\s*[-*•+][ \t]+")
+_BULLET = re.compile(r"\n[ \t]*[-*•+][ \t]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -455,12 +455,15 @@ def _announced(
 ) -> Extract | None:
   """Reads the sentence behind a mark; None if it has no answer."""
   behind = text[end : end + 2 * clauses.WINDOW]
-  bullet = _BULLET.match(behind)
-  if bullet:
-    behind = behind[bullet.end() :]
-    if _BULLET.search(behind):
-      return None  # A list, whose last item says it.
-  behind = _MARKUP.sub("", behind, count=1)
+  lead = _MARKUP.match(behind)
+  if lead:
+    behind = behind[lead.end() :]
+    if "\n" in lead[0] and "$" not in lead[0] and "\\" not in lead[0]:
+      bullet = _BULLET.match(f"\n{behind}")
+      if bullet or lead[0].endswith("* "):
+        behind = behind[bullet.end() - 1 :] if bullet else behind
+        if _BULLET.search(behind):
+          return None  # A list, whose last item says it.
   if ". " in behind:
     behind = _ABBREVIATED.sub(r"\1 ", behind)
   line = behind.partition("\n")[0]

@@ -214,7 +214,9 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   rest = sides[last + 1 :]
   if len(sides) == 2 and last == 0 and _VARIABLE.fullmatch(rest[0]):
     return single(sides[0])  # 5 = x.
-  if last and UNSOLVED.search(sides[last - 1]):
+  if (
+    last and UNSOLVED.search(sides[last - 1]) and f"{sides[last - 1]}=" in text
+  ):
     return None  # 2x = 5.
   if not all(_IS_THE_ANSWER.fullmatch(side) for side in rest):
     return None
