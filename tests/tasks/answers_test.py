@@ -173,7 +173,7 @@ class RowsTest(parameterized.TestCase):
     )
 
   def test_hard_answers(self):
-    """Judged by hand, most of them misjudged by some version of the tables."""
+    """Judged by hand; a third was misjudged before the tables had its kind."""
     pytest.importorskip("math_verify")
     path = pathlib.Path(__file__).with_name("answers_hard.jsonl")
     with path.open(encoding="utf-8") as file:
