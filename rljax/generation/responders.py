@@ -16,6 +16,7 @@ import numpy as np
 
 from rljax.distributed import compiled, meshes, planning, processes
 from rljax.generation import answered, responses, rollouts, stops
+from rljax.generation import slots as slots_lib
 from rljax.ops import sampling
 from rljax.text import asked, files, tokens
 from rljax.text import batches as batches_lib
@@ -58,6 +59,7 @@ class Responder:
     constraint: Any = None,
     texts: Sequence[str] | None = None,
     unfinished_score: float | None = 0.0,
+    slots: int = 0,
   ):
     """Pads the prompts and prepares the sampler.
 
@@ -87,10 +89,12 @@ class Responder:
       texts: N prompts as they are scored, or None.
       unfinished_score: of an answer that ran out of length, which is then never
         right; None: it is scored as any other.
+      slots: rows that are decoded at the same time, see `generation.slots`; 0:
+        all of a batch.
 
     Raises:
-      ValueError: if prompts and responses are longer than the context, or the
-        batch does not fit the mesh.
+      ValueError: if prompts and responses are longer than the context, or batch
+        or slots do not fit the mesh.
     """
     meshes.check_divisible(batch_size, mesh, "batch_size")
     ids, mask = batches_lib.pad_left(prompt_ids)
@@ -103,6 +107,8 @@ class Responder:
     if stop_strings:
       self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(stop_strings, self._pieces)
+
+    on_mesh = slots_lib.on_mesh(slots, mesh)
 
     def sample(key, params, batch):
       within = None
@@ -127,9 +133,8 @@ class Responder:
         lengths=jnp.repeat(batch["lengths"], num_samples),
         forced=forced,
         constraint=within,
-        split_cache=meshes.cache_splitter(mesh),
-        split_logits=meshes.logits_splitter(mesh),
         pad_id=tokens.pad_id(tokenizer),
+        **on_mesh.options,
       )
 
       # Nobody reads it: it need not leave the devices.
@@ -138,7 +143,7 @@ class Responder:
     self.num_prompts, self.num_samples = len(ids), num_samples
     self.texts, self.unfinished_score = texts, unfinished_score
     self.has_forced = forced is not None
-    self.program = compiled.Compiled("respond", sample)
+    self.program = compiled.Compiled("respond", on_mesh.split(sample, 2))
     self._arrays = {
       "ids": ids,
       "mask": mask,

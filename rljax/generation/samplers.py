@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import compiled, meshes
-from rljax.generation import grammars, responders, responses, rollouts, stops
+from rljax.generation import (
+  grammars,
+  responders,
+  responses,
+  rollouts,
+  slots,
+  stops,
+)
 from rljax.ops import sampling
 from rljax.text import prompts as prompts_lib
 from rljax.text import tokens
@@ -70,13 +77,19 @@ class Sampler:
       self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(settings.stop_strings, self._pieces)
 
-    def sample(key, params, ids, mask, lengths, within):
+    on_mesh = slots.on_mesh(settings.slots, mesh)
+
+    def sample(key, params, tables, ids, mask, lengths, indices, places):
+      within = None
+      if tables is not None:
+        within = grammars.Constraint(tables, *places)
       return rollouts.sample(
         key,
         model,
         params,
         ids,
         mask,
+        prompt_indices=indices,
         max_length=settings.max_length,
         settings=distribution,
         num_samples=settings.num_samples,
@@ -86,12 +99,11 @@ class Sampler:
         min_new_tokens=settings.min_new_tokens,
         lengths=lengths,
         constraint=within,
-        split_cache=meshes.cache_splitter(mesh),
-        split_logits=meshes.logits_splitter(mesh),
         pad_id=tokens.pad_id(tokenizer),
+        **on_mesh.options,
       )
 
-    self.program = compiled.Compiled("sample", sample)
+    self.program = compiled.Compiled("sample", on_mesh.split(sample, 3))
 
   @property
   def has_constraint(self) -> bool:
@@ -134,17 +146,18 @@ class Sampler:
     num_samples = self.settings.num_samples
     place = (step, 1, number) if number else (step, 1)
     lengths = self.settings.lengths(len(rows) * num_samples, *place)
-    ids, mask, lengths = meshes.shard_batch(
-      (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
+    indices = np.arange(len(rows), dtype=np.int32)
+    ids, mask, lengths, indices = meshes.shard_batch(
+      (prompts.ids[rows], prompts.mask[rows], lengths, indices), self._mesh
     )
     texts = [prompts.texts[i] for i in rows]
     within = self._constraint(texts)
+    tables, places = self._grammar, None
     if within is not None:
-      within = within._replace(
-        start=meshes.shard_batch(within.start, self._mesh),
-        seconds=meshes.shard_batch(within.seconds, self._mesh),
-      )
-    rollout = self.program(key, params, ids, mask, lengths, within)
+      places = meshes.shard_batch((within.start, within.seconds), self._mesh)
+    rollout = self.program(
+      key, params, tables, ids, mask, lengths, indices, places
+    )
     return responses.Samples(
       rollout=rollout,
       prompts=[text for text in texts for _ in range(num_samples)],
@@ -185,6 +198,7 @@ class Sampler:
         "settings": settings.distribution,
         "num_samples": settings.num_samples,
         "seed": settings.seed,
+        "slots": settings.slots,
         "stop_at_eos": settings.stop_at_eos,
         "stop_strings": settings.stop_strings,
         "stop_tokens": settings.stop_tokens,
