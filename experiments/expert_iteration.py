@@ -180,6 +180,7 @@ def main():
     sizes.num_parts,
     weigh=lambda part: part["response_mask"].sum(),
     sharding=run.rows_sharding,
+    length_buckets=sizes.length_buckets,
   )
 
   def update(state, batch, learning_rate):

@@ -194,6 +194,7 @@ def main():
     loss_fn,
     weigh=lambda part: ppo.num_terms(part["rollout"].response_mask, **average),
     sharding=run.rows_sharding,
+    length_buckets=sizes.length_buckets,
   )
   transform = optimizers.adamw(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
@@ -204,7 +205,8 @@ def main():
     """Statistics of all rows, in no more memory than an update takes."""
     one = lambda part: statistics_of(params, part)[0]
     return microbatch.map_rows(
-      one, rollout, sizes.num_passes, run.rows_sharding
+      *(one, rollout, sizes.num_passes, run.rows_sharding),
+      length_buckets=sizes.length_buckets,
     )
 
   def prepare(state, reference, rollout, scores):

@@ -127,7 +127,10 @@ def main():
 
   # Reads all rows of a step in no more memory than an update takes.
   in_parts = functools.partial(
-    microbatch.map_rows, num_parts=sizes.num_passes, sharding=run.rows_sharding
+    microbatch.map_rows,
+    num_parts=sizes.num_passes,
+    sharding=run.rows_sharding,
+    length_buckets=sizes.length_buckets,
   )
 
   # Text: prompts, what scores responses, and what writes them.
@@ -219,6 +222,7 @@ def main():
     loss_fn,
     weigh=lambda part: part["rollout"].response_mask.sum(),
     sharding=run.rows_sharding,
+    length_buckets=sizes.length_buckets,
   )
   transform = optimizers.adamw(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),

@@ -308,7 +308,11 @@ def main():
     return loss, {"loss": loss, **metrics}
 
   gradients = microbatch.grad(
-    loss_fn, sizes.num_parts, adds_up=True, sharding=run.rows_sharding
+    loss_fn,
+    sizes.num_parts,
+    adds_up=True,
+    sharding=run.rows_sharding,
+    length_buckets=sizes.length_buckets,
   )
   transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
 

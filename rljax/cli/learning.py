@@ -82,7 +82,8 @@ def batch_sizes(
     name = "--sample_batch_size"
     meshes.check_divisible(values.sample_batch_size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
-  return microbatch.Sizes(rows, minibatch, micro_batch)
+  buckets = values.get_flag_value("length_buckets", 1)
+  return microbatch.Sizes(rows, minibatch, micro_batch, buckets)
 
 
 def define_optimizer(

@@ -88,6 +88,17 @@ def define_sampler(
   )
   define_stop_strings()
   define_slots()
+  flags.DEFINE_integer(
+    "length_buckets",
+    1,
+    "Widths K of prompts, and where a script learns from them of responses, at "
+    "which rows are read: no wider than the longest of a pass needs. With "
+    "--micro_batch_size, the rows of a pass have about one length. 1 reads all "
+    "at the longest of the data set. Samplers compile K times as long, and "
+    "learners K * K times.",
+    lower_bound=1,
+    upper_bound=8,
+  )
   if sample_batch_size is not None:
     flags.DEFINE_integer(
       "sample_batch_size",

@@ -60,6 +60,7 @@ class Responder:
     texts: Sequence[str] | None = None,
     unfinished_score: float | None = 0.0,
     slots: int = 0,
+    length_buckets: int = 1,
   ):
     """Pads the prompts and prepares the sampler.
 
@@ -91,6 +92,7 @@ class Responder:
         right; None: it is scored as any other.
       slots: rows that are decoded at the same time, see `generation.slots`; 0:
         all of a batch.
+      length_buckets: widths at which prompts are read, see `rollouts.sample`.
 
     Raises:
       ValueError: if prompts and responses are longer than the context, or batch
@@ -134,6 +136,7 @@ class Responder:
         forced=forced,
         constraint=within,
         pad_id=tokens.pad_id(tokenizer),
+        length_buckets=length_buckets,
         **on_mesh.options,
       )
 

@@ -41,6 +41,7 @@ class Settings(NamedTuple):
     seed: of the limits of length.
     slots: rows that are decoded at the same time, see `generation.slots`; 0:
       all of them.
+    length_buckets: widths at which prompts are read, see `rollouts.sample`.
   """
 
   max_length: int
@@ -60,6 +61,7 @@ class Settings(NamedTuple):
   mask_unfinished: bool = False
   seed: int = 0
   slots: int = 0
+  length_buckets: int = 1
 
   @property
   def distribution(self) -> sampling.Settings:
