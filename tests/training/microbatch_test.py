@@ -376,9 +376,7 @@ class WidthsTest(parameterized.TestCase):
     names = ("prompt", "response")
 
     def loss_fn(params, batch):
-      widths.append(
-        batch["prompt_ids"].shape[1] + batch["response_ids"].shape[1]
-      )
+      widths.append(sum(batch[f"{x}_ids"].shape[1] for x in names))
       found, _ = rollouts.token_statistics(
         model, params, batch, temperature=1.0
       )
