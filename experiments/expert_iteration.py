@@ -167,7 +167,7 @@ def main():
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
     sizes.micro_batch, policy.config.vocab_size
   )
-  transform = optimizers.adamw(None, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(None, **cli.optimizer_options(FLAGS))
 
   def loss_fn(params, batch):
     statistics, _ = rollouts.token_statistics(

@@ -107,6 +107,14 @@ def define_sampler(
       lower_bound=1,
     )
   if online:
+    flags.DEFINE_integer(
+      "draw_batch_size",
+      0,
+      "Prompts of a step that are answered at the same time, a divisor of "
+      "--batch_size; the next ones are answered while these responses are "
+      "scored, which pays where rewards are slow. 0 answers all at once.",
+      lower_bound=0,
+    )
     define_ends()
     _define_limits()
 

@@ -15,10 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import compiled, meshes, planning, processes
-from rljax.generation import answered, responses, rollouts, stops
+from rljax.generation import ahead, answered, responses, rollouts, stops
 from rljax.generation import slots as slots_lib
 from rljax.ops import sampling
-from rljax.text import asked, files, tokens
+from rljax.text import (
+  asked,
+  files,
+  tokens,
+  vocabularies,
+)
 from rljax.text import batches as batches_lib
 
 
@@ -107,7 +112,7 @@ class Responder:
     stop_ids, allowed = stops.ends(model, tokenizer, stop_at_eos, stop_tokens)
     stop_table, self._pieces = None, ()
     if stop_strings:
-      self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
+      self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(stop_strings, self._pieces)
 
     on_mesh = slots_lib.on_mesh(slots, mesh)
@@ -135,7 +140,7 @@ class Responder:
         lengths=jnp.repeat(batch["lengths"], num_samples),
         forced=forced,
         constraint=within,
-        pad_id=tokens.pad_id(tokenizer),
+        pad_id=vocabularies.pad_id(tokenizer),
         length_buckets=length_buckets,
         **on_mesh.options,
       )
@@ -259,10 +264,11 @@ def collect(
 ) -> list[dict[str, Any]]:
   """Draws and scores the responses to all prompts, into a file.
 
-  Every batch is on disk before the next is drawn, and so is what was scored of
-  a batch before its scorer failed. If the file is there already, from a call
-  that was stopped, the prompts that it answers in full are not asked again; the
-  outcome is the same. A response that ran out of length is never right.
+  The next batch is drawn while one is scored. Every batch is on disk before the
+  next is scored, and so is what was scored of a batch before its scorer failed.
+  If the file is there already, from a call that was stopped, the prompts that
+  it answers in full are not asked again; the outcome is the same. A response
+  that ran out of length is never right.
 
   Args:
     path: the file, of JSON lines.
@@ -300,9 +306,8 @@ def collect(
     row["prompt"] = prompts[index]
   first = len(rows) // num_samples
   rows, left = rows[: first * num_samples], rows[first * num_samples :]
-  for indices, texts, finished in responder.batches(
-    params, first=first, draw=draw
-  ):
+  drawn = ahead.items(responder.batches(params, first=first, draw=draw))
+  for indices, texts, finished in drawn:
     repeated = [prompts[i] for i in indices for _ in range(num_samples)]
     # Of a prompt that was not answered in full, what is there was scored; it
     # counts where each response is scored by itself.

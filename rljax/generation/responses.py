@@ -12,7 +12,11 @@ from absl import logging
 from rljax.distributed import processes
 from rljax.generation import rollouts
 from rljax.ops import sampling
-from rljax.text import asked, tokens
+from rljax.text import (
+  asked,
+  tokens,
+  vocabularies,
+)
 
 
 class Settings(NamedTuple):
@@ -32,7 +36,7 @@ class Settings(NamedTuple):
     stop_at_eos: whether the end token ends a response; else it is never drawn.
     stop_strings: texts that end a response, and are cut off it.
     stop_tokens: further tokens that end a response, as texts or ids; see
-      `tokens.named_ids`.
+      `end_tokens.named_ids`.
     constraint: "grammar", to keep responses within the task's, or "none".
     mask_unfinished: whether nothing is learnt from a response that ran out of
       length.
@@ -224,7 +228,7 @@ def read(
       begins first, among the bytes by which the sampler found it.
     stop_ids: tokens that end a response, and are no part of its text, even
       where they are no special tokens.
-    pieces: of `tokens.token_bytes`, if they are at hand.
+    pieces: of `vocabularies.token_bytes`, if they are at hand.
 
   Returns:
     N texts, each as it stands behind its prompt.
@@ -244,11 +248,11 @@ def read(
       len(mask),
     )
   mask = mask & ~np.isin(ids, stop_ids)
-  behind = tokens.has_text(tokenizer, prompt_ids, prompt_mask)
+  behind = vocabularies.has_text(tokenizer, prompt_ids, prompt_mask)
   texts = tokens.decode(tokenizer, ids, mask, behind=behind)
   if not stop_strings:
     return texts
-  pieces = pieces or tokens.token_bytes(tokenizer)
+  pieces = pieces or vocabularies.token_bytes(tokenizer)
   stops = [stop.encode("utf-8") for stop in stop_strings]
   for n, text in enumerate(texts):
     written = b"".join(

@@ -4,6 +4,7 @@
 limits and constraint.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from rljax.distributed import compiled, meshes
 from rljax.generation import (
+  ahead,
   grammars,
   responders,
   responses,
@@ -20,8 +22,12 @@ from rljax.generation import (
   stops,
 )
 from rljax.ops import sampling
-from rljax.text import prompts as prompts_lib
-from rljax.text import tokens
+from rljax.text import (
+  prompts as prompts_lib,
+)
+from rljax.text import (
+  vocabularies,
+)
 
 
 class Sampler:
@@ -74,7 +80,7 @@ class Sampler:
       self._grammar = meshes.replicate(grammar, mesh)
     stop_table = None
     if settings.stop_strings:
-      self._pieces = tokens.token_bytes(tokenizer, vocab_size=vocab_size)
+      self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(settings.stop_strings, self._pieces)
 
     on_mesh = slots.on_mesh(settings.slots, mesh)
@@ -100,7 +106,7 @@ class Sampler:
         min_new_tokens=settings.min_new_tokens,
         lengths=lengths,
         constraint=within,
-        pad_id=tokens.pad_id(tokenizer),
+        pad_id=vocabularies.pad_id(tokenizer),
         **on_mesh.options,
       )
 
@@ -129,6 +135,7 @@ class Sampler:
     *,
     step: int,
     number: int = 0,
+    part: slice | None = None,
   ) -> responses.Samples:
     """Draws responses to some of the prompts.
 
@@ -140,6 +147,8 @@ class Sampler:
       step: rollouts that the policy has learnt from; decides the limits of
         length, where they differ.
       number: of the draw, if a step has several, for the same.
+      part: of the rows, which is drawn alone, as it would be among all; None:
+        all.
 
     Returns:
       B * num_samples responses; row b * num_samples + j is sample j of b.
@@ -148,6 +157,9 @@ class Sampler:
     place = (step, 1, number) if number else (step, 1)
     lengths = self.settings.lengths(len(rows) * num_samples, *place)
     indices = np.arange(len(rows), dtype=np.int32)
+    if part is not None:
+      lengths = lengths.reshape(len(rows), -1)[part].ravel()
+      indices, rows = indices[part], rows[part]
     ids, mask, lengths, indices = meshes.shard_batch(
       (prompts.ids[rows], prompts.mask[rows], lengths, indices), self._mesh
     )
@@ -172,6 +184,37 @@ class Sampler:
       settings=self.settings,
       policy_step=step,
       tokenizer=self._tokenizer,
+    )
+
+  def draw_scored(
+    self,
+    *inputs: Any,
+    score: Callable[..., Any],
+    at_once: int = 0,
+    **options: Any,
+  ) -> responses.Samples:
+    """Draws responses to some of the prompts, and scores them.
+
+    Args:
+      *inputs: of `draw`.
+      score: of `Samples.scored`.
+      at_once: prompts that are drawn at the same time, a divisor of B, while
+        the responses to those before are scored; 0: all.
+      **options: of `draw`.
+
+    Returns:
+      The samples, the same to the bit for every `at_once` if a score does not
+      depend on the responses to other prompts.
+    """
+    *_, rows = inputs
+    if at_once in (0, len(rows)):
+      return self.draw(*inputs, **options).scored(score)
+    parts = (
+      self.draw(*inputs, part=slice(i, i + at_once), **options)
+      for i in range(0, len(rows), at_once)
+    )
+    return responses.Samples.concatenate(
+      [samples.scored(score) for samples in ahead.items(parts)]
     )
 
   def responder(

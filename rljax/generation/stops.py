@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import tokens
+from rljax.text import (
+  end_tokens,
+  vocabularies,
+)
 
 
 def ends(
@@ -19,7 +22,7 @@ def ends(
     tokenizer: its tokenizer.
     stop_at_eos: whether the end tokens of model and tokenizer end a response;
       else they are never drawn.
-    stop_tokens: further ones, which do in any case; see `tokens.named_ids`.
+    stop_tokens: further ones, which do in any case; see `end_tokens.named_ids`.
 
   Returns:
     The ids, and `[V]` bool.
@@ -29,12 +32,14 @@ def ends(
       `stop_tokens` is none of the tokenizer's.
   """
   own = getattr(model.config, "eos_token_id", None)
-  more = tokens.named_ids(tokenizer, stop_tokens)
+  more = end_tokens.named_ids(tokenizer, stop_tokens)
   if stop_at_eos:
-    stop_ids, never = tokens.stop_ids(tokenizer, own, more), ()
+    stop_ids, never = end_tokens.stop_ids(tokenizer, own, more), ()
   else:
     stop_ids, never = more, () if own is None else own
-  allowed = tokens.allowed_tokens(tokenizer, model.config.vocab_size, stop_ids)
+  allowed = vocabularies.allowed_tokens(
+    tokenizer, model.config.vocab_size, stop_ids
+  )
   never = [never] if isinstance(never, int) else list(never)
   allowed[[id_ for id_ in never if id_ not in stop_ids]] = False
   return stop_ids, allowed

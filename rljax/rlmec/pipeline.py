@@ -26,7 +26,14 @@ from rljax.generation import responders, samplers
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters, targets
 from rljax.storage import stages
-from rljax.text import asked, chats, files, keywords, tokens
+from rljax.text import (
+  asked,
+  chats,
+  end_tokens,
+  files,
+  keywords,
+  tokens,
+)
 from rljax.text import prompts as text_prompts
 
 Rows = list[dict[str, Any]]
@@ -314,7 +321,7 @@ def supervise(
     prompts_lib.TEMPLATES[template],
     limits=limits,
     max_positions=reward_model.model.config.max_positions,
-    end_id=tokens.end_id(policy.tokenizer, prompt_format),
+    end_id=end_tokens.end_id(policy.tokenizer, prompt_format),
   )
   if all(row["is_right"] for row in found):
     raise ValueError(

@@ -741,7 +741,8 @@ class Run:
     mode = self._values.preflight
     if mode == "off" or self._is_checked or planning.current():
       return
-    checks = check(self._values.dtype == "float32")
+    dtypes = {self._values.dtype, self._flag("param_dtype", "float32")}
+    checks = check(dtypes == {"float32"})
     preflight.show(checks)
     preflight.enforce(checks, mode)
     self._is_checked.append(True)

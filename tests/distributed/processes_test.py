@@ -249,7 +249,7 @@ class AloneTest(parameterized.TestCase):
   """Scripts that a launcher must not start twice."""
 
   @parameterized.parameters(
-    ("examples/ppo_pmap", "--workdir=x", "--policy=x"),
+    ("examples/ppo_pmap", "--workdir=x", "--policy=x", "--task=arithmetic"),
     ("games/expand", "--output=x"),
     ("games/draw", "--samples=x", "--output=x"),
   )

@@ -439,6 +439,17 @@ class ReturnConditionedTest(absltest.TestCase):
       scripts.fingerprint(workdir), scripts.fingerprint(_conditioned())
     )
 
+  def test_packed_rows(self):
+    workdir = scripts.scratch() / "rcrl_packed"
+    scripts.run(
+      RCRL,
+      workdir,
+      *(*TINY_RCRL, *_models(LONG), "--packed_length=96"),
+      *(f"--labels={_conditioned() / 'labels.jsonl'}", "--preflight=strict"),
+    )
+    one, two = (scripts.rows(x)[-2] for x in (workdir, _conditioned()))
+    self.assertAlmostEqual(one["nll/loss"], two["nll/loss"], delta=1e-3)
+
   @pytest.mark.slow
   def test_killed_at_every_stage(self):
     whole = _conditioned()

@@ -14,7 +14,9 @@ from absl.testing import parameterized
 from rljax.distributed import meshes
 from rljax.generation import responses, rollouts, samplers
 from rljax.ops import sampling
-from rljax.text import tokens
+from rljax.text import (
+  vocabularies,
+)
 from tests import stand_in
 from tests.generation import drawing, grammars_test
 
@@ -62,11 +64,11 @@ class SamplerTest(parameterized.TestCase):
         settings=sampler.settings.distribution,
         num_samples=num_samples,
         allowed=jnp.asarray(
-          tokens.allowed_tokens(drawing.WORDS, 120, sampler.stop_ids)
+          vocabularies.allowed_tokens(drawing.WORDS, 120, sampler.stop_ids)
         ),
         stop_ids=sampler.stop_ids,
         lengths=lengths,
-        pad_id=tokens.pad_id(drawing.WORDS),
+        pad_id=vocabularies.pad_id(drawing.WORDS),
       )
     )(drawing.params(), asked.ids[rows], asked.mask[rows], limits)
     _assert_same(drawn.rollout, expected)
@@ -85,6 +87,36 @@ class SamplerTest(parameterized.TestCase):
       else [drawing.WORDS.eos_token_id]
     )
     self.assertEqual(list(sampler.stop_ids), stops)
+
+  @parameterized.parameters(("data:1", 1, 1), ("data:2", 2, 2))
+  def test_in_parts(self, spec, at_once, num_samples):
+    sampler = drawing.sampler(spec, num_samples=num_samples, min_length=2)
+    params = meshes.replicate(drawing.params(), meshes.make(spec))
+    rows = np.array([5, 0, 3, 3])
+    scored = []
+
+    def score(prompts, texts):
+      scored.append(len(texts))
+      return np.float32([len(x) for x in texts]), [{"n": x} for x in texts]
+
+    whole, parts = (
+      sampler.draw_scored(
+        *(jax.random.key(8), params, drawing.encoded(), rows),
+        step=4,
+        number=2,
+        score=score,
+        at_once=number,
+      )
+      for number in (0, at_once)
+    )
+    _assert_same(parts.rollout, whole.rollout)
+    np.testing.assert_array_equal(parts.scores, whole.scores)
+    for name in ("prompts", "texts", "parts"):
+      self.assertEqual(getattr(parts, name), getattr(whole, name))
+    size = at_once * num_samples
+    self.assertEqual(
+      scored, [4 * num_samples] + [size] * (4 * num_samples // size)
+    )
 
   def test_it_compiles_once(self):
     sampler, asked = drawing.sampler(), drawing.encoded()

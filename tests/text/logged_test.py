@@ -18,7 +18,16 @@ from absl.testing import parameterized
 from rljax.generation import responses, rollouts
 from rljax.models import hf
 from rljax.tasks import arithmetic, word_lists
-from rljax.text import chats, dialogues, encoding, files, forms, logged, tokens
+from rljax.text import (
+  chats,
+  dialogues,
+  encoding,
+  files,
+  forms,
+  logged,
+  tokens,
+  vocabularies,
+)
 from tests import conftest
 
 WORDS = arithmetic.word_tokenizer()
@@ -867,7 +876,7 @@ class ReadTest(parameterized.TestCase):
 
   def test_batches_of_any_shape(self):
     log = self._read(first_row=1, num_rows=3)
-    pad = tokens.pad_id(WORDS)
+    pad = vocabularies.pad_id(WORDS)
     batch = log.batch(np.array([1, 0]), np.array([0, 1]))
     np.testing.assert_array_equal(
       batch["prompt_ids"],
