@@ -182,6 +182,7 @@ def main():
     template,
     mesh=run.mesh,
     batch_size=FLAGS.sample_batch_size,
+    slots=FLAGS.slots,
     max_length=FLAGS.max_length,
     max_prompt_length=FLAGS.max_question_length,
     locate=locate,
