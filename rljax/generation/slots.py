@@ -3,6 +3,13 @@
 All rows wait in one queue, in their order. Each step decodes one token in every
 slot, and every slot is at a step of its own response. Once nobody waits, the
 slots that are left are moved together, and smaller blocks of them go on.
+
+A token is drawn with the key of its row and its place there, so the samples are
+those of rows that wait for each other: ids, masks and ends to the bit, unless a
+uniform number lies within rounding of a border, for a product over fewer rows
+may be rounded differently. The log-probabilities agree to rounding: 1e-6 nats
+for 4 layers of 128, 2e-5 for SmolLM2-135M. A row in a slot has a copy of its
+prompt's keys and values, which the samples of a prompt else share.
 """
 
 from collections.abc import Callable
