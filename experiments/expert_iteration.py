@@ -179,7 +179,7 @@ def main():
     *(loss_fn, sizes.num_parts),
     weigh=lambda part: part["response_mask"].sum(),
     sharding=run.rows_sharding,
-    length_buckets=sizes.length_buckets,
+    buckets=sizes.buckets,
   )
 
   def update(state, batch, learning_rate):

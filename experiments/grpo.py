@@ -194,7 +194,7 @@ def main():
     loss_fn,
     weigh=lambda part: ppo.num_terms(part["rollout"].response_mask, **average),
     sharding=run.rows_sharding,
-    length_buckets=sizes.length_buckets,
+    buckets=sizes.buckets,
   )
   transform = optimizers.make(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
@@ -206,7 +206,7 @@ def main():
     one = lambda part: statistics_of(params, part)[0]
     return microbatch.map_rows(
       *(one, rollout, sizes.num_passes, run.rows_sharding),
-      length_buckets=sizes.length_buckets,
+      buckets=sizes.buckets,
     )
 
   def prepare(state, reference, rollout, scores):

@@ -308,13 +308,8 @@ def main():
       metrics |= more
     return loss, {"loss": loss, **metrics}
 
-  gradients = microbatch.grad(
-    loss_fn,
-    sizes.num_parts,
-    adds_up=True,
-    sharding=run.rows_sharding,
-    length_buckets=sizes.length_buckets,
-  )
+  apart = {"sharding": run.rows_sharding, "buckets": sizes.buckets}
+  gradients = microbatch.grad(loss_fn, sizes.num_parts, adds_up=True, **apart)
   transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):

@@ -214,30 +214,18 @@ def sample(
   rows, columns = advance(0, _start(num_rows, constraint), logits, given)
   written = _blank(columns, max_length, pad_id)
   written = _write(written, columns, 0)
-  if max_length == 1:
-    finished = rows["finished"]
-  elif slots:
-    # With room for whole responses, of which nothing but the shapes is needed.
-    _, room = jax.eval_shape(lambda: prefill(1, max_length))
-    written, finished = slots_lib.decode_rows(
-      decode,
-      lambda step, rows, logits, index: advance(
-        step, rows, logits, given.take(index)
-      ),
-      slots_lib.Prompts(cache, room, num_samples),
-      rows,
-      written,
-      lengths=lengths,
-      num_slots=min(slots, num_rows),
-    )
-  else:
-    written, finished = _decode_together(
-      decode,
-      functools.partial(advance, given=given),
-      cache,
-      rows,
-      written,
-      lengths=lengths,
+  finished = rows["finished"]
+  if max_length > 1:
+    decode_all = _decode_together
+    if slots:
+      # With room for whole responses, whose shapes are all that is needed.
+      _, room = jax.eval_shape(lambda: prefill(1, max_length))
+      cache = slots_lib.Prompts(cache, room, num_samples)
+      decode_all = functools.partial(
+        slots_lib.decode_rows, num_slots=min(slots, num_rows)
+      )
+    written, finished = decode_all(
+      decode, advance, cache, rows, written, given=given
     )
   return Samples(finished=finished, **written)
 
@@ -249,20 +237,20 @@ def _decode_together(
   rows: State,
   written: State,
   *,
-  lengths: Array,
+  given: Given,
 ) -> tuple[State, Array]:
   """Decodes all rows, one column after another, until the last has ended."""
   max_length = written["response_ids"].shape[1]
 
   def goes_on(carry):
     step, rows, *_ = carry
-    alive = ~rows["finished"] & (step < lengths)
+    alive = ~rows["finished"] & (step < given.lengths)
     return (step < max_length) & jnp.any(alive)
 
   def decode_column(carry):
     step, rows, written, cache = carry
     logits, cache = decode(rows["tokens"], cache)
-    rows, columns = advance(step, rows, logits)
+    rows, columns = advance(step, rows, logits, given)
     return step + 1, rows, _write(written, columns, step), cache
 
   _, rows, written, _ = jax.lax.while_loop(

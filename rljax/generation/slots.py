@@ -148,30 +148,32 @@ class Prompts(NamedTuple):
 
 def decode_rows(
   decode: Callable[[Array, Any], tuple[Array, Any]],
-  advance: Callable[[Array, State, Array, Array], tuple[State, State]],
+  advance: Callable[[Array, State, Array, Any], tuple[State, State]],
   prompts: Prompts,
   rows: State,
   written: State,
   *,
-  lengths: Array,
+  given: Any,
   num_slots: int,
 ) -> tuple[State, Array]:
   """Decodes N rows from their second token on, some at the same time.
 
   Args:
     decode: `(tokens [S], cache) -> (logits [S, V], cache)`.
-    advance: `(steps [S], rows, logits, index [S]) -> (rows, columns)` draws one
-      token of each of the rows `index`; N stands for none.
+    advance: `(steps [S], rows, logits, given) -> (rows, columns)` draws one
+      token of each row.
     prompts: what the rows begin with.
     rows: where the N rows stand after their first token: `tokens` and
       `finished`, `[N]`, and others.
     written: `[N, T, ...]` arrays, with the first column.
-    lengths: `[N]` int, limits of length.
+    given: what is known of the N rows, with `lengths` `[N]` int, limits of
+      length, and `take(index)`, which selects rows; N gives any.
     num_slots: S, rows at the same time; at most N.
 
   Returns:
     `written` with all columns, and `[N]` bool, which rows ended by themselves.
   """
+  lengths = given.lengths
   chex.assert_rank(lengths, 1)
   num_rows = lengths.shape[0]
   is_waiting = ~rows["finished"] & (lengths > 1)
@@ -208,7 +210,7 @@ def decode_rows(
     slots, written, finished, num_begun = carry
     index, step = slots["index"], slots["step"]
     logits, cache = decode(slots["rows"]["tokens"], slots["cache"])
-    after, columns = advance(step, slots["rows"], logits, index)
+    after, columns = advance(step, slots["rows"], logits, given.take(index))
     written = {
       name: written[name].at[index, step].set(column, mode="drop")
       for name, column in columns.items()

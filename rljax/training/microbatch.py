@@ -38,13 +38,13 @@ class Sizes(NamedTuple):
     rows: of all that a step learns from.
     minibatch: of one update; divides `rows`.
     micro_batch: of one pass; divides `minibatch`.
-    length_buckets: widths at which a pass may read its rows, see `ops.lengths`.
+    buckets: widths at which a pass may read its rows, see `ops.lengths`.
   """
 
   rows: int
   minibatch: int
   micro_batch: int
-  length_buckets: int = 1
+  buckets: int = 1
 
   @property
   def num_parts(self) -> int:
@@ -72,7 +72,7 @@ def map_rows(
   batch: Tree,
   num_parts: int,
   sharding: jax.sharding.Sharding | None = None,
-  length_buckets: int = 1,
+  buckets: int = 1,
 ) -> Tree:
   """Calls a function of rows for one part of a batch after another.
 
@@ -83,15 +83,15 @@ def map_rows(
     batch: tree of arrays `[N, ...]`.
     num_parts: divides N; 1 calls the function once.
     sharding: of a part's rows, where they lie on several devices.
-    length_buckets: K of `lengths.at_width`; parts are then sorted by length.
+    buckets: K of `lengths.at_width`; parts are then sorted by length.
 
   Returns:
     What the function gives for all rows, in their order.
   """
-  read = lambda part: lengths.at_width(function, part, length_buckets)
+  read = lambda part: lengths.at_width(function, part, buckets)
   if num_parts == 1:
     return read(batch)
-  is_sorted = length_buckets > 1
+  is_sorted = buckets > 1
   order = lengths.by_length(batch, num_parts) if is_sorted else None
   if is_sorted:
     batch = take(batch, order, sharding)
@@ -113,7 +113,7 @@ def grad(
   weigh: Callable[[Tree], Array] | None = None,
   adds_up: bool = False,
   sharding: jax.sharding.Sharding | None = None,
-  length_buckets: int = 1,
+  buckets: int = 1,
 ) -> "Gradient":
   """Makes a function that accumulates the gradient of a batch over its parts.
 
@@ -131,12 +131,12 @@ def grad(
       divides by counts of the whole batch, among `more`. All w are then 1, and
       metrics named `...loss` are sums as well.
     sharding: of a part's rows, where they lie on several devices.
-    length_buckets: K of `lengths.at_width`; parts are then sorted by length.
+    buckets: K of `lengths.at_width`; parts are then sorted by length.
 
   Returns:
     `(params, batch, *more) -> (gradients, metrics)`.
   """
-  return Gradient(loss_fn, num_parts, weigh, adds_up, sharding, length_buckets)
+  return Gradient(loss_fn, num_parts, weigh, adds_up, sharding, buckets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Gradient:
   weigh: Callable[[Tree], Array] | None
   adds_up: bool
   sharding: jax.sharding.Sharding | None
-  length_buckets: int = 1
+  buckets: int = 1
 
   def in_parts(self, num_parts: int) -> "Gradient":
     """Returns the same gradient, accumulated over so many parts."""
@@ -160,11 +160,11 @@ class Gradient:
     """Returns the gradient of a batch, and its metrics."""
     of_batch = jax.grad(self.loss_fn, has_aux=True)
     gradient = lambda params, batch, *more: lengths.at_width(
-      lambda batch: of_batch(params, batch, *more), batch, self.length_buckets
+      lambda batch: of_batch(params, batch, *more), batch, self.buckets
     )
     if self.num_parts == 1:
       return gradient(params, batch, *more)
-    if self.length_buckets > 1:
+    if self.buckets > 1:
       order = lengths.by_length(batch, self.num_parts)
       batch = take(batch, order, self.sharding)
     parts = split(batch, self.num_parts)

@@ -419,7 +419,7 @@ class WidthsTest(parameterized.TestCase):
     expected = both(1)
     self.assertEqual(set(widths), {30})
     chex.assert_trees_all_close(
-      both(num_parts, length_buckets=2), expected, rtol=1e-5, atol=1e-6
+      both(num_parts, buckets=2), expected, rtol=1e-5, atol=1e-6
     )
     # 16 or 20 columns of prompts, and 8 or 10 of responses.
     self.assertEqual(set(widths), {24, 26, 28, 30})
