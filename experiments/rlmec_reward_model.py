@@ -327,9 +327,8 @@ def load_teacher(task, run):
   return rewriters.of_model(
     run.place_model(hf.load(FLAGS.teacher_model, dtype=FLAGS.dtype)),
     "instruction",
-    mesh=run.mesh,
+    **{"mesh": run.mesh, "slots": FLAGS.slots},
     batch_size=FLAGS.teacher_batch_size,
-    slots=FLAGS.slots,
     max_length=FLAGS.teacher_length,
     max_prompt_length=FLAGS.max_question_length,
     step_ends=rewriting.step_ends(task),
