@@ -182,6 +182,7 @@ def main():
     template,
     mesh=run.mesh,
     batch_size=FLAGS.sample_batch_size,
+    slots=FLAGS.slots,
     max_length=FLAGS.max_length,
     max_prompt_length=FLAGS.max_question_length,
     locate=locate,
@@ -307,9 +308,8 @@ def main():
       metrics |= more
     return loss, {"loss": loss, **metrics}
 
-  gradients = microbatch.grad(
-    loss_fn, sizes.num_parts, adds_up=True, sharding=run.rows_sharding
-  )
+  apart = {"sharding": run.rows_sharding, "buckets": sizes.buckets}
+  gradients = microbatch.grad(loss_fn, sizes.num_parts, adds_up=True, **apart)
   transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):

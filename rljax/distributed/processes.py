@@ -31,6 +31,31 @@ HEARTBEAT_SECONDS = 60
 _LEAST_BYTES = 4096
 
 
+def divide_cpu(num_devices: int) -> None:
+  """Divides the CPU of this process into devices, which share its cores.
+
+  Must come before the first array. Where JAX computes on a GPU or a TPU it
+  changes nothing that a mesh sees.
+
+  Args:
+    num_devices: of this process; 0 leaves one, or as many as XLA_FLAGS says.
+
+  Raises:
+    ValueError: if JAX is in use already, with another number of them.
+  """
+  if not num_devices:
+    return
+  try:
+    jax.config.update("jax_num_cpu_devices", num_devices)
+  except RuntimeError:
+    found = len(jax.local_devices(backend="cpu"))
+    if found != num_devices:
+      raise ValueError(
+        f"--cpu_devices={num_devices} comes too late, for this process has "
+        f"divided its CPU into {found} already; set --cpu_devices=0."
+      ) from None
+
+
 def join(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
   """Joins the processes of a launcher; belongs in the first line of a main.
 

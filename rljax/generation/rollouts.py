@@ -1,5 +1,6 @@
 """Rollouts: prompts, responses and the statistics of their tokens."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.generation import decode, packed
-from rljax.ops import log_probs, masking, sampling
+from rljax.ops import lengths, log_probs, masking, sampling
 
 Array = chex.Array
 Batch = Mapping[str, Array]
@@ -52,6 +53,7 @@ def sample(
   max_length: int,
   settings: sampling.Settings,
   num_samples: int = 1,
+  length_buckets: int = 1,
   **options: Any,
 ) -> Rollout:
   """Draws `num_samples` responses to each prompt, with their prompts.
@@ -65,22 +67,31 @@ def sample(
     max_length: T.
     settings: temperature and truncation.
     num_samples: responses per prompt.
+    length_buckets: widths at which prompts may be read, see `ops.lengths`: the
+      least that holds the longest of the batch. Each is compiled.
     **options: see `decode.sample`.
 
   Returns:
     A `Rollout` of `N = B * num_samples` rows; row `b * num_samples + j` is
     sample j of prompt b.
   """
-  samples = decode.sample(
-    key,
-    model,
-    params,
-    prompt_ids,
-    prompt_mask,
+  draw = functools.partial(
+    decode.sample,
     max_length=max_length,
     settings=settings,
     num_samples=num_samples,
     **options,
+  )
+  widths = lengths.widths(prompt_ids.shape[1], length_buckets)
+  samples = jax.lax.switch(
+    lengths.bucket(prompt_mask, widths, left=True),
+    [
+      lambda params, ids, mask, width=width: draw(
+        key, model, params, ids[:, -width:], mask[:, -width:]
+      )
+      for width in widths
+    ],
+    *(params, prompt_ids, prompt_mask),
   )
   return Rollout(
     prompt_ids=jnp.repeat(prompt_ids, num_samples, axis=0),

@@ -18,8 +18,12 @@ from rljax.distributed import planning
 from rljax.plan import flops, hlo, report, targets
 
 # Flags of a script that a plan sets, where it has them: nothing is read from
-# or written to the folder of a run, and nothing is drawn.
+# or written to the folder of a run, and nothing is drawn. All rows have the
+# longest length, for it cannot know others.
 _SET = {
+  "slots": "0",
+  "length_buckets": "1",
+  "cpu_devices": "0",
   "compilation_cache": "",
   "preflight": "off",
   "wandb_project": "",

@@ -85,6 +85,7 @@ def start(
       flags or of another kind; if the flags of several processes differ; or if
       the mesh does not fit the devices.
   """
+  processes.divide_cpu("cpu_devices" in values and values.cpu_devices)
   processes.join()
   if not values["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
