@@ -191,7 +191,6 @@ pass_on() {
       export "LC_RLJAX_$name=${!name}"
     fi
   done
-  if ((${#secrets[@]})); then passed=(--ssh-flag="-oSendEnv=LC_RLJAX_*"); fi
 }
 
 # The command line of tpu_host.sh, for the shell of a host.
@@ -202,7 +201,11 @@ host_command() {
     settings+=(PYTHON_VERSION="$PYTHON_VERSION")
   fi
   if [[ -n "${FOLLOW:-}" ]]; then settings+=(FOLLOW="$FOLLOW"); fi
-  if ((${#secrets[@]})); then settings+=(PASSED="${secrets[*]}"); fi
+  passed=()
+  if ((${#secrets[@]})) && [[ "$1" == start || "$1" == run ]]; then
+    settings+=(PASSED="${secrets[*]}")
+    passed=(--ssh-flag="-oSendEnv=LC_RLJAX_*")
+  fi
   remote="$(printf '%q ' "${settings[@]}" bash tpu_host.sh "$@")"
   remote="${remote% }"
 }
@@ -394,8 +397,11 @@ shift || true
 names=()
 while [[ "${1:-}" == --env || "${1:-}" == --env=* ]]; do
   if [[ "$1" == --env ]]; then shift; fi
+  if (($# == 0)); then
+    fail "--env takes the name of a variable, such as --env HF_TOKEN."
+  fi
   names+=("${1#--env=}")
-  shift || fail "--env takes the name of a variable, such as --env HF_TOKEN."
+  shift
 done
 if [[ "$verb" =~ ^(run|doctor)$ ]]; then
   pass_on ${names[@]+"${names[@]}"}

@@ -1378,7 +1378,8 @@ class DoctorTest(LaunchTest):
     self.assertEmpty(finding.fix)
     bucket = buckets.Bucket("memory://doctor/run")
     self.assertEmpty(bucket.objects())
-    denied = buckets.BucketError("x", PermissionError("denied"), "written")
+    denied = buckets.BucketError("x", "no", "written")
+    denied.__cause__ = PermissionError("denied")
     with mock.patch.object(buckets.Bucket, "write", side_effect=denied):
       finding = doctor.check_workdir("memory://doctor/run", "x")
     self.assertIn("cannot be used: PermissionError: denied", finding.text)
