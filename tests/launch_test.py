@@ -84,6 +84,7 @@ def environment(**variables):
     for name, value in os.environ.items()
     if not re.match("(RLJAX|SLURM|XLA|JAX|CUDA)_", name)
     and name not in ("NAME", "ZONE", "TYPE", "VERSION", "PROJECT", "SHARED")
+    and name not in ("HF_TOKEN", "WANDB_API_KEY")
   }
   return kept | {name: str(value) for name, value in variables.items()}
 
