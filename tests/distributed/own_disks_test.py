@@ -87,11 +87,8 @@ class OwnDisksTest(absltest.TestCase):
     self.run_two(url, *FLAGS, "--steps=4")
     names = set(buckets.Bucket(url).objects("checkpoints/4"))
     for number in range(2):  # Neither disk has all of it.
-      whole = [
-        x
-        for x in (self.folder / f"disk-{number}").rglob("*")
-        if x.is_file() and "checkpoints" in x.parts and "4" in x.parts
-      ]
+      place = (self.folder / f"disk-{number}").glob("*/*/run/checkpoints/4")
+      whole = [x for y in place for x in y.rglob("*") if x.is_file()]
       self.assertLess(len(whole), len(names))
     self.assertIn(
       "checkpoints/4/state/array_metadatas/process_1", names, sorted(names)
