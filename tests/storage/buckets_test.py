@@ -17,7 +17,9 @@ def clean_cache(test):
   test.enter_context(
     mock.patch.dict(os.environ, RLJAX_BUCKETS=f"{folder.name}/cache")
   )
-  fsspec.filesystem("memory").store.clear()
+  memory = fsspec.filesystem("memory")
+  memory.store.clear()
+  memory.pseudo_dirs[:] = [""]
   test.enter_context(mock.patch.object(buckets, "_WAITS", (0.0, 0.0, 0.0)))
   return pathlib.Path(folder.name)
 
