@@ -28,6 +28,9 @@ class _Case(parameterized.TestCase):
     """Opens the workdir; returns the folder that stands for it."""
     folder = mirrors.folder_of(URL)
     checkpoint.prepare_workdir(folder)
+    mirror = mirrors.of(folder)
+    self.addCleanup(mirror._ended.set)  # Its threads.
+    self.addCleanup(mirror._lease._ended.set)
     return pathlib.Path(folder)
 
   def leave(self, *, empty=True):
