@@ -38,7 +38,7 @@ from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import responders, responses
 from rljax.models import hf
-from rljax.storage import calls, checkpoint, locks, paths
+from rljax.storage import calls, checkpoint, locks, mirrors, paths
 from rljax.storage import rows as rows_lib
 from rljax.training import (
   announce,
@@ -94,6 +94,7 @@ def start(
     jax.config.update("jax_compilation_cache_dir", cache)
   own = values.get_key_flags_for_module(sys.argv[0])
   in_force = {flag.name: flag.value for flag in own}
+  in_force["workdir"] = mirrors.shown(values.workdir)
   may_change = {f.name for f in own if getattr(f, "may_change", False)}
   growing = {f.name: f.may_grow for f in own if getattr(f, "may_grow", "")}
   # The first that they tell each other, now that the cache is known.
@@ -102,10 +103,11 @@ def start(
     "The flags of the processes", in_force | {"the folder of --workdir": folder}
   )
   checkpoint.prepare_workdir(values.workdir)
-  processes.check_shared(values.workdir)
-  if not trains and os.path.exists(os.path.join(folder, "checkpoints")):
+  if mirrors.of(values.workdir) is None:
+    processes.check_shared(values.workdir)
+  if not trains and checkpoint.holds_run(values.workdir):
     raise ValueError(
-      f"--workdir={values.workdir} holds a training run, whose files this "
+      f"--workdir={in_force['workdir']} holds a training run, whose files this "
       "script would replace; choose another."
     )
   lock = locks.take(values.workdir) if processes.is_first() else None
@@ -392,6 +394,7 @@ class Run:
     Yields:
       A run to `restore`, count `steps` and `save`.
     """
+    mirrors.check_one_disk(self.workdir)
     part = copy.copy(self)
     part.workdir = os.path.join(self.workdir, folder)
     part.total_steps = total_steps
@@ -979,8 +982,8 @@ def check_models(
       if name in digests:
         what = f"{name} are others"
       raise ValueError(
-        f"{what} than when the run in {workdir} began; choose another workdir, "
-        "or bring them back."
+        f"{what} than when the run in {mirrors.shown(workdir)} began; choose "
+        "another workdir, or bring them back."
       )
 
 
