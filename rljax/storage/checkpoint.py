@@ -17,6 +17,7 @@ the file system that `workdir` is on.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -426,6 +427,9 @@ def prepare_workdir(workdir: Workdir) -> None:
     os.makedirs(workdir, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir) as file:
       file.write(b"x")
+    folder = os.path.join(workdir, "checkpoints")
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+      raise NotADirectoryError(errno.ENOTDIR, "checkpoints is no folder")
   except OSError as error:
     raise ValueError(
       f"workdir {os.fspath(workdir)} cannot be written to: {error.strerror}; "
@@ -645,7 +649,9 @@ def _steps(folder):
   if not folder.is_dir():
     return []
   names = (path.name for path in folder.iterdir() if path.is_dir())
-  return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+  return sorted(
+    int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name, re.A)
+  )
 
 
 def _remove(path):

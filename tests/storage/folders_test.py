@@ -110,6 +110,17 @@ class ReplacedTest(parameterized.TestCase):
     self.assertTrue(link.is_symlink())
     self.assertEqual(_content(self.path), NEW)
 
+  def test_links_in_a_circle_are_refused(self):
+    self.path.symlink_to(self.path)
+    with self.assertRaisesRegex(ValueError, "leads nowhere"):
+      _replace(self.path, NEW)
+
+  def test_a_file_where_new_ones_wait_is_replaced(self):
+    _replace(self.path, OLD)
+    (self.path / ".export").write_text("what nobody wrote")
+    _replace(self.path, NEW)
+    self.assertEqual(_content(self.path), NEW)
+
   def test_a_file_is_refused(self):
     self.path.write_text("mine")
     with self.assertRaisesRegex(ValueError, "is a file, and must be a folder"):
