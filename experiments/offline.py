@@ -54,6 +54,7 @@ cli.define_reward_model()
 cli.define_models()
 cli.define_replies()
 cli.define_batches(16)
+cli.define_packing()
 cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of offline RL.
@@ -129,11 +130,7 @@ def main():
   if FLAGS.algorithm == "nll" and priority() != "none":
     needed = ("advantages",)  # The filter without the weight.
   known = cli.load_known(
-    FLAGS,
-    log,
-    loaded,
-    needed,
-    run.mesh,
+    *(FLAGS, log, loaded, needed, run.mesh),
     reader=f"--algorithm={FLAGS.algorithm}",
     firsts_alone=priority() != "all_priority",
   )
@@ -162,9 +159,12 @@ def main():
       for number in (FLAGS.steps, FLAGS.eval_every)
     )
 
-  def batch_of(replies):
-    """The logged replies of these numbers, N x K of them in all."""
-    at = np.unravel_index(replies, shares.shape)
+  place = lambda replies: np.unravel_index(replies, shares.shape)  # In N x K.
+  draw = lambda step: place(draws.draw(FLAGS.batch_size, step))
+  pack = cli.packer(FLAGS, run, sizes, log.encoded, draw)
+
+  def batch_of(at):
+    """The logged replies at these places."""
     return log.batch(*at) | {name: x[at] for name, x in known.items()}
 
   # What is differentiated.
@@ -215,7 +215,7 @@ def main():
   gradients = microbatch.grad(
     loss_fn, sizes.num_parts, sharding=run.rows_sharding
   )
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)
@@ -233,7 +233,7 @@ def main():
   update = run.compile(update, returns_state=True)
   selection.by_loss(
     lambda params, batch: loss_fn(params, batch)[1],
-    lambda rows: batch_of(held_out[rows]),
+    lambda rows: batch_of(place(held_out[rows])),
     len(held_out),
   )
 
@@ -248,10 +248,9 @@ def main():
     """A page of logged replies from all over the log, and their weights."""
     drawable = np.flatnonzero(shares)
     watched = token_pages.spread(drawable, FLAGS.num_page_samples)
-    batch = batch_of(watched)
+    batch = batch_of(at := place(watched))
     weigh_rows = functools.partial(weigh, state["params"])
     weights = meshes.map_batches(weigh_rows, batch, sizes.micro_batch, run.mesh)
-    at = np.unravel_index(watched, shares.shape)
     facts = {name: x for name, x in batch.items() if x.ndim == 1}
     run.page(
       f"{FLAGS.algorithm}: logged replies after {step} updates",
@@ -277,9 +276,9 @@ def main():
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % eval_every == 0 else {}
       started = time.perf_counter()
-      batch = batch_of(draws.draw(FLAGS.batch_size, step))
-      run.check_learner(gradients, state["params"], batch)
-      state, learnt = update(state, run.shard(batch))
+      batch = batch_of(draw(step))
+      run.check_learner(gradients, state["params"], batch, pack=pack.alone)
+      state, learnt = update(state, run.shard(pack(batch)))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = batch["response_mask"].sum() / seconds

@@ -165,7 +165,11 @@ def load_rows(
 
 
 def load_placed_rows(
-  name: str, split: str, *, data_dir: str | os.PathLike | None = None
+  name: str,
+  split: str,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  streaming: bool = False,
 ) -> Iterator[tuple[str, Row | ValueError]]:
   """Loads rows with their places, so that a caller may skip bad ones.
 
@@ -173,6 +177,8 @@ def load_placed_rows(
     name: see `load_rows`; likewise `split` and `data_dir`.
     split: such as "train".
     data_dir: folder that relative paths start from.
+    streaming: whether data of the hub are read as they come, rather than put on
+      the disk before; files always are, but for .json.
 
   Yields:
     A place such as "logged.jsonl:17", and the row. A row that cannot be read
@@ -187,7 +193,9 @@ def load_placed_rows(
     yield from _placed_tfds(name.removeprefix("tfds:"), split, data_dir)
     return
   if name.startswith("hub:"):
-    yield from _placed_hub(name.removeprefix("hub:"), split, data_dir)
+    yield from _placed_hub(
+      name.removeprefix("hub:"), split, data_dir, streaming
+    )
     return
   paths.check_local(name, "The file of rows")
   path = pathlib.Path(data_dir or "") / name.replace("{split}", split)
@@ -503,7 +511,7 @@ def _hub_library():
 
 
 def _placed_hub(
-  name: str, split: str, data_dir: str | os.PathLike | None
+  name: str, split: str, data_dir: str | os.PathLike | None, streaming: bool
 ) -> Iterator[tuple[str, Row | ValueError]]:
   """Yields the rows of a data set of the hub, see `load_placed_rows`."""
   datasets = _hub_library()
@@ -516,6 +524,7 @@ def _placed_hub(
       configuration or None,
       split=split,
       revision=revision or None,
+      streaming=streaming,
     )
   except Exception as error:  # It raises what its parts raise.
     raise ValueError(

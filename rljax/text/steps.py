@@ -2,7 +2,7 @@
 
 A trace is a response; a step is one of its lines, with the line feed that ends
 it, unless a task ends its steps by other characters. Rows are those of
-`samplers.collect`.
+`responders.collect`.
 """
 
 import collections
@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import tokens
+from rljax.text import (
+  end_tokens,
+  tokens,
+)
 
 Row = Mapping[str, Any]
 
@@ -318,8 +321,8 @@ def encode_tagged(
     tokenizer: Hugging Face tokenizer with an end token.
     pairs: of `tagged`.
     tag_ids: tag -> its one token.
-    end_id: the end token, such as `tokens.end_id` in a chat; the tokenizer's
-      own by default.
+    end_id: the end token, such as `end_tokens.end_id` in a chat; the
+      tokenizer's own by default.
 
   Returns:
     The ids, and which of them are to be learnt: all but the tags, which the
@@ -330,7 +333,7 @@ def encode_tagged(
   pairs, end = list(pairs), None
   if pairs:
     tag, text = pairs[-1]
-    text, end = tokens.without_end(tokenizer, text)
+    text, end = end_tokens.without_end(tokenizer, text)
     pairs[-1] = (tag, text)
   for tag, text in pairs:
     step_ids = tokens.encode_behind(tokenizer, [tag_ids[tag]], text)
@@ -345,7 +348,7 @@ def forced_tag(token_bytes: Sequence[bytes], tag_id: int) -> np.ndarray:
   """Makes the sampler's table that puts a tag in front of every step.
 
   Args:
-    token_bytes: V texts of tokens, from `tokens.token_bytes`.
+    token_bytes: V texts of tokens, from `vocabularies.token_bytes`.
     tag_id: token of the tag.
 
   Returns:
