@@ -309,8 +309,8 @@ def save(
     max_shard_bytes: size above which the weights are split into several files.
 
   Raises:
-    ValueError: if `params` are not exactly those of `model`, or another process
-      is writing there.
+    ValueError: if `params` are not exactly those of `model`, or not finite, or
+      another process is writing there.
   """
   if families.is_classifier(model):
     raise ValueError(

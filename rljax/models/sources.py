@@ -59,7 +59,11 @@ def find(
   else:
     paths.check_local(name, "The model")
     path = pathlib.Path(name).expanduser()
-  if path.is_dir():
+  try:
+    is_folder = path.is_dir()
+  except OSError as error:
+    raise ValueError(f"{str(name)[:80]}...: {error.strerror}.") from error
+  if is_folder:
     whole = folders.current(path)
     has_weights = any(
       (whole / name).exists() for name in (weights.WEIGHTS, weights.INDEX)

@@ -19,6 +19,7 @@ here. Hosts that share no folder then write and upload their own chunks.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -480,6 +481,9 @@ def prepare_workdir(workdir: Workdir) -> None:
     os.makedirs(workdir, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir) as file:
       file.write(b"x")
+    folder = os.path.join(workdir, "checkpoints")
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+      raise NotADirectoryError(errno.ENOTDIR, "checkpoints is no folder")
   except OSError as error:
     raise ValueError(
       f"workdir {os.fspath(workdir)} cannot be written to: {error.strerror}; "
@@ -736,7 +740,9 @@ def _steps(folder, mirror=None):
     names = [path.name for path in folder.iterdir() if path.is_dir()]
   else:
     names = []
-  return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+  return sorted(
+    int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name, re.A)
+  )
 
 
 def _remove(path):

@@ -104,7 +104,10 @@ def replaced(
   directory = pathlib.Path(directory).expanduser()
   if directory.exists() and not directory.is_dir():
     raise ValueError(f"{directory} is a file, and must be a folder.")
-  directory = directory.resolve()
+  try:
+    directory = directory.resolve()
+  except (OSError, RuntimeError) as error:  # Links in a circle.
+    raise ValueError(f"{directory} leads nowhere: {error}.") from error
   is_new = not directory.exists()
   directory.parent.mkdir(parents=True, exist_ok=True)
   # Beside it, where its own files are all replaced; a mount point may stand in
@@ -231,6 +234,8 @@ def _move_in(
       _flush(inside)
     stage = inside
   try:
+    if not whole.is_dir():
+      whole.unlink(missing_ok=True)
     if whole.is_dir():  # A killed call got as far as here; this one is newer.
       _settle(whole, directory, is_stale, last)
     os.rename(stage, whole)  # From here on, the new files count.

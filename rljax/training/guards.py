@@ -159,7 +159,7 @@ def _first_of(metrics):
     try:
       if not math.isfinite(value):
         bad[name] = str(float(value))
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
       continue
   for name in sorted(bad, key=lambda name: not name.endswith("loss")):
     return name, bad[name]

@@ -180,7 +180,12 @@ class Run:
   def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
     """Puts the parameters of a loaded model on the mesh, by its own rules."""
     rules = hf.partition_rules(loaded.model, self.mesh)
-    return dataclasses.replace(loaded, params=self.place(loaded.params, rules))
+    params = self.place(loaded.params, rules)
+    if (bad := guards.first_not_finite(params)) is not None:
+      raise ValueError(
+        f"{loaded.source} has weights that are not finite: {bad}."
+      )
+    return dataclasses.replace(loaded, params=params)
 
   def shard(self, batch: Tree) -> Tree:
     """Splits the rows of a batch over the devices, by `meshes.shard_batch`."""

@@ -60,6 +60,16 @@ class GuardedTest(parameterized.TestCase):
     self.assertEqual(metrics["updates/skipped_in_a_row"], 0)
     self.assertEqual(state.inner[1][0].count, inner[1][0].count)
 
+  @parameterized.parameters(("adamw", True), ("muon", False))
+  def test_what_is_cheap_is_computed_twice(self, name, is_twice):
+    """So that no second parameters and moments wait for the verdict."""
+    transform = optimizers.make(10, name=name, learning_rate=0.1)
+    state = transform.init(self.params)
+    program = str(
+      jax.make_jaxpr(transform.apply)(self.grads, state, self.params)
+    )
+    self.assertEqual("optimization_barrier" in program, is_twice)
+
   @parameterized.named_parameters(
     ("gradient", {"grad": np.nan}, {}),
     ("infinite gradient", {"grad": np.inf}, {}),
