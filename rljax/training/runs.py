@@ -156,6 +156,7 @@ class Run:
     self._has_shown: list[bool] = []  # Of programs; shared with parts.
     self._watch = self._new_watch()
     self._is_checked: list[bool] = []  # Shared by the parts of a run.
+    self._has_stepped: list[bool] = []  # Likewise.
 
   def _new_watch(self):
     """What looks at the metrics, by the flags that the script has."""
@@ -308,7 +309,7 @@ class Run:
     Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
     block: `is_stopped` is then True, and everything that was written stays.
     """
-    with checkpoint.Preemption() as self._signals:
+    with checkpoint.Preemption(self._may_end) as self._signals:
       try:
         yield self
       except checkpoint.Stopped:
@@ -318,6 +319,11 @@ class Run:
           self._log.note(text)
         elif processes.is_first():
           print(text, flush=True)
+
+  def _may_end(self) -> bool:
+    """Whether this process may end while it compiles: no step was made yet."""
+    is_alone = jax.process_count() == 1  # Others would wait for it.
+    return is_alone and compiled.is_compiling() and not self._has_stepped
 
   def should_stop(self) -> bool:
     """Returns whether a signal asked for the end. All processes call it."""
@@ -587,6 +593,7 @@ class Run:
     """
     if planning.current():
       return
+    self._has_stepped[:] = [True]
     stop, is_last = self.should_stop(), done == self.total_steps
     is_due = done % self._values.save_every == 0 or is_last or self._is_overdue
     rows = {} if self._log is None else dict(self._log.num_rows)
