@@ -47,6 +47,7 @@ from rljax.training import (
   logs,
   longer,
   microbatch,
+  precision,
   preflight,
   trackers,
 )
@@ -91,6 +92,8 @@ def start(
   if values.compilation_cache:
     cache = os.path.expanduser(values.compilation_cache)
     jax.config.update("jax_compilation_cache_dir", cache)
+  if "matmul_precision" in values:
+    precision.apply(values.matmul_precision, values.dtype)
   own = values.get_key_flags_for_module(sys.argv[0])
   in_force = {flag.name: flag.value for flag in own}
   may_change = {f.name for f in own if getattr(f, "may_change", False)}
@@ -161,13 +164,15 @@ class Run:
   def _new_watch(self):
     """What looks at the metrics, by the flags that the script has."""
     mode = self._flag("preflight", "off")
-    is_float32 = self._flag("dtype", "float32") == "float32"
     return guards.Watch(
       self.note,
       max_skipped=self._flag("max_skipped", 0),
-      max_gap=None if mode == "off" else guards.tolerance(is_float32),
       is_strict=mode == "strict",
     )
+
+  def tolerance(self, params: Tree = None) -> precision.Tolerance:
+    """Returns what rounding may do to passes of these parameters."""
+    return precision.of_flags(self._values, params)
 
   # State.
 
@@ -213,6 +218,8 @@ class Run:
     self.expect(params, rules, optimizer=optimizer, **more)
     shardings = self._state_shardings
     params = meshes.place(params, shardings["params"])
+    if self._flag("preflight", "off") != "off":
+      self._watch.tolerance = self.tolerance(params)
     # Made where it will lie: whole, it need not fit a device or the host.
     start = compiled.Compiled(
       "optimizer", optimizer.init, out_shardings=shardings["optimizer"]
@@ -718,13 +725,13 @@ class Run:
     num_rows = len(batch["prompt_ids"]) // gradients.num_parts
     num_own = num_rows // meshes.num_batch_shards(self.mesh)
     self._enforce(
-      lambda is_float32: learner_checks.check(
+      lambda: learner_checks.check(
         gradients,
         params,
         {name: x[:num_rows] for name, x in batch.items()},
         more=more,
         place=self.shard,
-        is_float32=is_float32,
+        tolerance=self.tolerance(params),
         **{
           "num_parts": preflight.smallest_divisor(num_own),
           "is_start": not self.first_step,
@@ -738,8 +745,8 @@ class Run:
   ) -> None:
     """Checks that a function reads rows by themselves, as `check_learner`."""
     self._enforce(
-      lambda is_float32: learner_checks.check_rows(
-        function, arrays, mask, is_float32=is_float32
+      lambda: learner_checks.check_rows(
+        function, arrays, mask, tolerance=self.tolerance(None)
       )
     )
 
@@ -747,8 +754,7 @@ class Run:
     mode = self._values.preflight
     if mode == "off" or self._is_checked or planning.current():
       return
-    dtypes = {self._values.dtype, self._flag("param_dtype", "float32")}
-    checks = check(dtypes == {"float32"})
+    checks = check()
     preflight.show(checks)
     preflight.enforce(checks, mode)
     self._is_checked.append(True)
