@@ -144,8 +144,17 @@ def attend(
     batch, length, num_kv_heads, num_heads // num_kv_heads, width
   )
   found = scores("bskgd,btkd->bkgst", grouped, keys)
-  weights = jax.nn.softmax(_masked(found, mask[:, None, None]), axis=-1)
-  mixed = _mix("bkgst,btkd->bskgd", weights, values)
+  found = _masked(found, mask[:, None, None])
+  if products.is_exact(values.dtype):
+    weights = jax.nn.softmax(found, axis=-1)
+    mixed = _mix("bkgst,btkd->bskgd", weights, values)
+  else:
+    # As `attend_cached` does it: the product rounds exp(s - max), not the
+    # weights, so that sampler and trainer round the same numbers.
+    top = jax.lax.stop_gradient(jnp.max(found, axis=-1, keepdims=True))
+    weights = jnp.exp(found - top)
+    total = jnp.moveaxis(jnp.sum(weights, axis=-1, keepdims=True), 3, 1)
+    mixed = _mix("bkgst,btkd->bskgd", weights, values) / total
   return mixed.astype(values.dtype).reshape(queries.shape)
 
 

@@ -30,14 +30,14 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from rljax.storage import buckets, calls, locks, mirrors, paths
+from rljax.storage import buckets, calls, locks, mirrors, paths, stuck
 
 Tree = Any
 Workdir = str | os.PathLike[str]
@@ -646,7 +646,9 @@ class Preemption:
   Inside the `with` block the first SIGTERM, SIGINT or SIGHUP sets `requested`,
   for the loop to save and stop at the end of the step; a second one raises
   KeyboardInterrupt at once. A call of `calls.guard` that goes on for longer is
-  interrupted. The previous handlers return at the end. Only the main thread may
+  interrupted. Where Python cannot handle them, as in a long compilation, the
+  first one ends the process if it `may_end`, and the second one in any case:
+  see `stuck`. The previous handlers return at the end. Only the main thread may
   enter. A SIGHUP that is ignored, as behind nohup, stays so.
 
   Attributes:
@@ -659,11 +661,19 @@ class Preemption:
 
   stopped = Stopped
 
-  def __init__(self):
+  def __init__(self, may_end: Callable[[], bool] = lambda: False):
+    """Begins unasked.
+
+    Args:
+      may_end: whether the process may end where it is, with nothing to save; a
+        thread asks that.
+    """
     self.requested = False
     self.requested_at: float | None = None
     self.exit_status = 0
     self._previous = {}
+    self._may_end, self._num_handled = may_end, 0
+    self._watcher: stuck.Watcher | None = None
 
   def should_stop(self) -> bool:
     """Returns True, in all processes at once, if any was asked to stop."""
@@ -686,9 +696,15 @@ class Preemption:
       self._previous[number] = signal.signal(number, self._handle)
     if jax.process_count() == 1:  # Several have to end together.
       calls.CATCHERS.append(self)
+    self._watcher = stuck.Watcher(
+      self._previous,
+      num_handled=lambda: self._num_handled,
+      may_end=self._may_end,
+    )
     return self
 
   def __exit__(self, *error):
+    self._watcher.close()
     if self in calls.CATCHERS:
       calls.CATCHERS.remove(self)
     for number, handler in self._previous.items():
@@ -696,6 +712,7 @@ class Preemption:
 
   def _handle(self, number, frame):
     del frame
+    self._num_handled += 1
     if self.requested:
       raise KeyboardInterrupt
     self.requested, self.requested_at = True, time.monotonic()

@@ -47,6 +47,7 @@ from rljax.training import (
   logs,
   longer,
   microbatch,
+  precision,
   preflight,
   trackers,
 )
@@ -92,6 +93,8 @@ def start(
   if values.compilation_cache:
     cache = os.path.expanduser(values.compilation_cache)
     jax.config.update("jax_compilation_cache_dir", cache)
+  if "matmul_precision" in values:
+    precision.apply(values.matmul_precision, values.dtype)
   own = values.get_key_flags_for_module(sys.argv[0])
   in_force = {flag.name: flag.value for flag in own}
   in_force["workdir"] = mirrors.shown(values.workdir)
@@ -159,17 +162,20 @@ class Run:
     self._has_shown: list[bool] = []  # Of programs; shared with parts.
     self._watch = self._new_watch()
     self._is_checked: list[bool] = []  # Shared by the parts of a run.
+    self._has_stepped: list[bool] = []  # Likewise.
 
   def _new_watch(self):
     """What looks at the metrics, by the flags that the script has."""
     mode = self._flag("preflight", "off")
-    is_float32 = self._flag("dtype", "float32") == "float32"
     return guards.Watch(
       self.note,
       max_skipped=self._flag("max_skipped", 0),
-      max_gap=None if mode == "off" else guards.tolerance(is_float32),
       is_strict=mode == "strict",
     )
+
+  def tolerance(self, params: Tree = None) -> precision.Tolerance:
+    """Returns what rounding may do to passes of these parameters."""
+    return precision.of_flags(self._values, params)
 
   # State.
 
@@ -220,6 +226,8 @@ class Run:
     self.expect(params, rules, optimizer=optimizer, **more)
     shardings = self._state_shardings
     params = meshes.place(params, shardings["params"])
+    if self._flag("preflight", "off") != "off":
+      self._watch.tolerance = self.tolerance(params)
     # Made where it will lie: whole, it need not fit a device or the host.
     start = compiled.Compiled(
       "optimizer", optimizer.init, out_shardings=shardings["optimizer"]
@@ -316,7 +324,7 @@ class Run:
     Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
     block: `is_stopped` is then True, and everything that was written stays.
     """
-    with checkpoint.Preemption() as self._signals:
+    with checkpoint.Preemption(self._may_end) as self._signals:
       try:
         yield self
       except checkpoint.Stopped:
@@ -326,6 +334,11 @@ class Run:
           self._log.note(text)
         elif processes.is_first():
           print(text, flush=True)
+
+  def _may_end(self) -> bool:
+    """Whether this process may end while it compiles: no step was made yet."""
+    is_alone = jax.process_count() == 1  # Others would wait for it.
+    return is_alone and compiled.is_compiling() and not self._has_stepped
 
   def should_stop(self) -> bool:
     """Returns whether a signal asked for the end. All processes call it."""
@@ -596,6 +609,7 @@ class Run:
     """
     if planning.current():
       return
+    self._has_stepped[:] = [True]
     stop, is_last = self.should_stop(), done == self.total_steps
     is_due = done % self._values.save_every == 0 or is_last or self._is_overdue
     rows = {} if self._log is None else dict(self._log.num_rows)
@@ -720,13 +734,13 @@ class Run:
     num_rows = len(batch["prompt_ids"]) // gradients.num_parts
     num_own = num_rows // meshes.num_batch_shards(self.mesh)
     self._enforce(
-      lambda is_float32: learner_checks.check(
+      lambda: learner_checks.check(
         gradients,
         params,
         {name: x[:num_rows] for name, x in batch.items()},
         more=more,
         place=self.shard,
-        is_float32=is_float32,
+        tolerance=self.tolerance(params),
         **{
           "num_parts": preflight.smallest_divisor(num_own),
           "is_start": not self.first_step,
@@ -740,8 +754,8 @@ class Run:
   ) -> None:
     """Checks that a function reads rows by themselves, as `check_learner`."""
     self._enforce(
-      lambda is_float32: learner_checks.check_rows(
-        function, arrays, mask, is_float32=is_float32
+      lambda: learner_checks.check_rows(
+        function, arrays, mask, tolerance=self.tolerance(None)
       )
     )
 
@@ -749,8 +763,7 @@ class Run:
     mode = self._values.preflight
     if mode == "off" or self._is_checked or planning.current():
       return
-    dtypes = {self._values.dtype, self._flag("param_dtype", "float32")}
-    checks = check(dtypes == {"float32"})
+    checks = check()
     preflight.show(checks)
     preflight.enforce(checks, mode)
     self._is_checked.append(True)
