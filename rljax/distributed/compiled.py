@@ -1,13 +1,39 @@
 """Compiles programs once, and raises an error if they would compile again."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from rljax.distributed import planning
+
+_meshes: list[jax.sharding.Mesh | None] = []  # Of what is being traced.
+
+
+def mesh() -> jax.sharding.Mesh | None:
+  """Returns the mesh of the program that a `Compiled` is tracing, if any.
+
+  It is that of the arguments. A kernel that the compiler cannot split over
+  devices asks for it.
+  """
+  return _meshes[-1] if _meshes else None
+
+
+@contextlib.contextmanager
+def _tracing(leaves: list[Any]) -> Iterator[None]:
+  """Answers `mesh` with that of some arguments."""
+  shardings = (getattr(leaf, "sharding", None) for leaf in leaves)
+  found = (
+    x.mesh for x in shardings if isinstance(x, jax.sharding.NamedSharding)
+  )
+  _meshes.append(next(found, None))
+  try:
+    yield
+  finally:
+    _meshes.pop()
 
 
 class Compiled:
@@ -47,12 +73,15 @@ class Compiled:
       if self._frozen and self._executables:
         raise RuntimeError(self._recompilation(args, signature))
       start = time.perf_counter()
-      if plan := planning.current():
-        executable = plan.compile(
-          self.name, self._jitted, args, self._out_shardings
-        )
-      else:
-        executable = self._jitted.lower(*args).compile()
+      with _tracing(leaves):
+        if plan := planning.current():
+          executable = plan.compile(
+            self.name, self._jitted, args, self._out_shardings
+          )
+        else:
+          executable = self._jitted.lower(*args).compile(
+            planning.compiler_options()
+          )
       self._executables[signature] = executable
       memory = executable.memory_analysis()
       self.compilations.append(
