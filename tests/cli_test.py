@@ -152,9 +152,13 @@ CASES = {
   ),
   "schedule": (["--schedule=cubic"], "--schedule=cubic: .*constant"),
   # Paths of other storage.
-  "bucket": (["--workdir=gs://b/run"], "--workdir=gs://b/run is not a path of"),
-  "file_url": (["--policy=file:///m"], "--policy=file:///m is not a path of"),
-  "task_bucket": (["--task_options=a=s3://b"], "--task_options=a=s3://b is no"),
+  "bucket": (["--workdir=no://b/run"], "--workdir=no://b/run: no:// is no buc"),
+  "page": (["--policy=https://h/m"], "--policy=https://h/m: https:// is no bu"),
+  "task_bucket": (
+    ["--task_options=a=no://b"],
+    "--task_options=no://b: no:// i",
+  ),
+  "code": (["--task=s3://b/t.py"], "--task=s3://b/t.py is not a path of this"),
   # What a script finds.
   "full_disk": (["--seed=9"], "rows.txt cannot be written: No space.*Free som"),
   "value_error": (["--seed=7"], "--seed=7 brings bad luck"),

@@ -9,6 +9,13 @@ import numpy as np
 
 from rljax.distributed import planning
 
+_UNDER_WAY: list[str] = []  # Names of what is being compiled.
+
+
+def is_compiling() -> bool:
+  """Returns whether a program is being compiled, in any thread."""
+  return bool(_UNDER_WAY)
+
 
 class Compiled:
   """Compiles a function once per set of shapes, and counts compilations.
@@ -52,7 +59,11 @@ class Compiled:
           self.name, self._jitted, args, self._out_shardings
         )
       else:
-        executable = self._jitted.lower(*args).compile()
+        _UNDER_WAY.append(self.name)
+        try:
+          executable = self._jitted.lower(*args).compile()
+        finally:
+          _UNDER_WAY.remove(self.name)
       self._executables[signature] = executable
       memory = executable.memory_analysis()
       self.compilations.append(

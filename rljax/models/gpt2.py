@@ -272,13 +272,16 @@ class Block(nn.Module):
 
   def __call__(self, x, mask):
     y, keys_values = self.attn(self.ln_1(x), mask)
-    x += y
-    return x + self.mlp(self.ln_2(x)), keys_values
+    return self._residuals(x, y), keys_values
 
   def decode(self, x, layer, prompt_mask, step):
     y, layer = self.attn.decode(self.ln_1(x), layer, prompt_mask, step)
-    x += y
-    return x + self.mlp(self.ln_2(x)), layer
+    return self._residuals(x, y), layer
+
+  def _residuals(self, x, y):
+    """Adds the output of attention, and then that of the feed-forward."""
+    x = products.rounded(x + y)
+    return products.rounded(x + self.mlp(self.ln_2(x)))
 
 
 class GPT2(nn.Module):

@@ -400,7 +400,7 @@ def _load(
     Model, parameters, tokenizer, source and directory.
   """
   plan = planning.current()  # It needs no weights.
-  kind, path = sources.find(name, with_weights=plan is None)
+  kind, path = sources.find(name, with_weights=plan is None, step=step)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "GGUF file":

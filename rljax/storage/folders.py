@@ -7,7 +7,8 @@ returns a folder that holds all of the old files or all of the new ones.
 
 Where it can be, the two folders change names in one system call. A mount point,
 or a folder with files of somebody else, stays where it is: the new files are
-kept whole in `.export` within it until all of them stand in the target.
+kept whole in `.export` within it until all of them stand in the target. A URL
+is written by `buckets.upload_folder`, which can promise less.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 
-from rljax.storage import locks, paths
+from rljax.storage import buckets, locks, paths
 
 _WHOLE = ".export"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -79,7 +80,7 @@ def replaced(
 
   Args:
     directory: the target, created if need be. If it is a link, so is the target
-      afterwards.
+      afterwards. It may be a URL of a bucket.
     is_stale: name -> whether an entry of the target belongs to what is
       replaced, so that it goes if no new one has its name. Others stay.
     last: file without which nobody reads the folder: where files have to be
@@ -93,6 +94,12 @@ def replaced(
       process is writing there.
     OSError: if files cannot be written or moved.
   """
+  if buckets.is_url(directory):
+    buckets.check(directory, "The folder")
+    with tempfile.TemporaryDirectory() as stage:
+      yield pathlib.Path(stage)
+      buckets.upload_folder(stage, os.fspath(directory), is_stale, last=last)
+    return
   paths.check_local(directory, "directory")
   directory = pathlib.Path(directory).expanduser()
   if directory.exists() and not directory.is_dir():
