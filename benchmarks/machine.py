@@ -31,9 +31,12 @@ FLAGS = flags.FLAGS
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def seconds(run: Callable[[], Any], repeats: int = 5) -> list[float]:
-  """Wall times of `run`, which blocks until it is done, after one warm-up."""
-  run()
+def seconds(
+  run: Callable[[], Any], repeats: int = 5, *, warm: bool = True
+) -> list[float]:
+  """Wall times of `run`, which blocks until it is done, after a warm-up."""
+  if warm:
+    run()
   times = []
   for _ in range(repeats):
     start = time.perf_counter()

@@ -332,7 +332,7 @@ def main():
       gradients=gradients,
       micro_batch=sizes.micro_batch,
       num_shards=meshes.num_batch_shards(run.mesh),
-      is_float32="float32" == FLAGS.dtype == FLAGS.param_dtype,
+      tolerance=run.tolerance(state["params"]),
       programs=[sampler, learn],
     )
 

@@ -346,7 +346,7 @@ def main():
       more=[state["kl"].coef],
       micro_batch=sizes.micro_batch,
       num_shards=meshes.num_batch_shards(run.mesh),
-      is_float32="float32" == FLAGS.dtype == FLAGS.param_dtype,
+      tolerance=run.tolerance(state["params"]),
       parts_add_up=not FLAGS.batch_entropy_coef,
       programs=[sampler, terms, learn],
     )

@@ -46,7 +46,7 @@ from rljax.evaluation import answers, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import rollouts, samplers
 from rljax.losses import token_level
-from rljax.models import hf
+from rljax.models import hf, products
 from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
@@ -380,8 +380,9 @@ def main():
       metrics |= jax.device_get(learnt)
       metrics["update_seconds"] = time.perf_counter() - started
       if step == 0:
-        is_float32 = "float32" == FLAGS.dtype == FLAGS.param_dtype
-        targets.check_first_ratio(metrics, is_float32=is_float32)
+        dtypes = (FLAGS.dtype, FLAGS.param_dtype)
+        is_exact = all(map(products.is_exact, dtypes))
+        targets.check_first_ratio(metrics, is_exact=is_exact)
       run.log(step, metrics)
       run.save(step + 1, state)
     if run.is_complete:

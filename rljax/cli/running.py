@@ -99,8 +99,9 @@ def define_run(
   flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run: flags, metrics, samples, checkpoints. A run that was "
-    "stopped goes on when the same command is given again.",
+    "Folder of the run, or its URL in a bucket, such as gs://bucket/runs/x: "
+    "flags, metrics, samples, checkpoints. A run that was stopped goes on when "
+    "the same command is given again.",
     required=True,
   )
   flags.DEFINE_integer(

@@ -289,16 +289,29 @@ def metrics(
   Returns:
     "entropy/token", nats, over the tokens; "response/length", tokens, over the
     responses with a token that counts, and "response/finished", over all;
-    "sampler/log_prob_gap", the
-    largest difference between sampler and trainer, nats.
+    "sampler/log_prob_gap", the largest difference between sampler and trainer,
+    nats, "sampler/log_prob_gap_mean" over the tokens,
+    "sampler/log_prob_gap_99", which one token in a hundred exceeds, and
+    "sampler/log_prob_k3", the estimate k3 of the KL divergence between them.
   """
   mask = rollout.response_mask
-  gap = jnp.abs(rollout.log_probs - statistics.log_probs)
+  difference = jnp.where(mask, statistics.log_probs - rollout.log_probs, 0.0)
+  gap = jnp.abs(difference)
+  # As `numpy.quantile` with method="higher", but of 0 without a token.
+  num_tokens = jnp.sum(mask, dtype=jnp.int32)
+  place = -(-99 * (num_tokens - 1) // 100)
+  gaps = jnp.sort(jnp.where(mask, gap, -1.0).ravel())  # Masked ones come first.
+  gap_99 = gaps[mask.size - num_tokens + jnp.maximum(place, 0)]
   return {
     "entropy/token": masking.masked_mean(statistics.entropies, mask),
     "response/length": masking.masked_mean(
       mask.sum(axis=1).astype(jnp.float32), mask.any(axis=1)
     ),
     "response/finished": rollout.finished.astype(jnp.float32).mean(),
-    "sampler/log_prob_gap": jnp.where(mask, gap, 0.0).max(),
+    "sampler/log_prob_gap": gap.max(),
+    "sampler/log_prob_gap_mean": masking.masked_mean(gap, mask),
+    "sampler/log_prob_gap_99": jnp.where(mask.any(), gap_99, 0.0),
+    "sampler/log_prob_k3": masking.masked_mean(
+      jnp.expm1(difference) - difference, mask
+    ),
   }

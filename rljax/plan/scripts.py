@@ -78,6 +78,7 @@ class Script:
       values = self._parse(folder)
       devices = targets.devices(target)
       ended, argv = "", sys.argv
+      kept = jax.config.jax_default_matmul_precision  # The script sets it.
       sys.argv = [self.path]
       options = {"inspect": _inspect, **options}
       with planning.plan(devices, **options) as found:
@@ -94,6 +95,7 @@ class Script:
             ended += f" ({os.path.basename(place.filename)}:{place.lineno})"
         finally:
           sys.argv = argv
+          jax.config.update("jax_default_matmul_precision", kept)
     return Planned(found, ended, values)
 
   def _parse(self, folder):

@@ -205,6 +205,8 @@ def combine(
     others               means weighed by what `COUNTED_BY` names, or by the
                          `<loss>/count` of their loss, or else by w
 
+  A part of weight 0 says nothing, whatever it holds.
+
   Args:
     metrics: name -> `[n]`, one value for each part.
     weights: `[n]` w, which add up to 1.
@@ -222,9 +224,9 @@ def combine(
     if known in metrics and not is_loss:
       counts = metrics[known].astype(jnp.float32)
     if quantity.endswith("max"):
-      found[name] = jnp.where(counts > 0, values, values.min()).max()
+      found[name] = jnp.where(counts > 0, values, jnp.nanmin(values)).max()
     elif quantity.endswith("min"):
-      found[name] = jnp.where(counts > 0, values, values.max()).min()
+      found[name] = jnp.where(counts > 0, values, jnp.nanmax(values)).min()
     elif (
       quantity == "tokens" or quantity.endswith("count") or is_loss and adds_up
     ):
@@ -237,7 +239,7 @@ def combine(
       spread = jnp.square(means - _mean(means, counts))
       found[name] = _mean(values + spread, counts)
     elif counts is weights:
-      found[name] = (values * weights).sum()
+      found[name] = jnp.where(weights > 0, values * weights, 0).sum()
     else:
       found[name] = _mean(values, counts)
   for name in metrics:

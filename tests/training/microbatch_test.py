@@ -227,6 +227,17 @@ class CombineTest(absltest.TestCase):
     found = microbatch.combine(metrics, weights, adds_up=True)
     chex.assert_trees_all_close(found, expected)
 
+  def test_what_a_part_of_weight_0_holds_does_not_count(self):
+    values = jnp.array([jnp.nan, 2.0, 3.0])
+    names = ("x/loss", "x/a_max", "x/a_min", "x/a")
+    expected = dict(zip(names, (2.5, 3.0, 2.0, 2.5), strict=True))
+    weights = jnp.array([0.0, 0.5, 0.5])
+    found = microbatch.combine(dict.fromkeys(names, values), weights)
+    chex.assert_trees_all_close(found, expected)
+    # In a part that counts, it shows.
+    found = microbatch.combine(dict.fromkeys(names, values), weights[::-1])
+    self.assertTrue(all(np.isnan(x) for x in found.values()))
+
   def test_means_over_a_subset_weigh_by_its_count(self):
     metrics = {
       "bce/count": jnp.array([1, 3]),
