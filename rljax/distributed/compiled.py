@@ -10,7 +10,13 @@ import numpy as np
 
 from rljax.distributed import planning
 
-_meshes: list[jax.sharding.Mesh | None] = []  # Of what is being traced.
+_UNDER_WAY: list[str] = []  # Names of what is being compiled.
+_MESHES: list[jax.sharding.Mesh | None] = []  # Of what is being traced.
+
+
+def is_compiling() -> bool:
+  """Returns whether a program is being compiled, in any thread."""
+  return bool(_UNDER_WAY)
 
 
 def mesh() -> jax.sharding.Mesh | None:
@@ -19,7 +25,7 @@ def mesh() -> jax.sharding.Mesh | None:
   It is that of the arguments. A kernel that the compiler cannot split over
   devices asks for it.
   """
-  return _meshes[-1] if _meshes else None
+  return _MESHES[-1] if _MESHES else None
 
 
 @contextlib.contextmanager
@@ -29,11 +35,11 @@ def _tracing(leaves: list[Any]) -> Iterator[None]:
   found = (
     x.mesh for x in shardings if isinstance(x, jax.sharding.NamedSharding)
   )
-  _meshes.append(next(found, None))
+  _MESHES.append(next(found, None))
   try:
     yield
   finally:
-    _meshes.pop()
+    _MESHES.pop()
 
 
 class Compiled:
@@ -79,9 +85,7 @@ class Compiled:
             self.name, self._jitted, args, self._out_shardings
           )
         else:
-          executable = self._jitted.lower(*args).compile(
-            planning.compiler_options()
-          )
+          executable = self._compile(args)
       self._executables[signature] = executable
       memory = executable.memory_analysis()
       self.compilations.append(
@@ -94,6 +98,13 @@ class Compiled:
         }
       )
     return executable
+
+  def _compile(self, args):
+    _UNDER_WAY.append(self.name)
+    try:
+      return self._jitted.lower(*args).compile(planning.compiler_options())
+    finally:
+      _UNDER_WAY.remove(self.name)
 
   def _recompilation(self, args, signature) -> str:
     """Says which arguments differ from the last compiled signature."""

@@ -13,7 +13,8 @@ columns and min(T, W) slots, which it fills in turns.
 
 with B prompts, N = B * num_samples rows (row b * num_samples + j continues
 prompt b), H query heads that share K key heads in groups of G = H / K, and
-head width d. `step` counts the response tokens already written.
+head width d. `step` counts the response tokens already written; it is `[N]`
+where B = N and each row counts its own, as in `generation.slots`.
 """
 
 import dataclasses
@@ -263,8 +264,17 @@ def _plain(
     batch, length, num_kv_heads, num_heads // num_kv_heads, width
   )
   found = scores("bskgd,btkd->bkgst", grouped, keys)
-  weights = jax.nn.softmax(_masked(found, mask[:, None, None]), axis=-1)
-  mixed = _mix("bkgst,btkd->bskgd", weights, values)
+  found = _masked(found, mask[:, None, None])
+  if products.is_exact(values.dtype):
+    weights = jax.nn.softmax(found, axis=-1)
+    mixed = _mix("bkgst,btkd->bskgd", weights, values)
+  else:
+    # As `attend_cached` does it: the product rounds exp(s - max), not the
+    # weights, so that sampler and trainer round the same numbers.
+    top = jax.lax.stop_gradient(jnp.max(found, axis=-1, keepdims=True))
+    weights = jnp.exp(found - top)
+    total = jnp.moveaxis(jnp.sum(weights, axis=-1, keepdims=True), 3, 1)
+    mixed = _mix("bkgst,btkd->bskgd", weights, values) / total
   return mixed.astype(values.dtype).reshape(queries.shape)
 
 
@@ -348,7 +358,8 @@ def attend_cached(
 
   The scores against the prompt and against the response are one softmax. The
   samples of a prompt read the same copy of its keys in one product. A `step`
-  past the last slot overwrites that slot: the caller must stop before.
+  past the last slot overwrites that slot: the caller must stop before. Where
+  each row has a step of its own, it has a prompt of its own, too.
 
   Args:
     query: `[N, H, d]` float.
@@ -356,15 +367,25 @@ def attend_cached(
     value: `[N, K, d]` float.
     layer: one layer of the cache.
     prompt_mask: `[B, P]` bool; B divides N.
-    step: `()` int32, the slot to write.
+    step: `()` int32, the slot to write; or `[N]`, if B = N.
     window: of `start_cache` for this layer.
     scores: how products of queries and keys become scores.
 
   Returns:
     `[N, H, d]` in the dtype of `value`, and the layer with the slot written.
   """
-  chex.assert_rank([query, key, value, prompt_mask, step], [3, 3, 3, 2, 0])
+  chex.assert_rank([query, key, value, prompt_mask], [3, 3, 3, 2])
+  chex.assert_rank(step, {0, 1})
   chex.assert_equal_shape([key, value])
+  if step.ndim:
+    chex.assert_equal_shape_prefix([query, prompt_mask, step], 1)
+    with_rows = lambda *rows: attend_cached(
+      *jax.tree.map(lambda x: x[None], rows[:-1]), rows[-1], window, scores
+    )
+    mixed, layer = jax.vmap(with_rows)(
+      query, key, value, layer, prompt_mask, step
+    )
+    return jax.tree.map(lambda x: x[:, 0], (mixed, layer))
   rows, num_heads, width = query.shape
   num_kv_heads = key.shape[1]
   groups = num_heads // num_kv_heads

@@ -473,12 +473,12 @@ class Block(nn.Module):
     y, kept = attend(self.input_layernorm(x) if self._norms_input else x)
     if c.post_norm:
       y = self.attention_output_norm(y)
-    after = x + _scaled(y, c.residual_scale)
+    after = products.rounded(x + _scaled(y, c.residual_scale))
     z = x if c.parallel_residual else after
     z = self.mlp(self.post_attention_layernorm(z) if c.pre_norm else z)
     if c.post_norm:
       z = self.mlp_output_norm(z)
-    return after + _scaled(z, c.residual_scale), kept
+    return products.rounded(after + _scaled(z, c.residual_scale)), kept
 
 
 def layer_angles(

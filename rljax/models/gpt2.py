@@ -285,14 +285,17 @@ class Block(nn.Module):
   def __call__(self, x, angles, mask, segments=None):
     del angles  # Nothing turns.
     y, keys_values = self.attn(self.ln_1(x), mask, segments)
-    x += y
-    return x + self.mlp(self.ln_2(x)), keys_values
+    return self._residuals(x, y), keys_values
 
   def decode(self, x, angles, layer, prompt_mask, step):
     del angles
     y, layer = self.attn.decode(self.ln_1(x), layer, prompt_mask, step)
-    x += y
-    return x + self.mlp(self.ln_2(x)), layer
+    return self._residuals(x, y), layer
+
+  def _residuals(self, x, y):
+    """Adds the output of attention, and then that of the feed-forward."""
+    x = products.rounded(x + y)
+    return products.rounded(x + self.mlp(self.ln_2(x)))
 
 
 class GPT2(decoder.Decoder):

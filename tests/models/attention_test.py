@@ -133,6 +133,25 @@ class AttendTest(parameterized.TestCase):
       layer["keys"], keys[:, columns:].swapaxes(1, 2)
     )
 
+  def test_a_sampler_rounds_what_a_trainer_rounds(self):
+    queries, keys, values, _ = _arrays(0, batch=4, length=65)
+    arrays = [x.astype(jnp.bfloat16) for x in (queries, keys, values)]
+    mask = jnp.ones((4, 65), bool)
+    prompt = mask[:, :-1]
+    cache = attention.start_cache(
+      prompt,
+      [(arrays[1][:, :-1], arrays[2][:, :-1])],
+      num_samples=1,
+      response_length=1,
+    )
+    whole = attention.attend(*arrays, mask)[:, -1]
+    last, _ = attention.attend_cached(
+      *(x[:, -1] for x in arrays), cache["layers"][0], prompt, cache["step"]
+    )
+    # Sums of the same numbers fall on two sides of a half now and then; other
+    # numbers do so in half of all places.
+    self.assertLess(np.mean(np.asarray(whole != last)), 0.05)
+
   def test_cache_starts_empty(self):
     _, keys, values, mask = _arrays(3)
     cache = attention.start_cache(
