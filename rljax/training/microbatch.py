@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.ops import lengths
+from rljax.training import rounding
 
 Array = chex.Array
 Tree = Any
@@ -183,8 +184,7 @@ class Gradient:
       return jax.tree.map(add_one, total, grads), metrics
 
     # Sums of bfloat16 gradients, too, are in float32.
-    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), params)
+    zeros = rounding.in_float32(jax.tree.map(jnp.zeros_like, params))
     grads, metrics = jax.lax.scan(add, zeros, (scale, parts))
     return grads, combine(metrics, weights, adds_up=self.adds_up)
 
