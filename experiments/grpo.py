@@ -62,6 +62,7 @@ cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
 cli.define_task(num_prompts=131_072, num_eval_prompts=512)
 cli.define_prompts()
 cli.define_models()
+cli.define_lora()
 cli.define_sampler(max_length=256, num_samples=8, online=True)
 cli.define_dynamic_sampling()
 cli.define_overlong_penalty()
@@ -135,7 +136,7 @@ def main():
   sizes = cli.batch_sizes(FLAGS, run.mesh, num_samples=FLAGS.num_samples)
 
   # Models: the policy, and that of the KL penalty.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
   reference = None
   if FLAGS.kl != "none":

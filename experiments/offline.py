@@ -52,6 +52,7 @@ cli.define_cache()
 cli.define_dev(needed=False)
 cli.define_reward_model()
 cli.define_models()
+cli.define_lora()
 cli.define_replies()
 cli.define_batches(16)
 cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
@@ -117,7 +118,7 @@ def main():
   run = runs.start(FLAGS)
   sizes = cli.batch_sizes(FLAGS, run.mesh)
   # The policy, the log, and the prompts whose replies select parameters.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)

@@ -42,6 +42,7 @@ cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_dev("value", "Prompts whose replies the value is fitted to")
 cli.define_reward_model()
 cli.define_models(policy="The reference, whose value is fitted.", remat=False)
+cli.define_lora(adapters=False)
 cli.define_replies()
 cli.define_batches(16, text="Prompts of an update.", micro_batches=False)
 cli.define_optimizer(1e-5)
@@ -89,7 +90,7 @@ def main():
   score = cli.load_scorer(FLAGS, run.mesh, batch_size=FLAGS.sample_batch_size)
 
   # The reference, the log, and the prompts that the head is fitted to.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   model, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer)
   asked = cli.read_dev(FLAGS, tokenizer, "value")

@@ -54,6 +54,7 @@ cli.define_log()
 cli.define_held_out()
 cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_models(policy="Model that the reward model starts as.", logits=False)
+cli.define_lora()
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
 cli.define_pairwise()
 cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
@@ -125,7 +126,7 @@ def main():
   is_bce = FLAGS.loss == "bce"
 
   # The model; --frozen says which of its parameters do not learn.
-  base = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  base = cli.load_policy(FLAGS)
   loaded = hf.classifier_from(base, seed=FLAGS.seed)
   model, tokenizer = loaded.model, loaded.tokenizer
   params = {"reward_model": loaded.params}

@@ -28,7 +28,7 @@ from rljax.distributed import meshes
 from rljax.evaluation import answers
 from rljax.generation import rollouts, samplers
 from rljax.losses import entropy, ppo
-from rljax.models import critics, hf
+from rljax.models import critics
 from rljax.ops import advantages, log_probs, masking, rewards
 from rljax.text import prompts
 from rljax.training import microbatch, optimizers, preflight, runs
@@ -37,6 +37,7 @@ from rljax.training import microbatch, optimizers, preflight, runs
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
 cli.define_task(num_prompts=131_072, num_eval_prompts=512)
 cli.define_models()
+cli.define_lora()
 cli.define_sampler(max_length=256, num_samples=1, online=True)
 cli.define_reward_terms()
 cli.define_prompts("reward_model")
@@ -118,7 +119,7 @@ def main():
 
   # Models: the policy, its critic, and the policy of the KL penalty.
   options = cli.model_options(FLAGS)
-  loaded = hf.load(FLAGS.policy, **options)
+  loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
   critic = critics.make(FLAGS.critic, loaded, FLAGS.seed, run.mesh, **options)
   reference = None

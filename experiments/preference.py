@@ -46,6 +46,7 @@ cli.define_cache()
 cli.define_dev(needed=False)
 cli.define_reward_model()
 cli.define_models()
+cli.define_lora()
 cli.define_replies()
 cli.define_batches(16, text="Comparisons of an update, with all their replies.")
 cli.define_optimizer(1e-6, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
@@ -138,7 +139,7 @@ def main():
   sizes = cli.batch_sizes(FLAGS, run.mesh)
   check_flags()
   # The policy, the log, and the prompts whose replies select parameters.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer, join=True)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)

@@ -49,6 +49,7 @@ cli.define_run(save_every=500, eval_every=100)
 cli.define_task(num_prompts=300, num_eval_prompts=100, eval_split="validation")
 cli.define_prompts()
 cli.define_models(policy="Language model that writes and completes solutions.")
+cli.define_lora()
 cli.define_sampler(max_length=256, sample_batch_size=64)
 cli.define_batches(64, epochs=8)
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
@@ -124,7 +125,7 @@ def main():
   sizes = cli.batch_sizes(FLAGS, run.mesh)
 
   # Models: the policy is asked; the base learns.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   base = cli.load_like(FLAGS, "base", loaded)
   policy, tokenizer = loaded.model, loaded.tokenizer
   config = policy.config
@@ -304,7 +305,7 @@ def main():
     run.keep_best(step, metrics["eval/good"], state["params"])
     return metrics
 
-  with run.training(policy, tokenizer, starts_from, COLUMNS):
+  with run.training(base.model, tokenizer, starts_from, COLUMNS):
     save_forced(run.workdir)
     if FLAGS.keep_best:
       save_forced(os.path.join(run.workdir, "best"))

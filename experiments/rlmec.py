@@ -60,6 +60,7 @@ cli.define_run(
 cli.define_task(num_prompts=2000, num_eval_prompts=200, eval_split="validation")
 cli.define_prompts(solutions=True)
 cli.define_models()
+cli.define_lora()
 cli.define_sampler(
   max_length=256,
   num_samples=5,
@@ -145,7 +146,7 @@ def main():
   check_flags()
 
   # The models, which share their tokens.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   model, tokenizer = loaded.model, loaded.tokenizer
   reward_model = hf.load(FLAGS.reward_model, dtype=FLAGS.dtype)
   runs.check_same_tokens(

@@ -46,6 +46,7 @@ cli.define_run(steps=0, epochs=3.0, save_every=500, eval_every=250)
 cli.define_task(num_prompts=2000)
 cli.define_prompts(solutions=True)
 cli.define_models(policy="Language model that writes the samples.")
+cli.define_lora()
 cli.define_sampler(
   max_length=256,
   num_samples=5,
@@ -142,10 +143,11 @@ def main():
   # The model that learns: its tokens are the policy's, as its probabilities
   # become rewards of the policy's tokens.
   if FLAGS.base:
-    base = hf.load(FLAGS.base, **cli.model_options(FLAGS))
+    base = cli.load_policy(FLAGS, "base")
     runs.check_same_tokens(f"--base={FLAGS.base}", base, loaded)
     model, params = base.model, base.params
   else:
+    cli.refuse_random(FLAGS, "base")
     model = fresh.make(
       tokenizer=tokenizer,
       vocab_size=loaded.model.config.vocab_size,

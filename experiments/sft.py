@@ -38,6 +38,7 @@ cli.define_log()
 cli.define_held_out()
 cli.define_lengths(max_response_length=512, too_long="error")
 cli.define_models(required=False)
+cli.define_lora()
 cli.require_examples()
 cli.define_random_model(hidden_size=96, num_layers=2, max_positions=64)
 cli.define_batches(64)
@@ -94,10 +95,11 @@ def main():
 
   # The model, and the texts that it learns from.
   if FLAGS.policy:
-    loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+    loaded = cli.load_policy(FLAGS)
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     rules = hf.partition_rules(model, run.mesh)
   else:
+    cli.refuse_random(FLAGS, "policy")
     tokenizer = tasks.tokenizer(task, FLAGS.tokenizer)
     model = fresh.make(
       tokenizer=tokenizer,

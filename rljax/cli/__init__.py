@@ -10,7 +10,7 @@ is its algorithm's alone:
 
   def main():
     run = runs.start(FLAGS, total_steps=FLAGS.steps)
-    loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+    loaded = cli.load_policy(FLAGS)
     ...
 
   if __name__ == "__main__":
@@ -20,6 +20,7 @@ A default that differs from script to script is an argument of the group. This
 is the one room of the library that knows flags by their names.
 """
 
+from rljax.cli.adapters import adapt, define_lora, refuse_random
 from rljax.cli.data import (
   define_cache,
   define_dev,
@@ -62,6 +63,7 @@ from rljax.cli.models import (
   define_models,
   define_random_model,
   load_like,
+  load_policy,
   load_reference,
   model_options,
   random_model_options,
@@ -117,6 +119,7 @@ SCRIPTS_CHOOSE = frozenset(
 
 __all__ = (
   "SCRIPTS_CHOOSE",
+  "adapt",
   "batch_sizes",
   "check",
   "check_read",
@@ -131,6 +134,7 @@ __all__ = (
   "define_lengths",
   "define_held_out",
   "define_log",
+  "define_lora",
   "define_models",
   "define_max_skipped",
   "define_optimizer",
@@ -155,6 +159,7 @@ __all__ = (
   "has_end",
   "load_known",
   "load_like",
+  "load_policy",
   "load_reference",
   "load_responder",
   "load_reward_model",
@@ -176,6 +181,7 @@ __all__ = (
   "require",
   "require_examples",
   "require_prompts",
+  "refuse_random",
   "reward_model_options",
   "run",
   "sampler_settings",

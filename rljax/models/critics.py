@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.distributed import planning
-from rljax.models import heads, hf, value_branch
+from rljax.models import heads, hf, lora, value_branch
 
 Array = jax.Array
 Params = Any
@@ -86,6 +86,9 @@ def make(
     features = lambda params, hidden, ids, mask: jax.lax.stop_gradient(hidden)
   else:
     params["model"] = loaded.params
+    if isinstance(model, lora.Model):  # A critic has weights that all learn.
+      other = hf.load(loaded.source, **model_options)
+      model, params["model"] = other.model, other.params
     if kind != "separate":
       other = hf.load(kind, **model_options)
       model, params["model"] = other.model, other.params

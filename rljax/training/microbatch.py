@@ -11,6 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rljax.models import lora
+
 Array = chex.Array
 Tree = Any
 LossFn = Callable[..., tuple[Array, dict[str, Array]]]
@@ -120,7 +122,8 @@ def grad(
     sharding: of a part's rows, where they lie on several devices.
 
   Returns:
-    `(params, batch, *more) -> (gradients, metrics)`.
+    `(params, batch, *more) -> (gradients, metrics)`. Of parameters with
+    adapters the gradient is that of `lora.learnt(params)`.
   """
   return Gradient(loss_fn, num_parts, weigh, adds_up, sharding)
 
@@ -143,7 +146,12 @@ class Gradient:
     self, params: Tree, batch: Tree, *more: Tree
   ) -> tuple[Tree, dict[str, Array]]:
     """Returns the gradient of a batch, and its metrics."""
-    gradient = jax.grad(self.loss_fn, has_aux=True)
+    params, frozen = lora.split(params)
+
+    def loss_fn(params, *inputs):
+      return self.loss_fn(lora.join(params, frozen), *inputs)
+
+    gradient = jax.grad(loss_fn, has_aux=True)
     if self.num_parts == 1:
       return gradient(params, batch, *more)
     parts = split(batch, self.num_parts)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rljax.models import lora
+
 Array = chex.Array
 Tree = Any
 
@@ -164,7 +166,8 @@ def guarded(transform: optax.GradientTransformation) -> Guard:
   and inner state then keep their bits, a step of the schedule included.
 
   Args:
-    transform: any optimizer.
+    transform: any optimizer. Of parameters with adapters it sees and steps
+      those that learn, `lora.learnt(params)`, alone; so are gradients.
 
   Returns:
     The same with a state `Guarded`; its `update` needs the parameters.
@@ -172,7 +175,7 @@ def guarded(transform: optax.GradientTransformation) -> Guard:
 
   def init(params):
     zero = lambda: jnp.zeros((), jnp.int32)  # No array may be donated twice.
-    return Guarded(transform.init(params), zero(), zero())
+    return Guarded(transform.init(lora.learnt(params)), zero(), zero())
 
   def judged(grads, state, params, is_finite=True, rate=None):
     """The updates, the parameters with them, the state, and the verdict."""
@@ -193,14 +196,16 @@ def guarded(transform: optax.GradientTransformation) -> Guard:
     return updates, new, state, is_finite
 
   def update(grads, state, params, **options):
+    params = lora.learnt(params)
     updates, _, state, is_finite = judged(grads, state, params, **options)
     # Adding -0 changes no bit, that of the sign of 0 included.
     zeros = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
     return _select(is_finite, updates, zeros), state
 
   def apply(grads, state, params, **options):
+    params, frozen = lora.split(params)
     _, new, state, is_finite = judged(grads, state, params, **options)
-    return _select(is_finite, new, params), state
+    return lora.join(_select(is_finite, new, params), frozen), state
 
   return Guard(init, update, apply)
 
