@@ -24,10 +24,9 @@ def define_lora(*, adapters: bool = True) -> None:
     "base_dtype",
     "float32",
     lora.BASE_DTYPES,
-    "Number format of the frozen weights that LoRA adapters are beside"
-    + (", with --lora_rank" if adapters else "")
-    + ": float32, bfloat16 (half the memory) or int8 (the dense layers of the "
-    "blocks in a quarter, the rest in bfloat16).",
+    "Number format of frozen weights, which LoRA adapters are beside: float32, "
+    "bfloat16 (half the memory) or int8 (the dense layers of the blocks in a "
+    "quarter, the rest in bfloat16).",
   )
   if not adapters:
     return

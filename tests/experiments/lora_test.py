@@ -113,8 +113,9 @@ class SftTest(absltest.TestCase):
         "--lora_targets names 'q', .*it has down_proj, .*q_proj",
       ),
     )
+    task = scripts.LEARN_SUMS[:2]
     errors = scripts.drive(
-      SFT, [[scripts.scratch() / "bad", *flags] for flags, _ in refused]
+      SFT, [[scripts.scratch() / "bad", *task, *flags] for flags, _ in refused]
     )
     for (flags, message), error in zip(refused, errors, strict=True):
       self.assertRegex(error, message, flags)

@@ -131,9 +131,10 @@ class AdaptedTest(parameterized.TestCase):
         lambda path, x: "adam" if learns(path, x) else "none",
         lora.learnt(params),
       )
+      adam = optax.adam(1e-2, eps=1e-3)  # Rounding stays small.
       transform = optimizers.guarded(
         optax.multi_transform(
-          {"adam": optax.adam(1e-2), "none": optax.set_to_zero()}, labels
+          {"adam": adam, "none": optax.set_to_zero()}, labels
         )
       )
 
@@ -186,7 +187,7 @@ class AdaptedTest(parameterized.TestCase):
   def test_families(self, family):
     model = fresh.make(
       family,
-      tokenizers.arithmetic(),
+      tokenizers.of_words([*"abc"], "."),
       hidden_size=16,
       num_layers=2,
       num_heads=4,
@@ -204,9 +205,7 @@ class AdaptedTest(parameterized.TestCase):
     applied = set()
 
     def note(call, args, kwargs, context):
-      if context.method_name == "__call__" and hasattr(
-        context.module, "kernel_init"
-      ):
+      if isinstance(context.module, nn.Dense):
         applied.add(context.module.path)
       return call(*args, **kwargs)
 
