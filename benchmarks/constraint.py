@@ -25,7 +25,11 @@ from rljax.models import llama
 from rljax.ops import sampling
 from rljax.tasks import games
 from rljax.tasks.games import rules
-from rljax.text import batches, tokens
+from rljax.text import (
+  batches,
+  tokens,
+  vocabularies,
+)
 
 flags.DEFINE_list("rows", ["1", "32", "128"], "Responses at the same time.")
 flags.DEFINE_integer("tokens", 64, "Of a response.")
@@ -61,7 +65,7 @@ def measure(num_rows):
     )
   )
   params = model.init(jax.random.key(0), ids, mask)["params"]
-  allowed = tokens.allowed_tokens(
+  allowed = vocabularies.allowed_tokens(
     tokenizer, vocab_size, (tokenizer.eos_token_id,)
   )
 

@@ -103,7 +103,7 @@ def make(loaded, label, base_dtype, batch):
     return supervised.nll_loss(statistics.log_probs, batch["response_mask"])
 
   gradients = microbatch.grad(loss_fn, 1)
-  transform = optimizers.adamw(None, learning_rate=1e-5)
+  transform = optimizers.make(None, learning_rate=1e-5)
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)

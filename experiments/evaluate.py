@@ -35,7 +35,7 @@ from absl import flags
 from rljax import cli, tasks
 from rljax.distributed import meshes, processes
 from rljax.evaluation import arms, curves, reasoning, replies, tables
-from rljax.generation import samplers
+from rljax.generation import forced, responses, samplers
 from rljax.models import hf
 from rljax.scoring import drawn, likelihood
 from rljax.text import encoding, files, keywords, logged, prompts
@@ -141,7 +141,7 @@ def compare_replies(run, seeds, rows, score, measured):
     found[seed.label].append((scores, parts, texts, replied, likely))
     samples += [
       {"arm": seed.label, "model": seed.model, **record}
-      for record in samplers.records(texts, replied, scores, parts)
+      for record in responses.records(texts, replied, scores, parts)
     ]
   table, rewards = {}, {}
   for label, several in found.items():
@@ -250,7 +250,7 @@ def responder(run, seed, policy, asked, settings):
   sampler = samplers.Sampler(
     policy.model, policy.tokenizer, settings, mesh=mesh, task=task
   )
-  tags = samplers.load_forced(seed.model) if FLAGS.forced_tags else {}
+  tags = forced.load(seed.model) if FLAGS.forced_tags else {}
   num_together = FLAGS.batch_size // settings.num_samples
   return sampler.responder(
     asked, batch_size=meshes.shared_size(num_together, mesh), **tags

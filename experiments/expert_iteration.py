@@ -38,7 +38,7 @@ from absl import flags
 from rljax import cli, tasks
 from rljax.distributed import processes
 from rljax.evaluation import answers
-from rljax.generation import rollouts, samplers
+from rljax.generation import responders, rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf, lora
 from rljax.ops import log_probs
@@ -168,7 +168,7 @@ def main():
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
     sizes.micro_batch, policy.config.vocab_size
   )
-  transform = optimizers.adamw(None, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(None, **cli.optimizer_options(FLAGS))
 
   def loss_fn(params, batch):
     statistics, _ = rollouts.token_statistics(
@@ -240,7 +240,7 @@ def main():
   def one_round(number, sampled_by):
     """Samples, keeps and fits; the new policy, and the round in numbers."""
     started = time.perf_counter()
-    samples = samplers.collect(
+    samples = responders.collect(
       rounds.path(number, "samples.jsonl"),
       first_sample if number == 1 else sample,
       sampled_by,

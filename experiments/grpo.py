@@ -196,7 +196,7 @@ def main():
     weigh=lambda part: ppo.num_terms(part["rollout"].response_mask, **average),
     sharding=run.rows_sharding,
   )
-  transform = optimizers.adamw(
+  transform = optimizers.make(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
     **cli.optimizer_options(FLAGS),
   )
@@ -299,8 +299,13 @@ def main():
       )
       key = jax.random.fold_in(sample_key, number)
       params = state["params"]["policy"]
-      samples = sampler.draw(key, params, train, rows, step=step, number=number)
-      return samples.scored(score)
+      return sampler.draw_scored(
+        *(key, params, train, rows),
+        step=step,
+        number=number,
+        score=score,
+        at_once=FLAGS.draw_batch_size,
+      )
 
     max_rounds = FLAGS.max_sampling_rounds if FLAGS.dynamic_sampling else 1
     found = groups.collect(draw, FLAGS.batch_size, max_rounds=max_rounds)
@@ -326,7 +331,7 @@ def main():
       gradients=gradients,
       micro_batch=sizes.micro_batch,
       num_shards=meshes.num_batch_shards(run.mesh),
-      is_float32=FLAGS.dtype == "float32",
+      is_float32="float32" == FLAGS.dtype == FLAGS.param_dtype,
       programs=[sampler, learn],
     )
 

@@ -55,6 +55,7 @@ cli.define_models()
 cli.define_lora()
 cli.define_replies()
 cli.define_batches(16)
+cli.define_packing()
 cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of offline RL.
@@ -163,10 +164,15 @@ def main():
       for number in (FLAGS.steps, FLAGS.eval_every)
     )
 
+  draw = lambda step: draws.draw(FLAGS.batch_size, step)
+
   def batch_of(replies):
     """The logged replies of these numbers, N x K of them in all."""
     at = np.unravel_index(replies, shares.shape)
     return log.batch(*at) | {name: x[at] for name, x in known.items()}
+
+  place_of = lambda step: np.unravel_index(draw(step), shares.shape)
+  pack = cli.packer(FLAGS, run, sizes, log.encoded, place_of)
 
   # What is differentiated.
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
@@ -216,7 +222,7 @@ def main():
   gradients = microbatch.grad(
     loss_fn, sizes.num_parts, sharding=run.rows_sharding
   )
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)
@@ -278,9 +284,9 @@ def main():
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % eval_every == 0 else {}
       started = time.perf_counter()
-      batch = batch_of(draws.draw(FLAGS.batch_size, step))
-      run.check_learner(gradients, state["params"], batch)
-      state, learnt = update(state, run.shard(batch))
+      batch = batch_of(draw(step))
+      run.check_learner(gradients, state["params"], batch, pack=pack.alone)
+      state, learnt = update(state, run.shard(pack(batch)))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = batch["response_mask"].sum() / seconds

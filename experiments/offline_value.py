@@ -146,7 +146,7 @@ def main():
     )
     key = jax.random.key(FLAGS.seed)
     head_params = head.init(key, hidden[:1], mask[:1])["params"]
-    transform = optimizers.adamw(
+    transform = optimizers.make(
       FLAGS.epochs * steps_per_epoch, **cli.optimizer_options(FLAGS)
     )
     state = meshes.replicate(

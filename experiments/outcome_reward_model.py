@@ -41,7 +41,7 @@ from absl import flags
 from rljax import cli
 from rljax.distributed import meshes
 from rljax.evaluation import metrics as metrics_lib
-from rljax.generation import rollouts
+from rljax.generation import packed, rollouts
 from rljax.losses import supervised
 from rljax.models import hf
 from rljax.text import batches, encoding, keywords, rankings, solutions, tokens
@@ -56,6 +56,7 @@ cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_models(policy="Model that the reward model starts as.", logits=False)
 cli.define_lora()
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
+cli.define_packing()
 cli.define_pairwise()
 cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
@@ -144,14 +145,23 @@ def main():
     )
   lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
   tokens.check_positions(lengths.sum(), model.config.max_positions)
+  num_candidates = rankings.most_candidates(train, held_out)
   if is_bce:
     batch_of = functools.partial(solutions.batch, lengths=lengths)
   else:
     batch_of = functools.partial(
       rankings.batch,
       lengths=lengths,
-      num_candidates=rankings.most_candidates(train, held_out),
+      num_candidates=num_candidates,
     )
+
+  draw = lambda step: batches.batch_indices(
+    len(train.rows), FLAGS.batch_size, step, seed=FLAGS.seed
+  )
+  pack = cli.packer(
+    *(FLAGS, run, sizes, train),
+    lambda step: (draw(step)[:, None], np.arange(num_candidates)),
+  )
 
   # What is differentiated.
   def score(params, batch):
@@ -159,10 +169,8 @@ def main():
     params = params["reward_model"]
     if is_bce:
       return rollouts.prefix_logits(model, params, batch)[..., 0]
-    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
-    texts = {name: batch[name] for name in names}
-    fold = lambda x: x.reshape(-1, x.shape[-1])  # [B, K, S] -> [B * K, S]
-    scores = rollouts.text_logits(model, params, jax.tree.map(fold, texts))
+    # [B, K, S] -> [B * K, S]
+    scores = rollouts.text_logits(model, params, packed.texts(batch))
     return scores.reshape(batch["present"].shape)
 
   def loss_of(scores, batch):
@@ -194,13 +202,13 @@ def main():
     weigh=weight if is_bce else None,
     sharding=run.rows_sharding,
   )
-  adamw = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(FLAGS.steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     learnt, others = split(state["params"])
     grads, metrics = gradients(learnt, batch, others)
     learnt, optimizer_state, metrics = optimizers.step(
-      adamw, grads, state["optimizer"], learnt, metrics
+      transform, grads, state["optimizer"], learnt, metrics
     )
     params = frozen.join(learnt, others)
     return {"params": params, "optimizer": optimizer_state}, metrics
@@ -209,12 +217,16 @@ def main():
   state = run.restore(
     params,
     hf.partition_rules(model, run.mesh),
-    optimizer=adamw._replace(init=lambda params: adamw.init(split(params)[0])),
+    optimizer=transform._replace(
+      init=lambda params: transform.init(split(params)[0])
+    ),
   )
   update = run.compile(update, returns_state=True)
   learnt, others = split(state["params"])
   first = batch_of(train, np.arange(FLAGS.batch_size))
-  run.check_learner(gradients, learnt, first, more=lambda batch: (others,))
+  run.check_learner(
+    gradients, learnt, first, more=lambda batch: (others,), pack=pack.alone
+  )
   score_rows = run.compile(score, out_shardings=run.rows_sharding)
   questions = batch_of(held_out, np.arange(len(held_out.rows)))
 
@@ -256,10 +268,8 @@ def main():
       # Row `step` of the metrics is about the model after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      rows = batches.batch_indices(
-        len(train.rows), FLAGS.batch_size, step, seed=FLAGS.seed
-      )
-      state, found = update(state, run.shard(batch_of(train, rows)))
+      batch = pack(batch_of(train, draw(step)))
+      state, found = update(state, run.shard(batch))
       metrics |= jax.device_get(found)
       seconds = time.perf_counter() - started
       metrics[f"{unit}_per_second"] = FLAGS.batch_size / seconds

@@ -135,7 +135,9 @@ def main():
   task = cli.load_task(FLAGS)
   train, held_out = prompts.load(task, tokenizer, **cli.prompt_options(FLAGS))
   score = cli.task_scorer(FLAGS, task, run.mesh)
-  terms = cli.load_reward_terms(FLAGS, loaded, run.mesh, map_rows=in_parts)
+  terms = cli.load_reward_terms(
+    FLAGS, loaded, run.mesh, score, map_rows=in_parts
+  )
   terms.check(score, held_out.texts[0])
   sampler = samplers.Sampler(
     policy, tokenizer, cli.sampler_settings(FLAGS), mesh=run.mesh, task=task
@@ -221,7 +223,7 @@ def main():
     weigh=lambda part: part["rollout"].response_mask.sum(),
     sharding=run.rows_sharding,
   )
-  transform = optimizers.adamw(
+  transform = optimizers.make(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
     **cli.optimizer_options(FLAGS),
   )
@@ -316,9 +318,12 @@ def main():
     """Samples and scores one batch: texts, and what `learn` takes."""
     rows = train.rows(FLAGS.batch_size, step, seed=FLAGS.seed)
     sample_key, learn_key = run.keys(step)
-    samples = sampler.draw(
-      sample_key, state["params"]["policy"], train, rows, step=step
-    ).scored(score)
+    samples = sampler.draw_scored(
+      *(sample_key, state["params"]["policy"], train, rows),
+      step=step,
+      score=score,
+      at_once=FLAGS.draw_batch_size,
+    )
     return samples, (run.shard(samples.learnt), terms.earn(samples), learn_key)
 
   def evaluate(step):
@@ -341,7 +346,7 @@ def main():
       more=[state["kl"].coef],
       micro_batch=sizes.micro_batch,
       num_shards=meshes.num_batch_shards(run.mesh),
-      is_float32=FLAGS.dtype == "float32",
+      is_float32="float32" == FLAGS.dtype == FLAGS.param_dtype,
       parts_add_up=not FLAGS.batch_entropy_coef,
       programs=[sampler, terms, learn],
     )

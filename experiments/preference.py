@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from rljax import cli
-from rljax.generation import rollouts
+from rljax.generation import packed, rollouts
 from rljax.losses import preference
 from rljax.models import hf
 from rljax.ops import log_probs
@@ -49,6 +49,7 @@ cli.define_models()
 cli.define_lora()
 cli.define_replies()
 cli.define_batches(16, text="Comparisons of an update, with all their replies.")
+cli.define_packing()
 cli.define_optimizer(1e-6, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
 
 # Which flags of its own a method reads; the others are refused.
@@ -172,6 +173,11 @@ def main():
 
   draw = lambda step: compared.draw(FLAGS.batch_size, step, FLAGS.seed)
 
+  pack = cli.packer(
+    *(FLAGS, run, sizes, log.encoded),
+    lambda step: (compared.rows[draw(step), None], compared.ranks[draw(step)]),
+  )
+
   def batch_of(part, drawn):
     """Arrays `[B, K, ...]`; prompts stand before each of their replies."""
     rows, candidates = at = part.rows[drawn, None], part.ranks[drawn]
@@ -194,11 +200,10 @@ def main():
   fold = lambda x: x.reshape(-1, x.shape[-1])  # [B, K, T] -> [B * K, T]
 
   def log_probs_of(params, batch):
-    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
     statistics, _ = rollouts.token_statistics(
       policy,
       params["policy"],
-      {name: fold(batch[name]) for name in names},
+      packed.texts(batch),
       temperature=1.0,
       chunk_size=chunk_size,
     )
@@ -246,7 +251,8 @@ def main():
   def reference_point_of(params, ref_params, batch):
     """KTO's z: what replies gain behind prompts that are not theirs."""
     mask = batch["other_mask"]
-    others = batch | {"response_ids": batch["other_ids"], "response_mask": mask}
+    others = packed.without(batch)
+    others |= {"response_ids": batch["other_ids"], "response_mask": mask}
     found = microbatch.map_rows(
       lambda part: [log_probs_of(p, part) for p in (params, ref_params)],
       others,
@@ -259,7 +265,7 @@ def main():
   gradients = microbatch.grad(
     loss_fn, sizes.num_parts, sharding=run.rows_sharding
   )
-  transform = optimizers.adamw(FLAGS.steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(FLAGS.steps, **cli.optimizer_options(FLAGS))
 
   def update(state, ref_params, batch):
     params = state["params"]
@@ -279,6 +285,7 @@ def main():
   run.check_learner(
     *(gradients, state["params"], batch_of(compared, draw(0))),
     more=lambda batch: (np.float32(0) if is_kto else None,),
+    pack=pack.alone,
     pads_count=FLAGS.pro_mask == "published",
   )
 
@@ -302,7 +309,7 @@ def main():
       metrics = selection.evaluate(step, state["params"]) if is_due else {}
       started = time.perf_counter()
       batch = batch_of(compared, draw(step))
-      state, learnt = update(state, ref_params, run.shard(batch))
+      state, learnt = update(state, ref_params, run.shard(pack(batch)))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = batch["response_mask"].sum() / seconds
@@ -336,6 +343,11 @@ def check_flags():
       "--algorithm=pro takes temperatures from rewards, which push the first "
       "reply down where another has more: use --order=reward, or "
       "--pro_rewards=false with --order=logged."
+    )
+  if FLAGS.pro_mask == "published" and FLAGS.packed_length:
+    raise ValueError(
+      "--pro_mask=published scores padding, of which --packed_length leaves "
+      "none: use --packed_length=0."
     )
   if FLAGS.kto_threshold is not None and FLAGS.order:
     raise ValueError(

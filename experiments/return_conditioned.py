@@ -37,11 +37,19 @@ from absl import flags
 from rljax import cli, tasks
 from rljax.distributed import processes
 from rljax.evaluation import answers
-from rljax.generation import completions, rollouts, samplers
+from rljax.generation import completions, forced, responders, rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
 from rljax.ops import log_probs
-from rljax.text import batches, files, prompts, steps, tokens
+from rljax.text import (
+  batches,
+  end_tokens,
+  files,
+  prompts,
+  steps,
+  tokens,
+  vocabularies,
+)
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -52,6 +60,7 @@ cli.define_models(policy="Language model that writes and completes solutions.")
 cli.define_lora()
 cli.define_sampler(max_length=256, sample_batch_size=64)
 cli.define_batches(64, epochs=8)
+cli.define_packing()
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of return-conditioned RL: solutions and the values of their steps.
@@ -138,14 +147,14 @@ def main():
   _, parts = score(held_out.texts[:1], [""])
   tasks.check_parts(score.description, parts, "is_correct")
   tags = (FLAGS.good_tag, FLAGS.bad_tag)
-  tag_ids = {tag: tokens.single_id(tokenizer, tag) for tag in tags}
+  tag_ids = {tag: vocabularies.single_id(tokenizer, tag) for tag in tags}
 
   # What is asked: training prompts, their prefixes, and held-out prompts with
   # either tag in front of every step, or none.
   settings = cli.sampler_settings(FLAGS, unfinished_score=0.0)
   sampler = samplers.Sampler(policy, tokenizer, settings, mesh=run.mesh)
   at_once = {"batch_size": FLAGS.sample_batch_size}
-  texts_of = tokens.token_bytes(tokenizer, vocab_size=config.vocab_size)
+  texts_of = vocabularies.token_bytes(tokenizer, vocab_size=config.vocab_size)
   good, bad = (steps.forced_tag(texts_of, tag_ids[tag]) for tag in tags)
   answer = {
     "good": sampler.greedy(held_out, forced=good, **at_once),
@@ -161,7 +170,7 @@ def main():
       required = ("prompt", "response", "finished", "parts")
       found = [files.read_jsonl(p, required=required) for p in FLAGS.solutions]
       return train.attach(sum(found, []))
-    return samplers.collect(
+    return responders.collect(
       os.path.join(run.workdir, "solutions.jsonl"),
       sampler.responder(train, num_samples=FLAGS.num_solutions, **at_once),
       params,
@@ -241,8 +250,12 @@ def main():
   (asked,) = prompts.encode(
     tokenizer, [row["prompt"] for row in rows], **cli.encode_options(FLAGS)
   )
+  end_id = end_tokens.end_id(tokenizer, cli.prompt_format(FLAGS))
   encoded = [
-    (ids, *steps.encode_tagged(tokenizer, row["tagged"], tag_ids))
+    (
+      ids,
+      *steps.encode_tagged(tokenizer, row["tagged"], tag_ids, end_id=end_id),
+    )
     for ids, row in zip(asked.encoded, rows, strict=True)
   ]
   shape = batches.supervised_shape(encoded)
@@ -268,7 +281,7 @@ def main():
   run.total_steps = batches.num_updates(
     len(encoded), FLAGS.batch_size, FLAGS.epochs
   )
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch)
@@ -281,20 +294,24 @@ def main():
   state = run.restore({"policy": base.params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
   save_forced = functools.partial(
-    samplers.save_forced,
+    forced.save,
     forced=good,
-    forced_as=tokens.single_id(tokenizer, " ") if FLAGS.blank_slot else None,
+    forced_as=vocabularies.single_id(tokenizer, " ")
+    if FLAGS.blank_slot
+    else None,
   )
 
+  draw = lambda step: batches.indices_or_all(
+    len(encoded), FLAGS.batch_size, step, seed=FLAGS.seed
+  )
+  pack = cli.pack_pairs(FLAGS, run, sizes, encoded, draw)
+
   def batch_of(step):
-    chosen = batches.indices_or_all(
-      len(encoded), FLAGS.batch_size, step, seed=FLAGS.seed
-    )
     return batches.supervised_batch(
-      [encoded[i] for i in chosen], num_rows=FLAGS.batch_size, **shape
+      [encoded[i] for i in draw(step)], num_rows=FLAGS.batch_size, **shape
     )
 
-  run.check_learner(gradients, state["params"], batch_of(0))
+  run.check_learner(gradients, state["params"], batch_of(0), pack=pack.alone)
 
   def evaluate(step):
     """Greedy accuracy under each tag; --keep_best goes by the good one."""
@@ -313,7 +330,7 @@ def main():
     for step in run.steps(freeze=[update]):
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      state, learnt = update(state, run.shard(batch_of(step)))
+      state, learnt = update(state, run.shard(pack(batch_of(step))))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = metrics["nll/tokens"] / seconds

@@ -311,7 +311,7 @@ def main():
   gradients = microbatch.grad(
     loss_fn, sizes.num_parts, adds_up=True, sharding=run.rows_sharding
   )
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     grads, metrics = gradients(state["params"], batch, counts_of(batch))
@@ -381,7 +381,7 @@ def main():
       metrics |= jax.device_get(learnt)
       metrics["update_seconds"] = time.perf_counter() - started
       if step == 0:
-        is_float32 = FLAGS.dtype == "float32"
+        is_float32 = "float32" == FLAGS.dtype == FLAGS.param_dtype
         targets.check_first_ratio(metrics, is_float32=is_float32)
       run.log(step, metrics)
       run.save(step + 1, state)

@@ -57,6 +57,7 @@ cli.define_sampler(
 cli.define_rewriting("compact", locate=True, teacher=True)
 cli.define_random_model(hidden_size=64, num_layers=3, max_positions=128)
 cli.define_batches(32, text="Records of an update.", micro_batches=False)
+cli.define_packing()
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of the teacher, and of what learns from it.
@@ -213,11 +214,14 @@ def main():
     len(train), FLAGS.batch_size, FLAGS.epochs
   )
 
+  draw = lambda step: batches.batch_indices(
+    len(train), FLAGS.batch_size, step, seed=FLAGS.seed
+  )
+  pack = cli.pack_pairs(FLAGS, run, sizes, train, draw)
+
   def batch_of(rows):
-    """Rows of one shape, on the devices; those that are missing are empty."""
-    return run.shard(
-      batches.supervised_batch(rows, **shape, num_rows=sizes.rows)
-    )
+    """Rows of one shape; those that are missing are empty."""
+    return batches.supervised_batch(rows, **shape, num_rows=sizes.rows)
 
   # What is differentiated: plain next-token loss, on responses alone.
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
@@ -231,7 +235,7 @@ def main():
     return supervised.nll_loss(statistics.log_probs, batch["response_mask"])
 
   gradients = microbatch.grad(loss_fn, 1)
-  transform = optimizers.adamw(run.total_steps, **cli.optimizer_options(FLAGS))
+  transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
     params = state["params"]
@@ -245,7 +249,9 @@ def main():
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
   first = batch_of(train[: FLAGS.batch_size])
-  run.check_learner(gradients, state["params"], first, num_parts=1)
+  run.check_learner(
+    gradients, state["params"], first, num_parts=1, pack=pack.alone
+  )
   held_out_loss = run.compile(
     lambda params, batch: loss_fn(params, batch)[1], name="held-out loss"
   )
@@ -255,7 +261,8 @@ def main():
     losses, num_tokens = [], []
     for start in range(0, len(unseen), sizes.rows):
       rows = unseen[start : start + sizes.rows]
-      metrics = held_out_loss(state["params"], batch_of(rows))
+      batch = run.shard(batch_of(rows))
+      metrics = held_out_loss(state["params"], batch)
       losses.append(float(metrics["nll/loss"]))
       num_tokens.append(float(metrics["nll/tokens"]))
     loss = np.average(losses, weights=num_tokens)
@@ -278,10 +285,8 @@ def main():
       # Row `step` of the metrics is about the model after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      order = batches.batch_indices(
-        len(train), FLAGS.batch_size, step, seed=FLAGS.seed
-      )
-      state, learnt = update(state, batch_of([train[i] for i in order]))
+      batch = pack(batch_of([train[i] for i in draw(step)]))
+      state, learnt = update(state, run.shard(batch))
       metrics |= jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = metrics["nll/tokens"] / seconds

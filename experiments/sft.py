@@ -28,7 +28,7 @@ from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import fresh, hf
 from rljax.ops import log_probs
-from rljax.text import batches, encoding, keywords, logged, tokens
+from rljax.text import encoding, feeds, keywords, logged, tokens
 from rljax.training import microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -36,12 +36,14 @@ cli.define_run(steps=8, save_every=500, eval_every=50)
 cli.define_task(num_eval_prompts=256, eval_split=None, scores=False)
 cli.define_log()
 cli.define_held_out()
+cli.define_examples()
 cli.define_lengths(max_response_length=512, too_long="error")
 cli.define_models(required=False)
 cli.define_lora()
 cli.require_examples()
 cli.define_random_model(hidden_size=96, num_layers=2, max_positions=64)
 cli.define_batches(64)
+cli.define_packing()
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of supervised fine-tuning.
@@ -110,29 +112,13 @@ def main():
     # A mesh that cannot split them is an error before anything is compiled.
     meshes.shardings(fresh.shapes(model), rules, run.mesh)
     params = fresh.initial_params(model, FLAGS.seed)
-  data = examples(task, tokenizer)
-  train, held_out = data.train, data.held_out
-  if len(train.rows) < FLAGS.batch_size:
-    raise ValueError(
-      f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
-      "examples."
-    )
-  # One shape for all batches, so that the update compiles once.
-  lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
-  tokens.check_positions(lengths.sum(), model.config.max_positions)
-
-  def batch_of(part, rows):
-    """Rows by number, on the devices; those behind the last row are empty."""
-    is_there = rows < len(part.rows)
-    return run.shard(
-      encoding.batch(
-        part,
-        np.where(is_there, rows, 0),
-        np.where(is_there, 0, 1),  # There is no second response.
-        prompt_length=lengths[0],
-        response_length=lengths[1],
-      )
-    )
+  if FLAGS.stream:
+    feed = cli.open_stream(FLAGS, tokenizer)
+  else:
+    data = examples(task, tokenizer)
+    feed = feeds.Table(data, FLAGS.batch_size, FLAGS.seed)
+  tokens.check_positions(feed.lengths.sum(), model.config.max_positions)
+  pack = cli.pack_feed(FLAGS, run, sizes, feed)
 
   # What is differentiated.
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
@@ -160,7 +146,7 @@ def main():
   gradients = microbatch.grad(
     loss_fn, sizes.num_parts, weigh=weight, sharding=run.rows_sharding
   )
-  transform = optimizers.adamw(
+  transform = optimizers.make(
     FLAGS.schedule_steps or FLAGS.steps, **cli.optimizer_options(FLAGS)
   )
 
@@ -176,8 +162,8 @@ def main():
   starts_from = {"policy": params if FLAGS.policy else None}
   state = run.restore({"policy": params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
-  first = batch_of(train, np.arange(FLAGS.batch_size))
-  run.check_learner(gradients, state["params"], first)
+  feed.go_to(run.meta.get("feed", {}))
+  run.check_learner(gradients, state["params"], feed.first(), pack=pack.alone)
   held_out_loss = run.compile(
     lambda params, batch: (loss_fn(params, batch)[0], weight(batch)),
     name="held-out loss",
@@ -186,9 +172,10 @@ def main():
   def evaluate(step):
     """Mean loss over the held-out rows, in parts that weigh as in training."""
     losses, weights = [], []
-    for start in range(0, len(held_out.rows), sizes.micro_batch):
+    for start in range(0, len(feed.held_out.rows), sizes.micro_batch):
       rows = np.arange(start, start + sizes.micro_batch)
-      loss, of = held_out_loss(state["params"], batch_of(held_out, rows))
+      batch = run.shard(feeds.batch_of(feed.held_out, rows, feed.lengths))
+      loss, of = held_out_loss(state["params"], batch)
       losses.append(float(loss))
       weights.append(float(of))
     loss = np.average(losses, weights=weights)
@@ -196,20 +183,18 @@ def main():
     return {"eval/loss": loss}
 
   with run.training(model, tokenizer, starts_from, COLUMNS):
-    run.has_read(data)
+    run.has_read(feed)
     for step in run.steps(freeze=[update, held_out_loss]):
       # Row `step` of the metrics is about the policy after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      rows = batches.batch_indices(
-        len(train.rows), FLAGS.batch_size, step, seed=FLAGS.seed
-      )
-      state, learnt = update(state, batch_of(train, rows))
-      metrics |= jax.device_get(learnt)
+      batch = run.shard(pack(feed.batch(step)))
+      state, learnt = update(state, batch)
+      metrics |= feed.metrics | jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = metrics["nll/tokens"] / seconds
       run.log(step, metrics)
-      run.save(step + 1, state)
+      run.save(step + 1, state, feed=feed.place)
     if run.is_complete:
       run.log(FLAGS.steps, evaluate(FLAGS.steps))
       run.summarise(["nll/loss"])
@@ -225,7 +210,7 @@ def examples(task, tokenizer):
         logged.task_examples(
           task, split, FLAGS.seed, num, keywords.parse(FLAGS.task_options)
         ),
-        **cli.length_options(FLAGS),
+        **cli.example_options(FLAGS),
       )
       for split, num in (
         ("train", FLAGS.num_examples),
@@ -243,7 +228,7 @@ def examples(task, tokenizer):
     seed=FLAGS.seed,
     first_row=FLAGS.first_row,
     num_rows=FLAGS.num_rows,
-    settings=cli.length_options(FLAGS),
+    settings=cli.example_options(FLAGS),
   )
 
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 from rljax.models import hf
 from rljax.storage import paths
 
+# What the hub takes for the name of a repository.
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Flags of the sampler -> names in generation_config.json.
 _SAMPLER = {
   "max_length": "max_new_tokens",
@@ -152,31 +155,64 @@ def model_card(
   return "\n".join(lines) + "\n"
 
 
-def push(directory: str | os.PathLike[str], name: str) -> str:
+def hub(name: str) -> Any:
+  """Returns the hub's interface, once it is known that it can be asked.
+
+  Args:
+    name: of the repository that will be written, organisation/name.
+
+  Raises:
+    ValueError: if the name is none, huggingface_hub is missing, or there is no
+      token.
+  """
+  if not _REPOSITORY.fullmatch(name):
+    raise ValueError(
+      f"--push={name} must be organisation/name, of letters, digits, dots, "
+      "dashes and underscores."
+    )
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError(
+      "--push needs the package huggingface_hub, which is not installed: "
+      "pip install huggingface_hub."
+    ) from error
+  if not huggingface_hub.get_token():
+    raise ValueError(
+      f"--push={name}: there is no token of the hub. Set HF_TOKEN to one that "
+      f"may write to {name.split('/')[0]}, or log in with `hf auth login`."
+    )
+  return huggingface_hub.HfApi()
+
+
+def push(directory: str | os.PathLike[str], name: str, hub_: Any = None) -> str:
   """Sends a folder to the Hugging Face hub; returns its address.
 
   Args:
     directory: an exported model.
     name: of the repository there, organisation/name; it is made, private.
+    hub_: of `hub`, if it has been called already.
 
   Raises:
-    ValueError: if huggingface_hub is missing, or refuses.
+    ValueError: as `hub`; or if the hub refuses, or cannot be reached.
   """
+  hub_ = hub_ or hub(name)
   try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ValueError(
-      "--push needs the package huggingface_hub, which is not installed."
-    ) from error
-  hub = huggingface_hub.HfApi()
-  try:
-    hub.create_repo(name, private=True, exist_ok=True)
-    hub.upload_folder(repo_id=name, folder_path=str(directory))
+    hub_.create_repo(name, private=True, exist_ok=True)
+    hub_.upload_folder(repo_id=name, folder_path=str(directory))
   except Exception as error:  # Of the hub and of the network: many types.
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    lines = str(error).splitlines()
+    said = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+    if status is None:
+      why = f"the hub cannot be reached ({said}): check the network"
+    elif status in (401, 403):
+      why = f"the token may not write there ({said}): set HF_TOKEN to another"
+    else:
+      why = f"the hub refuses with status {status} ({said})"
     raise ValueError(
-      f"--push={name}: the hub did not take {directory} "
-      f"({type(error).__name__}: {str(error).splitlines()[0]}). HF_TOKEN must "
-      "hold a token that may write there."
+      f"--push={name}: {why}. {directory} is whole: `hf upload {name} "
+      f"{directory}` sends it later."
     ) from error
   return f"https://huggingface.co/{name}"
 
@@ -243,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   options = parser.parse_args(arguments)
   try:
+    # Before minutes of work, whether it can be sent.
+    hub_ = hub(options.push) if options.push else None
     export(
       options.source,
       options.directory,
@@ -252,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(f"Wrote {options.directory}.")
     if options.push:
-      print(f"Pushed to {push(options.directory, options.push)}.")
+      print(f"Pushed to {push(options.directory, options.push, hub_)}.")
   except ValueError as error:
     print(f"rljax.export: {error}", file=sys.stderr)
     return 1

@@ -133,6 +133,8 @@ class MeasurementsTest(parameterized.TestCase):
         "host": "A log on the host, milliseconds",
       },
     ),
+    ("overlap", {"": "Slow rewards"}),
+    ("packing", {"": "An update, padded and packed"}),
     ("samples", {"": "Samples of one prompt"}),
     ("update", {"": "One PPO update"}),
     ("verdicts", {"": "Verdicts a second"}),

@@ -291,7 +291,6 @@ SAME_NAMES = {
   "ratio_guard": "The example of pmap cannot do without.",
   "reference": "Of a KL penalty, or of what evaluations compare with.",
   "seconds": "Of measuring a game, or of drawing it.",
-  "task_options": "The example of pmap has those of the quickstart.",
   "threshold": "Of a step's value, or of a token's probability.",
   "workdir": "A run, or the example of pmap, which cannot be started again.",
 }

@@ -15,7 +15,7 @@ experiments/sft.py has made the policy:
 
   XLA_FLAGS=--xla_force_host_platform_device_count=8 \
     python experiments/examples/ppo_pmap.py --policy=runs/sft \
-    --workdir=runs/pmap
+    --task=arithmetic --task_options=style=last --workdir=runs/pmap
 
 With the same flags it ends with the parameters of ppo.py, to rounding. It runs
 in one process, evaluates nothing, saves once, at the end, and cannot go on with
@@ -39,7 +39,13 @@ from rljax.losses import entropy, ppo
 from rljax.models import heads, hf
 from rljax.ops import advantages, masking, rewards, sampling
 from rljax.storage import checkpoint, locks
-from rljax.text import batches, keywords, prompts, tokens
+from rljax.text import (
+  batches,
+  keywords,
+  prompts,
+  tokens,
+  vocabularies,
+)
 from rljax.training import guards, logs, optimizers
 
 flags.DEFINE_string(
@@ -59,14 +65,16 @@ flags.DEFINE_integer("seed", 0, "Seed of every source of randomness.", 0)
 flags.DEFINE_integer("steps", 100, "Rollouts, each followed by --epochs.", 1)
 flags.DEFINE_string(
   "task",
-  "arithmetic",
-  "Task that writes prompts and scores responses: a module of rljax.tasks.",
+  "",
+  "Task that writes prompts and scores responses: one of rljax.tasks; or one "
+  "of your own, by its path, such as ./my_task.py, or its module, such as "
+  "my_package.my_task.",
 )
 flags.DEFINE_list(
   "task_options",
-  ["style=last"],
+  [],
   "Options of the task's prompts, name=value, separated by commas; "
-  "docs/tasks.md lists them. Those of the quickstart, unless given.",
+  "docs/tasks.md lists them.",
 )
 flags.DEFINE_integer(
   "num_prompts", 32_768, "Training prompts that the task draws.", 1
@@ -108,6 +116,12 @@ flags.DEFINE_float(
 flags.DEFINE_integer("epochs", 4, "Updates on a rollout, each on all of it.", 1)
 flags.DEFINE_float("learning_rate", 3e-4, "Learning rate of Adam.", 0)
 cli.define_max_skipped()
+cli.require(
+  ["task"],
+  lambda v: v["task"],
+  "There is nothing to ask the policy: give --task, such as "
+  "--task=arithmetic --task_options=style=last; ppo.py reads --data as well.",
+)
 FLAGS = flags.FLAGS
 
 AXIS = "devices"
@@ -133,7 +147,7 @@ def main():
   loaded = hf.load(FLAGS.policy)
   policy, tokenizer = loaded.model, loaded.tokenizer
   allowed = jnp.asarray(
-    tokens.allowed_tokens(tokenizer, policy.config.vocab_size)
+    vocabularies.allowed_tokens(tokenizer, policy.config.vocab_size)
   )
   task_options = keywords.parse(FLAGS.task_options)
   keywords.check(task.prompts, task_options)

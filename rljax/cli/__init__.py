@@ -50,12 +50,21 @@ from rljax.cli.entry import (
   require,
   run,
 )
+from rljax.cli.examples import (
+  define_examples,
+  example_options,
+  open_stream,
+  pack_feed,
+)
 from rljax.cli.learning import (
   batch_sizes,
   define_batches,
   define_max_skipped,
   define_optimizer,
+  define_packing,
   optimizer_options,
+  pack_pairs,
+  packer,
   schedule_options,
 )
 from rljax.cli.models import (
@@ -130,6 +139,7 @@ __all__ = (
   "define_dev",
   "define_dynamic_sampling",
   "define_ends",
+  "define_examples",
   "define_kl",
   "define_lengths",
   "define_held_out",
@@ -140,6 +150,7 @@ __all__ = (
   "define_optimizer",
   "define_pairwise",
   "define_overlong_penalty",
+  "define_packing",
   "define_preflight",
   "define_prompts",
   "define_presets",
@@ -154,6 +165,7 @@ __all__ = (
   "define_stop_strings",
   "define_task",
   "encode_options",
+  "example_options",
   "file_options",
   "length_options",
   "has_end",
@@ -170,7 +182,11 @@ __all__ = (
   "may_change",
   "may_grow",
   "model_options",
+  "open_stream",
   "optimizer_options",
+  "pack_feed",
+  "pack_pairs",
+  "packer",
   "pairwise_options",
   "preset",
   "prompt_format",

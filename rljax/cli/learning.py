@@ -1,15 +1,20 @@
 """Flags of batches and of the optimizer, and their readers."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from rljax.cli import entry, running
 from rljax.distributed import meshes
-from rljax.training import microbatch, optimizers
+from rljax.text import batches, encoding, packing
+from rljax.training import microbatch, optimizers, runs
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
+
+_OF_ADAM = {"adam_b1": 0.9, "adam_b2": 0.999, "adam_epsilon": 1e-8}
 
 
 def define_batches(
@@ -81,8 +86,111 @@ def batch_sizes(
   if "sample_batch_size" in values:
     name = "--sample_batch_size"
     meshes.check_divisible(values.sample_batch_size, mesh, name)
+  if "draw_batch_size" in values and values.draw_batch_size:
+    name, size = "--draw_batch_size", values.draw_batch_size
+    if values.batch_size % size:
+      raise ValueError(
+        f"{name}={size} does not divide the {values.batch_size} prompts of a "
+        "step (--batch_size)."
+      )
+    meshes.check_divisible(size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
   return microbatch.Sizes(rows, minibatch, micro_batch)
+
+
+def define_packing() -> None:
+  """Defines whether texts are joined to longer rows."""
+  flags.DEFINE_integer(
+    "packed_length",
+    0,
+    "Tokens of the rows to which the prompts of an update and their replies "
+    "are joined, so that less of it is padding, the longest of them or more; "
+    "what is learnt stays the same up to rounding. 0 joins none.",
+    lower_bound=0,
+  )
+
+
+def packer(
+  values: flags.FlagValues,
+  run: runs.Run,
+  sizes: microbatch.Sizes,
+  encoded: encoding.Encoded,
+  draw: Callable[[int], tuple[np.ndarray, np.ndarray]],
+) -> packing.Packer:
+  """Plans the packed rows of --packed_length, for the steps of a run.
+
+  Args:
+    values: parsed flags.
+    run: whose steps are known.
+    sizes: of `batch_sizes`.
+    encoded: rows of prompts and replies.
+    draw: maps a step to the numbers of its rows and of their candidates, in
+      shapes that go together, `[B, ...]`.
+
+  Raises:
+    ValueError: if a text is longer than a row.
+  """
+  asked, said = encoding.counts(encoded)
+
+  def counts(step):
+    rows, candidates = draw(step)
+    none = said.shape[1] - 1  # Of any number behind the last.
+    return asked[rows], said[rows, np.minimum(candidates, none)]
+
+  return plan_packing(values, run, sizes, counts, encoding.lengths(encoded))
+
+
+def pack_pairs(
+  values: flags.FlagValues,
+  run: runs.Run,
+  sizes: microbatch.Sizes,
+  pairs: Sequence[tuple[Sequence[int], ...]],
+  draw: Callable[[int], np.ndarray],
+) -> packing.Packer:
+  """The same, for pairs of prompt and response ids.
+
+  Args:
+    values: see `packer`; likewise `run` and `sizes`.
+    run: whose steps are known.
+    sizes: of `batch_sizes`.
+    pairs: (prompt ids, response ids, ...).
+    draw: maps a step to the numbers of its pairs, `[B]`.
+
+  Raises:
+    ValueError: if a text is longer than a row.
+  """
+  asked, said = (np.array([len(pair[i]) for pair in pairs]) for i in (0, 1))
+  lengths = batches.supervised_shape(pairs).values()
+  counts = lambda step: (asked[draw(step)], said[draw(step)])
+  return plan_packing(values, run, sizes, counts, list(lengths))
+
+
+def plan_packing(
+  values: flags.FlagValues,
+  run: runs.Run,
+  sizes: microbatch.Sizes,
+  counts: Callable[[int], tuple[np.ndarray, np.ndarray]],
+  lengths: Sequence[int],
+) -> packing.Packer:
+  """The same, by the tokens of each step's prompts and replies.
+
+  Args:
+    values: see `packer`; likewise `run` and `sizes`.
+    run: whose steps are known.
+    sizes: of `batch_sizes`.
+    counts: maps a step to both, `[B, ...]` each.
+    lengths: columns of prompts and replies without packing, for the notes.
+  """
+  packer = packing.plan(
+    values.packed_length,
+    map(counts, range(run.total_steps)),
+    num_parts=sizes.num_parts,
+    multiple=meshes.num_batch_shards(run.mesh),
+    padded=sum(lengths),
+  )
+  for note in packer.notes:
+    run.note(note)
+  return packer
 
 
 def define_optimizer(
@@ -93,11 +201,12 @@ def define_optimizer(
   weight_decay: float = 0.0,
   max_grad_norm: float = 0.0,
 ) -> None:
-  """Defines AdamW, and what is done if what it is given is wrong."""
+  """Defines the optimizer, and what is done if what it is given is wrong."""
+  _define_moments()
   flags.DEFINE_float(
     "learning_rate",
     learning_rate,
-    "Highest learning rate of AdamW.",
+    "Highest learning rate of the optimizer.",
     lower_bound=0.0,
   )
   flags.DEFINE_enum(
@@ -121,29 +230,9 @@ def define_optimizer(
     lower_bound=0.0,
   )
   flags.DEFINE_float(
-    "adam_b1",
-    0.9,
-    "Decay β1 of Adam's first moment, in [0, 1].",
-    lower_bound=0.0,
-    upper_bound=1.0,
-  )
-  flags.DEFINE_float(
-    "adam_b2",
-    0.999,
-    "Decay β2 of Adam's second moment, in [0, 1].",
-    lower_bound=0.0,
-    upper_bound=1.0,
-  )
-  flags.DEFINE_float(
-    "adam_epsilon",
-    1e-8,
-    "Number ε that is added to Adam's denominator.",
-    lower_bound=0.0,
-  )
-  flags.DEFINE_float(
     "weight_decay",
     weight_decay,
-    "Decoupled weight decay of AdamW, times the learning rate.",
+    "Decoupled weight decay, times the learning rate.",
     lower_bound=0.0,
   )
   flags.DEFINE_float(
@@ -154,6 +243,55 @@ def define_optimizer(
   )
   define_max_skipped()
   running.define_preflight()
+
+
+def _define_moments() -> None:
+  """Defines which optimizer it is, and what it keeps of gradients."""
+  flags.DEFINE_enum(
+    "optimizer",
+    "adamw",
+    list(optimizers.OPTIMIZERS),
+    "What makes steps of gradients: adamw keeps two moments of every "
+    "parameter, muon one of every matrix of the layers, adafactor next to "
+    "none.",
+  )
+  flags.DEFINE_enum(
+    "moment_dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "Number format in which the optimizer keeps moments of matrices; bfloat16 "
+    "takes half the memory, and is rounded stochastically.",
+  )
+  flags.DEFINE_float(
+    "adam_b1",
+    _OF_ADAM["adam_b1"],
+    "Decay β1 of Adam's first moment, in [0, 1]; not for adafactor.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+  )
+  flags.DEFINE_float(
+    "adam_b2",
+    _OF_ADAM["adam_b2"],
+    "Decay β2 of Adam's second moment, in [0, 1]; not for adafactor.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+  )
+  flags.DEFINE_float(
+    "adam_epsilon",
+    _OF_ADAM["adam_epsilon"],
+    "Number ε that is added to Adam's denominator; not for adafactor.",
+    lower_bound=0.0,
+  )
+
+  @flags.multi_flags_validator(
+    ["optimizer", *_OF_ADAM],
+    message="--optimizer=adafactor has no --adam_b1, --adam_b2 and "
+    "--adam_epsilon; leave them out.",
+  )
+  def _has_moments(values):
+    return values["optimizer"] != "adafactor" or all(
+      values[name] == default for name, default in _OF_ADAM.items()
+    )
 
 
 def define_max_skipped() -> None:
@@ -169,8 +307,10 @@ def define_max_skipped() -> None:
 
 
 def optimizer_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `optimizers.adamw`."""
+  """Returns keyword arguments of `optimizers.make`."""
   return schedule_options(values) | {
+    "name": values.optimizer,
+    "moment_dtype": values.moment_dtype,
     "b1": values.adam_b1,
     "b2": values.adam_b2,
     "epsilon": values.adam_epsilon,

@@ -52,7 +52,14 @@ def define_compute(*, remat: bool = True, logits: bool = True) -> None:
     "dtype",
     "float32",
     ["float32", "bfloat16"],
-    "Number format of the models' computation; parameters stay float32.",
+    "Number format of the models' computation.",
+  )
+  flags.DEFINE_enum(
+    "param_dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "Number format in which models are kept. bfloat16 takes half the memory; "
+    "what is trained is then rounded stochastically after each update.",
   )
   if remat:
     flags.DEFINE_bool(
@@ -79,6 +86,7 @@ def model_options(values: flags.FlagValues) -> dict[str, Any]:
 def _compute_options(values):
   return {
     "dtype": values.dtype,
+    "param_dtype": values.param_dtype,
     "remat": "remat" in values and values.remat,
   }
 

@@ -105,7 +105,10 @@ def task_scorer(
       right_at=values.right_at,
     )
   if task is None and "reward_terms" in values:
-    return load_reward_model(values, mesh, batch_size=values.batch_size)
+    # The term asks it of the same responses again.
+    return scorers.once(
+      load_reward_model(values, mesh, batch_size=values.batch_size)
+    )
   return scorers.of_task(task, values.score_options, values.score_seconds)
 
 
@@ -257,9 +260,17 @@ def load_reward_terms(
   values: flags.FlagValues,
   loaded: hf.LanguageModel,
   mesh: Any,
+  score: scorers.Scorer,
   **options: Any,
 ) -> reward_terms.Terms:
   """Loads --reward_terms; see `reward_terms.load` for the options.
+
+  Args:
+    values: parsed flags.
+    loaded: the policy.
+    mesh: from `meshes.make`.
+    score: of `task_scorer`.
+    **options: of `reward_terms.load`.
 
   Raises:
     ValueError: if the terms do not fit each other, their reward model or
@@ -286,6 +297,8 @@ def load_reward_terms(
     step_coef=values.step_coef,
     unfinished_earns=values.unfinished_score is None,
     reward_model=values.reward_model,
+    # Where nothing else scores responses, that is the model itself.
+    model_score=None if values.task or values.rewards else score,
     **reward_model_options(values),
     **options,
   )

@@ -7,7 +7,7 @@ from absl import flags
 
 from rljax.cli import entry
 from rljax.distributed import meshes
-from rljax.generation import samplers
+from rljax.generation import responders, responses
 from rljax.models import hf
 from rljax.ops import sampling
 from rljax.text import prompts
@@ -95,27 +95,35 @@ def define_sampler(
       lower_bound=1,
     )
   if online:
+    flags.DEFINE_integer(
+      "draw_batch_size",
+      0,
+      "Prompts of a step that are answered at the same time, a divisor of "
+      "--batch_size; the next ones are answered while these responses are "
+      "scored, which pays where rewards are slow. 0 answers all at once.",
+      lower_bound=0,
+    )
     define_ends()
     _define_limits()
 
 
 def sampler_settings(
   values: flags.FlagValues, **settings: Any
-) -> samplers.Settings:
+) -> responses.Settings:
   """Returns how responses are drawn.
 
   Args:
     values: parsed flags.
-    **settings: fields of `samplers.Settings` that no flag decides.
+    **settings: fields of `responses.Settings` that no flag decides.
   """
   found = {
     name: values[name].value
-    for name in samplers.Settings._fields
+    for name in responses.Settings._fields
     if name in values and name not in ("stop_strings", "stop_tokens")
   }
   found["stop_strings"] = tuple(runs.unescaped(values.stop_strings))
   found["stop_tokens"] = tuple(runs.unescaped(values.stop_tokens))
-  return samplers.Settings(**found | settings)
+  return responses.Settings(**found | settings)
 
 
 def define_ends() -> None:
@@ -285,7 +293,7 @@ def load_responder(
   loaded: hf.LanguageModel,
   asked: prompts.Prompts,
   mesh: Any,
-) -> samplers.Responder:
+) -> responders.Responder:
   """Makes what replies to dev prompts, up to --max_response_length.
 
   Raises:
@@ -293,7 +301,7 @@ def load_responder(
       devices cannot share --sample_batch_size.
   """
   meshes.check_divisible(values.sample_batch_size, mesh, "--sample_batch_size")
-  return samplers.Responder(
+  return responders.Responder(
     loaded.model,
     loaded.tokenizer,
     asked.encoded,

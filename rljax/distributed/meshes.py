@@ -18,6 +18,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rljax.distributed import planning, processes, stored
 
 AXES = ("data", "fsdp", "tensor")
+
+# What optax's Adafactor keeps of a matrix, under the matrix's own path.
+_FACTORED = re.compile(r"(^|/)v(_row|_col)?/")
 BATCH_AXES = ("data", "fsdp")
 
 Tree = Any
@@ -98,8 +101,9 @@ def shardings(tree: Tree, rules: Rules, mesh: Mesh) -> Tree:
     mesh: from `make`.
 
   Returns:
-    `tree` with a `NamedSharding` instead of every array. Scalars, and arrays
-    that no rule matches, are replicated.
+    `tree` with a `NamedSharding` instead of every array. Scalars, sums over
+    rows or columns of a matrix in the state of Adafactor, and arrays that no
+    rule matches are replicated.
 
   Raises:
     ValueError: if a rule cannot hold for an array, naming the array, the
@@ -127,7 +131,8 @@ def shardings(tree: Tree, rules: Rules, mesh: Mesh) -> Tree:
     if shape:
       for pattern, candidate in compiled:
         if pattern.search(path):
-          spec = candidate
+          is_part = len(candidate) > len(shape) and _FACTORED.search(path)
+          spec = PartitionSpec() if is_part else candidate
           break
     _check_spec(path, shape, spec, mesh)
     return NamedSharding(mesh, spec)

@@ -8,14 +8,14 @@ import numpy as np
 
 from rljax.distributed import processes
 from rljax.evaluation import metrics
-from rljax.generation import samplers
+from rljax.generation import responders, responses
 from rljax.text import steps
 
 Scorer = Callable[..., tuple[np.ndarray, list[dict[str, Any]]]]
 
 
 def evaluate(
-  answer: samplers.Responder, params: Any, score: Scorer
+  answer: responders.Responder, params: Any, score: Scorer
 ) -> list[dict[str, Any]]:
   """Scores one answer to each held-out prompt.
 
@@ -25,12 +25,12 @@ def evaluate(
     score: `(prompts, responses) -> (scores, parts)`.
 
   Returns:
-    N rows of `samplers.records`, with `finished`.
+    N rows of `responses.records`, with `finished`.
   """
   _, texts, finished = zip(*answer.batches(params), strict=True)
   texts = [text for batch in texts for text in batch]
   finished = np.concatenate(finished)
-  scores, parts = samplers.score_responses(
+  scores, parts = responses.score_responses(
     score,
     answer.texts,
     texts,
@@ -40,7 +40,7 @@ def evaluate(
   return [
     row | {"finished": bool(is_finished)}
     for row, is_finished in zip(
-      samplers.records(answer.texts, texts, scores, parts),
+      responses.records(answer.texts, texts, scores, parts),
       finished,
       strict=True,
     )
@@ -111,7 +111,7 @@ def of_several(
   """Describes several samples of each prompt.
 
   Args:
-    rows: of `samplers.collect`.
+    rows: of `responders.collect`.
     num_prompts: that they answer.
     prefix: of the names.
 
@@ -135,10 +135,10 @@ def of_several(
 
 
 def of_samples(
-  samples: samplers.Samples,
+  samples: responses.Samples,
   seconds: float,
   *,
-  drawn: samplers.Samples | None = None,
+  drawn: responses.Samples | None = None,
 ) -> dict[str, float]:
   """Describes a step's samples and its speed.
 

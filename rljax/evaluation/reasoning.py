@@ -81,10 +81,10 @@ def count(
   """Counts what the samples of a policy are like, question by question.
 
   A response that did not end is wrong and does not vote, as
-  `samplers.collect` has it.
+  `responders.collect` has it.
 
   Args:
-    greedy: N rows of `samplers.collect`, whose score says `is_correct`.
+    greedy: N rows of `responders.collect`, whose score says `is_correct`.
     samples: N K rows, whose score says `is_correct` and `answer`.
     scores: `[N K]` of a classifier, by which samples are ranked; None: none.
     scores_vote: whether the scores are >= 0, and weigh votes.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.generation import samplers
+from rljax.generation import responders, samplers
 from rljax.text import batches, steps, tokens
 from rljax.text import prompts as prompts_lib
 
@@ -45,8 +45,8 @@ def values(
     score: `(prompts, responses) -> (scores, parts)`, of whole responses.
     num_samples: K.
     batch_size: prefixes at the same time.
-    progress: makes what `samplers.collect` calls after a batch, from a name and
-      a number of prefixes.
+    progress: makes what `responders.collect` calls after a batch, from a name
+      and a number of prefixes.
 
   Returns:
     V of every pair, and how many completions there are.
@@ -65,7 +65,7 @@ def values(
       whole = [p + c for p, c in zip(prefixes, completions, strict=True)]
       return score(prompts, whole)
 
-    rows = samplers.collect(
+    rows = responders.collect(
       os.path.join(folder, f"{length}.jsonl"),
       sampler.responder(
         prompts_lib.Prompts(list(parts), list(ids), *batches.pad_left(ids)),

@@ -5,15 +5,13 @@ module with `prefill`, `decode` and `logits` methods. A stand-in with known
 logits works as well: nothing here depends on a model family.
 """
 
-import collections
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rljax.models import lora, products
 from rljax.ops import log_probs, sampling
@@ -68,78 +66,6 @@ def row_keys(key: Array, prompt_indices: Array, num_samples: int) -> Array:
   samples = jnp.tile(jnp.arange(num_samples), prompt_indices.shape[0])
   fold = lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j)
   return jax.vmap(fold)(prompts, samples)
-
-
-def stop_table(
-  strings: Sequence[str], token_bytes: Sequence[bytes]
-) -> np.ndarray:
-  """Compiles stop strings to a table over token ids.
-
-  The table is the Aho-Corasick automaton of the strings' bytes, run ahead over
-  the bytes of each token. So a string is found wherever it begins and ends
-  inside tokens, with one look-up per token.
-
-  Args:
-    strings: the stop strings, at least one, none empty.
-    token_bytes: for each token id the bytes that it adds to the text.
-
-  Returns:
-    `[S, V]` int32. `table[s, v]` is the state after token v in state s. State
-    0 is the start, the last state means that a string was found.
-
-  Raises:
-    ValueError: if there is no string or an empty one.
-
-  Source:
-    Aho and Corasick (1975), "Efficient string matching".
-  """
-  patterns = [string.encode("utf-8") for string in strings]
-  if not patterns or not all(patterns):
-    raise ValueError(
-      f"stop strings must be one or more non-empty strings, got {strings!r}."
-    )
-  # The trie, then its failure links in breadth-first order.
-  children, is_end = [{}], [False]
-  for pattern in patterns:
-    node = 0
-    for byte in pattern:
-      if byte not in children[node]:
-        children[node][byte] = len(children)
-        children.append({})
-        is_end.append(False)
-      node = children[node][byte]
-    is_end[node] = True
-  num_nodes = len(children)
-  delta = np.zeros((num_nodes + 1, 256), np.int32)
-  failure = [0] * num_nodes
-  queue = collections.deque()
-  for byte, child in children[0].items():
-    delta[0, byte] = child
-    queue.append(child)
-  while queue:
-    node = queue.popleft()
-    is_end[node] = is_end[node] or is_end[failure[node]]
-    delta[node] = delta[failure[node]]
-    for byte, child in children[node].items():
-      failure[child] = delta[failure[node], byte]
-      delta[node, byte] = child
-      queue.append(child)
-  # One absorbing state stands for every node at which a string has ended.
-  found = num_nodes
-  ends = np.array([*is_end, True])
-  delta = np.where(ends[delta], found, delta).astype(np.int32)
-  delta[found] = found
-
-  # Run all states over all tokens, one byte position at a time.
-  lengths = np.array([len(b) for b in token_bytes])
-  padded = np.zeros((len(token_bytes), max(1, lengths.max())), np.uint8)
-  for row, token in zip(padded, token_bytes, strict=True):
-    row[: len(token)] = np.frombuffer(token, np.uint8)
-  states = np.repeat(np.arange(num_nodes + 1)[:, None], len(token_bytes), 1)
-  for position in range(padded.shape[1]):
-    stepped = delta[states, padded[None, :, position]]
-    states = np.where(position < lengths[None, :], stepped, states)
-  return states.astype(np.int32)
 
 
 def sample(

@@ -7,7 +7,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.generation import samplers
+from rljax.generation import responses
 from rljax.ops import masking
 
 Array = chex.Array
@@ -57,8 +57,8 @@ class Groups(NamedTuple):
     num_groups: groups in `samples`.
   """
 
-  samples: samplers.Samples
-  drawn: samplers.Samples
+  samples: responses.Samples
+  drawn: responses.Samples
   num_rounds: int
   num_useful: int
   num_groups: int
@@ -71,7 +71,7 @@ class Groups(NamedTuple):
       differ; "groups/without_signal", the share of `samples` whose scores are
       equal; "reward/mean" and "reward/std", over all scores of what was drawn.
     """
-    scores = samplers.known(self.drawn.scores)
+    scores = responses.known(self.drawn.scores)
     num_drawn = self.num_rounds * self.num_groups
     return {
       "reward/mean": scores.mean(),
@@ -83,7 +83,7 @@ class Groups(NamedTuple):
 
 
 def collect(
-  draw: Callable[[int], samplers.Samples],
+  draw: Callable[[int], responses.Samples],
   num_groups: int,
   *,
   max_rounds: int = 1,
@@ -112,7 +112,7 @@ def collect(
     found = differ(rounds[-1].learnt_scores.reshape(num_groups, -1))
     useful += list(first + np.flatnonzero(found))
     others += list(first + np.flatnonzero(~found))
-  drawn = samplers.Samples.concatenate(rounds)
+  drawn = responses.Samples.concatenate(rounds)
   chosen = np.sort((useful + others)[:num_groups])
   size = len(drawn.scores) // len(rounds) // num_groups
   rows = chosen[:, None] * size + np.arange(size)

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 
-from rljax.generation import decode
+from rljax.generation import decode, packed
 from rljax.ops import log_probs, masking, sampling
 
 Array = chex.Array
@@ -105,6 +106,9 @@ def response_hidden(model: Any, params: Any, batch: Batch) -> Array:
   Returns:
     `[N, T, D]`.
   """
+  if packed.is_packed(batch):
+    hidden = packed.apply(model, params, batch)
+    return packed.in_places(packed.read(hidden, batch, before=1), batch)
   hidden, _ = text_hidden(model, params, batch)
   return at_responses(hidden, batch)
 
@@ -173,6 +177,9 @@ def prefix_logits(model: Any, params: Any, batch: Batch) -> Array:
   Returns:
     `[N, T, L]` float32, 0 where masked.
   """
+  if packed.is_packed(batch):
+    logits = packed.apply(model, params, batch, method="token_logits")
+    return packed.in_places(packed.read(logits, batch, before=0), batch)
   logits = model.apply(
     {"params": params}, *_whole_text(batch), method="token_logits"
   )
@@ -190,6 +197,10 @@ def text_logits(model: Any, params: Any, batch: Batch) -> Array:
   Returns:
     `[N, L]` float32.
   """
+  if packed.is_packed(batch):
+    logits = prefix_logits(model, params, batch)
+    last = jnp.maximum(batch["response_mask"].sum(axis=1) - 1, 0)
+    return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
   return model.apply({"params": params}, *_whole_text(batch))
 
 
@@ -231,18 +242,26 @@ def token_statistics(
   Returns:
     The `TokenStatistics` `[N, T]` and the hidden states `[N, T, D]`.
   """
+  logits = lambda h: model.apply({"params": params}, h, method="logits")
+  options = {"chunk_size": chunk_size, "temperature": temperature}
+  by_position = batch.get("allowed")
+  if packed.is_packed(batch) and hidden is None:
+    if by_position is not None:
+      raise ValueError("packed rows do not go with tokens allowed by position.")
+    hidden = packed.apply(model, params, batch)
+    hidden = packed.read(hidden, batch, before=1)  # [R, U, D]
+    statistics = log_probs.from_hidden(
+      logits, hidden, packed.responses(batch), allowed=allowed, **options
+    )
+    return jax.tree.map(
+      lambda x: packed.in_places(x, batch), (statistics, hidden)
+    )
   if hidden is None:
     hidden = response_hidden(model, params, batch)
-  by_position = batch.get("allowed")
   if by_position is not None:
     allowed = by_position if allowed is None else by_position & allowed
   statistics = log_probs.from_hidden(
-    lambda h: model.apply({"params": params}, h, method="logits"),
-    hidden,
-    batch["response_ids"],
-    chunk_size=chunk_size,
-    temperature=temperature,
-    allowed=allowed,
+    logits, hidden, batch["response_ids"], allowed=allowed, **options
   )
   return statistics, hidden
 

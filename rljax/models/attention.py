@@ -54,29 +54,43 @@ class Scores:
     return self.softcap * jnp.tanh(scores / self.softcap)
 
 
-def positions(mask: Array) -> Array:
-  """Returns the place of each token among the real tokens of its row.
+def positions(mask: Array, segments: Array | None = None) -> Array:
+  """Returns the place of each token among the real tokens of its text.
 
     p_t = max(Σ_{u ≤ t} mask_u - 1, 0)
 
   Args:
     mask: `[B, S]` bool, True at real tokens; padding may stand on either side.
+    segments: `[B, S]` int, which text of its row a token belongs to, and 0 at
+      padding; the tokens of a text stand together. None: a row is one text.
 
   Returns:
-    `[B, S]` int32. Padding takes the place of the token before it, or 0.
+    `[B, S]` int32, counted from the first token of the text. Padding takes the
+    place of the token before it, or 0; among segments always 0.
   """
   chex.assert_rank(mask, 2)
   chex.assert_type(mask, bool)
-  return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+  places = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+  if segments is None:
+    return places
+  chex.assert_equal_shape([mask, segments])
+  before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+  starts = jnp.where(segments != before, places, 0)
+  starts = jax.lax.cummax(starts, axis=1)
+  return jnp.where(segments > 0, places - starts, 0)
 
 
-def causal_mask(mask: Array, window: int | None = None) -> Array:
+def causal_mask(
+  mask: Array, window: int | None = None, segments: Array | None = None
+) -> Array:
   """Returns which keys each query may attend to: real, up to its own.
 
   Args:
     mask: `[B, S]` bool, True at real tokens.
     window: how many tokens a query sees, its own among them; None: all. They
       are counted in columns, so padding must not stand between real tokens.
+    segments: `[B, S]` int, which text of its row a token belongs to: a query
+      sees its own alone. None: a row is one text.
 
   Returns:
     `[B, S, S]` bool, queries before keys. A query in left padding attends to
@@ -88,7 +102,11 @@ def causal_mask(mask: Array, window: int | None = None) -> Array:
   causal = jnp.tril(jnp.ones((length, length), bool))
   if window is not None and window < length:
     causal &= jnp.triu(jnp.ones((length, length), bool), k=1 - window)
-  return causal[None] & mask[:, None]
+  allowed = causal[None] & mask[:, None]
+  if segments is not None:
+    chex.assert_equal_shape([mask, segments])
+    allowed &= segments[:, :, None] == segments[:, None]
+  return allowed
 
 
 def attend(

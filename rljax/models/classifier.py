@@ -204,7 +204,9 @@ class CausalClassifier(nn.Module):
     """
     return self.score(self.backbone(ids, mask), mask)
 
-  def token_logits(self, ids: Array, mask: Array) -> Array:
+  def token_logits(
+    self, ids: Array, mask: Array, segments: Array | None = None
+  ) -> Array:
     """Computes the logits of every prefix of whole texts.
 
     The logits at token s are those of `__call__` for the text that ends there.
@@ -212,11 +214,12 @@ class CausalClassifier(nn.Module):
     Args:
       ids: `[B, S]` int32.
       mask: `[B, S]` bool, True at real tokens; padding on either side.
+      segments: see the backbone.
 
     Returns:
       `[B, S, L]` float32, 0 where masked.
     """
-    hidden = self.backbone(ids, mask)  # [B, S, D]
+    hidden = self.backbone(ids, mask, segments)  # [B, S, D]
     # To the head, every token is a text of its own.
     logits = self.score(
       hidden.reshape(-1, 1, hidden.shape[-1]), mask.reshape(-1, 1)

@@ -533,12 +533,12 @@ class Decoder(nn.Module):
       x += places.astype(c.dtype)
     return _scaled(x, c.embedding_scale)
 
-  def _layers(self, x, mask, positions):
+  def _layers(self, x, mask, positions, segments=None):
     c = self.config
     angles = layer_angles(c, positions)
     windows = [c.window(i) for i in range(c.num_layers)]
     allowed = {
-      window: attention.causal_mask(mask, window)
+      window: attention.causal_mask(mask, window, segments)
       for window in dict.fromkeys(windows)
     }
     keys_values = []
@@ -547,22 +547,27 @@ class Decoder(nn.Module):
       keys_values.append(pair)
     return self.norm(x), keys_values
 
-  def _forward(self, ids, mask):
-    positions = attention.positions(mask)
-    return self._layers(self._embed(ids, positions), mask, positions)
+  def _forward(self, ids, mask, segments=None):
+    positions = attention.positions(mask, segments)
+    x = self._embed(ids, positions)
+    return self._layers(x, mask, positions, segments)
 
-  def __call__(self, ids: Array, mask: Array) -> Array:
+  def __call__(
+    self, ids: Array, mask: Array, segments: Array | None = None
+  ) -> Array:
     """Computes the final hidden states of whole rows.
 
     Args:
       ids: `[B, S]` int32.
       mask: `[B, S]` bool, True at real tokens. Padding may stand on either
         side; its states are finite but meaningless.
+      segments: `[B, S]` int, which text of its row a token belongs to, 0 at
+        padding: texts are read each by itself. None: a row is one text.
 
     Returns:
       `[B, S, D]` in the compute dtype, after the last norm.
     """
-    hidden, _ = self._forward(ids, mask)
+    hidden, _ = self._forward(ids, mask, segments)
     if self.is_initializing():
       self.logits(hidden[:, :1])  # For `init` to make the output layer.
     return hidden

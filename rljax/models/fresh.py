@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rljax.distributed import planning
-from rljax.models import gpt2, language_models, llama, tokenizers
+from rljax.models import configs, gpt2, language_models, llama, tokenizers
 
 Params = dict[str, Any]
 FAMILIES = tuple(language_models.CONFIGS)
@@ -26,6 +26,7 @@ def make(
   num_heads: int,
   max_positions: int,
   dtype: str = "float32",
+  param_dtype: str = "float32",
   remat: bool = False,
 ) -> nn.Module:
   """Makes a small model of a family.
@@ -43,6 +44,7 @@ def make(
     num_heads: attention heads, which share D evenly.
     max_positions: longest text in tokens.
     dtype: of the computation, "float32" or "bfloat16".
+    param_dtype: of its parameters, "float32" or "bfloat16".
     remat: whether the backward pass recomputes each layer.
 
   Returns:
@@ -62,14 +64,14 @@ def make(
       f"vocab_size must be {rows}, the size of the tokenizer, or "
       f"more, got {vocab_size}."
     )
+  precision = configs.settings(dtype, param_dtype, remat)
   sizes = {
     "vocab_size": vocab_size or rows,
     "hidden_size": hidden_size,
     "num_layers": planning.num_layers(num_layers),
     "num_heads": num_heads,
     "max_positions": max_positions,
-    "dtype": dtype,
-    "remat": remat,
+    **precision,
   }
   if family == "gpt2":
     return gpt2.GPT2(gpt2.GPT2Config(**sizes))
@@ -80,7 +82,6 @@ def make(
       f"hidden_size must be divisible by the {num_heads} heads, got "
       f"{hidden_size}."
     )
-  precision = {"dtype": dtype, "remat": remat}
   config = language_models.CONFIGS[family].from_hf(_fields(family, sizes))
   return language_models.module(dataclasses.replace(config, **precision))
 

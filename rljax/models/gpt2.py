@@ -298,29 +298,34 @@ class GPT2(nn.Module):
     narrow = lambda x: x.astype(self.config.dtype)
     return narrow(self.wte(ids)) + narrow(self.wpe(positions))
 
-  def _forward(self, ids, mask):
-    return self._layers(self._embed(ids, attention.positions(mask)), mask)
+  def _forward(self, ids, mask, segments=None):
+    positions = attention.positions(mask, segments)
+    return self._layers(self._embed(ids, positions), mask, segments)
 
-  def _layers(self, x, mask):
-    allowed = attention.causal_mask(mask)
+  def _layers(self, x, mask, segments=None):
+    allowed = attention.causal_mask(mask, segments=segments)
     keys_values = []
     for layer in self.layers:
       x, pair = layer(x, allowed)
       keys_values.append(pair)
     return self.ln_f(x), keys_values
 
-  def __call__(self, ids: Array, mask: Array) -> Array:
+  def __call__(
+    self, ids: Array, mask: Array, segments: Array | None = None
+  ) -> Array:
     """Computes the final hidden states of whole rows.
 
     Args:
       ids: `[B, S]` int32.
       mask: `[B, S]` bool, True at real tokens. Padding may stand on either
         side; its states are finite but meaningless.
+      segments: `[B, S]` int, which text of its row a token belongs to, 0 at
+        padding: texts are read each by itself. None: a row is one text.
 
     Returns:
       `[B, S, D]` in the compute dtype, after the last norm.
     """
-    return self._forward(ids, mask)[0]
+    return self._forward(ids, mask, segments)[0]
 
   def apply_layers(self, hidden: Array, mask: Array) -> Array:
     """Applies the blocks and the last norm to states instead of embeddings.

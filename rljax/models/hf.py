@@ -493,6 +493,7 @@ def _load(
     params = planning.shapes(weights.shapes(model))
   if text is not None:
     tokenizers.check_vocabulary(text, model, path)
+    tokenizers.add_ends(text, config.get("eos_token_id"))
   directory = None if kind == "GGUF file" else str(path)
   return model, params, text, str(name), directory
 

@@ -184,6 +184,17 @@ def check_vocabulary(tokenizer: Any, model: nn.Module, path: Any) -> None:
     )
 
 
+def add_ends(tokenizer: Any, ids: int | list[int] | None) -> None:
+  """Leaves the end tokens of a model's config with its tokenizer.
+
+  What encodes text knows the tokenizer alone, and must not put a second end
+  token behind one that only the config names.
+  """
+  several = ids if isinstance(ids, list | tuple) else [ids]
+  known = set(tokenizer.get_vocab().values())
+  tokenizer.model_ends = tuple(id_ for id_ in several if id_ in known)
+
+
 def write(stage: pathlib.Path, tokenizer: Any) -> None:
   """Writes a tokenizer's files into a folder."""
   tokenizer.save_pretrained(stage)

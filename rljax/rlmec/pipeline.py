@@ -22,11 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rljax.distributed import processes
-from rljax.generation import samplers
+from rljax.generation import responders, samplers
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters, targets
 from rljax.storage import stages
-from rljax.text import asked, chats, files, keywords, tokens
+from rljax.text import (
+  asked,
+  chats,
+  end_tokens,
+  files,
+  keywords,
+  tokens,
+)
 from rljax.text import prompts as text_prompts
 
 Rows = list[dict[str, Any]]
@@ -85,7 +92,7 @@ def sample(
   score: Score,
   *,
   batch_size: int,
-  progress: rewriters.Progress = samplers.Progress,
+  progress: rewriters.Progress = responders.Progress,
   **inputs: Any,
 ) -> stages.Stage:
   """Draws samples of a policy, with their verdicts.
@@ -104,7 +111,7 @@ def sample(
       it, as values that `json` can write.
 
   Returns:
-    The finished stage; its file is `samples.jsonl`, of `samplers.collect`.
+    The finished stage; its file is `samples.jsonl`, of `responders.collect`.
   """
   sampled = stage(
     workdir,
@@ -118,7 +125,7 @@ def sample(
     },
   )
   if sampled.facts is None:
-    rows = samplers.collect(
+    rows = responders.collect(
       sampled.path("samples.jsonl"),
       sampler.responder(prompts, batch_size=batch_size),
       params,
@@ -143,7 +150,7 @@ def rewrite(
   score: Score,
   *,
   own: Callable[[str, str], str] | None = None,
-  progress: rewriters.Progress = samplers.Progress,
+  progress: rewriters.Progress = responders.Progress,
 ) -> stages.Stage:
   """Rewrites the wrong ones of the different samples that have an end.
 
@@ -314,7 +321,7 @@ def supervise(
     prompts_lib.TEMPLATES[template],
     limits=limits,
     max_positions=reward_model.model.config.max_positions,
-    end_id=tokens.end_id(policy.tokenizer, prompt_format),
+    end_id=end_tokens.end_id(policy.tokenizer, prompt_format),
   )
   if all(row["is_right"] for row in found):
     raise ValueError(
@@ -343,7 +350,7 @@ def test(
   rewriter: rewriters.Rewriter,
   score: Score,
   *,
-  progress: rewriters.Progress = samplers.Progress,
+  progress: rewriters.Progress = responders.Progress,
 ) -> dict[str, float]:
   """Compares how a model rewrites samples of unseen questions with a teacher.
 
@@ -383,7 +390,7 @@ def records(rows: Rows, gold: Mapping[str, str]) -> Rows:
   """Makes what is rewritten: samples with their own verdicts and solutions.
 
   Args:
-    rows: of `samplers.collect`.
+    rows: of `responders.collect`.
     gold: prompt -> its solution.
 
   Returns:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import processes
-from rljax.generation import samplers
+from rljax.generation import responders
 from rljax.ops import sampling
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import teachers
@@ -37,7 +37,7 @@ from rljax.text import steps as steps_lib
 
 Rows = list[dict[str, Any]]
 Score = Callable[..., tuple[np.ndarray, list[dict[str, Any]]]]
-# (name of what is drawn, number of prompts) -> what `samplers.collect` calls.
+# (name of what is drawn, number of prompts) -> what `responders.collect` calls.
 Progress = Callable[[str, int], Callable[[int, Rows], None]]
 
 
@@ -307,7 +307,7 @@ def by_model(
   locate: bool = True,
   step_ends: str = "\n",
   render: Callable[[list[str]], list[str]] = list,
-  progress: Progress = samplers.Progress,
+  progress: Progress = responders.Progress,
 ) -> Rows:
   """Rewrites by a language model, greedily, in one call or in two.
 
@@ -452,7 +452,7 @@ def _ask(
   """Asks a model greedily; files its replies in `<folder>/<name>.jsonl`.
 
   Returns:
-    For each question a row of `samplers.collect`, or None if it is too long.
+    For each question a row of `responders.collect`, or None if it is too long.
   """
   ids = tokens.encode_prompts(tokenizer, questions, max_length=sys.maxsize)
   limit = min(
@@ -463,7 +463,7 @@ def _ask(
   replies = [None] * len(questions)
   if not fits:
     return replies
-  responder = samplers.Responder(
+  responder = responders.Responder(
     model,
     tokenizer,
     [ids[i] for i in fits],
@@ -472,7 +472,7 @@ def _ask(
     batch_size=batch_size,
     mesh=mesh,
   )
-  found = samplers.collect(
+  found = responders.collect(
     pathlib.Path(folder, f"{name}.jsonl"),
     responder,
     params,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from rljax.distributed import processes
-from rljax.generation import samplers
+from rljax.generation import responders, responses
 from rljax.models import hf
 from rljax.scoring import cached, scorers
 from rljax.storage import calls, checkpoint, stages
@@ -19,13 +19,13 @@ from rljax.text import encoding, forms, logged
 
 def collect(
   path: str | os.PathLike[str],
-  responder: samplers.Responder,
+  responder: responders.Responder,
   policy: hf.LanguageModel,
   encoded: encoding.Encoded,
   rows: Sequence[forms.Row],
   score: scorers.Scorer,
   *,
-  settings: samplers.Settings,
+  settings: responses.Settings,
   **more: Any,
 ) -> None:
   """Draws and scores what a file lacks of the responses to all prompts.
@@ -35,7 +35,7 @@ def collect(
   old file is set aside.
 
   Args:
-    path: the file, see `samplers.collect`; its folder is made.
+    path: the file, see `responders.collect`; its folder is made.
     responder: for N prompts, whose texts it holds.
     policy: the model, with its parameters on the mesh.
     encoded: the N prompts as the policy reads them.
@@ -46,7 +46,7 @@ def collect(
     **more: what else the responses depend on, as `json` can write it.
 
   Raises:
-    ValueError: as `samplers.collect`.
+    ValueError: as `responders.collect`.
   """
   made_of = cached.describe(
     encoded,
@@ -62,7 +62,7 @@ def collect(
   # Of several processes, one looks, and all wait for it.
   look = functools.partial(stages.set_aside_unless, path, made_of)
   processes.from_first(look)
-  shown = samplers.Progress(pathlib.Path(path).stem, len(rows))
+  shown = responders.Progress(pathlib.Path(path).stem, len(rows))
 
   def progress(done, batch):
     shown(done, batch)
@@ -71,7 +71,7 @@ def collect(
   with contextlib.ExitStack() as stack:
     if not calls.CATCHERS and jax.process_count() == 1:
       stack.enter_context(checkpoint.Preemption())
-    samplers.collect(
+    responders.collect(
       path,
       responder,
       policy.params,

@@ -18,19 +18,21 @@ This file is imported by the workers: it needs no jax.
 import asyncio
 import contextlib
 import inspect
+import itertools
 import math
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
+from rljax import tasks
 from rljax.tasks import own, sandbox
 from rljax.text import asked, files
 
@@ -438,34 +440,35 @@ def _where(error: BaseException) -> str:
 
 def _checked(returned: Any, num: int) -> list[Said]:
   """Reads what a function returned; ValueError says what is wrong with it."""
-  try:
-    items = list(returned)
-  except TypeError:
-    items = None
-  if items is None or isinstance(returned, (str, Mapping)):
+  items = returned
+  if isinstance(items, Iterator):  # It may have no end.
+    items = list(itertools.islice(items, num + 1))
+  items = tasks.listed(items)
+  if not isinstance(items, list):
     kind = type(returned).__name__
     raise ValueError(f"returned a {kind} rather than a list of {num} rewards")
+  if num != 1 and len(items) == 1 and isinstance(items[0], list):
+    items = items[0]  # Of shape [1, N].
   if len(items) != num:
     raise ValueError(f"returned {len(items)} rewards for {num} responses")
   said: list[Said] = []
   for item in items:
     value, parts = item, {}
-    if isinstance(item, (tuple, list)):
+    if isinstance(item, (tuple, list)) and len(item) != 1:
       if len(item) != 2 or not isinstance(item[1], Mapping):
         raise ValueError(
           "returned a pair that is not a number and a dict: "
           f"{files.shorten(item)}"
         )
       value, parts = item
-    value = _plain(value)
     if value is not None:
-      is_number = isinstance(value, (bool, int, float))
-      if not is_number or not abs(value) <= _LARGEST:  # NaN neither.
+      found = tasks.finite(tasks.listed(value))
+      if found is None:  # NaN as well.
         raise ValueError(
           f"returned {files.shorten(item)}, which is neither a finite number "
           "nor None"
         )
-      value = float(value)
+      value = found
     said.append((value, {str(k): _plain(v) for k, v in parts.items()}, None))
   return said
 

@@ -12,7 +12,12 @@ from jax.sharding import Mesh
 from rljax.distributed import compiled, meshes
 from rljax.models import classifier, hf
 from rljax.storage import checkpoint
-from rljax.text import batches, tokens
+from rljax.text import (
+  batches,
+  end_tokens,
+  tokens,
+  vocabularies,
+)
 
 _TRANSFORMS = ("raw", "sigmoid", "softmax")
 _FIELDS = re.compile(r"\{(prompt|response)\}")
@@ -101,7 +106,7 @@ class RewardModel:
         )
       tokens.require_tokens(loaded.tokenizer, eos=True)
       backbone = loaded.model.config.backbone
-      self._ends = tokens.stop_ids(loaded.tokenizer, backbone.eos_token_id)
+      self._ends = end_tokens.stop_ids(loaded.tokenizer, backbone.eos_token_id)
       num_special = 1
     else:
       backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
@@ -212,7 +217,7 @@ class RewardModel:
   def _batch(self, rows, length: int) -> dict[str, np.ndarray]:
     """The arguments of the model, `[N, length]` each."""
     ids, types = zip(*rows, strict=True)
-    pad_id = tokens.pad_id(self._tokenizer)
+    pad_id = vocabularies.pad_id(self._tokenizer)
     ids, mask = batches.pad_right(ids, length=length, pad_id=pad_id)
     batch = {"ids": ids, "mask": mask}
     if self._has_types:
@@ -308,5 +313,5 @@ def _tokenizer_text(tokenizer: Any) -> str:
   content.pop("padding", None)
   special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
   return json.dumps(
-    [content, special, tokens.pad_id(tokenizer)], sort_keys=True
+    [content, special, vocabularies.pad_id(tokenizer)], sort_keys=True
   )

@@ -24,11 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import compiled, meshes, processes
-from rljax.generation import rollouts, samplers
+from rljax.generation import responses, rollouts
 from rljax.models import classifier, hf
 from rljax.ops import masking, rewards
 from rljax.scoring import scorers
-from rljax.text import tokens
+from rljax.text import (
+  tokens,
+  vocabularies,
+)
 
 Array = chex.Array
 
@@ -166,7 +169,7 @@ class Terms:
         f"{', '.join(parts[0]) or 'none'}."
       )
 
-  def earn(self, samples: samplers.Samples) -> dict[str, Array]:
+  def earn(self, samples: responses.Samples) -> dict[str, Array]:
     """Returns what each term needs of the responses, on the devices.
 
     Args:
@@ -245,6 +248,7 @@ def load(
   step_coef: float = 1.0,
   unfinished_earns: bool = True,
   reward_model: str = "",
+  model_score: scorers.Scorer | None = None,
   **reward_options: Any,
 ) -> Terms:
   """Loads what the terms need: a reward model, or the line feeds of tokens.
@@ -263,6 +267,8 @@ def load(
     unfinished_earns: whether a response without an end earns more than its
       score.
     reward_model: a classifier, for the terms that have one.
+    model_score: its scorer, where it scores the responses already; None: it
+      is loaded.
     **reward_options: of `reward_models.RewardModel`.
 
   Raises:
@@ -285,11 +291,13 @@ def load(
   vocab_size = loaded.model.config.vocab_size
   line_feeds = np.zeros(vocab_size, np.int32)  # In each token.
   if {"steps", "dense_reward_model"} & set(names):
-    token_bytes = tokens.token_bytes(loaded.tokenizer, vocab_size=vocab_size)
+    token_bytes = vocabularies.token_bytes(
+      loaded.tokenizer, vocab_size=vocab_size
+    )
     line_feeds[:] = [piece.count(b"\n") for piece in token_bytes]
   more = {}
   if "reward_model" in names:
-    more["model_score"] = scorers.scorer(
+    more["model_score"] = model_score or scorers.scorer(
       "",
       {},
       reward_model,

@@ -139,6 +139,28 @@ def of_functions(specs: Sequence[str], **options: Any) -> Scorer:
   return function
 
 
+def once(score: Scorer) -> Scorer:
+  """The same scorer, which says again what it has said of its last texts.
+
+  For one that says always the same of a text, such as a reward model, where
+  two readers ask it of the same responses, one after the other.
+  """
+  asked: tuple[list[str], list[str]] | None = None
+  said: tuple[np.ndarray, list[dict[str, Any]]] | None = None
+
+  def last(prompts, responses):
+    nonlocal asked, said
+    texts = list(prompts), list(responses)
+    if texts != asked:
+      asked, said = None, score(prompts, responses)
+      asked = texts
+    scores, parts = said
+    return scores.copy(), [dict(part) for part in parts]
+
+  last.description = score.description
+  return last
+
+
 def divided(score: Scorer) -> Scorer:
   """The same scorer, of which every process does its share of the responses.
 

@@ -17,6 +17,9 @@ from collections.abc import Iterator
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# How text is stored. Half a surrogate pair, which UTF-8 has no bytes for, and
+# which functions of a user's may return, becomes what JSON writes for it.
+TEXT = ("utf-8", "backslashreplace")
 
 
 class DiskError(OSError):
@@ -107,7 +110,7 @@ def write_whole(
     DiskError: if the file cannot be written; the old one then stays.
   """
   if isinstance(content, str):
-    content = content.encode("utf-8")
+    content = content.encode(*TEXT)
   with whole(path, fsync=fsync, shared=shared) as partial:
     partial.write_bytes(content)
 

@@ -42,7 +42,7 @@ class Appender:
     Raises:
       DiskError: if they cannot be written; the file is then as it was.
     """
-    content = text.encode("utf-8")
+    content = text.encode(*paths.TEXT)
     with paths.writing(self._path):
       if not self._is_there():
         self._file.close()

@@ -181,13 +181,13 @@ def score_rows(
     scores = [score for score, _ in outcomes]
     parts = [part for _, part in outcomes]
   for prompt, response, score in zip(prompts, responses, scores, strict=True):
-    if _number(score) is None:
+    if finite(score) is None:
       raise ValueError(
         f"The score must be a finite number, as float32 holds it, got "
         f"{_shown(score)} of {name} for the prompt {prompt[-200:]!r} and the "
         f"response {response[:200]!r}."
       )
-  return np.array([_number(score) for score in scores], np.float32), parts
+  return np.array([finite(score) for score in scores], np.float32), parts
 
 
 # What tasks return.
@@ -205,7 +205,7 @@ def _name(task: Any) -> str:
   return name.rpartition(".")[2]
 
 
-def _listed(values: Any) -> Any:
+def listed(values: Any) -> Any:
   """Arrays of numpy, torch and jax, and generators, as lists."""
   if isinstance(values, (str, bytes, Mapping)) or values is None:
     return values
@@ -240,14 +240,14 @@ def _of_batch(
     raise ValueError(
       f"score_batch of {name} returned {len(found)} values: {_CONTRACT}."
     )
-  scores = _listed(found)
+  scores = listed(found)
   if number == 1 and _is_score(scores):
     scores = [scores]
   if not isinstance(scores, list):
     raise ValueError(
       f"score_batch of {name} returned {_shown(found)} as scores: {_CONTRACT}."
     )
-  scores = [_listed(score) for score in scores]
+  scores = [listed(score) for score in scores]
   if number != 1 and len(scores) == 1 and isinstance(scores[0], list):
     scores = scores[0]  # Of shape [1, N].
   scores = [
@@ -256,7 +256,7 @@ def _of_batch(
   ]
   if isinstance(parts, Mapping) and number == 1:
     parts = [parts]
-  parts = [{} for _ in scores] if parts is None else _listed(parts)
+  parts = [{} for _ in scores] if parts is None else listed(parts)
   if not isinstance(parts, list):
     raise ValueError(
       f"score_batch of {name} returned {_shown(parts)} as its parts: "
@@ -274,8 +274,8 @@ def _of_one(found: Any, name: str) -> tuple[Any, dict[str, Any]]:
   """Reads what `score` returned, as a score and a dict."""
   if isinstance(found, (tuple, list)) and len(found) == 2:
     score, part = found
-    return _listed(score), _part(part, name)
-  score = _listed(found)
+    return listed(score), _part(part, name)
+  score = listed(found)
   while isinstance(score, list) and len(score) == 1:
     score = score[0]
   if score is not None and not _is_score(score):
@@ -306,13 +306,13 @@ def _is_score(value: Any) -> bool:
 
 def _is_one(value: Any) -> bool:
   """Whether a value is a score, or an array or list of one."""
-  value = _listed(value)
+  value = listed(value)
   if isinstance(value, list) and len(value) == 1:
     value = value[0]
   return _is_score(value)
 
 
-def _number(score: Any) -> float | None:
+def finite(score: Any) -> float | None:
   """Returns a score as float32 can hold it; None for anything else."""
   while isinstance(score, list) and len(score) == 1:
     score = score[0]

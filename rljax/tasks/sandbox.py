@@ -414,7 +414,7 @@ def _serve(
     _reply(pipe, 0, failure=_describe(error))
     os._exit(1)
   _reply(pipe, 0)
-  number = 0
+  number, own = 0, os.getpid()
   while True:
     number += 1
     try:
@@ -426,6 +426,8 @@ def _serve(
       os._exit(0)  # Also if the function has left threads behind.
     _limit_time(max_seconds)
     reply = _answer(call, message, errors)
+    if os.getpid() != own:  # A fork that returned: the answer is not its own.
+      os._exit(0)
     # Also if the function caught the error, or C code continued without memory.
     if errors.num or _peak_bytes() > peak_of_exhausted:
       reply = [number, None, "memory"]

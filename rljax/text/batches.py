@@ -1,6 +1,7 @@
 """Pads rows, and chooses the rows of a batch, in numpy."""
 
 import bisect
+import functools
 import math
 from collections.abc import Sequence
 
@@ -185,14 +186,16 @@ def batch_indices(
       f"{batch_size}."
     )
   epoch, start = divmod(step * batch_size, num_rows)
-  rows = epoch_order(num_rows, seed=seed, epoch=epoch)[
-    start : start + batch_size
-  ]
+  rows = _kept_order(num_rows, seed, epoch)[start : start + batch_size]
   missing = batch_size - len(rows)
-  if missing:
-    following = epoch_order(num_rows, seed=seed, epoch=epoch + 1)
-    rows = np.concatenate([rows, following[:missing]])
-  return rows
+  following = _kept_order(num_rows, seed, epoch + bool(missing))[:missing]
+  return np.concatenate([rows, following])
+
+
+@functools.lru_cache(2)
+def _kept_order(num_rows, seed, epoch):
+  """`epoch_order`, which the steps of an epoch share."""
+  return epoch_order(num_rows, seed=seed, epoch=epoch)
 
 
 def indices_or_all(

@@ -10,6 +10,10 @@ from rljax.text import asked, chat, dialogues, forms, templates
 Row = forms.Row
 
 
+class NoRowLeft(ValueError):
+  """All rows were left out."""
+
+
 def render(
   rows: Sequence[Row], tokenizer, prompt_format: str
 ) -> tuple[list[Row], list[str]]:
@@ -169,5 +173,5 @@ def report(skipped: Sequence[str], num_left: int, what: str) -> None:
   total = len(skipped) + num_left
   message = f"{len(skipped)} of {total} {what}: {' '.join(skipped[:3])}"
   if not num_left:
-    raise ValueError(f"No row is left: {message}")
+    raise NoRowLeft(f"No row is left: {message}")
   logging.warning("%s", message)

@@ -27,7 +27,7 @@ PAIR_SCORES = (
 # passed over.
 _LIKE_REWARDS = (
   *("reward", "rewards", "score", "scores", "rating", "ratings"),
-  *("label", "labels", "grade", "preference"),
+  *("label", "labels", "grade", "preference", "reward_score", "rm_score"),
 )
 _LIKE_PAIRS = re.compile(
   r"(chosen|rejected)[ _.-]?(rewards?|scores?|ratings?|labels?|grades?)"
@@ -280,8 +280,8 @@ READERS = {
 def check_names(row: Mapping[str, Any], form: str) -> None:
   """Raises WrongColumn for rewards that would be passed over."""
   if form in ("replies", "completions") and "reward" not in row:
-    for name in _LIKE_REWARDS:
-      if name in row:
+    for name in row:
+      if str(name).lower() in _LIKE_REWARDS:
         hint = ""
         if name == "label":
           hint = '; a label of true or false goes with "completion"'
@@ -290,8 +290,8 @@ def check_names(row: Mapping[str, Any], form: str) -> None:
           f'"reward"{hint}'
         )
   if form == "ranked replies" and "rewards" not in row:
-    for name in _LIKE_REWARDS:
-      if name in row:
+    for name in row:
+      if str(name).lower() in _LIKE_REWARDS:
         raise WrongColumn(
           f'the column "{name}" is not read: the rewards of candidates are '
           'called "rewards"'

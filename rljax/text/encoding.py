@@ -10,7 +10,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rljax.text import batches, chat, chats, forms, logged, splits, tokens
+from rljax.text import (
+  batches,
+  chat,
+  chats,
+  end_tokens,
+  forms,
+  logged,
+  splits,
+  tokens,
+  vocabularies,
+)
 
 Row = forms.Row
 
@@ -205,7 +215,7 @@ def read(
     notes=[*loaded.notes, *encoded.notes],
     is_held_out=is_held_out,
     settings=settings,
-    pad_id=tokens.pad_id(tokenizer),
+    pad_id=vocabularies.pad_id(tokenizer),
   )
 
 
@@ -243,6 +253,7 @@ def encode(
   too_long: Literal["skip", "cut", "error"] = "skip",
   end_id: int | None = None,
   template: chat.Template | None = None,
+  assistant_only: bool = True,
 ) -> Encoded:
   """Turns rows into ids; responses end in the end token, unless they were cut.
 
@@ -264,6 +275,8 @@ def encode(
     end_id: the token that responses end in; the tokenizer's own by default.
     template: by which dialogues are rendered, of which all turns of the
       assistant are learnt from; None: the last one alone.
+    assistant_only: False learns from whole texts: the prompt is then their
+      first token, and the response everything behind it.
 
   A row that the tokenizer cannot write is left out and named as well.
 
@@ -318,11 +331,15 @@ def encode(
         raise ValueError(message)
       encoded.skipped.append(message)
       continue
-    if learnt is not None and not any(learnt[:max_response_length]):
+    is_learnt = learnt is None or any(learnt[:max_response_length])
+    if assistant_only and not is_learnt:
       encoded.skipped.append(f"{row.place}: nothing is left to learn from.")
       continue
     counts["prompts_cut"] += prompt != whole
     counts["cut"] += sum(a != b for a, b in zip(cut, responses, strict=True))
+    if not assistant_only:
+      cut = [prompt[1:] + ids for ids in cut]
+      prompt, learnt = prompt[:1], None
     encoded.prompt_ids.append(prompt)
     encoded.response_ids.append(cut)
     encoded.learnt.append(learnt and learnt[:max_response_length])
@@ -354,7 +371,7 @@ def prepare(
   """
   rows, refused = chats.render(rows, tokenizer, prompt_format)
   template = chat.parse(prompt_format, tokenizer)
-  end_id = tokens.end_id(tokenizer, prompt_format)
+  end_id = end_tokens.end_id(tokenizer, prompt_format)
   if template and all_turns:
     limits["template"] = template
   encoded = encode(tokenizer, rows, end_id=end_id, **limits)
@@ -374,6 +391,23 @@ def lengths(encoded: Encoded) -> tuple[int, int]:
     batches.bucket_length(max(map(len, encoded.prompt_ids))),
     batches.bucket_length(max(replies)),
   )
+
+
+def counts(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+  """Counts the tokens of prompts and replies.
+
+  Args:
+    encoded: N rows of up to K replies.
+
+  Returns:
+    `[N]` int and `[N, K + 1]` int, 0 where there is no reply, as in the last
+    column.
+  """
+  replies = [[len(ids) for ids in row] for row in encoded.response_ids]
+  found = np.zeros((len(replies), max(map(len, replies), default=0) + 1), int)
+  for row, sizes in zip(found, replies, strict=True):
+    row[: len(sizes)] = sizes
+  return np.array([len(ids) for ids in encoded.prompt_ids], int), found
 
 
 def take(encoded: Encoded, rows: Iterable[int]) -> Encoded:
@@ -540,7 +574,7 @@ def _dialogue(template, row, prompt_ids, counts, *, end_id):
 def _without_ends(tokenizer, row: Row) -> Row:
   """Returns a row without the texts of end tokens behind its replies."""
   bare = tuple(
-    tokens.without_end(tokenizer, text)[0] for text in row.candidates
+    end_tokens.without_end(tokenizer, text)[0] for text in row.candidates
   )
   if bare == row.candidates:
     return row

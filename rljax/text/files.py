@@ -83,7 +83,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
   paths.check_local(path, "The path")
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  content = "".join(map(_json_line, rows)).encode("utf-8")
+  content = "".join(map(_json_line, rows)).encode(*paths.TEXT)
   if path.suffix == ".gz":
     content = gzip.compress(content, mtime=0)
   paths.write_whole(path, content, fsync=True, shared=True)
@@ -104,7 +104,7 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping]) -> None:
   if path.suffix == ".gz":
     raise ValueError(f"append_jsonl writes uncompressed files, got {path}.")
   path.parent.mkdir(parents=True, exist_ok=True)
-  content = "".join(map(_json_line, rows)).encode("utf-8")
+  content = "".join(map(_json_line, rows)).encode(*paths.TEXT)
   with paths.writing(path), path.open("a+b") as file:
     end = file.seek(0, os.SEEK_END)
     if end and _last_byte(file) != b"\n":
@@ -165,7 +165,11 @@ def load_rows(
 
 
 def load_placed_rows(
-  name: str, split: str, *, data_dir: str | os.PathLike | None = None
+  name: str,
+  split: str,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  streaming: bool = False,
 ) -> Iterator[tuple[str, Row | ValueError]]:
   """Loads rows with their places, so that a caller may skip bad ones.
 
@@ -173,6 +177,8 @@ def load_placed_rows(
     name: see `load_rows`; likewise `split` and `data_dir`.
     split: such as "train".
     data_dir: folder that relative paths start from.
+    streaming: whether data of the hub are read as they come, rather than put on
+      the disk before; files always are, but for .json.
 
   Yields:
     A place such as "logged.jsonl:17", and the row. A row that cannot be read
@@ -187,7 +193,9 @@ def load_placed_rows(
     yield from _placed_tfds(name.removeprefix("tfds:"), split, data_dir)
     return
   if name.startswith("hub:"):
-    yield from _placed_hub(name.removeprefix("hub:"), split, data_dir)
+    yield from _placed_hub(
+      name.removeprefix("hub:"), split, data_dir, streaming
+    )
     return
   paths.check_local(name, "The file of rows")
   path = pathlib.Path(data_dir or "") / name.replace("{split}", split)
@@ -279,7 +287,7 @@ def placed_lines(
       continue
     place = f"{path}:{number}"
     try:
-      row = json.loads(line.decode("utf-8"))
+      row = _parsed(line)
     except (ValueError, RecursionError) as error:  # Also bad UTF-8, and depth.
       yield place, ValueError(f"{place}: not JSON ({error}).")
     else:
@@ -294,7 +302,7 @@ def _placed_items(
   """Yields the rows of a .json file, see `load_placed_rows`."""
   lines = list(_byte_lines(path))
   try:
-    rows = json.loads(b"".join(lines).decode("utf-8"))
+    rows = _parsed(b"".join(lines))
   except (ValueError, RecursionError) as error:
     # Others call a file of JSON lines so.
     if lines and lines[0].strip().endswith(b"}"):
@@ -317,7 +325,9 @@ def _placed_cells(
   number = None
   try:
     with io.TextIOWrapper(_opened(path), "utf-8-sig", newline="") as file:
-      for number, row in enumerate(csv.DictReader(file)):
+      rows = csv.DictReader(file, strict=True)
+      _check_columns(rows.fieldnames or (), path)
+      for number, row in enumerate(rows):
         place = f"{path}, row {number}"
         if None in row:
           yield place, ValueError(f"{place}: more cells than columns.")
@@ -331,6 +341,34 @@ def _placed_cells(
     raise ValueError(f"{path}: not a .csv file in UTF-8 ({error}).") from error
   if number is None:
     raise ValueError(f"{path}: no rows.")
+
+
+def _check_columns(names: Sequence[str], path: pathlib.Path) -> None:
+  """Raises for a header of which a part would be passed over."""
+  # Without a name are the empty columns that spreadsheets leave at the end.
+  named = list(filter(None, names))
+  twice = [name for name in dict.fromkeys(named) if named.count(name) > 1]
+  if twice:
+    raise ValueError(f"{path}: two columns are called {shorten(twice[0])}.")
+  for sign, what in ((";", "semicolons"), ("\t", "tabs")):
+    if len(names) == 1 and sign in names[0]:
+      raise ValueError(
+        f"{path}: its cells are separated by {what}, and must be by commas."
+      )
+
+
+def _parsed(content: bytes) -> Any:
+  """Reads JSON; a name that stands twice in an object is no JSON."""
+  return json.loads(content.decode("utf-8"), object_pairs_hook=_unambiguous)
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> Row:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    for name, value in pairs:
+      if found[name] is not value and found[name] != value:
+        raise ValueError(f'"{name}" stands twice in one object')
+  return found
 
 
 def _cell(name: str, text: str) -> Any:
@@ -473,7 +511,7 @@ def _hub_library():
 
 
 def _placed_hub(
-  name: str, split: str, data_dir: str | os.PathLike | None
+  name: str, split: str, data_dir: str | os.PathLike | None, streaming: bool
 ) -> Iterator[tuple[str, Row | ValueError]]:
   """Yields the rows of a data set of the hub, see `load_placed_rows`."""
   datasets = _hub_library()
@@ -486,6 +524,7 @@ def _placed_hub(
       configuration or None,
       split=split,
       revision=revision or None,
+      streaming=streaming,
     )
   except Exception as error:  # It raises what its parts raise.
     raise ValueError(
@@ -546,7 +585,10 @@ def _plain(value: Any) -> Any:
 
 def shorten(value: Any, limit: int = 60) -> str:
   """Returns the repr of a value, cut to `limit` characters."""
-  text = repr(value)
+  try:
+    text = repr(value)
+  except Exception:  # A number of thousands of digits, or an object of others.
+    text = f"a {type(value).__name__} that cannot be shown"
   return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

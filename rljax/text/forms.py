@@ -8,6 +8,7 @@ is named and counted, never dropped silently.
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -171,6 +172,7 @@ class Reader:
   )
   skipped: list[str] = dataclasses.field(default_factory=list)
   _answered: bool = True
+  _read: Callable[..., Any] | None = None
   _reasons: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -200,31 +202,51 @@ class Reader:
       ValueError: if none can, with the columns and the forms that are read; or
         if a column must not be passed over.
     """
-    read = read or (parse if answered else ask)
+    self._read = read or (parse if answered else ask)
     self._answered = answered
-    placed, rows = iter(placed), []
+    placed = iter(placed)
     head = [x for _, x in zip(range(_NUM_DECIDING), placed, strict=False)]
     self.decisions, notes = decide(
       row for _, row in head if not isinstance(row, ValueError)
     )
     self.remarks.update(notes)
-    for part in (head, placed):
-      for place, row in part:
-        if limit is not None and len(rows) >= limit:
-          return rows
-        try:
-          if isinstance(row, ValueError):
-            raise row
-          found = self._one(row, place, read)
-          rows.append(found)
-        except columns.WrongColumn:
-          raise
-        except ValueError as error:
-          self.skipped.append(str(error))
-          reason = str(error).removeprefix(place).lstrip(": ").rstrip(".")
-          self._reasons[re.sub(r" \(.*", "", reason)] += 1
+    rows = self.more(itertools.chain(head, placed), limit=limit)
     if not rows and needed:
       raise ValueError(self._nothing("rows" if answered else "prompts"))
+    return rows
+
+  def more(
+    self,
+    placed: Iterable[tuple[str, Mapping[str, Any] | ValueError]],
+    *,
+    limit: int | None = None,
+  ) -> list[Row]:
+    """Reads rows by what `read` has decided.
+
+    Args:
+      placed: of `files.load_placed_rows`.
+      limit: most rows that are read.
+
+    Returns:
+      The rows that can be used, of which there may be none.
+
+    Raises:
+      ValueError: if a column must not be passed over.
+    """
+    rows = []
+    for place, row in placed:
+      if limit is not None and len(rows) >= limit:
+        return rows
+      try:
+        if isinstance(row, ValueError):
+          raise row
+        rows.append(self._one(row, place, self._read))
+      except columns.WrongColumn:
+        raise
+      except ValueError as error:
+        self.skipped.append(str(error))
+        reason = str(error).removeprefix(place).lstrip(": ").rstrip(".")
+        self._reasons[re.sub(r" \(.*", "", reason)] += 1
     return rows
 
   def _one(self, row, place, read):

@@ -12,6 +12,7 @@ from rljax.text import (
   batches,
   chats,
   encoding,
+  end_tokens,
   files,
   forms,
   keywords,
@@ -120,7 +121,7 @@ def encode_pairs(
   texts = [prompt for prompt, _ in pairs]
   rendered = chats.render_prompts(texts, name, tokenizer, prompt_format)
   encoded = tokens.encode_prompts(tokenizer, rendered, max_length=max_length)
-  end_id = tokens.end_id(tokenizer, prompt_format)
+  end_id = end_tokens.end_id(tokenizer, prompt_format)
   return [
     (
       ids,

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import chats, encoding, files, forms, logged, tokens
+from rljax.text import (
+  chats,
+  encoding,
+  files,
+  forms,
+  logged,
+  tokens,
+  vocabularies,
+)
 from rljax.text import steps as steps_lib
 
 LABELS = ("outcome", "sorm")
@@ -241,7 +249,7 @@ def parse(row: Mapping[str, Any], place: str, labels: str) -> list[Solution]:
 
   Args:
     row: JSON values by field: `prompt`, `response` and `reward` as
-      `samplers.collect` writes them, or any form of `forms.parse` with
+      `responders.collect` writes them, or any form of `forms.parse` with
       rewards. For "sorm" `prompt`, `response` and `values`.
     place: of the row, for messages.
     labels: "outcome" or "sorm".
@@ -345,7 +353,7 @@ def label_tokens(
   line_feeds = {}
   if any("\n" in row.candidates[0] for row in encoded.rows):
     tokens.require_tokens(tokenizer, text="\n")
-    pieces = tokens.token_bytes(tokenizer)
+    pieces = vocabularies.token_bytes(tokenizer)
     line_feeds = {
       i: piece.count(b"\n") for i, piece in enumerate(pieces) if b"\n" in piece
     }

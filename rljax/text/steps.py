@@ -2,7 +2,7 @@
 
 A trace is a response; a step is one of its lines, with the line feed that ends
 it, unless a task ends its steps by other characters. Rows are those of
-`samplers.collect`.
+`responders.collect`.
 """
 
 import collections
@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rljax.text import tokens
+from rljax.text import (
+  end_tokens,
+  tokens,
+)
 
 Row = Mapping[str, Any]
 
@@ -303,14 +306,23 @@ def tagged(
 
 
 def encode_tagged(
-  tokenizer: Any, pairs: Iterable[tuple[str, str]], tag_ids: Mapping[str, int]
+  tokenizer: Any,
+  pairs: Iterable[tuple[str, str]],
+  tag_ids: Mapping[str, int],
+  *,
+  end_id: int | None = None,
 ) -> tuple[list[int], list[bool]]:
   """Encodes tag, step, tag, step, ..., end; each step by itself.
+
+  A last step that ends in the text of an end token, such as that of a turn, has
+  it once.
 
   Args:
     tokenizer: Hugging Face tokenizer with an end token.
     pairs: of `tagged`.
     tag_ids: tag -> its one token.
+    end_id: the end token, such as `end_tokens.end_id` in a chat; the
+      tokenizer's own by default.
 
   Returns:
     The ids, and which of them are to be learnt: all but the tags, which the
@@ -318,18 +330,25 @@ def encode_tagged(
   """
   ids: list[int] = []
   is_learnt: list[bool] = []
+  pairs, end = list(pairs), None
+  if pairs:
+    tag, text = pairs[-1]
+    text, end = end_tokens.without_end(tokenizer, text)
+    pairs[-1] = (tag, text)
   for tag, text in pairs:
     step_ids = tokens.encode_behind(tokenizer, [tag_ids[tag]], text)
     ids += [tag_ids[tag], *step_ids]
     is_learnt += [False, *[True] * len(step_ids)]
-  return [*ids, tokenizer.eos_token_id], [*is_learnt, True]
+  if end is None:
+    end = tokenizer.eos_token_id if end_id is None else end_id
+  return [*ids, end], [*is_learnt, True]
 
 
 def forced_tag(token_bytes: Sequence[bytes], tag_id: int) -> np.ndarray:
   """Makes the sampler's table that puts a tag in front of every step.
 
   Args:
-    token_bytes: V texts of tokens, from `tokens.token_bytes`.
+    token_bytes: V texts of tokens, from `vocabularies.token_bytes`.
     tag_id: token of the tag.
 
   Returns:

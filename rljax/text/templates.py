@@ -5,6 +5,8 @@ end. It has a few seconds, and its text a length that no context reaches.
 """
 
 import contextlib
+import ctypes
+import functools
 import resource
 import signal
 import threading
@@ -14,6 +16,9 @@ from typing import Any
 SECONDS = 10.0
 MOST_CHARACTERS = 2**24
 _MOST_BYTES = 2**32
+_MOST_POWER = 64
+# The limit of memory is that of the process: one template at a time.
+_ONE = threading.Lock()
 
 
 def render(
@@ -34,8 +39,8 @@ def render(
       begins.
     continue_final_message: whether it ends in the last message, which goes on.
     variables: further ones of the template, such as enable_thinking.
-    seconds: how long the template may take; None: `SECONDS`. Python can only be
-      stopped in the main thread; elsewhere there is no limit.
+    seconds: how long the template may take, in whatever thread; None:
+      `SECONDS`.
 
   Raises:
     ValueError: if the template refuses the messages, or takes too much time or
@@ -43,6 +48,7 @@ def render(
   """
   seconds = SECONDS if seconds is None else seconds
   try:
+    _check_powers(tokenizer)
     with _limits(seconds):
       text = tokenizer.apply_chat_template(
         list(messages),
@@ -75,30 +81,99 @@ class _Late(BaseException):
   """Passes what catches every Exception, as a template's caller may."""
 
 
+def _check_powers(tokenizer: Any) -> None:
+  """Raises ValueError for powers, which nobody can stop while they are made."""
+  found = getattr(tokenizer, "chat_template", None)
+  for source in found.values() if isinstance(found, Mapping) else [found]:
+    if isinstance(source, str) and "**" in source and _has_powers(source):
+      raise ValueError(
+        "the chat template takes powers other than of a number by a number up "
+        f"to {_MOST_POWER}"
+      )
+
+
+@functools.lru_cache(8)
+def _has_powers(source: str) -> bool:
+  """Whether a template has a power that may be too large to be finished."""
+  import jinja2
+
+  pieces = [
+    (kind, text)
+    for _, kind, text in jinja2.Environment().lex(source)
+    if kind != "whitespace"
+  ]
+  for before, (kind, text), after, later in zip(
+    pieces, pieces[1:], pieces[2:], [*pieces[3:], ("", "")], strict=False
+  ):
+    is_power = (kind, text) == ("operator", "**")
+    if not is_power or before in (("operator", "("), ("operator", ",")):
+      continue  # Or the arguments of a call.
+    is_small = (
+      (before[0], after[0]) == ("integer", "integer")
+      and len(after[1]) < 4
+      and int(after[1]) <= _MOST_POWER
+    )
+    if not is_small or later == ("operator", "**"):
+      return True
+  return False
+
+
 @contextlib.contextmanager
 def _limits(seconds: float) -> Iterator[None]:
-  """Bounds the time and the further memory of a block, in the main thread."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
+  """Bounds the time and the further memory of a block."""
+  is_main = threading.current_thread() is threading.main_thread()
+  with _ONE:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+      with (_alarm if is_main else _late)(seconds):
+        with contextlib.suppress(OSError, ValueError):
+          most = _address_space() + _MOST_BYTES
+          if soft == resource.RLIM_INFINITY or soft > most:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        yield
+    finally:
+      with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+  """Raises `_Late` in the main thread, by a signal."""
 
   def stop(signum, frame):
     raise _Late
 
   former = signal.signal(signal.SIGALRM, stop)
-  soft, hard = resource.getrlimit(resource.RLIMIT_AS)
   try:
-    with contextlib.suppress(OSError, ValueError):
-      most = _address_space() + _MOST_BYTES
-      if soft == resource.RLIM_INFINITY or soft > most:
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     yield
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, former)
-    with contextlib.suppress(OSError, ValueError):
-      resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextlib.contextmanager
+def _late(seconds: float) -> Iterator[None]:
+  """Raises `_Late` in another thread, which gets no signals."""
+  thread = ctypes.c_ulong(threading.get_ident())
+  raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+  lock, is_over = threading.Lock(), False
+
+  def stop():
+    with lock:
+      if not is_over:
+        raise_in(thread, ctypes.py_object(_Late))
+
+  timer = threading.Timer(seconds, stop)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    with lock:
+      is_over = True
+      raise_in(thread, None)  # What was sent and has not arrived.
+    timer.cancel()
 
 
 def _address_space() -> int:

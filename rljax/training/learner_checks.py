@@ -45,6 +45,7 @@ def check(
   is_start: bool = True,
   pads_count: bool = False,
   texts: Sequence[str] | None = None,
+  pack: Callable[[Batch], Batch] | None = None,
 ) -> list[preflight.Check]:
   """Checks that a script's gradient is of the texts that it was given.
 
@@ -61,6 +62,8 @@ def check(
     is_start: whether `params` are those of the reference.
     pads_count: whether the loss is known to read padding.
     texts: names x that the loss reads; None: all that the batch has.
+    pack: adds packed rows to a batch, if the script has any, such as
+      `packing.Packer.alone`; None: it has none.
 
   Returns:
     The checks, in the order in which they should be fixed.
@@ -104,24 +107,19 @@ def check(
         "nats, or |ratio - 1|; else temperature or texts differ",
       )
     )
+  same = []
   if not pads_count:
-    checks.append(
-      preflight.Check(
-        "pads change nothing",
-        gap(_padded(batch)),
-        limit,
-        f"gradient; {_EXTRA_PADS} more pads, and other tokens in all of them",
-      )
-    )
+    text = f"gradient; {_EXTRA_PADS} more pads, and other tokens in all of them"
+    same.append(("pads change nothing", _padded(batch), text))
+  if pack is not None and "packed_ids" in (packed := pack(batch)):
+    same.append(("packed rows equal rows by themselves", packed, "gradient"))
   order = np.random.default_rng(0).permutation(len(batch["prompt_ids"]))
-  checks.append(
-    preflight.Check(
-      "order of rows changes nothing",
-      gap({name: x[order] for name, x in batch.items()}),
-      limit,
-      "gradient",
-    )
-  )
+  shuffled = {name: x[order] for name, x in batch.items()}
+  same.append(("order of rows changes nothing", shuffled, "gradient"))
+  checks += [
+    preflight.Check(name, gap(changed), limit, text)
+    for name, changed, text in same
+  ]
   for name, changed in _other_ends(batch, texts):
     checks.append(
       preflight.Check(

@@ -166,9 +166,12 @@ class Gradient:
       grads, metrics = gradient(
         params, _constrained(part, self.sharding), *more
       )
-      return jax.tree.map(lambda a, b: a + weight * b, total, grads), metrics
+      add_one = lambda a, b: a + weight * b.astype(a.dtype)
+      return jax.tree.map(add_one, total, grads), metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    # Sums of bfloat16 gradients, too, are in float32.
+    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), params)
     grads, metrics = jax.lax.scan(add, zeros, (scale, parts))
     return grads, combine(metrics, weights, adds_up=self.adds_up)
 

@@ -4,6 +4,7 @@ A fork writes optax in its script, within `guarded`, and calls `step`.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,13 +12,20 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from rljax.models import lora
+from rljax.training import rounding
 
 Array = chex.Array
 Tree = Any
 
 SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adafactor", "muon")
+
+# Parameters of the blocks of a model: its embeddings, output layer and heads
+# lie beside them.
+_BLOCK = re.compile(r"(^|/)layers_\d+/")
 
 
 def warmup_updates(warmup: float, num_updates: int) -> int:
@@ -79,9 +87,10 @@ def schedule(
   return optax.join_schedules([rise, fall], [num_warmup])
 
 
-def adamw(
+def make(
   num_updates: int | None,
   *,
+  name: str = "adamw",
   learning_rate: float,
   kind: str = "constant",
   warmup: float = 0.0,
@@ -91,27 +100,51 @@ def adamw(
   epsilon: float = 1e-8,
   weight_decay: float = 0.0,
   max_grad_norm: float = 0.0,
+  moment_dtype: str = "float32",
 ) -> "Guard":
-  """Clips the global norm of the gradient, and steps by AdamW, `guarded`.
+  """Clips the global norm of the gradient, and steps by a `guarded` optimizer.
+
+    adamw      two moments of each parameter
+    adafactor  the second moment alone, of a matrix as that of its rows and of
+               its columns; the step of an array has a root mean square of at
+               most 1, and no part of it depends on the size of the parameters
+    muon       one moment, of which the matrices of the layers take the nearest
+               orthogonal one, scaled to the root mean square 0.2 that steps of
+               AdamW have; AdamW for embeddings, output layers and vectors
+
+  All three take the learning rates of AdamW.
 
   Args:
     num_updates: of the run. None: the learning rate is 1, and the caller
       multiplies each update by one of `schedule`. So fits of different lengths
       share one program.
+    name: one of `OPTIMIZERS`.
     learning_rate: see `schedule`, likewise `kind`, `warmup` and
       `final_learning_rate`.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    epsilon: of Adam's denominator.
+    b1: decay of the first moment; unused by adafactor, and by muon but for what
+      AdamW takes.
+    b2: decay of the second moment, likewise.
+    epsilon: of Adam's denominator, likewise.
     weight_decay: decoupled, times the learning rate.
     max_grad_norm: 0 for no clipping.
+    moment_dtype: of the moments of matrices, see `rounding.stored`.
 
   Raises:
-    ValueError: if there is no such schedule.
+    ValueError: if there is no such schedule or optimizer.
 
   Source:
     Loshchilov and Hutter (2019), "Decoupled Weight Decay Regularization".
+    Shazeer and Stern (2018), "Adafactor: Adaptive Learning Rates with Sublinear
+    Memory Cost", without relative step sizes, as Hugging Face's
+    `Adafactor(scale_parameter=False, relative_step=False)`.
+    Jordan et al. (2024), "Muon: An optimizer for hidden layers in neural
+    networks", with the scale of Liu et al. (2025), "Muon is Scalable for LLM
+    Training", equation 4.
   """
+  if name not in OPTIMIZERS:
+    raise ValueError(
+      f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}."
+    )
   rates = 1.0
   if num_updates is not None:
     rates = schedule(
@@ -121,12 +154,47 @@ def adamw(
       warmup=warmup,
       final_learning_rate=final_learning_rate,
     )
+  steps = optax.adamw(
+    rates, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay
+  )
+  if name == "adafactor":
+    steps = optax.chain(
+      optax.scale_by_factored_rms(),
+      optax.clip_by_block_rms(1.0),
+      optax.add_decayed_weights(weight_decay),
+      optax.scale_by_learning_rate(rates),
+    )
+  elif name == "muon":
+    muon = optax.contrib.muon(
+      rates,
+      weight_decay=weight_decay,
+      muon_weight_dimension_numbers=_matrices,
+      consistent_rms=0.2,
+    )
+    steps = optax.partition({"muon": muon, "adamw": steps}, _names)
   return guarded(
     optax.chain(
       optax.clip_by_global_norm(max_grad_norm or math.inf),
-      optax.adamw(rates, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay),
+      rounding.stored(steps, jnp.dtype(moment_dtype)),
     )
   )
+
+
+def _names(params: Tree) -> Tree:
+  """Returns whether Muon or AdamW steps each array: Muon matrices of blocks."""
+
+  def name(keys, array):
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    is_matrix = array.ndim in (2, 3) and min(array.shape[-2:]) > 1
+    return "muon" if is_matrix and _BLOCK.search(path) else "adamw"
+
+  return jax.tree_util.tree_map_with_path(name, params)
+
+
+def _matrices(params: Tree) -> Tree:
+  """Says which axes make a matrix: kernels are `[in, out]`, or several such."""
+  axes = lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+  return jax.tree.map(axes, params)
 
 
 class Guarded(NamedTuple):
@@ -163,7 +231,9 @@ def guarded(transform: optax.GradientTransformation) -> Guard:
 
   An update is skipped if the norm of its gradient, a new parameter or a number
   of the new optimizer state is not finite, or `is_finite` is False. Parameters
-  and inner state then keep their bits, a step of the schedule included.
+  and inner state then keep their bits, a step of the schedule included. The sum
+  of a bfloat16 parameter and its update is rounded by
+  `rounding.stochastically`.
 
   Args:
     transform: any optimizer. Of parameters with adapters it sees and steps
@@ -182,7 +252,8 @@ def guarded(transform: optax.GradientTransformation) -> Guard:
     updates, inner = transform.update(grads, state.inner, params)
     if rate is not None:
       updates = jax.tree.map(lambda x: rate * x, updates)
-    new = optax.apply_updates(params, updates)
+    new = jax.tree.map(jnp.add, rounding.in_float32(params), updates)
+    new = rounding.as_stored(new, params, grads, salt=0)
     is_finite = jnp.asarray(is_finite) & all_finite(
       (optax.global_norm(grads), new, inner)
     )
@@ -221,7 +292,7 @@ def step(
   """Updates parameters, unless the update or its loss is not finite.
 
   Args:
-    transform: from `adamw` or `guarded`.
+    transform: from `make` or `guarded`.
     grads: the gradient, like `params`.
     optimizer_state: of the transform.
     params: what is trained.

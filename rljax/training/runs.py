@@ -36,7 +36,7 @@ from absl import flags, logging
 from rljax.distributed import compiled, meshes, planning, processes
 from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
-from rljax.generation import samplers
+from rljax.generation import responders, responses
 from rljax.models import hf, lora
 from rljax.storage import calls, checkpoint, locks, paths
 from rljax.storage import rows as rows_lib
@@ -341,7 +341,7 @@ class Run:
   def progress(
     self, name: str, num_prompts: int
   ) -> Callable[[int, list[dict[str, Any]]], None]:
-    """Makes what `samplers.collect` calls after every batch, within `signals`.
+    """Makes what `responders.collect` calls after a batch, within `signals`.
 
     Args:
       name: of what is drawn.
@@ -350,7 +350,7 @@ class Run:
     Returns:
       A function that shows how far it is, and then calls `check_signals`.
     """
-    shown = samplers.Progress(name, num_prompts)
+    shown = responders.Progress(name, num_prompts)
 
     def progress(done, rows):
       shown(done, rows)
@@ -752,7 +752,8 @@ class Run:
     mode = self._values.preflight
     if mode == "off" or self._is_checked or planning.current():
       return
-    checks = check(self._values.dtype == "float32")
+    dtypes = {self._values.dtype, self._flag("param_dtype", "float32")}
+    checks = check(dtypes == {"float32"})
     preflight.show(checks)
     preflight.enforce(checks, mode)
     self._is_checked.append(True)
@@ -812,7 +813,7 @@ class Run:
   def show(
     self,
     step: int,
-    samples: samplers.Samples,
+    samples: responses.Samples,
     weights: jax.Array | None = None,
     *,
     name: str = "advantage",

@@ -33,7 +33,7 @@ class Selection:
 
     Args:
       run: whose parameters they are.
-      answer: a `samplers.Responder` for the dev prompts, or None.
+      answer: a `responders.Responder` for the dev prompts, or None.
       score: a `scorers.Scorer`, or None: a held-out loss selects.
       dev: the prompts.
       batch_size: held-out rows at the same time.

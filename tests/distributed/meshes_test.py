@@ -110,6 +110,19 @@ class ShardingsTest(parameterized.TestCase):
     self.assertEqual(adam.nu, specs)
     self.assertEqual(adam.count, PartitionSpec())
 
+  def test_factors_of_a_matrix_are_replicated(self):
+    mesh = meshes.make("data:2,fsdp:2,tensor:2")
+    params = {"layers_0": {"kernel": jnp.zeros((256, 128))}}
+    rules = [("kernel", PartitionSpec("fsdp", "tensor"))]
+    for transform, num_split in (
+      (optax.scale_by_factored_rms(), 0),
+      (optax.scale_by_factored_rms(factored=False), 1),
+    ):
+      state = jax.eval_shape(transform.init, params)
+      found = jax.tree.leaves(meshes.shardings(state, rules, mesh))
+      split = [x.spec for x in found if x.spec != PartitionSpec()]
+      self.assertEqual(split, [PartitionSpec("fsdp", "tensor")] * num_split)
+
   def test_scalar_is_replicated_although_a_rule_matches(self):
     self.assertEqual(self._specs({"kernel": 1.0})["kernel"], PartitionSpec())
 

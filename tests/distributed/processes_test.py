@@ -20,7 +20,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from rljax.distributed import meshes, processes
-from rljax.generation import samplers
+from rljax.generation import forced, responders
 from rljax.models import hf
 from rljax.rlmec import pipeline, rewriters
 from rljax.storage import checkpoint, stages
@@ -233,7 +233,7 @@ class AloneTest(parameterized.TestCase):
   """Scripts that a launcher must not start twice."""
 
   @parameterized.parameters(
-    ("examples/ppo_pmap", "--workdir=x", "--policy=x"),
+    ("examples/ppo_pmap", "--workdir=x", "--policy=x", "--task=arithmetic"),
     ("games/expand", "--output=x"),
     ("games/draw", "--samples=x", "--output=x"),
   )
@@ -266,12 +266,11 @@ class NotFirstTest(absltest.TestCase):
 
   def test_another_process_writes_nothing(self):
     def write():
-      forced = np.array([-1, 0, 1], np.int32)
-      samplers.save_forced(self.folder, forced)
+      forced.save(self.folder, np.array([-1, 0, 1], np.int32))
       pipeline.save_settings(self.folder, template="compact", locate=True)
       return sorted(path.name for path in self.folder.iterdir())
 
-    shown = samplers.Progress("samples", 1)
+    shown = responders.Progress("samples", 1)
     with mock.patch.object(jax, "process_index", return_value=1):
       self.assertEmpty(write())
       with mock.patch("builtins.print") as said:

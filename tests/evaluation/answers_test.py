@@ -11,7 +11,7 @@ from absl.testing import absltest
 
 from rljax.distributed import meshes
 from rljax.evaluation import answers
-from rljax.generation import rollouts, samplers
+from rljax.generation import responders, responses, rollouts
 from rljax.ops import sampling
 from rljax.tasks import word_lists
 from rljax.text import tokens
@@ -48,7 +48,7 @@ def _params():
 
 def _responder(**options):
   ids = tokens.encode_prompts(WORDS, PROMPTS, max_length=99)
-  return samplers.Responder(
+  return responders.Responder(
     MODEL,
     WORDS,
     ids,
@@ -81,7 +81,7 @@ class EvaluateTest(absltest.TestCase):
     ]
     self.assertEqual([row["finished"] for row in rows], ended)
     self.assertContainsSubset([True, False], ended)
-    scores, parts = samplers.score_responses(
+    scores, parts = responses.score_responses(
       _score, PROMPTS, texts, np.array(ended), unfinished=0.0
     )
     np.testing.assert_array_equal([row["reward"] for row in rows], scores)
@@ -93,7 +93,7 @@ class EvaluateTest(absltest.TestCase):
 
   def test_is_collect_without_a_file(self):
     with tempfile.TemporaryDirectory() as folder:
-      collected = samplers.collect(
+      collected = responders.collect(
         pathlib.Path(folder, "x.jsonl"),
         _responder(),
         _params(),
@@ -176,7 +176,7 @@ class OfSamplesTest(absltest.TestCase):
   def test_hand_computed(self):
     mask = np.array([[True, True, False], [True, True, True], [True] * 3])
     ids = np.zeros((3, 3), np.int32)
-    samples = samplers.Samples(
+    samples = responses.Samples(
       rollout=rollouts.Rollout(
         prompt_ids=ids,
         prompt_mask=mask,
@@ -188,7 +188,7 @@ class OfSamplesTest(absltest.TestCase):
       ),
       prompts=["p"] * 3,
       texts=["3", "4", "3."],
-      settings=samplers.Settings(max_length=3),
+      settings=responses.Settings(max_length=3),
       policy_step=0,
       tokenizer=WORDS,
       scores=np.float32([1, 0, 1]),

@@ -12,7 +12,7 @@ from rljax.text import files
 
 
 def row(response, answer, *, right, finished=True, **parts):
-  """A row of `samplers.collect`."""
+  """A row of `responders.collect`."""
   if not finished:
     right, answer = False, None
   return {

@@ -119,19 +119,18 @@ FAULTS = [
     *(f"mask = {MASK} & {ROLL.format(MASK)}\n    log_probs =", SHORT),
   ),
   (
-    *("preference", "{name: fold(batch[name]) for name in names}"),
-    "{name: fold(batch[name] | (name == 'prompt_mask')) for name in names}",
+    *("preference", "packed.texts(batch)"),
+    "packed.texts(batch | {'prompt_mask': batch['prompt_mask'] | True})",
     PADS,
   ),
   (
-    *("outcome_reward_model", "jax.tree.map(fold, texts)"),
-    "jax.tree.map(fold, texts | {'prompt_mask': texts['prompt_mask'] | True})",
+    *("outcome_reward_model", "packed.texts(batch)"),
+    "packed.texts(batch | {'prompt_mask': batch['prompt_mask'] | True})",
     PADS,
   ),
   (
-    *("outcome_reward_model", "texts = {name: batch[name] for name in names}"),
-    "texts = {name: batch[name] for name in names}\n"
-    f"    texts['response_mask'] &= ~({ENDS})",
+    *("outcome_reward_model", "packed.texts(batch)"),
+    f"packed.texts(batch | {{'response_mask': {MASK} & ~({ENDS})}})",
     END,
   ),
   (
@@ -185,8 +184,8 @@ FAULTS = [
     *('part["rollout"].response_mask.sum()', PARTS),
   ),
   (
-    *("grpo", 'params = state["params"]["policy"]\n      samples'),
-    f'params = roll_out.__dict__.setdefault("first", {FIRST})\n      samples',
+    *("grpo", 'params = state["params"]["policy"]\n      return'),
+    f'params = roll_out.__dict__.setdefault("first", {FIRST})\n      return',
     STALE,
   ),
 ]

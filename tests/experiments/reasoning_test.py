@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
-from rljax.generation import samplers
+from rljax.generation import forced
 from rljax.models import hf
 from rljax.storage import checkpoint
 from rljax.tasks import merge_sums
@@ -418,7 +418,7 @@ class ReturnConditionedTest(absltest.TestCase):
 
   def test_policy_brings_its_tags(self):
     loaded = hf.load(str(_conditioned()))
-    found = samplers.load_forced(_conditioned())
+    found = forced.load(_conditioned())
     ids = loaded.tokenizer.convert_tokens_to_ids(["G", "\n", " "])
     self.assertEqual(found["forced"][-1], ids[0])
     self.assertEqual(found["forced"][ids[1]], ids[0])
@@ -438,6 +438,17 @@ class ReturnConditionedTest(absltest.TestCase):
     self.assertEqual(
       scripts.fingerprint(workdir), scripts.fingerprint(_conditioned())
     )
+
+  def test_packed_rows(self):
+    workdir = scripts.scratch() / "rcrl_packed"
+    scripts.run(
+      RCRL,
+      workdir,
+      *(*TINY_RCRL, *_models(LONG), "--packed_length=96"),
+      *(f"--labels={_conditioned() / 'labels.jsonl'}", "--preflight=strict"),
+    )
+    one, two = (scripts.rows(x)[-2] for x in (workdir, _conditioned()))
+    self.assertAlmostEqual(one["nll/loss"], two["nll/loss"], delta=1e-3)
 
   @pytest.mark.slow
   def test_killed_at_every_stage(self):

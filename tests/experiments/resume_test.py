@@ -512,6 +512,14 @@ class DevicesTest(parameterized.TestCase):
       temporary[devices] = float(re.findall(r"([\d.,]+) MB", line)[-1])
     self.assertLess(temporary[8], temporary[1] / 3)
 
+  def test_draws_in_parts(self):
+    workdir = scripts.scratch() / "draws"
+    flags = (*TINY_PPO, f"--policy={_policy()}", "--draw_batch_size=4")
+    scripts.run(PPO, workdir, *flags)
+    self.assertEqual(
+      scripts.fingerprint(workdir), scripts.fingerprint(_finished())
+    )
+
   def test_pmap_matches_jit(self):
     mapped = scripts.scratch() / "pmap"
     scripts.run(
@@ -542,6 +550,7 @@ class BadInputTest(absltest.TestCase):
       (["--policy=/no/such/model"], "no/such/model"),
       ([f"--policy={empty}"], "config.json"),
       ([policy, "--max_prompt_length=2"], "tokens, the limit is 2"),
+      ([policy, "--draw_batch_size=3"], "draw_batch_size=3 does not divide"),
       ([policy, "--minibatch_size=7"], "minibatch_size=7 does not divide.* 16"),
       ([policy, "--micro_batch_size=5"], "micro_batch_size=5 does not divide"),
       ([policy, "--num_prompts=0"], "num_prompts"),

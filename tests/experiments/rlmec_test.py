@@ -173,7 +173,8 @@ class RewardModelTest(parameterized.TestCase):
     workdir = scripts.scratch() / "own_teacher"
     scripts.run(
       GRM, workdir, *GRM_FLAGS, f"--policy={policy()}", "--steps=1",
-      "--teacher=tests.own_teacher:rewrite",
+      "--teacher=tests.own_teacher:rewrite", "--packed_length=192",
+      "--preflight=strict",
     )  # fmt: skip
     rows = scripts.rows(workdir / "teacher", "rewrites.jsonl")
     wrong = [row for row in rows if not row["is_right"]]

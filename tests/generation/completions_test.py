@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import parameterized
 
 from rljax.distributed import meshes
-from rljax.generation import completions, samplers
+from rljax.generation import completions, responses, samplers
 from rljax.tasks import arithmetic
 from rljax.text import batches, files, prompts
 from tests import stand_in
@@ -66,7 +66,7 @@ class ValuesTest(parameterized.TestCase):
     sampler = samplers.Sampler(
       self.model,
       NUMBERS,
-      samplers.Settings(max_length=LENGTH, unfinished_score=0.0, seed=1),
+      responses.Settings(max_length=LENGTH, unfinished_score=0.0, seed=1),
       mesh=meshes.make("data:1"),
     )
     return completions.values(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax.generation import decode
+from rljax.generation import decode, stops
 from rljax.ops import sampling
 from tests import stand_in, tiny
 
@@ -407,7 +407,7 @@ class StopTableTest(parameterized.TestCase):
 
   def _found(self, strings, ids):
     """Index of the token that completes a stop string, or None."""
-    table = decode.stop_table(strings, self.TOKENS)
+    table = stops.table(strings, self.TOKENS)
     state = 0
     for i, token in enumerate(ids):
       state = table[state, token]
@@ -440,7 +440,7 @@ class StopTableTest(parameterized.TestCase):
         "".join(rng.choice(list("abc"), size=rng.integers(1, 5)))
         for _ in range(rng.integers(1, 4))
       ]
-      table = decode.stop_table(strings, tokens)
+      table = stops.table(strings, tokens)
       state, text, found = 0, b"", False
       for token in rng.integers(0, len(tokens), size=8):
         text += tokens[token]
@@ -455,7 +455,7 @@ class StopTableTest(parameterized.TestCase):
     params = stand_in.random_params(rng)
     ids, mask = _prompts(rng)
     tokens = [b"a", b"b", b"c", b"d", b"ab", b"x", b""]
-    table = decode.stop_table(["ab", "dx"], tokens)
+    table = stops.table(["ab", "dx"], tokens)
     samples = _sample(
       params=params,
       ids=ids,
@@ -472,16 +472,16 @@ class StopTableTest(parameterized.TestCase):
     ):
       pieces = [tokens[i] for i in row_ids[row_mask]]
       text, before = b"".join(pieces), b"".join(pieces[:-1])
-      stops = lambda t: b"ab" in t or b"dx" in t
-      self.assertEqual(stops(text), bool(finished))
-      self.assertFalse(stops(before))
+      has_end = lambda t: b"ab" in t or b"dx" in t
+      self.assertEqual(has_end(text), bool(finished))
+      self.assertFalse(has_end(before))
     self.assertTrue(bool(samples.finished.any()))
 
   def test_bad_strings(self):
     with self.assertRaisesRegex(ValueError, "non-empty"):
-      decode.stop_table([], self.TOKENS)
+      stops.table([], self.TOKENS)
     with self.assertRaisesRegex(ValueError, "non-empty"):
-      decode.stop_table(["a", ""], self.TOKENS)
+      stops.table(["a", ""], self.TOKENS)
 
 
 if __name__ == "__main__":

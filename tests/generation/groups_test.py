@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax.generation import groups, rollouts, samplers
+from rljax.generation import groups, responses, rollouts
 
 _SIZE = 3
 
@@ -15,7 +15,7 @@ def _samples(number, scores):
   ids = 100 * number + np.arange(len(scores))[:, None] + np.zeros((1, 2), int)
   mask = np.ones(ids.shape, bool)
   zeros = np.zeros(ids.shape, np.float32)
-  return samplers.Samples(
+  return responses.Samples(
     rollout=rollouts.Rollout(
       prompt_ids=jnp.asarray(ids),
       prompt_mask=jnp.asarray(mask),
@@ -27,7 +27,7 @@ def _samples(number, scores):
     ),
     prompts=[f"prompt {i}" for i in ids[:, 0]],
     texts=[f"text {i}" for i in ids[:, 0]],
-    settings=samplers.Settings(max_length=2, num_samples=_SIZE),
+    settings=responses.Settings(max_length=2, num_samples=_SIZE),
     policy_step=7,
     tokenizer=None,
     scores=scores,

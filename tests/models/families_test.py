@@ -46,9 +46,9 @@ def _loaded(name):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, ids, mask):
+def _logits(model, params, ids, mask, segments=None):
   variables = {"params": params}
-  hidden = model.apply(variables, ids, mask)
+  hidden = model.apply(variables, ids, mask, segments)
   return model.apply(variables, hidden, method="logits")
 
 
@@ -108,6 +108,27 @@ class FamiliesTest(parameterized.TestCase):
     for row, left in enumerate((0, 7, 3, 10)):
       np.testing.assert_allclose(
         found[row, left : left + 14], found[0, :14], atol=2e-5, rtol=2e-5
+      )
+
+  @parameterized.parameters(*NAMES)
+  def test_texts_of_one_row(self, name):
+    golden, model, params = _loaded(name)
+    shape = golden["ids"].shape
+    texts = golden["ids"][0, :13], golden["ids"][1, : shape[1] - 15]
+    ids, segments, alone, mask = np.zeros((4, *shape), np.int32)
+    for i, (text, start) in enumerate(zip(texts, (1, 14), strict=True)):
+      place = slice(start, start + len(text))  # Between one pad and another.
+      ids[:, place], segments[:, place] = text, i + 1
+      alone[i, : len(text)], mask[i, : len(text)] = text, 1
+    expected = _logits(model, params, alone, mask > 0)
+    found = _logits(model, params, ids, segments > 0, segments)
+    self.assertTrue(np.isfinite(found).all())
+    for i, text in enumerate(texts):
+      np.testing.assert_allclose(
+        found[2, segments[2] == i + 1],
+        expected[i, : len(text)],
+        atol=5e-5,
+        rtol=2e-5,
       )
 
   @parameterized.parameters(*NAMES)

@@ -13,7 +13,7 @@ import numpy as np
 from absl.testing import absltest
 
 from rljax.distributed import meshes
-from rljax.generation import samplers
+from rljax.generation import responses
 from rljax.models import hf
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.scoring import scorers
@@ -64,7 +64,7 @@ class FakeSampler:
   """Makes responders, and counts them."""
 
   def __init__(self, table, **settings):
-    self.settings = samplers.Settings(max_length=24, **settings)
+    self.settings = responses.Settings(max_length=24, **settings)
     self.num_made, self._table = 0, table
 
   def responder(self, prompts, *, batch_size):

@@ -13,7 +13,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from rljax.distributed import meshes
-from rljax.generation import samplers
+from rljax.generation import responders
 from rljax.models import hf
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters
@@ -87,7 +87,7 @@ class ByModelTest(parameterized.TestCase):
       **options,
     }
     fake = functools.partial(FakeResponder, table)
-    with mock.patch.object(samplers, "Responder", fake):
+    with mock.patch.object(responders, "Responder", fake):
       return rewriters.by_model(
         self.folder, rows, MODEL, TOKENIZER, None, COMPACT, SCORE, **options
       )
@@ -386,10 +386,10 @@ class RewriterTest(parameterized.TestCase):
     fake = functools.partial(FakeResponder, table)
     with (
       tempfile.TemporaryDirectory() as folder,
-      mock.patch.object(samplers, "Responder", fake),
+      mock.patch.object(responders, "Responder", fake),
     ):
       (row,) = rewriter.rewrite(
-        folder, [_row(SECOND)], SCORE, samplers.Progress
+        folder, [_row(SECOND)], SCORE, responders.Progress
       )
     self.assertEqual(row["rewrite"], RIGHT)
     self.assertLen(FakeResponder.asked, 2)

@@ -13,7 +13,7 @@ import pytest
 from absl.testing import parameterized
 
 from rljax.distributed import meshes
-from rljax.generation import samplers
+from rljax.generation import responses, samplers
 from rljax.models import hf
 from rljax.scoring import drawn, scorers
 from rljax.tasks import word_lists
@@ -49,7 +49,7 @@ class CollectTest(parameterized.TestCase):
     policy = _loaded(seed)
     rows = logged.from_prompts(texts, "here")
     encoded = encoding.prepare(policy.tokenizer, rows, **LIMITS)
-    settings = samplers.Settings(max_length=4, num_samples=3, **settings)
+    settings = responses.Settings(max_length=4, num_samples=3, **settings)
     sampler = samplers.Sampler(
       policy.model, policy.tokenizer, settings, mesh=meshes.make("data:1")
     )

@@ -68,6 +68,34 @@ def needs(responses, gold):
   return [0.0] * len(responses)
 
 numbers = lambda responses: __import__("numpy").arange(len(responses))
+column = lambda responses: numbers(responses)[:, None]
+row = lambda responses: numbers(responses)[None]
+lists = lambda responses: [[float(i)] for i, _ in enumerate(responses)]
+decimals = lambda responses: [
+  __import__("decimal").Decimal(i) for i, _ in enumerate(responses)
+]
+
+class Tensor:
+  def __init__(self, values):
+    self.values = values
+  def tolist(self):
+    return self.values
+
+tensor = lambda responses: Tensor(list(range(len(responses))))
+
+def without_end(responses):
+  while True:
+    yield 1.0
+
+def huge(responses):
+  return [10**5000] * len(responses)
+
+def forks(responses):
+  import os
+  child = os.fork()
+  if child:
+    os.waitpid(child, 0)
+  return [0.0 if child else 9.0] * len(responses)
 """
 
 
@@ -162,6 +190,8 @@ class FunctionsTest(parameterized.TestCase):
     ("a_text", ["a"], "returned a str rather than a list of 1"),
     ("nan", ["a"], "returned nan, which is neither a finite number"),
     ("odd_pair", ["a"], "a pair that is not a number and a dict"),
+    ("huge", ["a"], "returned a int that cannot be shown"),
+    ("without_end", ["a"], "returned 2 rewards for 1 responses"),
   )
   def test_a_failure_names_function_prompt_and_response(
     self, name, responses, message
@@ -175,6 +205,18 @@ class FunctionsTest(parameterized.TestCase):
     row = 0 if name == "few" else len(responses) - 1
     self.assertIn(repr(prompts[row]), str(caught.exception))
     self.assertIn(repr(responses[row]), str(caught.exception))
+
+  def test_numbers_in_many_forms(self):
+    names = ("column", "row", "lists", "decimals", "tensor")
+    _, parts = self._functions(*names).score_batch(["p"] * 3, ["a", "b", "c"])
+    for name in names:
+      found = [part[f"rewards/{name}"] for part in parts]
+      self.assertEqual(found, [0.0, 1.0, 2.0], name)
+
+  def test_the_answer_of_a_fork_is_not_that_of_the_worker(self):
+    functions = self._functions("forks", batch_size=1)
+    scores, _ = functions.score_batch(["p"] * 2, ["a", "b"])
+    np.testing.assert_array_equal(scores, [0.0, 0.0])
 
   def test_skip_unscored_leaves_out_the_culprit_alone(self):
     functions = self._functions("raises", skip_unscored=True)

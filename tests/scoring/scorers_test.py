@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import tempfile
+import types
 
 import jax
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 from absl.testing import parameterized
 
 from rljax.distributed import meshes
-from rljax.generation import samplers
+from rljax.generation import responses
 from rljax.models import classifier, hf
-from rljax.scoring import reward_models, scorers
+from rljax.scoring import reward_models, reward_terms, scorers
 from rljax.tasks import word_lists
 from tests import tiny
 
@@ -113,10 +114,59 @@ class RewardModelTest(parameterized.TestCase):
       scorers.scorer("word_lists", {}, self.path + "/nothing")
 
 
+class OnceTest(parameterized.TestCase):
+  def test_last_texts_are_not_scored_again(self):
+    asked = []
+
+    def score(prompts, responses):
+      asked.append((list(prompts), list(responses)))
+      lengths = np.float32([len(text) for text in responses])
+      return lengths, [{"n": len(text)} for text in responses]
+
+    score.description = {"by": "length"}
+    once = scorers.once(score)
+    self.assertEqual(once.description, score.description)
+    texts = ["p", "q"], ["a", "bb"]
+    scores, parts = once(*texts)
+    scores[0], parts[0]["n"] = -1.0, -1  # A reader may change what it got.
+    scores, parts = once(*map(list, texts))
+    np.testing.assert_array_equal(scores, [1, 2])
+    self.assertEqual(parts, [{"n": 1}, {"n": 2}])
+    self.assertLen(asked, 1)
+    once(["p", "q"], ["a", "c"])
+    once(*texts)  # No longer the last.
+    self.assertLen(asked, 3)
+
+  def test_a_term_takes_the_scorer_that_there_is(self):
+    calls = []
+
+    def score(prompts, responses):
+      calls.append(len(responses))
+      return np.ones(len(responses), np.float32), [{} for _ in responses]
+
+    score.description = {}
+    score = scorers.once(score)
+    config = types.SimpleNamespace(vocab_size=3)
+    terms = reward_terms.load(
+      types.SimpleNamespace(model=types.SimpleNamespace(config=config)),
+      names=["reward_model"],
+      mesh=meshes.make("data:1"),
+      batch_size=2,
+      reward_model="not/loaded",
+      model_score=score,
+    )
+    prompts, texts = ["p", "q"], ["a", "b"]
+    scores, _ = score(prompts, texts)  # As `Samples.scored` does.
+    samples = types.SimpleNamespace(prompts=prompts, texts=texts, rollout=None)
+    earned = terms.earn(samples)["reward_model"]
+    np.testing.assert_array_equal(earned, scores)
+    self.assertEqual(calls, [2])
+
+
 class UnfinishedTest(parameterized.TestCase):
   def test_unfinished_are_wrong(self):
     part = {"is_correct": True, "is_valid": True, "answer": "7", "length": 3}
-    scores, parts = samplers.unfinished_are_wrong(
+    scores, parts = responses.unfinished_are_wrong(
       [1.0, 1.0], [part, {"other": 1}], [False, True]
     )
     np.testing.assert_array_equal(scores, np.float32([0, 1]))

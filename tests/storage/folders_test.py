@@ -5,12 +5,13 @@ import errno
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from rljax.storage import folders
+from rljax.storage import folders, locks
 
 OLD = {"config.json": "old", "weights-1": "old", "weights-2": "old"}
 NEW = {"config.json": "new", "weights-1": "new", "template": "new"}
@@ -46,6 +47,8 @@ def _fault(number, error):
 
   def failing(function):
     def call(*args, **kwargs):
+      if sys._getframe(1).f_code is locks._give_back.__code__:
+        return function(*args, **kwargs)  # Collected at any moment.
       calls[0] += 1
       is_dead = error is _Killed and calls[0] > number
       if calls[0] == number or is_dead:

@@ -70,6 +70,26 @@ class FilesOfOthersTest(parameterized.TestCase):
     self.assertEqual(placed[0][1], {"prompt": "1"})
     self.assertRegex(str(placed[1][1]), "a.csv, row 1: more cells than columns")
 
+  @parameterized.parameters(
+    ("prompt,response,response\na,b,c\n", "two columns are called 'response'"),
+    ("prompt;response\na;b\n", "separated by semicolons"),
+    ("prompt\tresponse\na\tb\n", "separated by tabs"),
+    # A quote that is never closed would swallow all rows behind it.
+    ('prompt,response\na,"b\nc,d\ne,f\n', "unexpected end of data"),
+  )
+  def test_csv_files_of_which_a_part_would_be_lost(self, content, message):
+    path = self.folder / "rows.csv"
+    path.write_text(content)
+    with self.assertRaisesRegex(ValueError, message):
+      files.load_rows(str(path), "train")
+
+  def test_empty_columns_of_spreadsheets(self):
+    path = self.folder / "rows.csv"
+    path.write_text("prompt,response,,\na,b,,\n")
+    self.assertEqual(
+      files.load_rows(str(path), "train"), [{"prompt": "a", "response": "b"}]
+    )
+
   def test_long_cells(self):
     (self.folder / "a.csv").write_text(f"prompt\n{'x' * 300_000}\n")
     self.assertLen(self._load("a.csv")[0]["prompt"], 300_000)

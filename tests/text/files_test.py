@@ -35,6 +35,8 @@ class FilesTest(parameterized.TestCase):
     (b'{"reward": 1}\n\n{"r": 1}\n', r'logged.jsonl:3: "reward" is missing\.'),
     (b'{"reward": 1}\n{"reward"', r"logged.jsonl:2: not JSON"),
     (b'{"reward": "\xff"}', r"logged.jsonl:1: not JSON"),
+    (b'{"reward": 1, "reward": 2}', r'not JSON \("reward" stands twice'),
+    (b'{"reward": {"a": 1, "a": 2}}', r'not JSON \("a" stands twice'),
     (b"[1, 2]\n", r"logged.jsonl:1: expected a JSON object, got \[1, 2\]"),
     (b"", r"logged.jsonl: no rows"),
     (b"\n \n", r"logged.jsonl: no rows"),
@@ -52,6 +54,14 @@ class FilesTest(parameterized.TestCase):
     files.write_jsonl(path, rows)
     self.assertEqual(files.read_jsonl(path), rows)
     self.assertEqual(os.listdir(path.parent), [name])
+
+  def test_half_a_surrogate_pair_is_written_as_json_has_it(self):
+    path = self.folder / "rows.jsonl"
+    files.write_jsonl(path, [{"answer": "\ud800é"}])
+    files.append_jsonl(path, [{"answer": "\udfff"}])
+    self.assertEqual(
+      files.read_jsonl(path), [{"answer": "\ud800é"}, {"answer": "\udfff"}]
+    )
 
   def test_numpy_values(self):
     path = self.folder / "rows.jsonl"

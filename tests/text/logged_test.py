@@ -15,10 +15,19 @@ import tokenizers
 import transformers
 from absl.testing import parameterized
 
-from rljax.generation import rollouts, samplers
+from rljax.generation import responses, rollouts
 from rljax.models import hf
 from rljax.tasks import arithmetic, word_lists
-from rljax.text import chats, dialogues, encoding, files, forms, logged, tokens
+from rljax.text import (
+  chats,
+  dialogues,
+  encoding,
+  files,
+  forms,
+  logged,
+  tokens,
+  vocabularies,
+)
 from tests import conftest
 
 WORDS = arithmetic.word_tokenizer()
@@ -145,7 +154,7 @@ class ParseTest(parameterized.TestCase):
     ids = jnp.array([[3, 104, 0], [4, 1, 2]])
     mask = jnp.array([[True, True, False], [True, True, True]])
     prompts = jnp.ones((2, 4), jnp.int32)
-    records = samplers.Samples(
+    records = responses.Samples(
       rollout=rollouts.Rollout(
         prompt_ids=prompts,
         prompt_mask=prompts == 1,
@@ -159,7 +168,7 @@ class ParseTest(parameterized.TestCase):
       texts=["3", "412"],
       scores=[1.0, 0.0],
       parts=[{"answer": 3}, {}],
-      settings=samplers.Settings(max_length=3),
+      settings=responses.Settings(max_length=3),
       policy_step=7,
       tokenizer=WORDS,
     ).records()
@@ -867,7 +876,7 @@ class ReadTest(parameterized.TestCase):
 
   def test_batches_of_any_shape(self):
     log = self._read(first_row=1, num_rows=3)
-    pad = tokens.pad_id(WORDS)
+    pad = vocabularies.pad_id(WORDS)
     batch = log.batch(np.array([1, 0]), np.array([0, 1]))
     np.testing.assert_array_equal(
       batch["prompt_ids"],

@@ -11,7 +11,15 @@ import transformers
 from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
-from rljax.text import chat, chats, encoding, forms, steps, tokens
+from rljax.text import (
+  chat,
+  chats,
+  encoding,
+  forms,
+  steps,
+  tokens,
+  vocabularies,
+)
 from tests import conftest
 
 WORDS = arithmetic.word_tokenizer()
@@ -227,10 +235,10 @@ class DecodeBehindTest(parameterized.TestCase):
     self.assertEqual(found, [" Once", "Once"])
     mask[1] = False
     np.testing.assert_array_equal(
-      tokens.has_text(tokenizer, ids, mask), [True, False]
+      vocabularies.has_text(tokenizer, ids, mask), [True, False]
     )
     start = np.array([[tokenizer.bos_token_id]])
-    self.assertFalse(tokens.has_text(tokenizer, start, start > 0).any())
+    self.assertFalse(vocabularies.has_text(tokenizer, start, start > 0).any())
 
   def test_ids_of_a_rollout_are_used_either_way(self):
     tokenizer = _family("stories")
@@ -298,6 +306,16 @@ class DialogueTest(parameterized.TestCase):
       tokenizer, [row], prompt_format="chat", **limits | options
     )
     return tokenizer, encoded
+
+  def test_whole_texts(self):
+    _, turns = self._prepare(TEMPLATE, all_turns=True)
+    _, whole = self._prepare(TEMPLATE, all_turns=True, assistant_only=False)
+    (prompt,), ((text,),) = whole.prompt_ids, whole.response_ids
+    self.assertEqual(
+      prompt + text, turns.prompt_ids[0] + turns.response_ids[0][0]
+    )
+    self.assertLen(prompt, 1)
+    self.assertEqual(whole.learnt, [None])  # All of it.
 
   def test_all_turns(self):
     tokenizer, encoded = self._prepare(TEMPLATE, all_turns=True)

@@ -1,5 +1,6 @@
 """Tests of chat templates, which are programs that others wrote."""
 
+import resource
 import signal
 import threading
 
@@ -41,6 +42,9 @@ class RenderTest(parameterized.TestCase):
   @parameterized.parameters(
     ("{{ 'a' * 10**11 }}", "too large a program"),
     ("{{ 'a' * 2**25 }}", "wrote 33554432 characters"),
+    ("{{ 9**9**9 }}", "takes powers"),
+    ("{% set x = 9 ** 65 %}", "takes powers"),
+    ("{{ (7)**(messages[0].content|length) }}", "takes powers"),
     ("{% for i in range(10**9) %}{% endfor %}", ""),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "too large a program"),
     ("{{ raise_exception('no such role') }}", "no such role"),
@@ -52,15 +56,31 @@ class RenderTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       templates.render(_tokenizer(template), ASKED)
 
-  def test_other_threads(self):
-    found = []
-    tokenizer = _tokenizer("{{ messages[0].content }}")
-    thread = threading.Thread(
-      target=lambda: found.append(templates.render(tokenizer, ASKED))
-    )
+  @parameterized.parameters(
+    ("{{ messages[0].content }}", "a"),
+    # The arguments of a call are no powers, nor is text.
+    ("{{ dict(**{'x': 2 ** 3})['x'] }} a ** b", "8 a ** b"),
+    (LOOP, "took more than 2 seconds"),
+    ("{{ 'a' * 10**11 }}", "too large a program"),
+    ("{{ 'a' * 2**25 }}", "wrote 33554432 characters"),
+  )
+  def test_other_threads(self, template, expected):
+    def render():
+      try:
+        found.append(templates.render(tokenizer, ASKED, seconds=2.0))
+      except ValueError as error:
+        found.append(str(error))
+      for _ in range(1000):  # Nothing is raised later on.
+        found.append("")
+
+    found, tokenizer = [], _tokenizer(template)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    thread = threading.Thread(target=render)
     thread.start()
-    thread.join()
-    self.assertEqual(found, ["a"])
+    thread.join(20.0)
+    self.assertIn(expected, found[0])
+    self.assertLen(found, 1001)
+    self.assertEqual(resource.getrlimit(resource.RLIMIT_AS), limit)
 
   def test_rows_are_refused_with_the_reason(self):
     with self.assertRaisesRegex(ValueError, "no such role"):

@@ -1,3 +1,5 @@
+"""Tests of texts that become ids, and ids that become texts."""
+
 import logging
 import subprocess
 import sys
@@ -11,90 +13,22 @@ from absl.testing import parameterized
 
 from rljax.tasks import arithmetic
 from rljax.tasks import tokenizers as words_tokenizers
-from rljax.text import batches, encoding, files, forms, prompts, tokens
-from tests import conftest
-
-TEXTS = (
-  "Once upon a time, there was a little girl named Lily.",
-  "  two  blanks,\ttab\nline\r\n\n12 + 3.14 = 15.14",
-  "naïve café – “quotes” … 漢字 🙂👩‍🚀 Ελλάδα",
-  "don't we'll I'm <0x0A> Ġ",
-  "x",
-  "",
+from rljax.text import (
+  batches,
+  tokens,
 )
-
-
-def _byte_level_bpe():
-  """A GPT-2-like tokenizer, trained on a few lines."""
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=320,
-    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    special_tokens=["<|end|>"],
-    show_progress=False,
-  )
-  backend.train_from_iterator(TEXTS * 3, trainer)
-  tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend, eos_token="<|end|>"
-  )
-  # Added, not special: one inside the alphabet of bytes, one outside.
-  tokenizer.add_tokens(["<think>", "a b"])
-  return tokenizer
-
-
-def _metaspace(byte_fallback=True):
-  """A Llama-2-like tokenizer of single characters and a few words."""
-  words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-  words += ["▁", "▁a", "b", "1", "2", "=", "."]
-  backend = tokenizers.Tokenizer(
-    tokenizers.models.BPE(
-      {word: i for i, word in enumerate(words)},
-      [],
-      unk_token="<unk>",
-      byte_fallback=byte_fallback,
-    )
-  )
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-  backend.decoder = tokenizers.decoders.Sequence(
-    [
-      tokenizers.decoders.ByteFallback(),
-      tokenizers.decoders.Metaspace(),
-    ]
-  )
-  return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend,
-    unk_token="<unk>",
-    bos_token="<s>",
-    eos_token="</s>",
-  )
-
-
-def _ending(tokenizer, template):
-  """The tokenizer with another post-processor."""
-  specials = [
-    (t, tokenizer.convert_tokens_to_ids(t)) for t in ("<bos>", "<eos>")
-  ]
-  tokenizer.backend_tokenizer.post_processor = (
-    tokenizers.processors.TemplateProcessing(
-      single=template, special_tokens=specials
-    )
-  )
-  return tokenizer
-
+from tests import conftest
+from tests.text import toy_tokenizers
 
 WORDS = arithmetic.word_tokenizer()
-BYTES = _byte_level_bpe()
-PIECES = _metaspace()
+BYTES = toy_tokenizers.byte_level_bpe()
+PIECES = toy_tokenizers.metaspace()
 
 
 class RequireTokensTest(parameterized.TestCase):
   def test_complete(self):
     tokens.require_tokens(WORDS, eos=True, pad=True, text="10+9*8=")
-    tokens.require_tokens(BYTES, text="".join(TEXTS))
+    tokens.require_tokens(BYTES, text="".join(toy_tokenizers.TEXTS))
     tokens.require_tokens(PIECES, text="12 = b")
 
   def test_missing(self):
@@ -124,7 +58,7 @@ class RequireTokensTest(parameterized.TestCase):
       tokens.require_tokens(words, text="(end)start(xy)(xy)")
 
   def test_unknown_token_is_no_way_to_write(self):
-    lossy = _metaspace(byte_fallback=False)
+    lossy = toy_tokenizers.metaspace(byte_fallback=False)
     with self.assertRaisesRegex(ValueError, "lacks a way to write 'z'"):
       tokens.require_tokens(lossy, text="bz")
 
@@ -166,10 +100,10 @@ class EncodePromptsTest(parameterized.TestCase):
     self.assertEqual(ids, [expected])
 
   def test_truncate_without_start_token(self):
-    whole = BYTES.encode(TEXTS[0])
+    whole = BYTES.encode(toy_tokenizers.TEXTS[0])
     with self.assertLogs("absl", logging.WARNING) as logs:
       ids = tokens.encode_prompts(
-        BYTES, [TEXTS[0], "x"], max_length=4, truncate="left"
+        BYTES, [toy_tokenizers.TEXTS[0], "x"], max_length=4, truncate="left"
       )
     self.assertEqual(ids[0], whole[-4:])
     self.assertIn("1 of 2 prompts were cut on the left to 4", logs.output[0])
@@ -183,13 +117,15 @@ class EncodePromptsTest(parameterized.TestCase):
       tokens.encode_prompts(WORDS, ["1+1=", "100+1="], max_length=5)
 
   def test_unknown_tokens_are_counted(self):
-    lossy = _metaspace(byte_fallback=False)
+    lossy = toy_tokenizers.metaspace(byte_fallback=False)
     with self.assertLogs("absl", logging.WARNING) as logs:
       tokens.encode_prompts(lossy, ["b", "z", "bz"], max_length=9)
     self.assertIn("2 of 3 prompts hold the unknown token", logs.output[0])
 
   def test_end_token_behind_prompts(self):
-    ending = _ending(arithmetic.word_tokenizer(), "<bos> $A <eos>")
+    ending = toy_tokenizers.ending(
+      arithmetic.word_tokenizer(), "<bos> $A <eos>"
+    )
     with self.assertRaisesRegex(ValueError, "puts an end token after"):
       tokens.encode_prompts(ending, ["1+1="], max_length=9)
     # In the text itself it is the user's choice.
@@ -251,17 +187,6 @@ class EncodePairsTest(parameterized.TestCase):
     self.assertEqual(BYTES.decode(prompt_ids + response_ids), prompt + response)
 
 
-class SingleIdTest(parameterized.TestCase):
-  def test_one_token(self):
-    self.assertEqual(tokens.single_id(WORDS, "="), 102)
-    self.assertEqual(tokens.single_id(WORDS, "12"), 12)
-
-  @parameterized.parameters(("", 0), ("1=", 2))
-  def test_another_number(self, text, number):
-    with self.assertRaisesRegex(ValueError, f"'{text}' is {number} tokens"):
-      tokens.single_id(WORDS, text)
-
-
 class DecodeTest(parameterized.TestCase):
   def test_hand_computed(self):
     ids = np.array([[30, 104, 7], [20, 100, 10], [108, 106, 5], [1, 2, 3]])
@@ -290,212 +215,6 @@ class DecodeTest(parameterized.TestCase):
       tokens.decode(WORDS, ids, ids)
     with self.assertRaisesRegex(ValueError, r"\(2, 3\) and bool \(3, 2\)"):
       tokens.decode(WORDS, ids, np.ones((3, 2), np.bool_))
-
-
-class EndTokensTest(parameterized.TestCase):
-  TEMPLATE = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|turn|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-  )
-
-  def _tokenizer(self, template=TEMPLATE):
-    tokenizer = _byte_level_bpe()
-    tokenizer.add_special_tokens(
-      {"additional_special_tokens": ["<|start|>", "<|turn|>"]}
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-  def test_the_end_of_a_turn(self):
-    tokenizer = self._tokenizer()
-    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
-    self.assertEqual(tokens.turn_end(tokenizer), turn)
-    eos = tokenizer.eos_token_id
-    self.assertEqual(tokens.stop_ids(tokenizer), (eos, turn))
-    self.assertEqual(
-      tokens.stop_ids(tokenizer, (7, eos), None, 9), (eos, turn, 7, 9)
-    )
-    self.assertIsNone(tokens.turn_end(self._tokenizer(None)))
-
-  @parameterized.parameters(
-    "{{ raise_exception('no') }}",
-    "{% for m in messages %}{{ m.role }}{% endfor %}",
-    "{% for m in messages %}{{ m.content }}\n{% endfor %}",
-    "{% for m in messages %}{{ m.content }}<think>{% endfor %}",
-    "{{",
-  )
-  def test_templates_without_one(self, template):
-    self.assertIsNone(tokens.turn_end(self._tokenizer(template)))
-
-  def test_a_config_may_have_the_only_end(self):
-    tokenizer = words_tokenizers.of_words(["a"], ".")
-    tokenizer.eos_token = None
-    self.assertEqual(tokens.stop_ids(tokenizer, [1, 2]), (1, 2))
-    with self.assertRaisesRegex(ValueError, r"an end token \(eos_token\)"):
-      tokens.stop_ids(tokenizer, None)
-
-  def test_rows_of_a_chat_end_in_the_end_of_a_turn(self):
-    tokenizer = self._tokenizer()
-    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
-    rows = [forms.Row("a", ("b",), None, None, None, "it:1", None)]
-    limits = {"max_prompt_length": 99, "max_response_length": 99}
-    pairs = {"pairs": [("a", "b")], "max_length": 99}
-    for prompt_format, end in (
-      ("chat", turn),
-      ("plain", tokenizer.eos_token_id),
-    ):
-      encoded = encoding.prepare(
-        tokenizer, rows, prompt_format=prompt_format, **limits
-      )
-      self.assertEqual(encoded.response_ids[0][0][-1], end)
-      ((_, response),) = prompts.encode_pairs(
-        tokenizer, prompt_format=prompt_format, **pairs
-      )
-      self.assertEqual(response[-1], end)
-      self.assertEqual(response.count(end), 1)
-
-  def test_named_ids(self):
-    tokenizer = self._tokenizer()
-    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
-    newline = tokenizer.encode("\n")
-    self.assertEqual(
-      tokens.named_ids(tokenizer, ["<|turn|>", "\n", "<think>", "7", "7"]),
-      (turn, *newline, tokenizer.convert_tokens_to_ids("<think>"), 7),
-    )
-    self.assertEqual(tokens.named_ids(tokenizer, []), ())
-    for name in ("<|none|>", "999999", "9" * 99, "", "漢", "-1"):
-      with self.assertRaisesRegex(ValueError, "tokens of|no token with the id"):
-        tokens.named_ids(tokenizer, [name])
-    with self.assertRaisesRegex(ValueError, "tokens of"):
-      tokens.named_ids(WORDS, ["neverseen"])
-
-  def test_ids_beyond_the_model(self):
-    with self.assertRaisesRegex(ValueError, "has the id 120, and the model"):
-      tokens.allowed_tokens(WORDS, 120, (104, 120))
-
-
-class SamplerSettingsTest(parameterized.TestCase):
-  def test_stop_and_pad_ids(self):
-    self.assertEqual(
-      (tokens.stop_ids(WORDS), tokens.pad_id(WORDS)), ((104,), 105)
-    )
-    # Without a padding token the end token fills rows; masks tell them apart.
-    self.assertEqual(tokens.pad_id(BYTES), BYTES.eos_token_id)
-    bare = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=WORDS.backend_tokenizer
-    )
-    self.assertEqual(tokens.pad_id(bare), 0)
-    with self.assertRaisesRegex(ValueError, "lacks an end token"):
-      tokens.stop_ids(bare)
-
-  def test_allowed_tokens(self):
-    allowed = tokens.allowed_tokens(WORDS, 109)
-    np.testing.assert_array_equal(allowed, np.arange(109) < 103)
-    ending = tokens.allowed_tokens(WORDS, 109, stop_ids=[104])
-    np.testing.assert_array_equal(np.flatnonzero(ending != allowed), [104])
-    with self.assertRaisesRegex(ValueError, "largest id 105, got 105"):
-      tokens.allowed_tokens(WORDS, 105)
-
-  def test_allowed_tokens_counts_added_special_tokens(self):
-    tokenizer = _byte_level_bpe()
-    tokenizer.add_tokens(["<tool>"], special_tokens=True)
-    allowed = tokens.allowed_tokens(tokenizer, len(tokenizer))
-    token_id = tokenizer.convert_tokens_to_ids
-    self.assertFalse(allowed[token_id("<tool>")])
-    self.assertTrue(allowed[token_id("<think>")])
-    self.assertFalse(allowed[tokenizer.eos_token_id])
-    self.assertEqual(tokens.token_bytes(tokenizer)[token_id("<tool>")], b"")
-
-  def test_check_positions(self):
-    tokens.check_positions(64, 64)
-    with self.assertRaisesRegex(ValueError, "up to 65 tokens .* 64 positions"):
-      tokens.check_positions(65, 64)
-
-
-class TokenBytesTest(parameterized.TestCase):
-  def _check(self, tokenizer, texts):
-    contributions = tokens.token_bytes(tokenizer)
-    for text in texts:
-      ids = tokenizer.encode(text)
-      expected = tokenizer.decode(
-        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-      )
-      joined = b"".join(contributions[i] for i in ids).decode("utf-8")
-      self.assertEqual(joined.lstrip(" "), expected.lstrip(" "))
-      self.assertEqual(expected.strip(), text.strip())
-
-  def test_byte_level(self):
-    self._check(BYTES, (*TEXTS, "say <think> a b aa bb"))
-    contributions = tokens.token_bytes(BYTES)
-    self.assertEqual(contributions[BYTES.eos_token_id], b"")
-    self.assertEqual(
-      contributions[BYTES.convert_tokens_to_ids("<think>")], b"<think>"
-    )
-    self.assertEqual(contributions[BYTES.convert_tokens_to_ids("a b")], b"a b")
-    singles = [piece for piece in contributions if len(piece) == 1]
-    self.assertLen(set(singles), 256)
-
-  def test_byte_fallback(self):
-    self._check(PIECES, TEXTS)
-    contributions = tokens.token_bytes(PIECES)
-    self.assertEqual(contributions[:4], [b"", b"", b"", b"\0"])
-    self.assertEqual(contributions[3 + 0xFF], b"\xff")
-    self.assertEqual(contributions[3 + 256 : 3 + 258], [b" ", b" a"])
-
-  def test_words(self):
-    contributions = tokens.token_bytes(WORDS, vocab_size=109)
-    self.assertLen(contributions, 109)
-    self.assertEqual(contributions[99:103], [b"99", b"+", b"*", b"="])
-    self.assertEqual(contributions[103:], [b""] * 6)
-
-  @hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"])))
-  def test_any_text(self, text):
-    hypothesis.assume("<|end|>" not in text)
-    contributions = tokens.token_bytes(BYTES)
-    joined = b"".join(contributions[i] for i in BYTES.encode(text))
-    self.assertEqual(joined.decode("utf-8"), text)
-
-  def test_single_ids_decode_alike(self):
-    contributions = tokens.token_bytes(BYTES)
-    for token_id, piece in enumerate(contributions):
-      self.assertEqual(
-        piece.decode("utf-8", errors="replace"),
-        BYTES.decode([token_id], skip_special_tokens=True),
-      )
-
-  def test_stories(self):
-    folder = conftest.shared("data/models/stories260k")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    self._check(tokenizer, TEXTS)
-    contributions = tokens.token_bytes(tokenizer)
-    self.assertEqual(contributions[3 + 0x0A], b"\n")
-    self.assertEqual(contributions[:3], [b""] * 3)
-
-  def test_real_texts(self):
-    folder = conftest.shared("data/models/stories260k")
-    rows = files.load_rows(
-      "data/sentiment", "test", data_dir=folder.parent.parent.parent
-    )
-    texts = [
-      next(v for v in row.values() if isinstance(v, str)) for row in rows
-    ]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for each in (tokenizer, BYTES):
-      self._check(each, texts[:300])
-
-  def test_bad_input(self):
-    with self.assertRaisesRegex(ValueError, "largest id 105, got 105"):
-      tokens.token_bytes(WORDS, vocab_size=105)
-    other = arithmetic.word_tokenizer()
-    other.backend_tokenizer.decoder = tokenizers.decoders.WordPiece()
-    with self.assertRaisesRegex(ValueError, "decoder 'WordPiece'"):
-      tokens.token_bytes(other)
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
-    blanks = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-    with self.assertRaisesRegex(ValueError, "has no decoder"):
-      tokens.token_bytes(blanks)
-    with self.assertRaisesRegex(ValueError, "needs a fast tokenizer, got"):
-      tokens.token_bytes(object())
 
 
 class ImportTest(parameterized.TestCase):

@@ -47,9 +47,7 @@ class GuardedTest(parameterized.TestCase):
       optax.clip_by_global_norm(1.0),
       optax.adamw(0.1, b1=0.5, weight_decay=0.01),
     )
-    params, state, metrics = self.step(
-      optimizers.adamw(10, **ADAMW), self.grads
-    )
+    params, state, metrics = self.step(optimizers.make(10, **ADAMW), self.grads)
     updates, inner = plain.update(
       self.grads, plain.init(self.params), self.params
     )
@@ -73,7 +71,7 @@ class GuardedTest(parameterized.TestCase):
     ("parameter", {"rate": np.inf}, {}),
   )
   def test_an_update_that_is_not_finite_changes_no_bit(self, how, metrics):
-    transform = optimizers.adamw(10, **ADAMW)
+    transform = optimizers.make(10, **ADAMW)
     _, state, _ = self.step(transform, self.grads)
     grads = dict(self.grads)
     if "grad" in how:
@@ -95,7 +93,7 @@ class GuardedTest(parameterized.TestCase):
 
   def test_other_metrics_may_be_anything(self):
     metrics = {"nll/loss": jnp.float32(1), "nll/perplexity": jnp.float32("inf")}
-    _, _, found = self.step(optimizers.adamw(10, **ADAMW), self.grads, metrics)
+    _, _, found = self.step(optimizers.make(10, **ADAMW), self.grads, metrics)
     self.assertEqual(found["updates/skipped"], 0)
 
   def test_as_any_optimizer_of_optax(self):
@@ -223,7 +221,7 @@ class RunTest(parameterized.TestCase):
 
   def train(self, run, bad=(), values=None, kill_at=None, start=4.0):
     """Trains 12 steps, of which those in `bad` learn from NaN."""
-    transform = optimizers.adamw(12, learning_rate=0.5)
+    transform = optimizers.make(12, learning_rate=0.5)
     state = run.restore(
       {"w": jnp.float32([start, -2.0])}, (), optimizer=transform
     )

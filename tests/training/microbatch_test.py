@@ -150,6 +150,16 @@ class GradTest(parameterized.TestCase):
     chex.assert_trees_all_equal(found, jax.tree.map(jnp.zeros_like, params))
     self.assertEqual(metrics["loss"], 0.0)
 
+  def test_sums_of_bfloat16_gradients_are_float32(self):
+    # 256 + 1 + 1 is 258, which has a bfloat16; 256 + 1 has none.
+    batch = {"x": jnp.array([256.0, 1.0, 1.0], jnp.bfloat16)}
+    params = {"w": jnp.ones((), jnp.bfloat16)}
+    loss_fn = lambda params, batch: (params["w"] * batch["x"].sum(), {})
+    gradient = microbatch.grad(loss_fn, 3, adds_up=True)
+    grads, _ = gradient(params, batch)
+    self.assertEqual(grads["w"].dtype, jnp.float32)
+    self.assertEqual(float(grads["w"]), 258.0)
+
   def test_devices_share_every_part(self):
     mesh = meshes.make("data:4,fsdp:2")
     sharding = meshes.batch_sharding(mesh)

@@ -103,7 +103,7 @@ class AdamWTest(absltest.TestCase):
 
   def updates(self, grads, params=None, num_updates=10, **settings):
     """The updates that follow gradients, one after the other."""
-    transform = optimizers.adamw(num_updates, **settings)
+    transform = optimizers.make(num_updates, **settings)
     params = jnp.zeros(2) if params is None else params
     state, found = transform.init(params), []
     for grad in grads:
@@ -160,9 +160,97 @@ class AdamWTest(absltest.TestCase):
       found[:, 0], [0.0, -0.8, -0.8 * 2 / 3, -0.8 / 3], rtol=1e-5, atol=1e-7
     )
 
+  def test_unknown_optimizer(self):
+    with self.assertRaisesRegex(ValueError, "adafactor, muon, got 'lion'"):
+      optimizers.make(3, name="lion", learning_rate=0.1)
+
   def test_unknown_schedule(self):
     with self.assertRaisesRegex(ValueError, "schedule must be one of"):
-      optimizers.adamw(3, learning_rate=0.1, kind="step")
+      optimizers.make(3, learning_rate=0.1, kind="step")
+
+
+class AdafactorTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(jax.numpy_dtype_promotion("standard"))
+    # A product of a column and a row: its factors hold all of its square.
+    column, row = np.arange(1.0, 129.0)[:, None], np.arange(2.0, 130.0)[None]
+    self.grads = {"kernel": jnp.float32(column * -row), "bias": jnp.ones(4)}
+    self.params = jax.tree.map(lambda x: 2 * jnp.ones_like(x), self.grads)
+
+  def updates(self, **settings):
+    transform = optimizers.make(
+      10, name="adafactor", learning_rate=0.1, **settings
+    )
+    state = transform.init(self.params)
+    return transform.update(self.grads, state, self.params)
+
+  def test_first_step(self):
+    # At the first step the moments are those of the gradient itself, so that
+    # it is its sign, whose root mean square is 1: nothing is clipped.
+    updates, state = self.updates()
+    np.testing.assert_allclose(updates["kernel"], 0.1, rtol=1e-4)
+    np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-4)
+    sizes = [x.size for x in jax.tree.leaves(state.inner)]
+    # Of the matrix a row and a column; all of the bias, and scalars.
+    self.assertLess(sum(sizes), 128 + 128 + 4 + 10)
+
+  def test_weight_decay_is_decoupled(self):
+    updates, _ = self.updates(weight_decay=0.5)
+    np.testing.assert_allclose(
+      updates["kernel"], 0.1 - 0.1 * 0.5 * 2.0, atol=1e-5
+    )
+
+
+class MuonTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(jax.numpy_dtype_promotion("standard"))
+
+  def first_step(self, params):
+    transform = optimizers.make(10, name="muon", learning_rate=0.1)
+    keys = jax.random.split(jax.random.key(0), 4)
+    grads = jax.tree.unflatten(
+      jax.tree.structure(params),
+      [
+        jax.random.normal(key, x.shape)
+        for key, x in zip(keys, jax.tree.leaves(params), strict=False)
+      ],
+    )
+    return transform.update(grads, transform.init(params), params), grads
+
+  @parameterized.parameters(
+    ((16, 24),), ((24, 16),), ((3, 16, 24),), ((3, 24, 16),)
+  )
+  def test_matrices_of_blocks_become_orthogonal(self, shape):
+    params = {"policy": {"layers_0": {"mlp": {"kernel": jnp.zeros(shape)}}}}
+    (updates, state), grads = self.first_step(params)
+    found = jax.tree.leaves(updates)[0]
+    singular = np.linalg.svd(found, compute_uv=False)
+    # Five iterations leave the singular values between 0.7 and 1.2, times the
+    # learning rate and 0.2 sqrt(24); the root mean square is 0.02.
+    scale = 0.1 * 0.2 * np.sqrt(24)
+    self.assertTrue((singular > 0.6 * scale).all(), singular / scale)
+    self.assertTrue((singular < 1.3 * scale).all(), singular / scale)
+    # Against the gradient.
+    self.assertLess((found * jax.tree.leaves(grads)[0]).sum(), 0)
+    # One moment; counts aside.
+    sizes = sum(x.size for x in jax.tree.leaves(state.inner))
+    self.assertLess(sizes, np.prod(shape) + 10)
+
+  def test_the_rest_takes_adamw(self):
+    params = {
+      "embed_tokens": {"embedding": jnp.zeros((8, 4))},
+      "layers_0": {"norm": {"scale": jnp.ones(4)}},
+      "lm_head": {"kernel": jnp.zeros((4, 8))},
+      "value": {"kernel": jnp.zeros((4, 1))},
+    }
+    (updates, _), grads = self.first_step(params)
+    # The first step of Adam is the sign of the gradient.
+    for update, grad in zip(
+      jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True
+    ):
+      np.testing.assert_allclose(update, -0.1 * np.sign(grad), rtol=1e-4)
 
 
 if __name__ == "__main__":

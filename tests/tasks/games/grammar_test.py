@@ -13,7 +13,11 @@ from rljax.generation import decode, grammars
 from rljax.ops import sampling
 from rljax.tasks import games, tokenizers
 from rljax.tasks.games import rules
-from rljax.text import batches, tokens
+from rljax.text import (
+  batches,
+  tokens,
+  vocabularies,
+)
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(
@@ -131,7 +135,9 @@ class SampleTest(absltest.TestCase):
       model=tiny.model(config),
       max_length=64,
       settings=sampling.Settings(),
-      allowed=jnp.asarray(tokens.allowed_tokens(_tokenizer(), 384, (end,))),
+      allowed=jnp.asarray(
+        vocabularies.allowed_tokens(_tokenizer(), 384, (end,))
+      ),
       stop_ids=(end,),
       num_samples=2,
     )

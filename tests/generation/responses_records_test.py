@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from rljax.generation import rollouts, samplers
+from rljax.generation import responses, rollouts
 from rljax.ops import sampling
 from tests import stand_in
 
@@ -36,13 +36,13 @@ class RecordsTest(absltest.TestCase):
   def test_records_hold_what_offline_scripts_read(self):
     params = stand_in.random_params(np.random.default_rng(0))
     rollout = _rollout(stand_in.model(), params, stop_ids=(3,), pad_id=3)
-    samples = samplers.Samples(
+    samples = responses.Samples(
       rollout=rollout,
       prompts=[f"p{i}" for i in range(6)],
       texts=[f"r{i}" for i in range(6)],
       scores=np.arange(6.0),
       parts=[{"is_correct": True}] * 6,
-      settings=samplers.Settings(max_length=4, top_k=3),
+      settings=responses.Settings(max_length=4, top_k=3),
       policy_step=7,
       tokenizer=None,
     )

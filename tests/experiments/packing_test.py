@@ -1,0 +1,161 @@
+"""--packed_length and --stream, in scripts that are run as a user runs them."""
+
+import functools
+import shutil
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from rljax.tasks import word_lists
+from rljax.text import files
+from tests import scripts
+
+SFT = "experiments/sft.py"
+SHAPE = (
+  *("--batch_size=8", "--steps=4", "--save_every=2", "--eval_every=100"),
+  # What is rounding in a gradient of 0 must not become a step.
+  *("--learning_rate=1e-3", "--adam_epsilon=1e-4"),
+)
+DATA = (
+  *("--task=word_lists", "--task_options=num=32"),
+  *("--max_prompt_length=8", "--max_response_length=12"),
+)
+LOG = (*DATA, *SHAPE, "--num_dev_prompts=8", "--sample_batch_size=8")
+# One micro-batch and two; the devices share the rows.
+PACKED = ("--packed_length=48", "--mesh=data:2", "--micro_batch_size=4")
+RUNS = {
+  "sft": (SFT, "--policy={}", "--task=word_lists", *SHAPE),
+  "r_lol": (
+    *("experiments/offline.py", "--policy={}", "--algorithm=r_lol", *LOG),
+    "--scale_steps=false",
+  ),
+  "dpo": ("experiments/preference.py", "--policy={}", *LOG),
+  "kto": (
+    *("experiments/preference.py", "--policy={}", "--algorithm=kto"),
+    *("--undesirable_weight=0.01", *LOG),
+  ),
+  "pairwise": (
+    *("experiments/outcome_reward_model.py", "--policy={}", *DATA, *SHAPE),
+    "--num_eval_rows=16",
+  ),
+}
+
+
+def setUpModule():
+  scripts.without_pictures()
+
+
+def tearDownModule():
+  scripts.remove_scratch()
+
+
+@functools.cache
+def _policy():
+  workdir = scripts.scratch() / "policy"
+  scripts.run(
+    *(SFT, workdir, "--task=word_lists", "--steps=10", "--num_layers=1"),
+    *("--hidden_size=32", "--max_positions=32", "--learning_rate=3e-3"),
+    "--num_eval_prompts=16",
+  )
+  return workdir
+
+
+@functools.cache
+def _runs(name):
+  """Folders of the run without packing, and with it, whose checks passed."""
+  script, *flags = RUNS[name]
+  flags = [flag.format(_policy()) for flag in flags]
+  plain, packed = (scripts.scratch() / f"{name}-{x}" for x in ("plain", "rows"))
+  errors = scripts.drive(
+    script,
+    [
+      [plain, *flags],
+      [packed, *flags, *PACKED, "--preflight=strict"],
+    ],
+    devices=2,
+  )
+  assert errors == [None, None], errors
+  return plain, packed
+
+
+class PackedLengthTest(parameterized.TestCase):
+  @parameterized.parameters(*RUNS)
+  def test_learns_the_same(self, name):
+    plain, packed = _runs(name)
+    self.assertLess(scripts.largest_gap(plain, packed), scripts.ROUNDING)
+    losses = [
+      [x for row in scripts.rows(run) for k, x in row.items() if "loss" in k]
+      for run in (plain, packed)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4, atol=1e-5)
+    self.assertGreater(np.ptp(losses[0]), 1e-4)  # Something is learnt.
+
+  def test_goes_on_bit_for_bit(self):
+    _, packed = _runs("sft")
+    again = scripts.scratch() / "again"
+    shutil.copytree(packed, again)
+    shutil.rmtree(again / "checkpoints" / "4")
+    script, *flags = RUNS["sft"]
+    flags = [flag.format(_policy()) for flag in flags]
+    run = [again, *flags, *PACKED, "--preflight=strict"]
+    self.assertEqual(scripts.drive(script, [run], devices=2), [None])
+    self.assertEqual(scripts.fingerprint(packed), scripts.fingerprint(again))
+
+  def test_rows_that_are_too_short(self):
+    script, *flags = RUNS["sft"]
+    flags = [flag.format(_policy()) for flag in flags]
+    (error,) = scripts.drive(
+      script, [[scripts.scratch() / "short", *flags, "--packed_length=4"]]
+    )
+    self.assertRegex(error, "--packed_length=4 is less than the [0-9]+ tokens")
+
+
+def _write(path, num):
+  pairs = word_lists.supervised("train", 0, num=num)
+  files.write_jsonl(path, [{"prompt": p, "response": r} for p, r in pairs])
+
+
+class StreamTest(parameterized.TestCase):
+  def test_goes_on_bit_for_bit(self):
+    path = scripts.scratch() / "rows.jsonl"
+    _write(path, 60)
+    flags = [
+      *(f"--policy={_policy()}", f"--data={path}", "--stream"),
+      *("--stream_buffer=16", "--num_eval_prompts=8", "--eval_share=0.2"),
+      *("--max_prompt_length=12", "--max_response_length=20", *SHAPE),
+      *("--too_long=skip", "--packed_length=32", "--preflight=strict"),
+      *("--steps=10", "--save_every=4"),
+    ]
+    whole, again = (scripts.scratch() / f"stream-{i}" for i in range(2))
+    self.assertEqual(scripts.drive(SFT, [[whole, *flags]]), [None])
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "10")
+    self.assertEqual(scripts.drive(SFT, [[again, *flags]]), [None])
+    self.assertEqual(scripts.fingerprint(whole), scripts.fingerprint(again))
+    one, two = (scripts.rows(folder)[-4:] for folder in (whole, again))
+    self.assertEqual(scripts.steady(one), scripts.steady(two))
+    self.assertGreaterEqual(one[-2]["data/epoch"], 1)
+
+  def test_bad_input(self):
+    path = scripts.scratch() / "few.jsonl"
+    _write(path, 40)
+    cases = [
+      (["--task=word_lists", "--stream"], "--stream reads a file"),
+      (
+        [f"--data={path}", "--stream", "--packed_length=9"],
+        "must be 32 or more",
+      ),
+    ]
+    runs = [
+      [
+        *(scripts.scratch() / f"bad-{i}", f"--policy={_policy()}", *flags),
+        *("--max_prompt_length=12", "--max_response_length=20"),
+      ]
+      for i, (flags, _) in enumerate(cases)
+    ]
+    for error, (_, words) in zip(scripts.drive(SFT, runs), cases, strict=True):
+      self.assertRegex(str(error), words)
+
+
+if __name__ == "__main__":
+  absltest.main()
