@@ -51,7 +51,6 @@ cli.define_run(save_every=500)
 cli.define_task(num_prompts=300, num_eval_prompts=100, eval_split="validation")
 cli.define_prompts()
 cli.define_models(policy="Language model that samples in round 1.")
-cli.define_lora()
 cli.define_sampler(max_length=256, num_samples=16, sample_batch_size=16)
 cli.define_reward_model("Classifier for --filter=reward_model and both.")
 cli.define_batches(64, epochs=8)
@@ -121,8 +120,7 @@ def main():
 
   # Models: the policy samples in round 1; fits start from the base.
   loaded = cli.load_policy(FLAGS)
-  base = cli.load_like(FLAGS, "base", loaded)
-  first = base if FLAGS.restart else loaded  # What the first fit starts from.
+  base = cli.load_like(FLAGS, "base", loaded) if FLAGS.restart else loaded
   policy, tokenizer = loaded.model, loaded.tokenizer
   rules = hf.partition_rules(policy, run.mesh)
 
@@ -191,7 +189,7 @@ def main():
     )
     return {"params": params, "optimizer": optimizer_state}, metrics
 
-  run.expect({"policy": first.params}, rules, optimizer=transform)
+  run.expect({"policy": base.params}, rules, optimizer=transform)
   update = run.compile(update, returns_state=True)
 
   def fit(number, rows, start):
@@ -204,7 +202,7 @@ def main():
     rates = optimizers.schedule(num_updates, **cli.schedule_options(FLAGS))
     about = {"fit/start": checkpoint.fingerprint(start)}
     with run.part(
-      f"rounds/{number}", first.model, tokenizer, total_steps=num_updates
+      f"rounds/{number}", base.model, tokenizer, total_steps=num_updates
     ) as part:
       state = part.restore({"policy": start}, rules, optimizer=transform)
       losses = part.meta.get("losses", [])
@@ -235,7 +233,7 @@ def main():
     if not number:
       return run.place(loaded.params, rules)
     params = checkpoint.restore_params(rounds.path(number))["policy"]
-    return run.place(lora.with_learnt(first.params, params), rules)
+    return run.place(lora.with_learnt(base.params, params), rules)
 
   def one_round(number, sampled_by):
     """Samples, keeps and fits; the new policy, and the round in numbers."""
@@ -269,9 +267,7 @@ def main():
     data = [{key: row[key] for key in ("prompt", "response")} for row in data]
     path = rounds.path(number, "data.jsonl")
     processes.from_first(lambda: files.write_jsonl(path, data))
-    start = base.params
-    if not FLAGS.restart:
-      start = lora.map_learnt(jnp.copy, sampled_by)
+    start = base.params if FLAGS.restart else lora.copied(sampled_by)
     fitted, metrics = fit(number, data, start)
     return fitted, {
       "rollouts": rounds.finished[-1]["rollouts"] + len(samples),
@@ -310,7 +306,7 @@ def main():
           program.freeze()
 
     best = rounds.best("eval/is_correct")
-    model = first.model if best else policy
+    model = base.model if best else policy
     with run.part("best", model, tokenizer, total_steps=best) as part:
       part.save(best, {"params": {"policy": restore(best)}}, round=best)
     shown = ("rollouts", *COLUMNS)

@@ -37,7 +37,6 @@ from rljax.training import microbatch, optimizers, preflight, runs
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
 cli.define_task(num_prompts=131_072, num_eval_prompts=512)
 cli.define_models()
-cli.define_lora()
 cli.define_sampler(max_length=256, num_samples=1, online=True)
 cli.define_reward_terms()
 cli.define_prompts("reward_model")

@@ -60,7 +60,6 @@ cli.define_run(
 cli.define_task(num_prompts=2000, num_eval_prompts=200, eval_split="validation")
 cli.define_prompts(solutions=True)
 cli.define_models()
-cli.define_lora()
 cli.define_sampler(
   max_length=256,
   num_samples=5,

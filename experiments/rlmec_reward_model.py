@@ -46,7 +46,6 @@ cli.define_run(steps=0, epochs=3.0, save_every=500, eval_every=250)
 cli.define_task(num_prompts=2000)
 cli.define_prompts(solutions=True)
 cli.define_models(policy="Language model that writes the samples.")
-cli.define_lora()
 cli.define_sampler(
   max_length=256,
   num_samples=5,

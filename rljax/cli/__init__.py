@@ -20,7 +20,7 @@ A default that differs from script to script is an argument of the group. This
 is the one room of the library that knows flags by their names.
 """
 
-from rljax.cli.adapters import adapt, define_lora, refuse_random
+from rljax.cli.adapters import refuse_random
 from rljax.cli.data import (
   define_cache,
   define_dev,
@@ -128,7 +128,6 @@ SCRIPTS_CHOOSE = frozenset(
 
 __all__ = (
   "SCRIPTS_CHOOSE",
-  "adapt",
   "batch_sizes",
   "check",
   "check_read",
@@ -144,7 +143,6 @@ __all__ = (
   "define_lengths",
   "define_held_out",
   "define_log",
-  "define_lora",
   "define_models",
   "define_max_skipped",
   "define_optimizer",

@@ -13,11 +13,11 @@ flags.disclaim_key_flags()
 _OF_ADAPTERS = ("lora_alpha", "lora_targets", "lora_rslora")
 
 
-def define_lora(*, adapters: bool = True) -> None:
+def define_lora(*, learns: bool = True) -> None:
   """Defines adapters beside frozen weights.
 
   Args:
-    adapters: whether the script trains a model; else it may only hold its
+    learns: whether the script trains a model; else it may only hold its
       weights as one does that trains adapters.
   """
   flags.DEFINE_enum(
@@ -28,7 +28,7 @@ def define_lora(*, adapters: bool = True) -> None:
     "bfloat16 (half the memory) or int8 (the dense layers of the blocks in a "
     "quarter, the rest in bfloat16).",
   )
-  if not adapters:
+  if not learns:
     return
   flags.DEFINE_integer(
     "lora_rank",

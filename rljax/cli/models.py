@@ -20,13 +20,14 @@ def define_models(
   remat: bool = True,
   logits: bool = True,
 ) -> None:
-  """Defines the policy and how models compute.
+  """Defines the policy, its LoRA adapters, and how models compute.
 
   Args:
     policy: what --policy is to the script, as a sentence; None: it starts as
       this model.
     required: whether it must be named; else it may be empty.
-    remat: whether the script has a backward pass.
+    remat: whether the script has a backward pass, for which it loads the
+      policy by `load_policy`.
     logits: see `define_compute`.
   """
   flags.DEFINE_string(
@@ -38,6 +39,7 @@ def define_models(
     + ("." if required else "; empty for random weights."),
     required=required,
   )
+  adapters.define_lora(learns=remat)
   define_compute(remat=remat, logits=logits)
 
 

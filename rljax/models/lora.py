@@ -419,10 +419,10 @@ def with_learnt(tree: Tree, learnt: Tree) -> Tree:
   return join(learnt, split(tree)[1])
 
 
-def map_learnt(function: Callable[[Any], Any], tree: Tree) -> Tree:
-  """Maps what learns of a tree, and leaves the frozen arrays as they are."""
+def copied(tree: Tree) -> Tree:
+  """Copies what learns of a tree, and leaves the frozen arrays as they are."""
   learnt, frozen = split(tree)
-  return join(jax.tree.map(function, learnt), frozen)
+  return join(jax.tree.map(jnp.copy, learnt), frozen)
 
 
 def without_adapters(tree: Tree) -> Tree:
