@@ -130,11 +130,7 @@ def main():
   if FLAGS.algorithm == "nll" and priority() != "none":
     needed = ("advantages",)  # The filter without the weight.
   known = cli.load_known(
-    FLAGS,
-    log,
-    loaded,
-    needed,
-    run.mesh,
+    *(FLAGS, log, loaded, needed, run.mesh),
     reader=f"--algorithm={FLAGS.algorithm}",
     firsts_alone=priority() != "all_priority",
   )
@@ -163,15 +159,13 @@ def main():
       for number in (FLAGS.steps, FLAGS.eval_every)
     )
 
-  draw = lambda step: draws.draw(FLAGS.batch_size, step)
+  place = lambda replies: np.unravel_index(replies, shares.shape)  # In N x K.
+  draw = lambda step: place(draws.draw(FLAGS.batch_size, step))
+  pack = cli.packer(FLAGS, run, sizes, log.encoded, draw)
 
-  def batch_of(replies):
-    """The logged replies of these numbers, N x K of them in all."""
-    at = np.unravel_index(replies, shares.shape)
+  def batch_of(at):
+    """The logged replies at these places."""
     return log.batch(*at) | {name: x[at] for name, x in known.items()}
-
-  place_of = lambda step: np.unravel_index(draw(step), shares.shape)
-  pack = cli.packer(FLAGS, run, sizes, log.encoded, place_of)
 
   # What is differentiated.
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
@@ -239,7 +233,7 @@ def main():
   update = run.compile(update, returns_state=True)
   selection.by_loss(
     lambda params, batch: loss_fn(params, batch)[1],
-    lambda rows: batch_of(held_out[rows]),
+    lambda rows: batch_of(place(held_out[rows])),
     len(held_out),
   )
 
@@ -254,10 +248,9 @@ def main():
     """A page of logged replies from all over the log, and their weights."""
     drawable = np.flatnonzero(shares)
     watched = token_pages.spread(drawable, FLAGS.num_page_samples)
-    batch = batch_of(watched)
+    batch = batch_of(at := place(watched))
     weigh_rows = functools.partial(weigh, state["params"])
     weights = meshes.map_batches(weigh_rows, batch, sizes.micro_batch, run.mesh)
-    at = np.unravel_index(watched, shares.shape)
     facts = {name: x for name, x in batch.items() if x.ndim == 1}
     run.page(
       f"{FLAGS.algorithm}: logged replies after {step} updates",

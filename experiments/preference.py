@@ -151,12 +151,9 @@ def main():
   by_reward, threshold = order() == "reward", FLAGS.kto_threshold
   if is_kto and all(row.form == "labelled completions" for row in log.rows):
     threshold = threshold or 0.5  # Their labels are 1 and 0.
+  needed = ["rewards"] if by_reward or threshold is not None else []
   known = cli.load_known(
-    FLAGS,
-    log,
-    loaded,
-    ["rewards"] if by_reward or threshold is not None else [],
-    run.mesh,
+    *(FLAGS, log, loaded, needed, run.mesh),
     reader="--order=reward" if by_reward else "--kto_threshold",
     own_rewards=is_pro,
   )
@@ -171,15 +168,12 @@ def main():
     known |= cli.load_known(FLAGS, log, loaded, ["ref_log_probs"], run.mesh)
 
   draw = lambda step: compared.draw(FLAGS.batch_size, step, FLAGS.seed)
-
-  pack = cli.packer(
-    *(FLAGS, run, sizes, log.encoded),
-    lambda step: (compared.rows[draw(step), None], compared.ranks[draw(step)]),
-  )
+  places = lambda step: compared.at(draw(step))
+  pack = cli.packer(FLAGS, run, sizes, log.encoded, places)
 
   def batch_of(part, drawn):
     """Arrays `[B, K, ...]`; prompts stand before each of their replies."""
-    rows, candidates = at = part.rows[drawn, None], part.ranks[drawn]
+    rows, candidates = at = part.at(drawn)
     batch = log.batch(*at) | {name: x[at] for name, x in known.items()}
     if is_kto:
       batch["is_desirable"] = (
@@ -200,9 +194,7 @@ def main():
 
   def log_probs_of(params, batch):
     statistics, _ = rollouts.token_statistics(
-      policy,
-      params["policy"],
-      packed.texts(batch),
+      *(policy, params["policy"], packed.texts(batch)),
       temperature=1.0,
       chunk_size=chunk_size,
     )
@@ -344,10 +336,7 @@ def check_flags():
       "--pro_rewards=false with --order=logged."
     )
   if FLAGS.pro_mask == "published" and FLAGS.packed_length:
-    raise ValueError(
-      "--pro_mask=published scores padding, of which --packed_length leaves "
-      "none: use --packed_length=0."
-    )
+    raise ValueError("--pro_mask=published needs --packed_length=0, and pads.")
   if FLAGS.kto_threshold is not None and FLAGS.order:
     raise ValueError(
       f"--kto_threshold={FLAGS.kto_threshold} alone says which replies are "

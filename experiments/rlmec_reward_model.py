@@ -174,12 +174,7 @@ def main():
       policy=rewriters.identity(loaded),
     )
     taught = pipeline.rewrite(
-      folder,
-      "teacher",
-      sampled,
-      solutions,
-      teacher,
-      score,
+      *(folder, "teacher", sampled, solutions, teacher, score),
       progress=run.progress,
     )
   if run.is_stopped:

@@ -53,6 +53,10 @@ class Comparisons(NamedTuple):
         "that can be compared."
       )
 
+  def at(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows `[B, 1]` and candidates `[B, K]` of B comparisons."""
+    return self.rows[drawn, None], self.ranks[drawn]
+
   def draw(self, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Returns the numbers of a step's comparisons, see `batch_indices`."""
     return batches.batch_indices(len(self.rows), batch_size, step, seed=seed)
