@@ -193,9 +193,10 @@ def _narrow_dense(module: nn.Dense, x: Array, scale: Array) -> Array:
   """A dense layer with an int8 kernel: (x Q) * scale + bias."""
   dtype = module.dtype or x.dtype
   kernel = module.get_variable("params", "kernel")
-  y = (x.astype(dtype) @ kernel.astype(dtype)) * scale.astype(dtype)
+  one_row = lambda v: v.astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+  y = (x.astype(dtype) @ kernel.astype(dtype)) * one_row(scale)
   if module.use_bias:
-    y = y + module.get_variable("params", "bias").astype(dtype)
+    y = y + one_row(module.get_variable("params", "bias"))
   return y
 
 
@@ -482,7 +483,7 @@ def merged(tree: Tree, dtype: Any = jnp.float32) -> Tree:
         continue
       kernel = kernel.astype(jnp.float32)
       if scale is not None:
-        kernel = kernel * scale
+        kernel = kernel * scale[None]
       if a is not None:
         b = lora[*path, _B]
         kernel += node.scaling * jnp.matmul(a, b, precision="highest")
