@@ -485,8 +485,8 @@ def merged(tree: Tree, dtype: Any = jnp.float32) -> Tree:
       if scale is not None:
         kernel = kernel * scale[None]
       if a is not None:
-        b = lora[*path, _B]
-        kernel += node.scaling * jnp.matmul(a, b, precision="highest")
+        product = jnp.matmul(a, lora[*path, _B], precision="highest")
+        kernel = kernel + node.scaling * product
       base[*path, kind] = kernel.astype(dtype)
     return traverse_util.unflatten_dict(base)
 
