@@ -11,6 +11,7 @@ from rljax import export
 from rljax.models import hf
 from rljax.storage import checkpoint
 from tests import scripts
+from tests.experiments import reasoning_test, rlmec_test
 
 SFT = "experiments/sft.py"
 LORA = ("--lora_rank=2", "--learning_rate=1e-2")
@@ -24,14 +25,6 @@ WORDS = (
   *("--max_prompt_length=8", "--max_response_length=10"),
 )
 REPLIES = ("--num_dev_prompts=16", "--sample_batch_size=16")
-CHAINS = (
-  *("--task=chains", "--task_options=num_steps=1", "--num_prompts=20"),
-  *("--num_samples=2", "--sample_batch_size=8", "--max_length=16"),
-)
-MERGES = (
-  *("--task=merge_sums", "--num_prompts=16", "--num_eval_prompts=8"),
-  *("--max_length=16", "--sample_batch_size=4", "--batch_size=16"),
-)
 
 
 def setUpModule():
@@ -196,61 +189,46 @@ class ScriptsTest(absltest.TestCase):
     self.assertIn("embed_tokens", loaded.params["backbone"])
 
   def test_rewriting(self):
-    policy = _base(
+    policy = rlmec_test.policy()
+    wide = _base(
       "--task=chains",
       "--task_options=corpus=pretraining,num_steps=1",
       "--tokenizer=character",
       "--max_positions=96",
       "--num_examples=128",
     )
-    place = scripts.scratch()
-    stages = f"--stages={place / 'stages'}"
-    records = [*CHAINS, stages, "--num_held_out=2", "--batch_size=8"]
-    learn = [*CHAINS, *LORA, stages, "--batch_size=4", "--num_eval_prompts=8"]
+    few = [*LORA, "--steps=2", "--save_every=2", "--eval_every=2"]
+    records = [*rlmec_test.GRM_FLAGS, *few, f"--base={wide}"]
     self.run_all(
-      (
-        "grm",
-        "rlmec_reward_model",
-        policy,
-        [*records, *LORA, f"--base={policy}", "--steps=2"],
-      ),
-      (
-        "rlmec",
-        "rlmec",
-        policy,
-        [*learn, f"--reward_model={place / 'grm'}", "--steps=2"],
-      ),
+      ("grm", "rlmec_reward_model", policy, records),
+      ("rlmec", "rlmec", policy, [*rlmec_test.rlmec_flags(), *few]),
     )
     self.check("grm", "rlmec")
 
   def test_reasoning(self):
-    options = "num_terms=2,max_term=9"
-    base = _base(
-      "--task=merge_sums",
-      f"--task_options={options},corpus=pretraining,slot=true",
-      "--tokenizer=character",
-      "--max_positions=64",
-      "--num_examples=128",
-      "--num_eval_prompts=8",
-      "--batch_size=32",
-    )
-    task = [*MERGES, f"--task_options={options}", *LORA, f"--base={base}"]
-    rounds = [*task, "--example_options=slot=true", "--num_examples=8"]
-    rounds += ["--num_samples=2", "--rounds=2", "--epochs=1"]
+    short = reasoning_test.models(reasoning_test.SHORT)
+    long = reasoning_test.models(reasoning_test.LONG)
+    rounds = [*reasoning_test.TINY_EI, *LORA]
+    policy, base = (flag.partition("=")[2] for flag in short)
+    first, second = (flag.partition("=")[2] for flag in long)
     self.run_all(
-      ("ei", "expert_iteration", base, rounds),
-      ("kept", "expert_iteration", base, [*rounds, "--norestart"]),
+      ("ei", "expert_iteration", policy, [*rounds, f"--base={base}"]),
+      ("kept", "expert_iteration", policy, [*rounds, "--norestart"]),
       (
         "rcrl",
         "return_conditioned",
-        base,
-        [
-          *(*task, "--num_solutions=4", "--num_completions=1", "--epochs=1"),
-          *("--right_share=0", "--blank_slot"),
-        ],
+        first,
+        [*reasoning_test.TINY_RCRL, *LORA, f"--base={second}"],
       ),
     )
-    self.check("ei/rounds/2", "ei/best", "kept/rounds/2", "rcrl")
+    self.check("ei/rounds/2", "kept/rounds/2", "rcrl")
+    # Round 0 is the policy itself, which is beside another base.
+    hf.load(scripts.scratch() / "ei" / "best")
+    for name, of in (("ei", base), ("kept", policy), ("rcrl", second)):
+      folder = scripts.scratch() / name
+      folder = folder / "rounds" / "2" if name != "rcrl" else folder
+      config = json.loads((folder / "model/adapter_config.json").read_text())
+      self.assertEqual(config["base_model_name_or_path"], of)
 
 
 if __name__ == "__main__":

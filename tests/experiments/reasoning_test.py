@@ -107,7 +107,7 @@ def _policy(options=SHORT):
   return workdir
 
 
-def _models(options=SHORT):
+def models(options=SHORT):
   return f"--policy={_policy(options)}", f"--base={_base(options)}"
 
 
@@ -115,14 +115,14 @@ def _models(options=SHORT):
 def _iterated():
   """A run of expert iteration that nothing interrupted."""
   workdir = scripts.scratch() / "ei"
-  scripts.run(EI, workdir, *TINY_EI, *_models())
+  scripts.run(EI, workdir, *TINY_EI, *models())
   return workdir
 
 
 @functools.cache
 def _conditioned():
   workdir = scripts.scratch() / "rcrl"
-  scripts.run(RCRL, workdir, *TINY_RCRL, *_models(LONG))
+  scripts.run(RCRL, workdir, *TINY_RCRL, *models(LONG))
   return workdir
 
 
@@ -146,7 +146,7 @@ class ExpertIterationTest(absltest.TestCase):
 
   def test_without_restart_a_fit_starts_from_its_sampler(self):
     workdir = scripts.scratch() / "ei_continued"
-    scripts.run(EI, workdir, *TINY_EI, *_models(), "--norestart")
+    scripts.run(EI, workdir, *TINY_EI, *models(), "--norestart")
     for number, sampler in ((1, _policy()), (2, workdir / "rounds/1")):
       self.assertEqual(
         _round(workdir, number)["fit/start"], _fingerprint_of_policy(sampler)
@@ -214,7 +214,7 @@ class ExpertIterationTest(absltest.TestCase):
     )
     flags = (
       *TINY_EI,
-      *_models(),
+      *models(),
       "--rounds=1",
       f"--reward_model={judge}",
       "--reward_length=32",
@@ -240,7 +240,7 @@ class ExpertIterationTest(absltest.TestCase):
     self.assertLen(scripts.rows(workdir / "rounds/1", "samples.jsonl"), 96)
 
   def _resumed_like_uninterrupted(self, workdir):
-    scripts.run(EI, workdir, *TINY_EI, *_models())
+    scripts.run(EI, workdir, *TINY_EI, *models())
     for name in ("rounds/1", "rounds/2", "best"):
       self.assertEqual(
         scripts.fingerprint(workdir / name),
@@ -262,7 +262,7 @@ class ExpertIterationTest(absltest.TestCase):
       EI,
       workdir,
       *TINY_EI,
-      *_models(),
+      *models(),
       num_rows=24,
       name="rounds/2/samples.jsonl",
     )
@@ -300,7 +300,7 @@ class ExpertIterationTest(absltest.TestCase):
     )
     errors = scripts.drive(
       EI,
-      [(workdir, *TINY_EI, *_models(), *flags) for _, *flags in cases],
+      [(workdir, *TINY_EI, *models(), *flags) for _, *flags in cases],
     )
     for (message, *_), error in zip(cases, errors, strict=True):
       self.assertIn(message, str(error))
@@ -431,7 +431,7 @@ class ReturnConditionedTest(absltest.TestCase):
       RCRL,
       workdir,
       *TINY_RCRL,
-      *_models(LONG),
+      *models(LONG),
       f"--labels={_conditioned() / 'labels.jsonl'}",
     )
     self.assertFalse((workdir / "solutions.jsonl").exists())
@@ -444,7 +444,7 @@ class ReturnConditionedTest(absltest.TestCase):
     scripts.run(
       RCRL,
       workdir,
-      *(*TINY_RCRL, *_models(LONG), "--packed_length=96"),
+      *(*TINY_RCRL, *models(LONG), "--packed_length=96"),
       *(f"--labels={_conditioned() / 'labels.jsonl'}", "--preflight=strict"),
     )
     one, two = (scripts.rows(x)[-2] for x in (workdir, _conditioned()))
@@ -460,9 +460,9 @@ class ReturnConditionedTest(absltest.TestCase):
     ):
       workdir = scripts.scratch() / f"rcrl_{num_rows}"
       scripts.run_until_killed(
-        RCRL, workdir, *TINY_RCRL, *_models(LONG), num_rows=num_rows, name=name
+        RCRL, workdir, *TINY_RCRL, *models(LONG), num_rows=num_rows, name=name
       )
-      scripts.run(RCRL, workdir, *TINY_RCRL, *_models(LONG))
+      scripts.run(RCRL, workdir, *TINY_RCRL, *models(LONG))
       self.assertEqual(scripts.fingerprint(workdir), scripts.fingerprint(whole))
       self.assertEqual(
         (workdir / "labels.jsonl").read_bytes(),
@@ -480,7 +480,7 @@ class ReturnConditionedTest(absltest.TestCase):
     )
     errors = scripts.drive(
       RCRL,
-      [(workdir, *TINY_RCRL, *_models(LONG), *flags) for _, *flags in cases],
+      [(workdir, *TINY_RCRL, *models(LONG), *flags) for _, *flags in cases],
     )
     for (message, *_), error in zip(cases, errors, strict=True):
       self.assertIn(message, str(error))
