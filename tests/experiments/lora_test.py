@@ -29,10 +29,21 @@ REPLIES = ("--num_dev_prompts=16", "--sample_batch_size=16")
 
 def setUpModule():
   scripts.without_pictures()
+  _forget()
 
 
 def tearDownModule():
   scripts.remove_scratch()
+  _forget()
+
+
+def _forget():
+  """The models of other modules lie in a folder that goes with each of them."""
+  for model in (
+    *(rlmec_test.policy, rlmec_test.trained),
+    *(reasoning_test.base_of, reasoning_test.policy_of),
+  ):
+    model.cache_clear()
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def tearDownModule():
 
 
 @functools.cache
-def _base(options=SHORT):
+def base_of(options=SHORT):
   """A model that knows the format, and some of the sums."""
   workdir = scripts.scratch() / f"base_{options[:11]}"
   scripts.run(
@@ -89,7 +89,7 @@ def _base(options=SHORT):
 
 
 @functools.cache
-def _policy(options=SHORT):
+def policy_of(options=SHORT):
   """The base after another moment: not the same weights."""
   workdir = scripts.scratch() / f"policy_{options[:11]}"
   scripts.run(
@@ -97,7 +97,7 @@ def _policy(options=SHORT):
     workdir,
     "--task=merge_sums",
     f"--task_options={options},slot=true",
-    f"--policy={_base(options)}",
+    f"--policy={base_of(options)}",
     "--num_examples=16",
     "--num_eval_prompts=8",
     "--batch_size=16",
@@ -108,7 +108,7 @@ def _policy(options=SHORT):
 
 
 def models(options=SHORT):
-  return f"--policy={_policy(options)}", f"--base={_base(options)}"
+  return f"--policy={policy_of(options)}", f"--base={base_of(options)}"
 
 
 @functools.cache
@@ -136,8 +136,8 @@ def _fingerprint_of_policy(workdir):
 
 class ExpertIterationTest(absltest.TestCase):
   def test_every_fit_starts_from_the_base_bit_for_bit(self):
-    base = _fingerprint_of_policy(_base())
-    self.assertNotEqual(base, _fingerprint_of_policy(_policy()))
+    base = _fingerprint_of_policy(base_of())
+    self.assertNotEqual(base, _fingerprint_of_policy(policy_of()))
     for number in (1, 2):
       self.assertEqual(_round(_iterated(), number)["fit/start"], base)
       # And ends elsewhere.
@@ -147,7 +147,7 @@ class ExpertIterationTest(absltest.TestCase):
   def test_without_restart_a_fit_starts_from_its_sampler(self):
     workdir = scripts.scratch() / "ei_continued"
     scripts.run(EI, workdir, *TINY_EI, *models(), "--norestart")
-    for number, sampler in ((1, _policy()), (2, workdir / "rounds/1")):
+    for number, sampler in ((1, policy_of()), (2, workdir / "rounds/1")):
       self.assertEqual(
         _round(workdir, number)["fit/start"], _fingerprint_of_policy(sampler)
       )
@@ -190,7 +190,7 @@ class ExpertIterationTest(absltest.TestCase):
   def test_best_round_is_a_policy(self):
     scores = [_round(_iterated(), i)["eval/is_correct"] for i in range(3)]
     best = int(np.argmax(scores))
-    folder = _iterated() / f"rounds/{best}" if best else _policy()
+    folder = _iterated() / f"rounds/{best}" if best else policy_of()
     self.assertEqual(
       _fingerprint_of_policy(_iterated() / "best"),
       _fingerprint_of_policy(folder),
@@ -206,7 +206,7 @@ class ExpertIterationTest(absltest.TestCase):
       ORM,
       judge,
       "--loss=bce",
-      f"--policy={_base()}",
+      f"--policy={base_of()}",
       f"--data={_iterated() / 'rounds/1/samples.jsonl'}",
       "--eval_share=0.3",
       "--steps=3",
@@ -491,11 +491,11 @@ class ReturnConditionedTest(absltest.TestCase):
       scripts.scratch() / name for name in ("rcrl_other", "policy_other")
     )
     shutil.copytree(_conditioned(), workdir)
-    shutil.copytree(_base(LONG), policy)
+    shutil.copytree(base_of(LONG), policy)
     flags = json.loads((workdir / "flags.json").read_text())
     flags["policy"] = str(policy)
     (workdir / "flags.json").write_text(json.dumps(flags))
-    base = f"--base={_base(LONG)}"
+    base = f"--base={base_of(LONG)}"
     done = scripts.run(
       RCRL, workdir, *TINY_RCRL, f"--policy={policy}", base, ok=False
     )
