@@ -9,12 +9,20 @@ and the ratio is the median over pairs. The last columns count a decode step's
 FLOPs and bytes, and say how close prompts and steps together come to what
 `machine.py` measures.
 
+  python -m benchmarks.generation --workload=skewed --models=tiny --batches=64
+
+The same batches with responses of different lengths, of which few are long:
+all rows until the longest has ended, beside `--slots` rows at a time. The sides
+take turns and draw the same samples. `--workload=even` gives every response the
+same length, where slots have nothing to save.
+
 torch is an optional extra (`pip install -e ".[bench]"`); without it the columns
 of Hugging Face are left out.
 """
 
 import functools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -35,12 +43,89 @@ flags.DEFINE_integer("prompt_tokens", 16, "Length of the prompts.")
 flags.DEFINE_integer("new_tokens", 32, "Tokens sampled per row.")
 flags.DEFINE_integer("repeats", 3, "Timed pairs of runs.")
 flags.DEFINE_integer("torch_threads", 2, "")
+flags.DEFINE_enum(
+  "workload",
+  "peers",
+  ["peers", "skewed", "even"],
+  "peers: beside Hugging Face; skewed, even: slots beside rows that wait.",
+)
+flags.DEFINE_list("slots", ["8", "16", "32"], "Rows at a time.")
 flags.DEFINE_bool("peer", True, "Run Hugging Face too, if torch is there.")
 FLAGS = flags.FLAGS
 
 
 def main(_):
-  machine.report("generation", {"": "Sampling"}, measure_all)
+  if FLAGS.workload == "peers":
+    machine.report("generation", {"": "Sampling"}, measure_all)
+  else:
+    titles = {"": "Slots beside rows that wait"}
+    machine.report(f"slots_{FLAGS.workload}", titles, measure_slots)
+
+
+def measure_slots():
+  rows = []
+  for name in FLAGS.models:
+    model, params = load(name)
+    for batch in map(int, FLAGS.batches):
+      rows += of_slots(name, model, params, batch)
+  return rows
+
+
+def of_slots(name, model, params, batch):
+  """A row for each number of slots."""
+  rng = np.random.default_rng(0)
+  ids = rng.integers(3, model.config.vocab_size, (batch, FLAGS.prompt_tokens))
+  lengths = np.full(batch, FLAGS.new_tokens)
+  if FLAGS.workload == "skewed":  # Their median is a tenth of the most.
+    drawn = rng.lognormal(np.log(FLAGS.new_tokens / 10), 1.0, batch)
+    lengths = np.clip(drawn.astype(int), 1, FLAGS.new_tokens)
+  sides, compiled = {}, {}
+  for slots in (0, *map(int, FLAGS.slots)):
+    sample = jax.jit(
+      functools.partial(
+        decode.sample,
+        model=model,
+        max_length=FLAGS.new_tokens,
+        settings=sampling.Settings(),
+        slots=slots,
+      )
+    )
+    sides[slots] = lambda sample=sample: jax.block_until_ready(
+      sample(
+        jax.random.key(0),
+        params=params,
+        prompt_ids=jnp.asarray(ids, jnp.int32),
+        prompt_mask=jnp.ones(ids.shape, bool),
+        lengths=jnp.asarray(lengths, jnp.int32),
+      )
+    )
+    (compiled[slots],) = timed(sides[slots])
+  times, found = {slots: [] for slots in sides}, {}
+  for _ in range(FLAGS.repeats):
+    for slots, side in sides.items():
+      start = time.perf_counter()
+      found[slots] = side()
+      times[slots].append(time.perf_counter() - start)
+  rows = []
+  for slots in list(sides)[1:]:
+    row = {
+      "model": name,
+      "batch": batch,
+      "mean length": lengths.mean(),
+      "longest": int(lengths.max()),
+      "slots": slots,
+      "first call s": compiled[slots],
+      "of all rows s": compiled[0],
+      "tokens/s": lengths.sum() / statistics.median(times[slots]),
+      "speed-up": machine.median_ratio(times[0], times[slots]),
+      "same samples": bool(
+        (found[0].response_ids == found[slots].response_ids).all()
+      ),
+      "load": os.getloadavg()[0],
+    }
+    rows.append(row)
+    print(json.dumps(row), flush=True)
+  return rows
 
 
 def measure_all():

@@ -1,6 +1,7 @@
 """What measurements share: ceilings of a roofline, and tables of results."""
 
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -17,14 +18,25 @@ flags.DEFINE_bool(
   False,
   "Whether to print the tables of benchmarks/results instead of measuring.",
 )
+flags.DEFINE_float(
+  "max_load",
+  1.0,
+  "Most processes that may have run at the same time in the last minute, the "
+  "load of the machine, before anything is measured; 0 measures on any, for "
+  "ratios of sides that take turns.",
+  0.0,
+)
 FLAGS = flags.FLAGS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def seconds(run: Callable[[], Any], repeats: int = 5) -> list[float]:
-  """Wall times of `run`, which blocks until it is done, after one warm-up."""
-  run()
+def seconds(
+  run: Callable[[], Any], repeats: int = 5, *, warm: bool = True
+) -> list[float]:
+  """Wall times of `run`, which blocks until it is done, after a warm-up."""
+  if warm:
+    run()
   times = []
   for _ in range(repeats):
     start = time.perf_counter()
@@ -54,6 +66,24 @@ def memory_bandwidth(megabytes: int = 512) -> float:
   return x.nbytes / best
 
 
+def check_load(most: float) -> None:
+  """Prints the load of the machine.
+
+  Args:
+    most: of the last minute; 0 for any.
+
+  Raises:
+    ValueError: if there is more.
+  """
+  load = os.getloadavg()[0]
+  print(f"load {load:.1f} on {os.cpu_count()} cores", flush=True)
+  if most and load > most:
+    raise ValueError(
+      f"The load of the machine is {load:.1f}, and --max_load={most:g}: wait "
+      "until it is quiet, or give --max_load=0 and trust the ratios alone."
+    )
+
+
 def report(
   name: str, titles: Mapping[str, str], measure: Callable[[], Any]
 ) -> None:
@@ -69,11 +99,13 @@ def report(
     measure: makes the results: a list of rows, or a dict of such lists or rows.
 
   Raises:
-    ValueError: if there are no results of this name.
+    ValueError: if there are no results of this name, or the machine is busy.
   """
   path = RESULTS / f"{name}.json"
   if not FLAGS.from_results:
+    check_load(FLAGS.max_load)
     found = measure()
+    print(f"load {os.getloadavg()[0]:.1f} at the end")
     if FLAGS.json:
       pathlib.Path(FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
   elif path.exists():

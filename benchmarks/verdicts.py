@@ -9,9 +9,11 @@ GSM8K. Rates of the plain path are the best of `--repeats` runs; numbers that
 were read before are remembered, except where the row says "cold". Those of
 math-verify are of one run over expressions that are all different, behind the
 start of the workers, and of runs that have met them. Seconds of the clock, and
-of this process alone: on a busy machine the latter tell more.
+of this process alone: on a busy machine the latter tell more. The load is how
+many processes wanted a core in the minute before.
 """
 
+import os
 import pathlib
 import tempfile
 import time
@@ -41,12 +43,15 @@ def measure_all():
     pairs = math_word_problems.supervised("test", 0, data=folder)
   prompts, solutions = zip(*pairs, strict=True)
   answers = [text.rpartition("#### ")[2] for text in solutions]
+  steps = [text.rpartition("\n#### ")[0] for text in solutions]
   rows = [
     measure("four steps, ####", prompts, solutions),
     measure("four steps, ####, cold", prompts, solutions, cold=True),
     measure("#### alone", prompts, [f"#### {n}" for n in answers]),
     measure("boxed", prompts, [rf"So it is \boxed{{{n}}}." for n in answers]),
+    measure("answer is", prompts, [f"The answer is {n}." for n in answers]),
     measure("last number", prompts, [f"That is {n}." for n in answers]),
+    measure("four steps, last number", prompts, steps),
   ]
   num = FLAGS.expressions
   replies = [
@@ -96,6 +101,7 @@ def measure(name, prompts, replies, *, cold=False, repeats=None):
     "right": sum(scores) / len(scores),
     "verdicts/s": len(replies) / min(times),
     "per own second": len(replies) / min(own_times),
+    "load": os.getloadavg()[0],
   }
 
 

@@ -175,10 +175,10 @@ def main():
     return supervised.nll_loss(statistics.log_probs, batch["response_mask"])
 
   gradients = microbatch.grad(
-    loss_fn,
-    sizes.num_parts,
+    *(loss_fn, sizes.num_parts),
     weigh=lambda part: part["response_mask"].sum(),
     sharding=run.rows_sharding,
+    buckets=sizes.buckets,
   )
 
   def update(state, batch, learning_rate):

@@ -194,6 +194,7 @@ def main():
     loss_fn,
     weigh=lambda part: ppo.num_terms(part["rollout"].response_mask, **average),
     sharding=run.rows_sharding,
+    buckets=sizes.buckets,
   )
   transform = optimizers.make(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
@@ -204,7 +205,8 @@ def main():
     """Statistics of all rows, in no more memory than an update takes."""
     one = lambda part: statistics_of(params, part)[0]
     return microbatch.map_rows(
-      one, rollout, sizes.num_passes, run.rows_sharding
+      *(one, rollout, sizes.num_passes, run.rows_sharding),
+      buckets=sizes.buckets,
     )
 
   def prepare(state, reference, rollout, scores):
@@ -330,7 +332,7 @@ def main():
       gradients=gradients,
       micro_batch=sizes.micro_batch,
       num_shards=meshes.num_batch_shards(run.mesh),
-      is_float32="float32" == FLAGS.dtype == FLAGS.param_dtype,
+      tolerance=run.tolerance(state["params"]),
       programs=[sampler, learn],
     )
 

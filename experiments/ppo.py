@@ -126,8 +126,9 @@ def main():
     reference = cli.load_reference(FLAGS, loaded).params
 
   # Reads all rows of a step in no more memory than an update takes.
+  apart = {"sharding": run.rows_sharding, "buckets": sizes.buckets}
   in_parts = functools.partial(
-    microbatch.map_rows, num_parts=sizes.num_passes, sharding=run.rows_sharding
+    microbatch.map_rows, num_parts=sizes.num_passes, **apart
   )
 
   # Text: prompts, what scores responses, and what writes them.
@@ -220,7 +221,7 @@ def main():
     microbatch.grad,
     loss_fn,
     weigh=lambda part: part["rollout"].response_mask.sum(),
-    sharding=run.rows_sharding,
+    **apart,
   )
   transform = optimizers.make(
     FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
@@ -345,7 +346,7 @@ def main():
       more=[state["kl"].coef],
       micro_batch=sizes.micro_batch,
       num_shards=meshes.num_batch_shards(run.mesh),
-      is_float32="float32" == FLAGS.dtype == FLAGS.param_dtype,
+      tolerance=run.tolerance(state["params"]),
       parts_add_up=not FLAGS.batch_entropy_coef,
       programs=[sampler, terms, learn],
     )

@@ -276,6 +276,7 @@ def main():
     sizes.num_parts,
     weigh=lambda part: part["learnt_mask"].sum(),
     sharding=run.rows_sharding,
+    buckets=sizes.buckets,
   )
   run.total_steps = batches.num_updates(
     len(encoded), FLAGS.batch_size, FLAGS.epochs

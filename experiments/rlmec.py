@@ -46,7 +46,7 @@ from rljax.evaluation import answers, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import rollouts, samplers
 from rljax.losses import token_level
-from rljax.models import hf
+from rljax.models import hf, products
 from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
@@ -182,6 +182,7 @@ def main():
     template,
     mesh=run.mesh,
     batch_size=FLAGS.sample_batch_size,
+    slots=FLAGS.slots,
     max_length=FLAGS.max_length,
     max_prompt_length=FLAGS.max_question_length,
     locate=locate,
@@ -307,9 +308,8 @@ def main():
       metrics |= more
     return loss, {"loss": loss, **metrics}
 
-  gradients = microbatch.grad(
-    loss_fn, sizes.num_parts, adds_up=True, sharding=run.rows_sharding
-  )
+  apart = {"sharding": run.rows_sharding, "buckets": sizes.buckets}
+  gradients = microbatch.grad(loss_fn, sizes.num_parts, adds_up=True, **apart)
   transform = optimizers.make(run.total_steps, **cli.optimizer_options(FLAGS))
 
   def update(state, batch):
@@ -380,8 +380,9 @@ def main():
       metrics |= jax.device_get(learnt)
       metrics["update_seconds"] = time.perf_counter() - started
       if step == 0:
-        is_float32 = "float32" == FLAGS.dtype == FLAGS.param_dtype
-        targets.check_first_ratio(metrics, is_float32=is_float32)
+        dtypes = (FLAGS.dtype, FLAGS.param_dtype)
+        is_exact = all(map(products.is_exact, dtypes))
+        targets.check_first_ratio(metrics, is_exact=is_exact)
       run.log(step, metrics)
       run.save(step + 1, state)
     if run.is_complete:

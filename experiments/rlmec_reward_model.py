@@ -297,6 +297,7 @@ def main():
         FLAGS.template,
         mesh=run.mesh,
         batch_size=FLAGS.batch_size,
+        slots=FLAGS.slots,
         max_length=shape["response_length"],
         max_prompt_length=FLAGS.max_question_length,
         locate=FLAGS.locate,
@@ -327,7 +328,7 @@ def load_teacher(task, run):
   return rewriters.of_model(
     run.place_model(hf.load(FLAGS.teacher_model, dtype=FLAGS.dtype)),
     "instruction",
-    mesh=run.mesh,
+    **{"mesh": run.mesh, "slots": FLAGS.slots},
     batch_size=FLAGS.teacher_batch_size,
     max_length=FLAGS.teacher_length,
     max_prompt_length=FLAGS.max_question_length,

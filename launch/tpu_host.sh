@@ -17,10 +17,22 @@ set -euo pipefail
 NAME="${NAME:-tpu}"
 PORT="${PORT:-8476}"
 PYTHON_VERSION="${PYTHON_VERSION:-3.12}"
-EXTRAS="${EXTRAS:-tpu}"
+EXTRAS="${EXTRAS:-tpu,gcs}"
 TAIL="${TAIL:-50}"
 PATIENCE="${PATIENCE:-300}"
 code="$HOME/rljax" venv="$HOME/venv" shared="$HOME/shared" job="$HOME/job"
+# Variables of the one who starts the job, which are written nowhere.
+for name in ${PASSED:-}; do
+  hidden="LC_RLJAX_$name"
+  if [[ -z "${!hidden:-}" ]]; then
+    echo "The sshd of this host did not take $hidden (AcceptEnv LC_* in" \
+      "sshd_config): $name does not reach the job." >&2
+    exit 1
+  fi
+  export "$name=${!hidden}"
+  unset "$hidden"
+done
+unset PASSED
 export PATH="$venv/bin:$HOME/.local/bin:$PATH"
 
 metadata() {
@@ -46,6 +58,15 @@ say() { echo "host $id of $num: $*"; }
 is_shared() { mountpoint --quiet "$shared"; }
 log="$job/log"
 if is_shared; then log="$shared/logs/$NAME-$id.log"; fi
+
+# The folder of this host that stands for a workdir in a bucket.
+folder_of() {
+  if [[ "$1" != *://* ]]; then
+    echo "$1"
+  else
+    (cd "$code" && "$venv/bin/python" -m rljax.storage.mirrors "$1")
+  fi
+}
 
 job_pid() {
   local pid
@@ -131,11 +152,6 @@ case "$verb" in
       say "another job is running: $(cat "$job/command")" >&2
       exit 1
     fi
-    if ((num > 1)) && ! is_shared; then
-      say "several hosts need one folder for checkpoints: set" \
-        "SHARED=ADDRESS:/PATH and run the verb setup." >&2
-      exit 1
-    fi
     # Done is a script that has written its summary, as in the other launchers:
     # one that a signal stopped has saved its state and ends well, too.
     workdir="" flagfile="" previous=""
@@ -152,6 +168,12 @@ case "$verb" in
     if [[ -n "$flagfile" && -z "$workdir" ]]; then
       say "--workdir must be on the command line: in a flagfile it is not" \
         "seen, and a job that was stopped would count as finished." >&2
+      exit 1
+    fi
+    if ((num > 1)) && ! is_shared && [[ "$workdir" != *://* ]]; then
+      say "several hosts need one place for checkpoints: give a --workdir in a" \
+        "bucket, such as gs://BUCKET/runs/x, or set SHARED=ADDRESS:/PATH and" \
+        "run the verb setup." >&2
       exit 1
     fi
     link_runs
@@ -182,7 +204,7 @@ case "$verb" in
       # Without a status its shell was killed with it.
       status="$(cat "$job/status" 2>/dev/null || echo 137)"
       outcome=finished
-      workdir="$(cat "$job/workdir")"
+      workdir="$(folder_of "$(cat "$job/workdir")")"
       cd "$code"
       if [[ -e "$job/stopped" ]]; then
         outcome=stopped

@@ -2,7 +2,7 @@
 # A TPU slice on Google Cloud, from a request in the queue to a finished run.
 #
 #   export NAME=demo ZONE=us-east5-b TYPE=v6e-16 VERSION=v2-alpha-tpuv6e
-#   export SHARED=10.0.0.2:/share         # NFS: checkpoints of several hosts
+#   export SHARED=10.0.0.2:/share         # NFS, if --workdir is no bucket
 #   bash launch/tpu_vm.sh queue           # asks for the slice, does not wait
 #   bash launch/tpu_vm.sh create          # asks if need be, waits for it
 #   bash launch/tpu_vm.sh create -- python SCRIPT --policy=NAME
@@ -13,10 +13,14 @@
 #   bash launch/tpu_vm.sh doctor          # do the hosts fit together?
 #   bash launch/tpu_vm.sh run -- python experiments/sft.py \
 #     --flagfile=experiments/flags/padula/sft_cpu.flags --workdir=runs/sft
+#   bash launch/tpu_vm.sh run --env NAME -- ...  # passes this variable on
 #   bash launch/tpu_vm.sh status          # of the slice and the job
 #   bash launch/tpu_vm.sh logs [HOST]     # the last $TAIL; FOLLOW=1 stays
 #   bash launch/tpu_vm.sh stop            # lets the job save, and ends it
 #   bash launch/tpu_vm.sh delete          # ends the costs
+#
+# HF_TOKEN, WANDB_API_KEY and the variables of --env reach the job through ssh:
+# they stand in no file, in no log and on no command line.
 #
 # DRY_RUN=1 prints every command, as if all went well, and touches nothing.
 # A slice costs money from `create` to `delete`, whether it computes or not.
@@ -169,6 +173,26 @@ wait_until_active() {
   done
 }
 
+# What the job gets of this environment. The sshd of a host takes variables
+# whose names begin with LC_, and tpu_host.sh takes that away again.
+secrets=() passed=()
+pass_on() {
+  local name
+  for name in HF_TOKEN WANDB_API_KEY "$@"; do
+    if [[ ! "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]]; then
+      fail "--env takes the name of a variable, such as --env HF_TOKEN, got" \
+        "$(printf %q "${name%%=*}")."
+    elif [[ -z "${!name:-}" ]]; then
+      if [[ " $* " == *" $name "* ]]; then
+        fail "--env $name: it is not set here; export it first."
+      fi
+    elif [[ " ${secrets[*]-} " != *" $name "* ]]; then
+      secrets+=("$name")
+      export "LC_RLJAX_$name=${!name}"
+    fi
+  done
+}
+
 # The command line of tpu_host.sh, for the shell of a host.
 host_command() {
   local settings=(NAME="$NAME" PORT="$PORT" TAIL="$TAIL" PATIENCE="$PATIENCE")
@@ -177,6 +201,11 @@ host_command() {
     settings+=(PYTHON_VERSION="$PYTHON_VERSION")
   fi
   if [[ -n "${FOLLOW:-}" ]]; then settings+=(FOLLOW="$FOLLOW"); fi
+  passed=()
+  if ((${#secrets[@]})) && [[ "$1" == start || "$1" == run ]]; then
+    settings+=(PASSED="${secrets[*]}")
+    passed=(--ssh-flag="-oSendEnv=LC_RLJAX_*")
+  fi
   remote="$(printf '%q ' "${settings[@]}" bash tpu_host.sh "$@")"
   remote="${remote% }"
 }
@@ -186,7 +215,7 @@ on_hosts() {
   shift
   host_command "$@"
   run gcloud compute tpus tpu-vm ssh "$NAME" "${scope[@]}" \
-    --worker="$worker" --command="$remote"
+    --worker="$worker" ${passed[@]+"${passed[@]}"} --command="$remote"
 }
 
 ask_hosts() {
@@ -365,6 +394,20 @@ watch() {
 
 verb="${1:-}"
 shift || true
+names=()
+while [[ "${1:-}" == --env || "${1:-}" == --env=* ]]; do
+  if [[ "$1" == --env ]]; then shift; fi
+  if (($# == 0)); then
+    fail "--env takes the name of a variable, such as --env HF_TOKEN."
+  fi
+  names+=("${1#--env=}")
+  shift
+done
+if [[ "$verb" =~ ^(run|doctor)$ ]]; then
+  pass_on ${names[@]+"${names[@]}"}
+elif ((${#names[@]})); then
+  fail "--env belongs to the verbs run and doctor."
+fi
 if [[ "${1:-}" == -- ]]; then shift; fi
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
@@ -380,7 +423,8 @@ case "$verb" in
     need NAME ZONE
     setup
     if [[ -z "$SHARED" ]]; then
-      say "SHARED is not set: checkpoints stay on the hosts' own disks, which" \
+      say "SHARED is not set: give a --workdir in a bucket, such as" \
+        "gs://BUCKET/runs/x, or checkpoints stay on the hosts' own disks, which" \
         "a preemption takes with it."
     fi
     ;;
@@ -392,6 +436,7 @@ case "$verb" in
     ;;
   doctor)
     need NAME ZONE
+    # The last --workdir counts.
     on_hosts all run python -m rljax.doctor --platform=tpu --workdir=runs \
       "$@"
     ;;

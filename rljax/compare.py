@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rljax.evaluation import curves, metrics, tables
+from rljax.storage import buckets
 from rljax.text import asked, files
 from rljax.training import logs
 
@@ -118,9 +119,12 @@ def parse(names: Sequence[str]) -> dict[str, list[str]]:
     label, equals, workdir = name.partition("=")
     if not equals or os.path.isdir(name):
       label, workdir = name.rstrip("/"), name
+    named = workdir
+    if buckets.is_url(workdir):
+      workdir = os.fspath(buckets.fetch(workdir, _rows_of, name="The run"))
     if not pathlib.Path(workdir, "metrics.jsonl").is_file():
       raise ValueError(
-        f"{workdir} has no metrics.jsonl: it is not the workdir of a training "
+        f"{named} has no metrics.jsonl: it is not the workdir of a training "
         "run."
       )
     arms.setdefault(label, []).append(workdir)
@@ -130,6 +134,13 @@ def parse(names: Sequence[str]) -> dict[str, list[str]]:
       f"{', '.join(arms) or 'none'}."
     )
   return arms
+
+
+def _rows_of(objects):
+  """Chooses what is compared among the objects of a workdir at a URL."""
+  return [
+    x for x in objects if x.endswith((".jsonl", ".json")) and "/" not in x
+  ]
 
 
 def panels(arms: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -15,12 +15,15 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rljax.models import export as hf_export
 from rljax.models import hf
-from rljax.storage import paths
+from rljax.storage import buckets, paths
 
 # What the hub takes for the name of a repository.
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -51,7 +54,8 @@ def export(
 
   Args:
     source: workdir, its `best` folder, or a model in the forms of --policy.
-    directory: is made; files of other names in it stay.
+    directory: is made; files of other names in it stay. It may be a URL, and
+      so may `source`.
     dtype: of the weights in the file, "float32" or "bfloat16".
     step: of the checkpoint; None: the last.
     merge: whether adapters are added to their base, for a whole model.
@@ -60,8 +64,20 @@ def export(
     ValueError: if there is no such model or step, or the directory holds the
       run itself.
   """
+  if buckets.is_url(directory):
+    url = os.fspath(directory).rstrip("/")
+    if url in (str(source).rstrip("/"), str(source).removesuffix("/best")):
+      raise ValueError(
+        f"{url} holds the run itself: choose another URL to export to."
+      )
+    with tempfile.TemporaryDirectory() as place:
+      stage = pathlib.Path(place, url.rpartition("/")[2])
+      export(source, stage, dtype=dtype, step=step)
+      with hf_export.staged(directory, weights=True) as there:
+        shutil.copytree(stage, there, dirs_exist_ok=True)
+    return
   directory = pathlib.Path(directory)
-  place = _run_of(pathlib.Path(source))
+  place = _run_of(source)
   if directory.resolve() in (pathlib.Path(source).resolve(), place.resolve()):
     raise ValueError(
       f"{directory} holds the run itself: choose another folder to export to."
@@ -217,8 +233,16 @@ def push(directory: str | os.PathLike[str], name: str, hub_: Any = None) -> str:
   return f"https://huggingface.co/{name}"
 
 
-def _run_of(source: pathlib.Path) -> pathlib.Path:
+def _run_of(source: str | os.PathLike[str]) -> pathlib.Path:
   """The folder with the flags of a run, for its workdir or its `best`."""
+  if buckets.is_url(source):
+    url, _, last = os.fspath(source).rstrip("/").rpartition("/")
+    names = ("flags.json", "summary.json")
+    return buckets.fetch(
+      url if last == "best" else os.fspath(source),
+      lambda objects: [name for name in names if name in objects],
+    )
+  source = pathlib.Path(source)
   if not (source / "flags.json").is_file() and source.name == "best":
     return source.parent
   return source
@@ -290,8 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(f"Wrote {options.directory}.")
     if options.push:
-      print(f"Pushed to {push(options.directory, options.push, hub_)}.")
-  except ValueError as error:
+      pushed = buckets.here(options.directory)
+      print(f"Pushed to {push(pushed, options.push, hub_)}.")
+  except (ValueError, paths.DiskError) as error:
     print(f"rljax.export: {error}", file=sys.stderr)
     return 1
   return 0

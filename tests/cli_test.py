@@ -1,6 +1,7 @@
 """Tests of the flags that scripts share, and of how scripts read them."""
 
 import functools
+import io
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import tempfile
 from absl.testing import absltest, parameterized
 
 from rljax import cli
-from rljax.cli import entry
+from rljax.cli import entry, terminal
 from tests import conftest
 
 SCRIPTS = sorted(
@@ -76,7 +77,7 @@ import os
 from absl import flags
 
 from rljax import cli
-from rljax.cli import entry
+from rljax.cli import entry, terminal
 
 cli.define_run(steps=8, eval_every=2)
 cli.define_batches(16, minibatches=True)
@@ -151,9 +152,13 @@ CASES = {
   ),
   "schedule": (["--schedule=cubic"], "--schedule=cubic: .*constant"),
   # Paths of other storage.
-  "bucket": (["--workdir=gs://b/run"], "--workdir=gs://b/run is not a path of"),
-  "file_url": (["--policy=file:///m"], "--policy=file:///m is not a path of"),
-  "task_bucket": (["--task_options=a=s3://b"], "--task_options=a=s3://b is no"),
+  "bucket": (["--workdir=no://b/run"], "--workdir=no://b/run: no:// is no buc"),
+  "page": (["--policy=https://h/m"], "--policy=https://h/m: https:// is no bu"),
+  "task_bucket": (
+    ["--task_options=a=no://b"],
+    "--task_options=no://b: no:// i",
+  ),
+  "code": (["--task=s3://b/t.py"], "--task=s3://b/t.py is not a path of this"),
   # What a script finds.
   "full_disk": (["--seed=9"], "rows.txt cannot be written: No space.*Free som"),
   "value_error": (["--seed=7"], "--seed=7 brings bad luck"),
@@ -363,6 +368,18 @@ class HelpTest(parameterized.TestCase):
         if name in found
       }
       self.assertGreater(len(helps), 1, name)
+
+
+class TerminalTest(absltest.TestCase):
+  def test_a_terminal_of_few_letters_is_not_lost(self):
+    content = io.BytesIO()
+    file = io.TextIOWrapper(content, encoding="latin-1", write_through=True)
+    lasting = terminal.Lasting(file)
+    for text in ("é🙂", "\ud800", "more"):
+      print(text, file=lasting)
+    self.assertEqual(
+      content.getvalue().decode("latin-1"), "é\\U0001f642\n\\ud800\nmore\n"
+    )
 
 
 if __name__ == "__main__":

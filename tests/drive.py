@@ -4,13 +4,15 @@
   python tests/drive.py - < list_of_objects.json
 
 Of the second form each object is a run of its own script: `{"script": path,
-"replace": [[old, new], ...], "flags": [...]}`, where the texts are replaced in
-the source of the script.
+"replace": [[old, new], ...], "flags": [...], "machine": name}`, where the texts
+are replaced in the source of the script, and the machine, if there is one, is
+that of tests/emulation.py.
 
 Prints one JSON object a run: {"error": null, or "ValueError: ..."}. Tests use
 it where a process of its own for each run would only cost imports.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -37,8 +39,17 @@ def main():
     for run in runs:
       for name in set(flags.FLAGS) - own:
         delattr(flags.FLAGS, name)
-      results.append(_run(*_changed(**run)))
+      with _machine(run.pop("machine", None)):
+        results.append(_run(*_changed(**run)))
   print("RESULTS " + json.dumps(results))
+
+
+def _machine(name):
+  if name is None:
+    return contextlib.nullcontext()
+  from tests import emulation
+
+  return emulation.machine(name)
 
 
 def _changed(script, flags, replace=()):

@@ -36,7 +36,7 @@ MAY_IMPORT["plan"] = ["distributed", "cli"]
 # Commands: python -m rljax.export and the like.
 MAY_IMPORT["doctor"] = ["distributed"]
 MAY_IMPORT["export"] = ["models", "storage"]
-MAY_IMPORT["compare"] = ["evaluation", "text", "training"]
+MAY_IMPORT["compare"] = ["evaluation", "text", "training", "storage"]
 NO_JAX = ["text", "tasks"]
 ARRAYS_ONLY = ["ops", "losses"]
 

@@ -1,6 +1,7 @@
 """Tests of the launchers, with stand-ins for the cloud and the cluster."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from absl.testing import absltest, parameterized
 
 from rljax.distributed import doctor, launchers
 from rljax.models import hf
+from rljax.storage import buckets
 from rljax.tasks import arithmetic
 from tests import conftest, scripts, tiny
 
@@ -82,6 +84,7 @@ def environment(**variables):
     for name, value in os.environ.items()
     if not re.match("(RLJAX|SLURM|XLA|JAX|CUDA)_", name)
     and name not in ("NAME", "ZONE", "TYPE", "VERSION", "PROJECT", "SHARED")
+    and name not in ("HF_TOKEN", "WANDB_API_KEY")
   }
   return kept | {name: str(value) for name, value in variables.items()}
 
@@ -228,6 +231,24 @@ class ShownCommandsTest(parameterized.TestCase):
           self.assertEqual(doctor.main(words), 1)
       else:
         self.assertLen(scripts.parse_flags(script, words), 1, words)
+
+  def test_the_file_of_skypilot(self):
+    import yaml  # With transformers.
+
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    names = "name resources workdir envs secrets setup run"
+    self.assertEqual(list(task), names.split())
+    self.assertTrue(task["resources"]["use_spot"])
+    self.assertEqual(set(task["secrets"].values()), {""})
+    lines = task["run"].replace("\\\n", " ").splitlines()
+    found = [
+      re.search(r"(experiments/[\w/]+\.py) (.*)", line) for line in lines
+    ]
+    ((script, words),) = [match.groups() for match in found if match]
+    words = shlex.split(words.replace("$BUCKET", task["envs"]["BUCKET"]))
+    self.assertLen(scripts.parse_flags(script, words), 1, words)
+    for extra in task["envs"]["EXTRAS"].split(","):
+      self.assertIn(f"\n{extra} = ", (ROOT / "setup.cfg").read_text())
 
   def test_what_a_script_does_not_take_is_found(self):
     ppo = "experiments/ppo.py"
@@ -694,7 +715,7 @@ class CloudTest(Cloud):
     for host in (0, 1):
       home = self.cloud / "hosts" / str(host)
       self.assertIn(f"{host}: venv --quiet --python 3.12 {home}/venv", uv)
-      self.assertIn(f"--editable {home}/rljax[tpu]", uv)
+      self.assertIn(f"--editable {home}/rljax[tpu,gcs]", uv)
 
     # A host may have started once more just before the slice goes.
     finish = self.start_job("--steps=40", VERDICT=SECONDS)[1]
@@ -906,7 +927,7 @@ class CloudTest(Cloud):
     self.well("sync")
     status, output = self.run_job()()
     self.assertEqual(status, 1)
-    self.assertIn("several hosts need one folder for checkpoints", output)
+    self.assertIn("several hosts need one place for checkpoints", output)
     # What the hosts have written meanwhile moves to the share that comes.
     for host in (0, 1):
       own = self.cloud / "hosts" / str(host) / "rljax" / "runs" / f"own-{host}"
@@ -917,6 +938,58 @@ class CloudTest(Cloud):
     self.assertTrue((self.workdir / "summary.json").exists())
     runs = sorted(path.name for path in self.workdir.parent.iterdir())
     self.assertEqual(runs, ["one", "own-0", "own-1"])
+
+  def test_variables_reach_the_job_and_nothing_else(self):
+    for verb in ("create", "setup", "sync"):
+      self.well(verb)
+    secrets = {
+      "HF_TOKEN": "hf_zq81 'x\"",
+      "WANDB_API_KEY": "wandb_zq82",
+      "MY_KEY": "my_zq83",
+    }
+    program = (
+      "import hashlib, os, pathlib; "
+      "x = [os.environ.get(n, '') for n in "
+      f"{[*secrets, 'MY_OTHER']}]; "
+      "pathlib.Path('runs/digest-' + os.environ['RLJAX_PROCESS_ID'])"
+      ".write_text(hashlib.sha256(repr(x).encode()).hexdigest())"
+    )
+    shown = self.folder / "ps"
+    # What stands on a command line, as long as it runs.
+    watch = self.start(
+      "bash",
+      "-c",
+      f"while :; do cat /proc/[0-9]*/cmdline >>{shown} 2>/dev/null; done",
+    )[0]
+    output = self.well(
+      *("run", "--env", "MY_KEY", "--", "python", "-c", program),
+      **secrets,
+      MY_OTHER="zq84",
+    )
+    watch.kill()
+    want = hashlib.sha256(repr([*secrets.values(), ""]).encode()).hexdigest()
+    for host in (0, 1):
+      found = self.cloud / "share" / "runs" / f"digest-{host}"
+      self.assertEqual(found.read_text(), want)
+    self.assertIn(b"tpu_host.sh", shown.read_bytes())
+    texts = [output.encode()] + [
+      path.read_bytes() for path in self.folder.rglob("*") if path.is_file()
+    ]
+    self.assertFalse([text for text in texts if b"zq8" in text])
+
+  def test_variables_that_are_not_there(self):
+    for words, message in (
+      (("--env", "MY_KEY"), "--env MY_KEY: it is not set here"),
+      (("--env=MY_KEY=zq85",), "takes the name of a variable, such as"),
+      (("--env",), "takes the name of a variable"),
+    ):
+      status, output = self.tpu("run", *words)
+      self.assertEqual(status, 1, output)
+      self.assertIn(message, output)
+      self.assertNotIn("zq85", output)
+    status, output = self.tpu("setup", "--env", "MY_KEY", MY_KEY="x")
+    self.assertEqual(status, 1)
+    self.assertIn("--env belongs to the verbs run and doctor.", output)
 
   def test_runs_of_a_host_do_not_replace_shared_ones(self):
     for verb in ("create", "setup", "sync"):
@@ -1296,10 +1369,28 @@ class DoctorTest(LaunchTest):
     finding = doctor.check_workdir(str(self.folder / "file" / "a"), "x")
     self.assertIn("is not one folder", finding.text)
 
-  def test_a_bucket_is_no_folder(self):
+  def test_a_bucket(self):
+    finding = doctor.check_workdir("memory://doctor/run", "x")
+    self.assertEqual(
+      finding.text,
+      "memory://doctor/run: all write, read and delete objects, and the store "
+      "creates one only once",
+    )
+    self.assertEmpty(finding.fix)
+    bucket = buckets.Bucket("memory://doctor/run")
+    self.assertEmpty(bucket.objects())
+    denied = buckets.BucketError("x", "no", "written")
+    denied.__cause__ = PermissionError("denied")
+    with mock.patch.object(buckets.Bucket, "write", side_effect=denied):
+      finding = doctor.check_workdir("memory://doctor/run", "x")
+    self.assertIn("cannot be used: PermissionError: denied", finding.text)
+    self.assertNotEmpty(finding.fix)
+    with mock.patch.object(buckets.Bucket, "delete"):
+      finding = doctor.check_workdir("memory://doctor/run", "x")
+    self.assertIn("is still there after its deletion", finding.text)
     with contextlib.chdir(self.folder):
-      finding = doctor.check_workdir("gs://bucket/run", "x")
-      self.assertIn("is not a path of this machine", finding.text)
+      finding = doctor.check_workdir("nowhere://bucket/run", "x")
+      self.assertIn("nowhere:// is no bucket", finding.text)
       self.assertNotEmpty(finding.fix)
       self.assertEmpty(os.listdir())
 

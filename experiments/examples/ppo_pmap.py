@@ -138,7 +138,7 @@ def main():
     )
   checkpoint.prepare_workdir(FLAGS.workdir)
   lock = locks.take(FLAGS.workdir)
-  if os.path.exists(os.path.join(FLAGS.workdir, "checkpoints")):
+  if checkpoint.holds_run(FLAGS.workdir):
     raise ValueError(
       f"--workdir={FLAGS.workdir} holds a run, and this example does not "
       "resume; choose another."

@@ -9,7 +9,7 @@ import numpy as np
 from absl import app, flags
 
 from rljax.cli import terminal
-from rljax.storage import calls, paths
+from rljax.storage import buckets, calls, mirrors, paths
 from rljax.training import guards, preflight
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -26,6 +26,11 @@ PATHS = frozenset(
     *("task_options", "score_options", "example_options", "solutions"),
   )
 )
+# Those of them that are no workdir, model or data: code, and places that are
+# written to as the work goes on.
+_LOCAL = frozenset(
+  ("compilation_cache", "stages", "output", "profile_file", "task", "rewards")
+)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -35,7 +40,9 @@ def run(main: Callable[[], int | None]) -> None:
   finite, a path that is none of this machine, a disk that is full, a ValueError
   of the script, and a run that its checks have ended, are one line on standard
   error, and the exit status is 1; `--verbosity=1` shows where the error came
-  from. A path that begins with ~ is expanded.
+  from. A path that begins with ~ is expanded. For a workdir in a bucket, the
+  script sees the folder that stands for it, see `storage.mirrors`; what it has
+  left there is uploaded at its end, whatever that is.
 
   Args:
     main: takes nothing, and returns the exit status.
@@ -45,7 +52,8 @@ def run(main: Callable[[], int | None]) -> None:
     values = flags.FLAGS
     try:
       check(values, argv[1:])
-      return main()
+      with mirrors.closing():
+        return main()
     except calls.Ended as error:
       print("Stopped by a signal; everything so far is saved.", flush=True)
       return error.exit_status
@@ -88,8 +96,8 @@ def check(values: flags.FlagValues, words: Sequence[str] = ()) -> None:
     words: of the command line that are no flags.
 
   Raises:
-    ValueError: if there are any, a number is not finite, or a path is none of
-      this machine, such as gs://bucket.
+    ValueError: if there are any, a number is not finite, or a path is a URL
+      that cannot be reached, or where none can be.
   """
   if words:
     name = words[0].partition("=")[0]
@@ -103,7 +111,9 @@ def check(values: flags.FlagValues, words: Sequence[str] = ()) -> None:
     if name in PATHS:
       several = isinstance(flag.value, (list, tuple))
       for path in flag.value if several else [flag.value or ""]:
-        paths.check_local(path, f"--{name}")
+        _check_path(name, path)
+      if name == "workdir" and buckets.is_url(flag.value or ""):
+        flag.value = mirrors.folder_of(flag.value)
     if isinstance(flag.value, str) and flag.value.startswith("~"):
       flag.value = os.path.expanduser(flag.value)
     if isinstance(flag.value, float) and not abs(flag.value) <= _LARGEST:
@@ -111,6 +121,15 @@ def check(values: flags.FlagValues, words: Sequence[str] = ()) -> None:
         f"--{flag.name} must be a finite number, as float32 holds it, got "
         f"{flag.value}."
       )
+
+
+def _check_path(name: str, path: str) -> None:
+  """Refuses a path that cannot be reached, or is none of this machine."""
+  if name in _LOCAL:
+    paths.check_local(path, f"--{name}")
+  else:  # Some are name=path.
+    _, _, rest = path.partition("=")
+    buckets.check(rest if "://" in rest else path, f"--{name}")
 
 
 def may_change(*names: str) -> None:

@@ -95,7 +95,13 @@ def batch_sizes(
       )
     meshes.check_divisible(size, mesh, name)
   meshes.check_divisible(micro_batch, mesh, "--micro_batch_size")
-  return microbatch.Sizes(rows, minibatch, micro_batch)
+  buckets = values.length_buckets if "length_buckets" in values else 1
+  if buckets > 1 and "packed_length" in values and values.packed_length:
+    raise ValueError(
+      f"--length_buckets={buckets} reads less padding of rows that hold one "
+      "response each, and --packed_length joins them: give one of the two."
+    )
+  return microbatch.Sizes(rows, minibatch, micro_batch, buckets)
 
 
 def define_packing() -> None:

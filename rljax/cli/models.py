@@ -7,7 +7,7 @@ from absl import flags
 
 from rljax.cli import adapters
 from rljax.models import fresh, hf, lora
-from rljax.training import runs
+from rljax.training import precision, runs
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
@@ -62,6 +62,15 @@ def define_compute(*, remat: bool = True, logits: bool = True) -> None:
     ["float32", "bfloat16"],
     "Number format in which models are kept. bfloat16 takes half the memory; "
     "what is trained is then rounded stochastically after each update.",
+  )
+  flags.DEFINE_enum(
+    "matmul_precision",
+    "auto",
+    precision.CHOICES,
+    "How products of float32 numbers are computed: highest in float32, high in "
+    "three bfloat16 passes on a TPU and TF32 on a GPU, default in one bfloat16 "
+    "pass on a TPU and TF32 on a GPU; auto is highest on them for "
+    "--dtype=float32, and else what JAX does.",
   )
   if remat:
     flags.DEFINE_bool(

@@ -99,8 +99,9 @@ def define_run(
   flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run: flags, metrics, samples, checkpoints. A run that was "
-    "stopped goes on when the same command is given again.",
+    "Folder of the run, or its URL in a bucket, such as gs://bucket/runs/x: "
+    "flags, metrics, samples, checkpoints. A run that was stopped goes on when "
+    "the same command is given again.",
     required=True,
   )
   flags.DEFINE_integer(
@@ -202,13 +203,22 @@ def _define_devices():
     "splits them and the rows of a batch, tensor splits the parameters; one "
     "size may be -1, for all devices that are left.",
   )
+  flags.DEFINE_integer(
+    "cpu_devices",
+    0,
+    "Devices into which the CPU is divided, which share its cores and the rows "
+    "of a batch: one a core is faster for a model of a few million parameters. "
+    "0 leaves the CPU whole, or as XLA_FLAGS divides it. Of no effect on a GPU "
+    "or a TPU.",
+    lower_bound=0,
+  )
   flags.DEFINE_string(
     "compilation_cache",
     "~/.cache/rljax",
     "Folder in which compiled programs are kept for later runs; empty for "
     "none.",
   )
-  entry.may_change("workdir", "mesh", "compilation_cache")
+  entry.may_change("workdir", "mesh", "cpu_devices", "compilation_cache")
 
 
 def define_preflight() -> None:

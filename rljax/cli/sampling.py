@@ -87,6 +87,18 @@ def define_sampler(
     "--min_new_tokens must be less than --max_length, or no response ends.",
   )
   define_stop_strings()
+  define_slots()
+  flags.DEFINE_integer(
+    "length_buckets",
+    1,
+    "Widths K of prompts, and where a script learns from them of responses, at "
+    "which rows are read: no wider than the longest of a pass needs. With "
+    "--micro_batch_size, the rows of a pass have about one length. 1 reads all "
+    "at the longest of the data set. Samplers compile K times as long, and "
+    "learners K * K times.",
+    lower_bound=1,
+    upper_bound=8,
+  )
   if sample_batch_size is not None:
     flags.DEFINE_integer(
       "sample_batch_size",
@@ -220,6 +232,18 @@ def define_stop_strings() -> None:
   )
 
 
+def define_slots() -> None:
+  """Defines how many responses are decoded at the same time."""
+  flags.DEFINE_integer(
+    "slots",
+    0,
+    "Responses that are decoded at the same time: when one ends, the next of "
+    "its batch takes its place, which saves time where lengths differ much. 0 "
+    "decodes all of a batch at the same time, until the longest has ended.",
+    lower_bound=0,
+  )
+
+
 def define_dynamic_sampling() -> None:
   """Defines what happens to groups of responses that are scored alike."""
   flags.DEFINE_bool(
@@ -286,6 +310,7 @@ def define_replies() -> None:
     lower_bound=1,
   )
   define_stop_strings()
+  define_slots()
 
 
 def load_responder(
@@ -314,4 +339,5 @@ def load_responder(
     stop_tokens=runs.unescaped(values.stop_tokens),
     texts=asked.texts,
     unfinished_score=None,
+    slots=values.slots,
   )

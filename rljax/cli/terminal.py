@@ -21,6 +21,9 @@ class Lasting:
     """Writes a text, if there is still somebody to read it."""
     try:
       return self._stream.write(text)
+    except UnicodeEncodeError:  # A terminal that knows Latin letters alone.
+      name = getattr(self._stream, "encoding", None) or "ascii"
+      return self.write(text.encode(name, "backslashreplace").decode(name))
     except (OSError, ValueError):
       self._lose()
       return len(text)

@@ -1,13 +1,45 @@
 """Compiles programs once, and raises an error if they would compile again."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from rljax.distributed import planning
+
+_UNDER_WAY: list[str] = []  # Names of what is being compiled.
+_MESHES: list[jax.sharding.Mesh | None] = []  # Of what is being traced.
+
+
+def is_compiling() -> bool:
+  """Returns whether a program is being compiled, in any thread."""
+  return bool(_UNDER_WAY)
+
+
+def mesh() -> jax.sharding.Mesh | None:
+  """Returns the mesh of the program that a `Compiled` is tracing, if any.
+
+  It is that of the arguments. A kernel that the compiler cannot split over
+  devices asks for it.
+  """
+  return _MESHES[-1] if _MESHES else None
+
+
+@contextlib.contextmanager
+def _tracing(leaves: list[Any]) -> Iterator[None]:
+  """Answers `mesh` with that of some arguments."""
+  shardings = (getattr(leaf, "sharding", None) for leaf in leaves)
+  found = (
+    x.mesh for x in shardings if isinstance(x, jax.sharding.NamedSharding)
+  )
+  _MESHES.append(next(found, None))
+  try:
+    yield
+  finally:
+    _MESHES.pop()
 
 
 class Compiled:
@@ -47,12 +79,13 @@ class Compiled:
       if self._frozen and self._executables:
         raise RuntimeError(self._recompilation(args, signature))
       start = time.perf_counter()
-      if plan := planning.current():
-        executable = plan.compile(
-          self.name, self._jitted, args, self._out_shardings
-        )
-      else:
-        executable = self._jitted.lower(*args).compile()
+      with _tracing(leaves):
+        if plan := planning.current():
+          executable = plan.compile(
+            self.name, self._jitted, args, self._out_shardings
+          )
+        else:
+          executable = self._compile(args)
       self._executables[signature] = executable
       memory = executable.memory_analysis()
       self.compilations.append(
@@ -65,6 +98,13 @@ class Compiled:
         }
       )
     return executable
+
+  def _compile(self, args):
+    _UNDER_WAY.append(self.name)
+    try:
+      return self._jitted.lower(*args).compile(planning.compiler_options())
+    finally:
+      _UNDER_WAY.remove(self.name)
 
   def _recompilation(self, args, signature) -> str:
     """Says which arguments differ from the last compiled signature."""

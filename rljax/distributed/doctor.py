@@ -8,7 +8,8 @@ For one process, for two on one host, and for all hosts of a TPU slice:
 
 Checks Python and package versions, settings and commit, which must be equal on
 all hosts; that all processes reach the port of process 0; the devices; one sum
-over all of them; and, with `--workdir`, that all see the same folder.
+over all of them; and, with `--workdir`, that all see the same folder, or use
+the same bucket.
 `RLJAX_COORDINATOR` (host:port of process 0), `RLJAX_NUM_PROCESSES` and
 `RLJAX_PROCESS_ID` say which process this is. The exit status is 0 if all checks
 pass.
@@ -37,7 +38,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rljax.distributed import launchers
-from rljax.storage import paths
+from rljax.storage import buckets, paths
 
 OLDEST_PYTHON = (3, 11)
 # Packages of accelerators; compared where they are installed.
@@ -370,7 +371,7 @@ def check_workdir(workdir: str, nonce: str) -> Finding:
   """Checks that a file of process 0 is seen by every process.
 
   Args:
-    workdir: the folder, which is made if it is not there.
+    workdir: the folder, which is made if it is not there, or its URL.
     nonce: of this call, the same in all processes.
 
   Returns:
@@ -378,6 +379,8 @@ def check_workdir(workdir: str, nonce: str) -> Finding:
   """
   import jax
 
+  if buckets.is_url(workdir):
+    return _check_bucket(workdir, nonce)
   try:
     paths.check_local(workdir, "--workdir")
   except ValueError as error:
@@ -406,6 +409,53 @@ def check_workdir(workdir: str, nonce: str) -> Finding:
   return Finding("workdir", f"{workdir} is seen by all")
 
 
+def _check_bucket(url, nonce):
+  """Writes, reads and deletes objects where a workdir is to lie."""
+  import jax
+
+  fix = (
+    "give every host the right to create, read, list and delete objects there, "
+    "and credentials (for a bucket of another cloud, by --env of the launcher)"
+  )
+  own, problem = f".doctor-{nonce}-{jax.process_index()}", ""
+  try:
+    bucket = buckets.Bucket(url, "--workdir")
+    bucket.write(own, nonce.encode())
+    if bucket.read(own) != nonce.encode():
+      problem = f"{own} does not read as it was written"
+  except (OSError, ValueError) as error:
+    problem = buckets.described(error.__cause__ or error)
+    if isinstance(error, ValueError):
+      fix, problem = "install or name what it asks for", str(error)
+  # All ask in the same order, whatever has failed here.
+  num_failed = _sum(lambda index: int(bool(problem)))
+  if not num_failed:
+    try:
+      first = f".doctor-{nonce}-0"
+      if bucket.read(first) is None:
+        problem = f"{first}, which process 0 has written, is not seen"
+      elif bucket.create(own, b"again"):
+        problem = "the store creates an object that is there already"
+    except OSError as error:
+      problem = buckets.described(error.__cause__ or error)
+    num_failed = _sum(lambda index: int(bool(problem)))
+    try:
+      bucket.delete([own])
+      if own in bucket.objects():
+        problem = problem or f"{own} is still there after its deletion"
+    except OSError as error:
+      problem = problem or buckets.described(error.__cause__ or error)
+    num_failed += _sum(lambda index: int(bool(problem)))
+  if num_failed:
+    problem = problem or "another process says why"
+    return Finding("workdir", f"{url} cannot be used: {problem}", fix)
+  return Finding(
+    "workdir",
+    f"{url}: all write, read and delete objects, and the store creates one "
+    "only once",
+  )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs all checks and prints what they found; returns the exit status."""
   parser = argparse.ArgumentParser(
@@ -414,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--platform", choices=["cpu", "gpu", "tpu"])
   parser.add_argument("--devices", type=int, help="How many in all.")
-  parser.add_argument("--workdir", help="Folder that all processes must see.")
+  parser.add_argument("--workdir", help="Folder or bucket that all must see.")
   parser.add_argument(
     "--seconds",
     type=float,

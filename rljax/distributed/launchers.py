@@ -41,6 +41,40 @@ def place(environment: Mapping[str, str]) -> tuple[str | None, int, int]:
   return coordinator, num_processes, process_id
 
 
+def num_started(environment: Mapping[str, str]) -> int:
+  """Counts the processes that a cluster says it has started of one program.
+
+  Asks nobody: these are variables of Slurm's `srun`, of Open MPI, and of the
+  pods of a TPU slice on GKE.
+
+  Args:
+    environment: such as `os.environ`.
+
+  Returns:
+    Their number; 1 if nothing is said of others.
+  """
+  counts = [1]
+  if environment.get("SLURM_STEP_NODELIST"):  # Not in the script of a job.
+    counts.append(_number(environment.get("SLURM_NTASKS")))
+  counts.append(_number(environment.get("OMPI_COMM_WORLD_SIZE")))
+  hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+  counts.append(len([host for host in hosts if host.strip()]))
+  return max(counts)
+
+
+def has_host_alone(environment: Mapping[str, str]) -> bool:
+  """Tells whether Slurm or Open MPI has started one process on each host."""
+  nodes = _number(environment.get("SLURM_STEP_NUM_NODES"))
+  tasks = _number(environment.get("SLURM_NTASKS"))
+  if environment.get("SLURM_STEP_NODELIST") and tasks:
+    return nodes == tasks
+  return _number(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE")) == 1
+
+
+def _number(text: str | None) -> int:
+  return int(text) if text and re.fullmatch(r"[0-9]{1,9}", text) else 0
+
+
 def split_address(address):
   """Splits `host:port` into host and port."""
   host, _, port = address.rpartition(":")

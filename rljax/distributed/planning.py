@@ -171,7 +171,9 @@ class Plan:
       return _Planned(self, None, None, lowered, out_shardings)
     executable, error = None, ""
     try:
-      executable = lowered.compile() if self._compiles else None
+      executable = None
+      if self._compiles:
+        executable = lowered.compile(compiler_options())
     except jax.errors.JaxRuntimeError as raised:
       if not any(text in str(raised) for text in _OUT_OF_MEMORY):
         raise
@@ -292,6 +294,18 @@ def platform() -> str:
   """Returns the kind of machine that programs are compiled for, as JAX does."""
   devices = _plans[-1].devices if _plans else None
   return devices[0].platform if devices else jax.default_backend()
+
+
+def compiler_options() -> dict[str, str] | None:
+  """Returns what the compiler is told for the machine of `platform`.
+
+  XLA's CPU compiler removes the barriers between a forward pass and layers that
+  the gradient is to compute again (`jax.checkpoint`), and then computes them
+  again at once: it takes the time and saves no memory. It keeps them here.
+  """
+  if platform() != "cpu":
+    return None
+  return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def num_layers(own: int) -> int:

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,39 +27,119 @@ Tree = Any
 # A process without a heartbeat for so long counts as dead. A thread sends them,
 # however long the process compiles or scores.
 HEARTBEAT_SECONDS = 60
+_SECONDS_TO_FIND = 60  # The name of the first host, which may come up later.
 # Exchanged values are padded to few sizes, as each size compiles a program.
 _LEAST_BYTES = 4096
+
+
+def divide_cpu(num_devices: int) -> None:
+  """Divides the CPU of this process into devices, which share its cores.
+
+  Must come before the first array. Where JAX computes on a GPU or a TPU it
+  changes nothing that a mesh sees.
+
+  Args:
+    num_devices: of this process; 0 leaves one, or as many as XLA_FLAGS says.
+
+  Raises:
+    ValueError: if JAX is in use already, with another number of them.
+  """
+  if not num_devices:
+    return
+  try:
+    jax.config.update("jax_num_cpu_devices", num_devices)
+  except RuntimeError:
+    found = len(jax.local_devices(backend="cpu"))
+    if found != num_devices:
+      raise ValueError(
+        f"--cpu_devices={num_devices} comes too late, for this process has "
+        f"divided its CPU into {found} already; set --cpu_devices=0."
+      ) from None
 
 
 def join(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
   """Joins the processes of a launcher; belongs in the first line of a main.
 
   Reads RLJAX_COORDINATOR, RLJAX_NUM_PROCESSES and RLJAX_PROCESS_ID; without
-  them, or when called again, it does nothing. From then on a process that fails
-  ends at once, and the others notice and end too, instead of waiting for it.
-  Checkpoints stay.
+  them jax looks for itself whether it is on a TPU slice of GCE or GKE, or in a
+  step of Slurm or Open MPI. Where there is one process, or when called again,
+  it does nothing. From then on a process that fails ends at once, and the
+  others notice and end too, instead of waiting for it. Checkpoints stay.
 
   Args:
     heartbeat_seconds: after which a process without heartbeat counts as dead.
 
   Raises:
-    ValueError: if only some of the variables are set.
+    ValueError: if only some of the variables are set, or several processes
+      were started and cannot find each other: each would train alone.
   """
   coordinator, num_processes, process_id = launchers.place(os.environ)
-  if num_processes == 1 or jax.distributed.is_initialized():
+  if jax.distributed.is_initialized():
+    return
+  device_ids = None
+  if coordinator is None:
+    coordinator, num_processes, process_id, device_ids = _detected()
+  if num_processes == 1:
     return
   logging.set_verbosity(logging.WARNING)  # jax logs where it connects to.
   connect(
     coordinator,
     num_processes,
     process_id,
+    device_ids,
     heartbeat_timeout_seconds=heartbeat_seconds,
   )
   sys.excepthook = _end
 
 
+def _detected() -> tuple[str | None, int, int, Sequence[int] | None]:
+  """Returns what jax finds out of a cluster, as `join` needs it.
+
+  Returns:
+    `(host:port of process 0, number of processes, index of this one, its
+    devices)`; None for the devices takes all of the host.
+
+  Raises:
+    ValueError: if there are several processes, and it finds no coordinator.
+  """
+  from jax._src import clusters  # What initialize() asks without arguments.
+
+  alone = (None, 1, 0, None)
+  started = launchers.num_started(os.environ)
+  in_a_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+  if in_a_pod and started == 1 and "JOB_COMPLETION_INDEX" not in os.environ:
+    return alone  # Of no job: jax would ask Kubernetes in vain.
+  reason = "jax finds no coordinator"
+  try:
+    find = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    found = find(None, None, None, None, None, _SECONDS_TO_FIND)
+  except Exception as error:  # Of whatever it has asked.
+    found, reason = alone, f"jax finds no coordinator: {error}".splitlines()[0]
+    if started == 1:
+      logging.warning("%s; this process runs alone.", reason)
+  coordinator, num_processes, process_id, device_ids = found
+  if coordinator is None or num_processes is None:
+    num_processes = 1
+  if num_processes == 1 and started > 1:
+    raise ValueError(
+      f"This is one of {started} processes, by the variables of its cluster, "
+      f"and {reason.rstrip('.')}. Each would train alone, into the same files. "
+      "Set RLJAX_COORDINATOR, RLJAX_NUM_PROCESSES and RLJAX_PROCESS_ID, or "
+      "start one process."
+    )
+  if num_processes == 1:
+    return alone
+  if launchers.has_host_alone(os.environ):
+    device_ids = None  # jax would take one device for each process.
+  return coordinator, num_processes, process_id, device_ids
+
+
 def connect(
-  coordinator: str, num_processes: int, process_id: int, **timeouts: int
+  coordinator: str,
+  num_processes: int,
+  process_id: int,
+  device_ids: Sequence[int] | None = None,
+  **timeouts: int,
 ) -> None:
   """Connects this process to the others, and changes nothing else of it.
 
@@ -67,6 +147,7 @@ def connect(
     coordinator: host:port of process 0.
     num_processes: how many there are.
     process_id: which one this is, from 0.
+    device_ids: GPUs that it takes; None for all of its host.
     **timeouts: of `jax.distributed.initialize`, in seconds.
   """
   # It would catch SIGTERM, which `checkpoint.Preemption` handles, and which
@@ -76,6 +157,7 @@ def connect(
     coordinator,
     num_processes,
     process_id,
+    device_ids,
     # Otherwise Slurm's settings would give each process a single device.
     cluster_detection_method="deactivate",
     **timeouts,
@@ -88,10 +170,14 @@ def check_joined() -> None:
   Each would train alone, into the same files.
   """
   _, num_processes, _ = launchers.place(os.environ)
+  what = f"RLJAX_NUM_PROCESSES={num_processes}"
+  if num_processes == 1:
+    num_processes = launchers.num_started(os.environ)
+    what = f"This is one of {num_processes} processes"
   if num_processes > 1 and not jax.distributed.is_initialized():
     raise ValueError(
-      f"RLJAX_NUM_PROCESSES={num_processes}, but this script runs in one "
-      "process. Start it on one host, whose devices --mesh shares."
+      f"{what}, but this script runs in one process. Start it on one host, "
+      "whose devices --mesh shares."
     )
 
 

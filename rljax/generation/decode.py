@@ -7,12 +7,13 @@ logits works as well: nothing here depends on a model family.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from rljax.generation import slots as slots_lib
 from rljax.models import lora, products
 from rljax.ops import log_probs, sampling
 
@@ -44,6 +45,29 @@ class Samples:
   truncated_log_probs: Array
   finished: Array
   allowed: Array | None = None
+
+
+class Given(NamedTuple):
+  """Holds what is known of rows before they are drawn.
+
+  Attributes:
+    keys: `[N]` typed keys.
+    lengths: `[N]` int, limits of their lengths.
+    constraint: of N rows, or None.
+  """
+
+  keys: Array
+  lengths: Array
+  constraint: Any
+
+  def take(self, index: Array) -> "Given":
+    """Returns some rows; an index past the last gives the last."""
+    constraint = self.constraint
+    return Given(
+      self.keys.at[index].get(mode="clip"),
+      self.lengths.at[index].get(mode="clip"),
+      constraint and constraint.take(index),
+    )
 
 
 def row_keys(key: Array, prompt_indices: Array, num_samples: int) -> Array:
@@ -89,6 +113,7 @@ def sample(
   split_cache: Callable[[Any], Any] | None = None,
   split_logits: Callable[[Array], Array] | None = None,
   pad_id: int = 0,
+  slots: int = 0,
 ) -> Samples:
   """Draws `num_samples` responses to each prompt.
 
@@ -132,6 +157,8 @@ def sample(
     split_logits: likewise for the logits `[N, V]`, see
       `meshes.logits_splitter`.
     pad_id: what stands after the end.
+    slots: rows that are decoded at the same time, see `slots.decode_rows`; 0
+      for all, until the longest has ended.
 
   Returns:
     `Samples` with `N = B * num_samples` rows.
@@ -147,6 +174,7 @@ def sample(
   chex.assert_shape(prompt_indices, (num_prompts,))
   if lengths is None:
     lengths = jnp.full((num_rows,), max_length, jnp.int32)
+  lengths = jnp.asarray(lengths)
   chex.assert_shape(lengths, (num_rows,))
   if stop_strings is not None:
     stop_strings = jnp.asarray(stop_strings)  # A numpy table may be given.
@@ -157,53 +185,78 @@ def sample(
     constraint = constraint.repeat(num_samples)
   split_cache = split_cache or (lambda cache: cache)
   split_logits = split_logits or (lambda logits: logits)
+  given = Given(row_keys(key, prompt_indices, num_samples), lengths, constraint)
   advance = functools.partial(
     _advance,
-    keys=row_keys(key, prompt_indices, num_samples),
     settings=settings,
     allowed=allowed,
     forced=forced,
-    constraint=constraint,
     stop_ids=stop_ids,
     stop_strings=stop_strings,
     min_new_tokens=min_new_tokens,
-    lengths=lengths,
     pad_id=pad_id,
   )
   apply = functools.partial(model.apply, {"params": _narrowed(model, params)})
+  prefill = lambda num_samples, room: apply(
+    prompt_ids, prompt_mask, num_samples, room, method="prefill"
+  )
+
+  def decode(tokens, cache):
+    hidden, cache = apply(tokens, cache, method="decode")
+    cache = split_cache(cache)
+    return split_logits(apply(hidden, method="logits")), cache  # [N, V]
 
   # The first token comes from the prompts' last column, once per prompt.
-  hidden, cache = apply(
-    prompt_ids, prompt_mask, num_samples, max_length, method="prefill"
-  )
+  hidden, cache = prefill(*((1, 1) if slots else (num_samples, max_length)))
   cache = split_cache(cache)
   logits = apply(hidden[:, -1], method="logits")  # [B, V]
   logits = split_logits(jnp.repeat(logits, num_samples, axis=0))
-  state = _start((num_rows, max_length), logits.shape[-1], constraint, pad_id)
-  state = advance(0, state, logits)
+  rows, columns = advance(0, _start(num_rows, constraint), logits, given)
+  written = _blank(columns, max_length, pad_id)
+  written = _write(written, columns, 0)
+  finished = rows["finished"]
+  if max_length > 1:
+    decode_all = _decode_together
+    if slots:
+      # With room for whole responses, whose shapes are all that is needed.
+      _, room = jax.eval_shape(lambda: prefill(1, max_length))
+      cache = slots_lib.Prompts(cache, room, num_samples)
+      decode_all = functools.partial(
+        slots_lib.decode_rows, num_slots=min(slots, num_rows)
+      )
+    written, finished = decode_all(
+      decode, advance, cache, rows, written, given=given
+    )
+  return Samples(finished=finished, **written)
+
+
+def _decode_together(
+  decode: Callable[[Array, Any], tuple[Array, Any]],
+  advance: Callable[..., tuple[State, State]],
+  cache: Any,
+  rows: State,
+  written: State,
+  *,
+  given: Given,
+) -> tuple[State, Array]:
+  """Decodes all rows, one column after another, until the last has ended."""
+  max_length = written["response_ids"].shape[1]
 
   def goes_on(carry):
-    step, state, _ = carry
-    alive = ~state["finished"] & (step < lengths)
+    step, rows, *_ = carry
+    alive = ~rows["finished"] & (step < given.lengths)
     return (step < max_length) & jnp.any(alive)
 
-  def decode(carry):
-    step, state, cache = carry
-    hidden, cache = apply(state["tokens"], cache, method="decode")
-    cache = split_cache(cache)
-    logits = split_logits(apply(hidden, method="logits"))  # [N, V]
-    return step + 1, advance(step, state, logits), cache
+  def decode_column(carry):
+    step, rows, written, cache = carry
+    logits, cache = decode(rows["tokens"], cache)
+    rows, columns = advance(step, rows, logits, given)
+    return step + 1, rows, _write(written, columns, step), cache
 
-  if max_length > 1:
-    _, state, _ = jax.lax.while_loop(goes_on, decode, (1, state, cache))
-  return Samples(
-    response_ids=state["response_ids"],
-    response_mask=state["response_mask"],
-    log_probs=state["log_probs"],
-    truncated_log_probs=state["truncated_log_probs"],
-    finished=state["finished"],
-    allowed=state.get("allowed"),
+  _, rows, written, _ = jax.lax.while_loop(
+    goes_on, decode_column, (1, rows, written, cache)
   )
+  return written, rows["finished"]
 
 
 def _narrowed(model: Any, params: Any) -> Any:
@@ -232,68 +285,78 @@ def _check_request(
     )
 
 
-def _start(
-  shape: tuple[int, int], vocab_size: int, constraint: Any, pad_id: int
-) -> State:
-  """Returns the loop's state before the first token of `[N, T]` responses."""
-  num_rows, _ = shape
-  state = {
+def _start(num_rows: int, constraint: Any) -> State:
+  """Returns where rows stand before their first token."""
+  rows = {
     # Index -1 is the entry of `forced` that comes before the first token.
     "tokens": jnp.full(num_rows, -1, jnp.int32),
-    "response_ids": jnp.full(shape, pad_id, jnp.int32),
-    "response_mask": jnp.zeros(shape, bool),
-    "log_probs": jnp.zeros(shape, jnp.float32),
-    "truncated_log_probs": jnp.zeros(shape, jnp.float32),
     "finished": jnp.zeros(num_rows, bool),
     "automaton": jnp.zeros(num_rows, jnp.int32),
   }
-  if constraint is not None:
-    state["place"] = constraint.start
-    state["allowed"] = jnp.ones((*shape, vocab_size), bool)
-  return state
+  return rows if constraint is None else {**rows, "place": constraint.start}
+
+
+def _blank(columns: State, max_length: int, pad_id: int) -> State:
+  """Returns `[N, T, ...]` arrays for columns like these, as after the end."""
+  after = {"response_ids": pad_id, "allowed": True}
+  return {
+    name: jnp.full(
+      (len(column), max_length, *column.shape[1:]),
+      after.get(name, 0),
+      column.dtype,
+    )
+    for name, column in columns.items()
+  }
+
+
+def _write(written: State, columns: State, step: int | Array) -> State:
+  """Writes column `step` of all rows."""
+  return {
+    name: jax.lax.dynamic_update_slice_in_dim(
+      written[name], column[:, None], step, axis=1
+    )
+    for name, column in columns.items()
+  }
 
 
 def _advance(
   step: int | Array,
-  state: State,
+  rows: State,
   logits: Array,
+  given: Given,
   *,
-  keys: Array,
   settings: sampling.Settings,
   allowed: Array | None,
   forced: Array | None,
-  constraint: Any,
   stop_ids: tuple[int, ...],
   stop_strings: Array | None,
   min_new_tokens: int,
-  lengths: Array,
   pad_id: int,
-) -> State:
-  """Draws the tokens of one step and writes their column.
+) -> tuple[State, State]:
+  """Draws one token per row.
 
   Args:
-    step: t, the column.
-    state: of the loop, see `_start`.
+    step: t, the column; or `[N]`, that of each row.
+    rows: where the rows stand, see `_start`.
     logits: `[N, V]` float, of the model.
-    keys: `[N]` typed keys, of the rows.
+    given: what is known of the rows.
     settings: as in `sample`, like those that follow.
     allowed: `[V]` bool, or None.
     forced: `[V + 1]` int, or None.
-    constraint: of N rows, or None.
     stop_ids: ids that end a response.
     stop_strings: `[S, V]` table, or None.
     min_new_tokens: tokens before a stop id may be drawn.
-    lengths: `[N]` int.
     pad_id: what stands after the end.
 
   Returns:
-    The state after the step.
+    Where the rows stand after the step, and the columns of `Samples`.
   """
+  constraint = given.constraint
   if constraint is not None:
-    follows = constraint.allowed(state["place"])  # [N, V]
+    follows = constraint.allowed(rows["place"])  # [N, V]
     allowed = follows if allowed is None else follows & allowed[None]
   tokens, log_prob, truncated_log_prob = _draw(
-    keys,
+    given.keys,
     step,
     logits,
     allowed,
@@ -302,42 +365,37 @@ def _advance(
     until=min_new_tokens,
   )
   if forced is not None:
-    following = forced[state["tokens"]]
+    following = forced[rows["tokens"]]
     is_free = following < 0
     tokens = jnp.where(is_free, tokens, following)
     log_prob = jnp.where(is_free, log_prob, 0.0)
     truncated_log_prob = jnp.where(is_free, truncated_log_prob, 0.0)
 
-  alive = ~state["finished"] & (step < lengths)
+  alive = ~rows["finished"] & (step < given.lengths)
   tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
   stop = jnp.zeros_like(alive)
   for stop_id in stop_ids:
     stop |= tokens == stop_id
-  automaton = state["automaton"]
+  automaton = rows["automaton"]
   if stop_strings is not None:
     automaton = jnp.where(alive, stop_strings[automaton, tokens], automaton)
     stop |= automaton == stop_strings.shape[0] - 1
-  write = lambda name, column: jax.lax.dynamic_update_slice_in_dim(
-    state[name], column[:, None], step, axis=1
-  )
-  constrained = {}
-  if constraint is not None:
-    constrained = {
-      "allowed": write("allowed", allowed | ~alive[:, None]),
-      "place": constraint.advance(state["place"], tokens),
-    }
-  return {
-    "tokens": tokens,
-    "response_ids": write("response_ids", tokens),
-    "response_mask": write("response_mask", alive),
-    "log_probs": write("log_probs", jnp.where(alive, log_prob, 0.0)),
-    "truncated_log_probs": write(
-      "truncated_log_probs", jnp.where(alive, truncated_log_prob, 0.0)
-    ),
-    "finished": state["finished"] | (alive & stop),
-    "automaton": automaton,
-    **constrained,
+  columns = {
+    "response_ids": tokens,
+    "response_mask": alive,
+    "log_probs": jnp.where(alive, log_prob, 0.0),
+    "truncated_log_probs": jnp.where(alive, truncated_log_prob, 0.0),
   }
+  finished = rows["finished"] | (alive & stop)
+  rows = {"tokens": tokens, "finished": finished, "automaton": automaton} | {
+    # Where a row stands in the grammar, if there is one.
+    name: constraint.advance(place, tokens)
+    for name, place in rows.items()
+    if name == "place"
+  }
+  if constraint is not None:
+    columns["allowed"] = allowed | ~alive[:, None]
+  return rows, columns
 
 
 def _draw(
@@ -361,14 +419,17 @@ def _draw(
   candidates = logits
   if not_yet:
     is_stop = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(not_yet))
+    may_end = jnp.broadcast_to(step, keys.shape)[:, None] >= until
     candidates = log_probs.masked_logits(
-      logits, allowed=~is_stop | (step >= until)
+      logits, allowed=~is_stop[None] | may_end
     )
   truncated = sampling.truncate(candidates, settings)
   if settings.greedy:
     tokens = sampling.greedy(truncated)
   else:
-    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    step_keys = jax.vmap(jax.random.fold_in)(
+      keys, jnp.broadcast_to(step, keys.shape)
+    )
     uniforms = jax.vmap(jax.random.uniform)(step_keys)
     tokens = sampling.inverse_cdf(truncated, uniforms)
   log_prob = truncated_log_prob = _log_prob(logits, tokens)

@@ -132,6 +132,14 @@ class Constraint(NamedTuple):
     )
     return self._replace(start=start, seconds=seconds)
 
+  def take(self, index: Array) -> "Constraint":
+    """Selects rows; an index past the last gives the last."""
+    start, seconds = jax.tree.map(
+      lambda x: jnp.asarray(x).at[index].get(mode="clip"),
+      (self.start, self.seconds),
+    )
+    return self._replace(start=start, seconds=seconds)
+
   def allowed(self, place: Place) -> Array:
     """Returns `[N, V]` bool: see `allowed`, and `seconds` for token two."""
     among = self.seconds | (place.position != 1)[:, None]

@@ -16,6 +16,7 @@ import numpy as np
 
 from rljax.distributed import compiled, meshes, planning, processes
 from rljax.generation import ahead, answered, responses, rollouts, stops
+from rljax.generation import slots as slots_lib
 from rljax.ops import sampling
 from rljax.text import (
   asked,
@@ -63,6 +64,8 @@ class Responder:
     constraint: Any = None,
     texts: Sequence[str] | None = None,
     unfinished_score: float | None = 0.0,
+    slots: int = 0,
+    length_buckets: int = 1,
   ):
     """Pads the prompts and prepares the sampler.
 
@@ -92,10 +95,13 @@ class Responder:
       texts: N prompts as they are scored, or None.
       unfinished_score: of an answer that ran out of length, which is then never
         right; None: it is scored as any other.
+      slots: rows that are decoded at the same time, see `generation.slots`; 0:
+        all of a batch.
+      length_buckets: widths at which prompts are read, see `rollouts.sample`.
 
     Raises:
-      ValueError: if prompts and responses are longer than the context, or the
-        batch does not fit the mesh.
+      ValueError: if prompts and responses are longer than the context, or batch
+        or slots do not fit the mesh.
     """
     meshes.check_divisible(batch_size, mesh, "batch_size")
     ids, mask = batches_lib.pad_left(prompt_ids)
@@ -108,6 +114,8 @@ class Responder:
     if stop_strings:
       self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(stop_strings, self._pieces)
+
+    on_mesh = slots_lib.on_mesh(slots, mesh)
 
     def sample(key, params, batch):
       within = None
@@ -132,9 +140,9 @@ class Responder:
         lengths=jnp.repeat(batch["lengths"], num_samples),
         forced=forced,
         constraint=within,
-        split_cache=meshes.cache_splitter(mesh),
-        split_logits=meshes.logits_splitter(mesh),
         pad_id=vocabularies.pad_id(tokenizer),
+        length_buckets=length_buckets,
+        **on_mesh.options,
       )
 
       # Nobody reads it: it need not leave the devices.
@@ -143,7 +151,7 @@ class Responder:
     self.num_prompts, self.num_samples = len(ids), num_samples
     self.texts, self.unfinished_score = texts, unfinished_score
     self.has_forced = forced is not None
-    self.program = compiled.Compiled("respond", sample)
+    self.program = compiled.Compiled("respond", on_mesh.split(sample, 2))
     self._arrays = {
       "ids": ids,
       "mask": mask,

@@ -43,6 +43,9 @@ class Settings(NamedTuple):
     unfinished_score: score of a response that ran out of length, which is then
       never right; None: it is scored as any other.
     seed: of the limits of length.
+    slots: rows that are decoded at the same time, see `generation.slots`; 0:
+      all of them.
+    length_buckets: widths at which prompts are read, see `rollouts.sample`.
   """
 
   max_length: int
@@ -61,6 +64,8 @@ class Settings(NamedTuple):
   unfinished_score: float | None = None
   mask_unfinished: bool = False
   seed: int = 0
+  slots: int = 0
+  length_buckets: int = 1
 
   @property
   def distribution(self) -> sampling.Settings:

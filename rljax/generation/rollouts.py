@@ -1,5 +1,6 @@
 """Rollouts: prompts, responses and the statistics of their tokens."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.generation import decode, packed
-from rljax.ops import log_probs, masking, sampling
+from rljax.ops import lengths, log_probs, masking, sampling
 
 Array = chex.Array
 Batch = Mapping[str, Array]
@@ -52,6 +53,7 @@ def sample(
   max_length: int,
   settings: sampling.Settings,
   num_samples: int = 1,
+  length_buckets: int = 1,
   **options: Any,
 ) -> Rollout:
   """Draws `num_samples` responses to each prompt, with their prompts.
@@ -65,22 +67,31 @@ def sample(
     max_length: T.
     settings: temperature and truncation.
     num_samples: responses per prompt.
+    length_buckets: widths at which prompts may be read, see `ops.lengths`: the
+      least that holds the longest of the batch. Each is compiled.
     **options: see `decode.sample`.
 
   Returns:
     A `Rollout` of `N = B * num_samples` rows; row `b * num_samples + j` is
     sample j of prompt b.
   """
-  samples = decode.sample(
-    key,
-    model,
-    params,
-    prompt_ids,
-    prompt_mask,
+  draw = functools.partial(
+    decode.sample,
     max_length=max_length,
     settings=settings,
     num_samples=num_samples,
     **options,
+  )
+  widths = lengths.widths(prompt_ids.shape[1], length_buckets)
+  samples = jax.lax.switch(
+    lengths.bucket(prompt_mask, widths, left=True),
+    [
+      lambda params, ids, mask, width=width: draw(
+        key, model, params, ids[:, -width:], mask[:, -width:]
+      )
+      for width in widths
+    ],
+    *(params, prompt_ids, prompt_mask),
   )
   return Rollout(
     prompt_ids=jnp.repeat(prompt_ids, num_samples, axis=0),
@@ -278,16 +289,29 @@ def metrics(
   Returns:
     "entropy/token", nats, over the tokens; "response/length", tokens, over the
     responses with a token that counts, and "response/finished", over all;
-    "sampler/log_prob_gap", the
-    largest difference between sampler and trainer, nats.
+    "sampler/log_prob_gap", the largest difference between sampler and trainer,
+    nats, "sampler/log_prob_gap_mean" over the tokens,
+    "sampler/log_prob_gap_99", which one token in a hundred exceeds, and
+    "sampler/log_prob_k3", the estimate k3 of the KL divergence between them.
   """
   mask = rollout.response_mask
-  gap = jnp.abs(rollout.log_probs - statistics.log_probs)
+  difference = jnp.where(mask, statistics.log_probs - rollout.log_probs, 0.0)
+  gap = jnp.abs(difference)
+  # As `numpy.quantile` with method="higher", but of 0 without a token.
+  num_tokens = jnp.sum(mask, dtype=jnp.int32)
+  place = -(-99 * (num_tokens - 1) // 100)
+  gaps = jnp.sort(jnp.where(mask, gap, -1.0).ravel())  # Masked ones come first.
+  gap_99 = gaps[mask.size - num_tokens + jnp.maximum(place, 0)]
   return {
     "entropy/token": masking.masked_mean(statistics.entropies, mask),
     "response/length": masking.masked_mean(
       mask.sum(axis=1).astype(jnp.float32), mask.any(axis=1)
     ),
     "response/finished": rollout.finished.astype(jnp.float32).mean(),
-    "sampler/log_prob_gap": jnp.where(mask, gap, 0.0).max(),
+    "sampler/log_prob_gap": gap.max(),
+    "sampler/log_prob_gap_mean": masking.masked_mean(gap, mask),
+    "sampler/log_prob_gap_99": jnp.where(mask.any(), gap_99, 0.0),
+    "sampler/log_prob_k3": masking.masked_mean(
+      jnp.expm1(difference) - difference, mask
+    ),
   }

@@ -18,6 +18,7 @@ from rljax.generation import (
   responders,
   responses,
   rollouts,
+  slots,
   stops,
 )
 from rljax.ops import sampling
@@ -82,29 +83,34 @@ class Sampler:
       self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
       stop_table = stops.table(settings.stop_strings, self._pieces)
 
-    def sample(key, params, ids, mask, lengths, within, indices=None):
+    on_mesh = slots.on_mesh(settings.slots, mesh)
+
+    def sample(key, params, tables, ids, mask, lengths, indices, places):
+      within = None
+      if tables is not None:
+        within = grammars.Constraint(tables, *places)
       return rollouts.sample(
         key,
         model,
         params,
         ids,
         mask,
+        prompt_indices=indices,
+        length_buckets=settings.length_buckets,
         max_length=settings.max_length,
         settings=distribution,
         num_samples=settings.num_samples,
-        prompt_indices=indices,
         allowed=self.allowed,
         stop_ids=self.stop_ids,
         stop_strings=stop_table,
         min_new_tokens=settings.min_new_tokens,
         lengths=lengths,
         constraint=within,
-        split_cache=meshes.cache_splitter(mesh),
-        split_logits=meshes.logits_splitter(mesh),
         pad_id=vocabularies.pad_id(tokenizer),
+        **on_mesh.options,
       )
 
-    self.program = compiled.Compiled("sample", sample)
+    self.program = compiled.Compiled("sample", on_mesh.split(sample, 3))
 
   @property
   def has_constraint(self) -> bool:
@@ -150,23 +156,21 @@ class Sampler:
     num_samples = self.settings.num_samples
     place = (step, 1, number) if number else (step, 1)
     lengths = self.settings.lengths(len(rows) * num_samples, *place)
-    indices = ()
+    indices = np.arange(len(rows), dtype=np.int32)
     if part is not None:
       lengths = lengths.reshape(len(rows), -1)[part].ravel()
-      indices = np.arange(len(rows), dtype=np.int32)[part]
-      indices = (meshes.shard_batch(indices, self._mesh),)
-      rows = rows[part]
-    ids, mask, lengths = meshes.shard_batch(
-      (prompts.ids[rows], prompts.mask[rows], lengths), self._mesh
+      indices, rows = indices[part], rows[part]
+    ids, mask, lengths, indices = meshes.shard_batch(
+      (prompts.ids[rows], prompts.mask[rows], lengths, indices), self._mesh
     )
     texts = [prompts.texts[i] for i in rows]
     within = self._constraint(texts)
+    tables, places = self._grammar, None
     if within is not None:
-      within = within._replace(
-        start=meshes.shard_batch(within.start, self._mesh),
-        seconds=meshes.shard_batch(within.seconds, self._mesh),
-      )
-    rollout = self.program(key, params, ids, mask, lengths, within, *indices)
+      places = meshes.shard_batch((within.start, within.seconds), self._mesh)
+    rollout = self.program(
+      key, params, tables, ids, mask, lengths, indices, places
+    )
     return responses.Samples(
       rollout=rollout,
       prompts=[text for text in texts for _ in range(num_samples)],
@@ -238,6 +242,8 @@ class Sampler:
         "settings": settings.distribution,
         "num_samples": settings.num_samples,
         "seed": settings.seed,
+        "slots": settings.slots,
+        "length_buckets": settings.length_buckets,
         "stop_at_eos": settings.stop_at_eos,
         "stop_strings": settings.stop_strings,
         "stop_tokens": settings.stop_tokens,

@@ -13,7 +13,8 @@ columns and min(T, W) slots, which it fills in turns.
 
 with B prompts, N = B * num_samples rows (row b * num_samples + j continues
 prompt b), H query heads that share K key heads in groups of G = H / K, and
-head width d. `step` counts the response tokens already written.
+head width d. `step` counts the response tokens already written; it is `[N]`
+where B = N and each row counts its own, as in `generation.slots`.
 """
 
 import dataclasses
@@ -25,10 +26,18 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rljax.models import products
+from rljax.distributed import compiled, planning
+from rljax.models import blockwise, fused, products
 
 Array = jax.Array
 Cache = dict[str, Any]
+
+# Rows of fewer tokens are attended to in one piece. On CPUs blocks are faster
+# from here on (`benchmarks/lengths.py`); on other machines nothing was timed.
+SHORTEST = {"cpu": 256, "gpu": 512, "tpu": 256}
+FORMS = ("plain", "blocks", "cudnn", "splash")
+# Queries and keys of a block: on a CPU as many as its caches hold.
+_BLOCK = {"cpu": 128}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,33 +89,51 @@ def positions(mask: Array, segments: Array | None = None) -> Array:
   return jnp.where(segments > 0, places - starts, 0)
 
 
-def causal_mask(
-  mask: Array, window: int | None = None, segments: Array | None = None
+def seen(
+  mask: Array,
+  *,
+  causal: bool = True,
+  window: int | None = None,
+  segments: Array | None = None,
 ) -> Array:
-  """Returns which keys each query may attend to: real, up to its own.
+  """Returns which keys each query may attend to, as `attend` is told.
 
   Args:
     mask: `[B, S]` bool, True at real tokens.
-    window: how many tokens a query sees, its own among them; None: all. They
-      are counted in columns, so padding must not stand between real tokens.
+    causal: whether a query sees the tokens up to its own alone.
+    window: how many tokens a query sees, its own among them, or how many on
+      either side if not `causal`; None: all. They are counted in columns, so
+      padding must not stand between real tokens.
     segments: `[B, S]` int, which text of its row a token belongs to: a query
       sees its own alone. None: a row is one text.
 
   Returns:
     `[B, S, S]` bool, queries before keys. A query in left padding attends to
-    nothing.
+    nothing, if `causal`.
   """
   chex.assert_rank(mask, 2)
   chex.assert_type(mask, bool)
   length = mask.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))
-  if window is not None and window < length:
-    causal &= jnp.triu(jnp.ones((length, length), bool), k=1 - window)
-  allowed = causal[None] & mask[:, None]
+  near = jnp.ones((length, length), bool)
+  if causal:
+    near = jnp.tril(near)
+    if window is not None and window < length:
+      near &= jnp.triu(jnp.ones((length, length), bool), k=1 - window)
+  elif window is not None:
+    place = jnp.arange(length)
+    near = jnp.abs(place[:, None] - place[None]) <= window
+  allowed = near[None] & mask[:, None]
   if segments is not None:
     chex.assert_equal_shape([mask, segments])
     allowed &= segments[:, :, None] == segments[:, None]
   return allowed
+
+
+def causal_mask(
+  mask: Array, window: int | None = None, segments: Array | None = None
+) -> Array:
+  """Returns `seen` for a causal model."""
+  return seen(mask, window=window, segments=segments)
 
 
 def attend(
@@ -115,27 +142,121 @@ def attend(
   values: Array,
   mask: Array,
   scores: Scores = Scores(),
+  *,
+  causal: bool = True,
+  window: int | None = None,
+  segments: Array | None = None,
+  form: str | None = None,
 ) -> Array:
   """Computes softmax attention with grouped key and value heads.
 
     o_s = Σ_t softmax_t(q_s · k_t / √d) v_t
 
-  The softmax is in float32. A query that may attend to nothing returns the mean
-  of all values, to be ignored, rather than NaN.
+  The softmax is in float32. Short rows are attended to in one piece, whose
+  scores take memory in the square of the length. Long ones take memory in the
+  length: by blocks, or by the fused kernel of a GPU or TPU where it knows the
+  case (see `choose`). All give the same numbers to rounding, at real tokens.
+  What they give at padding is finite, to be ignored, and without gradient
+  where nothing reads it: the mean of all values in one form, 0 in another.
 
   Args:
-    queries: `[B, S, H, d]` float.
+    queries: `[B, Q, H, d]` float, of the last Q ≤ S tokens of each row.
     keys: `[B, S, K, d]` float; query head h reads key head h // (H / K).
     values: `[B, S, K, d]` float.
-    mask: `[B, S, S]` bool, True where query s may attend to key t.
+    mask: `[B, S]` bool, True at real tokens.
     scores: how products of queries and keys become scores.
+    causal: whether a query sees the tokens up to its own alone.
+    window: how many tokens a query sees, its own among them, or how many on
+      either side if not `causal`; None: all. They are counted in columns.
+    segments: `[B, S]` int, which text of its row a token belongs to, 0 at
+      padding: a query sees its own alone. None: a row is one text.
+    form: one of `FORMS`; None: `choose` does.
 
   Returns:
-    `[B, S, H, d]` in the dtype of `values`.
+    `[B, Q, H, d]` in the dtype of `values`.
+
+  Raises:
+    ValueError: if `form` is another, or a kernel does not know the case.
   """
-  chex.assert_rank([queries, keys, values, mask], [4, 4, 4, 3])
+  chex.assert_rank([queries, keys, values, mask], [4, 4, 4, 2])
   chex.assert_equal_shape([keys, values])
+  chex.assert_equal_shape_prefix([keys, mask], 2)
   chex.assert_type(mask, bool)
+  if segments is not None:
+    chex.assert_equal_shape([mask, segments])
+  see = {"causal": causal, "window": window, "segments": segments}
+  if form is None:
+    form = choose(queries, keys, scores, **see)
+  if form == "plain":
+    allowed = seen(mask, **see)[:, mask.shape[1] - queries.shape[1] :]
+    return _plain(queries, keys, values, allowed, scores)
+
+  see |= {"softcap": scores.softcap}
+  see["scale"] = scores.scale
+  if scores.scale is None:
+    see["scale"] = 1 / math.sqrt(queries.shape[-1])
+  if form == "blocks":
+    size = _BLOCK.get(_platform(), 512)
+    return blockwise.attend(
+      queries, keys, values, mask, block_q=size, block_k=size, **see
+    )
+  kernels = {"cudnn": fused.cudnn, "splash": fused.splash}
+  if form not in kernels:
+    raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form}.")
+  return fused.on_mesh(
+    kernels[form], compiled.mesh(), queries, keys, values, mask, **see
+  )
+
+
+def choose(
+  queries: Array,
+  keys: Array,
+  scores: Scores = Scores(),
+  *,
+  causal: bool = True,
+  window: int | None = None,
+  segments: Array | None = None,
+) -> str:
+  """Returns the form in which `attend` computes, by machine and shape.
+
+  The machine is the one that programs are compiled for, in a plan its target.
+
+  Args:
+    queries: of `attend`, like the other arguments.
+    keys: shape `[B, S, K, d]`.
+    scores: how products become scores.
+    causal: whether a query sees the tokens up to its own alone.
+    window: tokens that a query sees.
+    segments: of packed rows.
+
+  Returns:
+    "plain" for short rows; else "cudnn" or "splash" where there is such a
+    kernel for the case, and "blocks" where there is none.
+  """
+  platform = _platform()
+  if keys.shape[1] < SHORTEST.get(platform, 512):
+    return "plain"
+  if not fused.can_split(compiled.mesh(), queries, keys):
+    return "blocks"
+  if platform == "gpu" and fused.cudnn_knows(
+    queries, keys, scores.softcap, window, segments, causal
+  ):
+    return "cudnn"
+  if platform == "tpu" and fused.splash_knows(queries, keys):
+    return "splash"
+  return "blocks"
+
+
+def _platform() -> str:
+  """Returns "cpu", "gpu" or "tpu"."""
+  platform = planning.platform()
+  return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+
+
+def _plain(
+  queries: Array, keys: Array, values: Array, mask: Array, scores: Scores
+) -> Array:
+  """Attention in one piece; `mask` is `[B, Q, S]`."""
   batch, length, num_heads, width = queries.shape
   num_kv_heads = keys.shape[2]
 
@@ -143,8 +264,17 @@ def attend(
     batch, length, num_kv_heads, num_heads // num_kv_heads, width
   )
   found = scores("bskgd,btkd->bkgst", grouped, keys)
-  weights = jax.nn.softmax(_masked(found, mask[:, None, None]), axis=-1)
-  mixed = _mix("bkgst,btkd->bskgd", weights, values)
+  found = _masked(found, mask[:, None, None])
+  if products.is_exact(values.dtype):
+    weights = jax.nn.softmax(found, axis=-1)
+    mixed = _mix("bkgst,btkd->bskgd", weights, values)
+  else:
+    # As `attend_cached` does it: the product rounds exp(s - max), not the
+    # weights, so that sampler and trainer round the same numbers.
+    top = jax.lax.stop_gradient(jnp.max(found, axis=-1, keepdims=True))
+    weights = jnp.exp(found - top)
+    total = jnp.moveaxis(jnp.sum(weights, axis=-1, keepdims=True), 3, 1)
+    mixed = _mix("bkgst,btkd->bskgd", weights, values) / total
   return mixed.astype(values.dtype).reshape(queries.shape)
 
 
@@ -228,7 +358,8 @@ def attend_cached(
 
   The scores against the prompt and against the response are one softmax. The
   samples of a prompt read the same copy of its keys in one product. A `step`
-  past the last slot overwrites that slot: the caller must stop before.
+  past the last slot overwrites that slot: the caller must stop before. Where
+  each row has a step of its own, it has a prompt of its own, too.
 
   Args:
     query: `[N, H, d]` float.
@@ -236,15 +367,25 @@ def attend_cached(
     value: `[N, K, d]` float.
     layer: one layer of the cache.
     prompt_mask: `[B, P]` bool; B divides N.
-    step: `()` int32, the slot to write.
+    step: `()` int32, the slot to write; or `[N]`, if B = N.
     window: of `start_cache` for this layer.
     scores: how products of queries and keys become scores.
 
   Returns:
     `[N, H, d]` in the dtype of `value`, and the layer with the slot written.
   """
-  chex.assert_rank([query, key, value, prompt_mask, step], [3, 3, 3, 2, 0])
+  chex.assert_rank([query, key, value, prompt_mask], [3, 3, 3, 2])
+  chex.assert_rank(step, {0, 1})
   chex.assert_equal_shape([key, value])
+  if step.ndim:
+    chex.assert_equal_shape_prefix([query, prompt_mask, step], 1)
+    with_rows = lambda *rows: attend_cached(
+      *jax.tree.map(lambda x: x[None], rows[:-1]), rows[-1], window, scores
+    )
+    mixed, layer = jax.vmap(with_rows)(
+      query, key, value, layer, prompt_mask, step
+    )
+    return jax.tree.map(lambda x: x[:, 0], (mixed, layer))
   rows, num_heads, width = query.shape
   num_kv_heads = key.shape[1]
   groups = num_heads // num_kv_heads

@@ -158,6 +158,8 @@ class DecoderConfig:
   param_dtype: Any = jnp.float32
   remat: bool = False
 
+  # Whether a token sees those before it alone.
+  causal: ClassVar[bool] = True
   # The class that transformers names in a config.json.
   architecture: ClassVar[str] = ""
   # Our names of modules -> those of the file, where the two differ. "model" is
@@ -361,9 +363,18 @@ class Attention(nn.Module):
   def _output(self, mixed):
     return self.o_proj(mixed.reshape(*mixed.shape[:-2], -1))
 
-  def __call__(self, x, angles, mask):
+  def __call__(self, x, angles, mask, segments=None):
     queries, keys, values = self._project(x, angles)
-    mixed = attention.attend(queries, keys, values, mask, self.config.scores)
+    mixed = attention.attend(
+      queries,
+      keys,
+      values,
+      mask,
+      self.config.scores,
+      causal=self.config.causal,
+      window=self.window,
+      segments=segments,
+    )
     return self._output(mixed), (keys, values)
 
   def decode(self, x, angles, layer, prompt_mask, step):
@@ -445,8 +456,10 @@ class Block(nn.Module):
     c = self.config
     return c.pre_norm and (c.first_norm or self.index > 0)
 
-  def __call__(self, x, angles, mask):
-    return self._residuals(x, lambda y: self.self_attn(y, angles, mask))
+  def __call__(self, x, angles, mask, segments=None):
+    return self._residuals(
+      x, lambda y: self.self_attn(y, angles, mask, segments)
+    )
 
   def decode(self, x, angles, layer, prompt_mask, step):
     return self._residuals(
@@ -460,12 +473,12 @@ class Block(nn.Module):
     y, kept = attend(self.input_layernorm(x) if self._norms_input else x)
     if c.post_norm:
       y = self.attention_output_norm(y)
-    after = x + _scaled(y, c.residual_scale)
+    after = products.rounded(x + _scaled(y, c.residual_scale))
     z = x if c.parallel_residual else after
     z = self.mlp(self.post_attention_layernorm(z) if c.pre_norm else z)
     if c.post_norm:
       z = self.mlp_output_norm(z)
-    return after + _scaled(z, c.residual_scale), kept
+    return products.rounded(after + _scaled(z, c.residual_scale)), kept
 
 
 def layer_angles(
@@ -533,19 +546,17 @@ class Decoder(nn.Module):
       x += places.astype(c.dtype)
     return _scaled(x, c.embedding_scale)
 
+  def _last_norm(self, x):
+    return self.norm(x)
+
   def _layers(self, x, mask, positions, segments=None):
     c = self.config
     angles = layer_angles(c, positions)
-    windows = [c.window(i) for i in range(c.num_layers)]
-    allowed = {
-      window: attention.causal_mask(mask, window, segments)
-      for window in dict.fromkeys(windows)
-    }
     keys_values = []
     for i, layer in enumerate(self.layers):
-      x, pair = layer(x, angles[i], allowed[windows[i]])
+      x, pair = layer(x, angles[i], mask, segments)
       keys_values.append(pair)
-    return self.norm(x), keys_values
+    return self._last_norm(x), keys_values
 
   def _forward(self, ids, mask, segments=None):
     positions = attention.positions(mask, segments)
@@ -633,7 +644,7 @@ class Decoder(nn.Module):
       )
       layers.append(layer)
     cache = {**cache, "step": cache["step"] + 1, "layers": tuple(layers)}
-    return self.norm(x), cache
+    return self._last_norm(x), cache
 
   def logits(self, hidden: Array) -> Array:
     """Maps `[..., D]` hidden states to `[..., V]` float32 logits."""

@@ -378,7 +378,11 @@ class Attention(nn.Module):
   def __call__(self, x: Array, mask: Array) -> Array:
     heads = lambda y: y.reshape(*y.shape[:-1], self.config.num_heads, -1)
     mixed = attention.attend(
-      heads(self.query(x)), heads(self.key(x)), heads(self.value(x)), mask
+      heads(self.query(x)),
+      heads(self.key(x)),
+      heads(self.value(x)),
+      mask,
+      causal=False,
     )
     return self.output(mixed.reshape(x.shape))
 
@@ -477,10 +481,8 @@ class Encoder(nn.Module):
     if c.embedding_size != c.hidden_size:
       x = self.embeddings_project(x)
 
-    batch, length = mask.shape
-    seen = jnp.broadcast_to(mask[:, None], (batch, length, length))
     for layer in self.layers:
-      x = layer(x, seen)
+      x = layer(x, mask)
 
     first = jnp.argmax(mask, axis=1)  # [B]
     x = jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0]

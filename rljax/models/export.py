@@ -56,7 +56,11 @@ def write_weights(
   shards: list[list[str]],
   dtype: str | None,
 ) -> str:
-  """Writes the shards and their index; returns the dtype most bytes have."""
+  """Writes the shards and their index; returns the dtype most bytes have.
+
+  Raises:
+    ValueError: if a tensor is not finite, as it is stored, or of whole numbers.
+  """
   from safetensors import numpy as safetensors_numpy
 
   total = 0
@@ -70,6 +74,7 @@ def write_weights(
       array, transpose = arrays[name]
       array = np.asarray(array)
       array = array.astype(dtype or array.dtype, copy=False)
+      _check_numbers(name, array)
       # safetensors writes the memory as it lies, so a view has to be laid out.
       tensors[name] = np.ascontiguousarray(array.T if transpose else array)
       weight_map[name] = file
@@ -81,6 +86,16 @@ def write_weights(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     configs.write_json(stage / weights.INDEX, index)
   return max(bytes_of, key=bytes_of.get)
+
+
+def _check_numbers(name: str, array: np.ndarray) -> None:
+  """Raises ValueError for a tensor that nobody could use."""
+  is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+  if not is_float or not np.isfinite(array).all():
+    what = "holds numbers that are not finite"
+    if not is_float:
+      what = f"is of {array.dtype.name}, and must be of floats"
+    raise ValueError(f"{name} {what}; the model is not saved.")
 
 
 def write_config(

@@ -13,10 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rljax.models import attention, fields, linear, norms, products
+from rljax.models import (
+  attention,
+  decoder,
+  fields,
+  linear,
+  norms,
+  products,
+)
 
 Array = jax.Array
-Cache = attention.Cache
 
 # Where parameters live on a mesh: the first pattern that a path contains.
 PARTITION_RULES = (
@@ -73,6 +79,12 @@ class GPT2Config:
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   remat: bool = False
+
+  def window(self, layer: int) -> None:
+    """Returns that every layer sees the whole text."""
+
+  def layer_rope(self, layer: int) -> None:
+    """Returns that nothing turns."""
 
   def __post_init__(self):
     if self.intermediate_size is None:
@@ -231,9 +243,9 @@ class Attention(nn.Module):
     heads = lambda y: y.reshape(*y.shape[:-1], self.config.num_heads, -1)
     return [heads(y) for y in jnp.split(self.c_attn(x), 3, axis=-1)]
 
-  def __call__(self, x, mask):
+  def __call__(self, x, mask, segments=None):
     queries, keys, values = self._project(x)
-    mixed = attention.attend(queries, keys, values, mask)
+    mixed = attention.attend(queries, keys, values, mask, segments=segments)
     return self.c_proj(mixed.reshape(x.shape)), (keys, values)
 
   def decode(self, x, layer, prompt_mask, step):
@@ -270,18 +282,23 @@ class Block(nn.Module):
     self.ln_2 = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
     self.mlp = FeedForward(c)
 
-  def __call__(self, x, mask):
-    y, keys_values = self.attn(self.ln_1(x), mask)
-    x += y
-    return x + self.mlp(self.ln_2(x)), keys_values
+  def __call__(self, x, angles, mask, segments=None):
+    del angles  # Nothing turns.
+    y, keys_values = self.attn(self.ln_1(x), mask, segments)
+    return self._residuals(x, y), keys_values
 
-  def decode(self, x, layer, prompt_mask, step):
+  def decode(self, x, angles, layer, prompt_mask, step):
+    del angles
     y, layer = self.attn.decode(self.ln_1(x), layer, prompt_mask, step)
-    x += y
-    return x + self.mlp(self.ln_2(x)), layer
+    return self._residuals(x, y), layer
+
+  def _residuals(self, x, y):
+    """Adds the output of attention, and then that of the feed-forward."""
+    x = products.rounded(x + y)
+    return products.rounded(x + self.mlp(self.ln_2(x)))
 
 
-class GPT2(nn.Module):
+class GPT2(decoder.Decoder):
   """Decodes text; `params` is a plain nested dict, one entry per layer."""
 
   config: GPT2Config
@@ -298,89 +315,8 @@ class GPT2(nn.Module):
     narrow = lambda x: x.astype(self.config.dtype)
     return narrow(self.wte(ids)) + narrow(self.wpe(positions))
 
-  def _forward(self, ids, mask, segments=None):
-    positions = attention.positions(mask, segments)
-    return self._layers(self._embed(ids, positions), mask, segments)
-
-  def _layers(self, x, mask, segments=None):
-    allowed = attention.causal_mask(mask, segments=segments)
-    keys_values = []
-    for layer in self.layers:
-      x, pair = layer(x, allowed)
-      keys_values.append(pair)
-    return self.ln_f(x), keys_values
-
-  def __call__(
-    self, ids: Array, mask: Array, segments: Array | None = None
-  ) -> Array:
-    """Computes the final hidden states of whole rows.
-
-    Args:
-      ids: `[B, S]` int32.
-      mask: `[B, S]` bool, True at real tokens. Padding may stand on either
-        side; its states are finite but meaningless.
-      segments: `[B, S]` int, which text of its row a token belongs to, 0 at
-        padding: texts are read each by itself. None: a row is one text.
-
-    Returns:
-      `[B, S, D]` in the compute dtype, after the last norm.
-    """
-    return self._forward(ids, mask, segments)[0]
-
-  def apply_layers(self, hidden: Array, mask: Array) -> Array:
-    """Applies the blocks and the last norm to states instead of embeddings.
-
-    Initialised by this method, the model has no embeddings.
-
-    Args:
-      hidden: `[B, S, D]`, of tokens in their places.
-      mask: `[B, S]` bool, True at real tokens; padding on either side.
-
-    Returns:
-      `[B, S, D]` in the compute dtype, after the last norm.
-    """
-    return self._layers(hidden.astype(self.config.dtype), mask)[0]
-
-  def prefill(
-    self, ids: Array, mask: Array, num_samples: int, response_length: int
-  ) -> tuple[Array, Cache]:
-    """Reads the prompts and makes the cache of their responses.
-
-    Args:
-      ids: `[B, P]` int32, left-padded.
-      mask: `[B, P]` bool, True at the prompts' tokens.
-      num_samples: responses per prompt. Row b * num_samples + j of the cache
-        continues prompt b.
-      response_length: T, slots per response.
-
-    Returns:
-      `[B, P, D]` hidden states and the cache (see `attention`).
-    """
-    hidden, keys_values = self._forward(ids, mask)
-    return hidden, attention.start_cache(
-      mask,
-      keys_values,
-      num_samples=num_samples,
-      response_length=response_length,
-    )
-
-  def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Reads one more token per row.
-
-    Args:
-      ids: `[N]` int32.
-      cache: from `prefill` or from the last `decode`.
-
-    Returns:
-      `[N, D]` hidden states and the cache with one more token per row.
-    """
-    x = self._embed(ids, attention.decode_positions(cache, ids.shape[0]))
-    layers = []
-    for block, layer in zip(self.layers, cache["layers"], strict=True):
-      x, layer = block.decode(x, layer, cache["prompt_mask"], cache["step"])
-      layers.append(layer)
-    cache = {**cache, "step": cache["step"] + 1, "layers": tuple(layers)}
-    return self.ln_f(x), cache
+  def _last_norm(self, x):
+    return self.ln_f(x)
 
   def logits(self, hidden: Array) -> Array:
     """Maps `[..., D]` hidden states to `[..., V]` float32 logits."""

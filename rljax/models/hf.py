@@ -323,8 +323,8 @@ def save(
     max_shard_bytes: size above which the weights are split into several files.
 
   Raises:
-    ValueError: if `params` are not exactly those of `model`, or another process
-      is writing there.
+    ValueError: if `params` are not exactly those of `model`, or not finite, or
+      another process is writing there.
   """
   if families.is_classifier(model):
     raise ValueError(
@@ -462,7 +462,7 @@ def _load(
     Model, parameters, tokenizer, source and directory.
   """
   plan = planning.current()  # It needs no weights.
-  kind, path = sources.find(name, with_weights=plan is None)
+  kind, path = sources.find(name, with_weights=plan is None, step=step)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
   if kind == "adapter":

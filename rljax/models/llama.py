@@ -157,6 +157,12 @@ def _windows(read: config_fields.Reader) -> tuple[int | None, ...]:
   if model_type == "mistral":
     return read.windows([config_fields.SLIDING])
   if not read.config.get("use_sliding_window", False):
+    full = [config_fields.FULL] * num_layers
+    if config_fields.SLIDING in read.layer_types(full):
+      raise ValueError(
+        f'config field "layer_types" names {config_fields.SLIDING}, but '
+        '"use_sliding_window" is false.'
+      )
     return (None,)
   first = read["max_window_layers"]
   return read.windows(

@@ -59,6 +59,7 @@ class ModernBertConfig(decoder.DecoderConfig):
   pooling: str = "cls"
   head_bias: bool = False
   head_activation: str = "gelu"
+  causal: ClassVar[bool] = False
   architecture: ClassVar[str] = "ModernBertForSequenceClassification"
   names: ClassVar[Mapping[str, str]] = {
     "embed_tokens": "embeddings.tok_embeddings",
@@ -209,16 +210,8 @@ class ModernBert(nn.Module):
     c = self.config
     x = self.embedding_norm(self.embed_tokens(ids).astype(c.dtype))
     angles = decoder.layer_angles(c, attention.positions(mask))
-    place = jnp.arange(mask.shape[1])
-    distance = jnp.abs(place[:, None] - place[None])
-    seen = {
-      reach: jnp.broadcast_to(mask[:, None], (*mask.shape, mask.shape[1]))
-      if reach is None
-      else mask[:, None] & (distance <= reach)[None]
-      for reach in dict.fromkeys(c.windows)
-    }
     for i, layer in enumerate(self.layers):
-      x, _ = layer(x, angles[i], seen[c.window(i)])
+      x, _ = layer(x, angles[i], mask)
     x = self.norm(x)
 
     if c.pooling == "cls":

@@ -30,6 +30,40 @@ def einsum(equation: str, left: Array, right: Array) -> Array:
   return _narrow(equation, left, right)
 
 
+def is_exact(dtype: Any) -> bool:
+  """Returns whether products of a dtype read all bits of their operands.
+
+  Products of float32 do on a CPU, and elsewhere where JAX is asked for the
+  highest precision: a TPU rounds their operands to bfloat16 otherwise, a GPU
+  to TF32.
+
+  Args:
+    dtype: of the operands.
+  """
+  if jnp.dtype(dtype) != jnp.float32:
+    return False
+  asked = jax.config.jax_default_matmul_precision
+  if asked is None:
+    return jax.default_backend() == "cpu"
+  return asked in ("highest", "float32")
+
+
+def rounded(x: Array) -> Array:
+  """Rounds an array to its own dtype, where a compiler may leave that out.
+
+  XLA keeps the float32 result of a bfloat16 addition that is used in the same
+  loop, and whether it is depends on the program: a sampler and a trainer would
+  read different numbers. Nothing changes for float32.
+
+  Args:
+    x: float array.
+  """
+  if x.dtype == jnp.float32:
+    return x
+  info = jnp.finfo(x.dtype)
+  return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
 def narrowed(params: Any, dtype: Any, wide: tuple[str, ...] = ()) -> Any:
   """Converts the parameters that a model only uses in its compute dtype.
 

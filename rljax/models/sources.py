@@ -1,6 +1,7 @@
 """Finds what the name of a model leads to: a folder, a file or a hub."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -8,7 +9,7 @@ import re
 from typing import NamedTuple
 
 from rljax.models import weights
-from rljax.storage import folders, paths
+from rljax.storage import buckets, folders, mirrors, paths
 
 
 class _Package(NamedTuple):
@@ -42,12 +43,28 @@ _HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
 
 
 def find(
-  name: str | os.PathLike, *, with_weights: bool
+  name: str | os.PathLike, *, with_weights: bool, step: int | None = None
 ) -> tuple[str, pathlib.Path]:
-  """Tells what kind of thing `name` is, and where; cheap checks come first."""
-  paths.check_local(name, "The model")
-  path = pathlib.Path(name).expanduser()
-  if path.is_dir():
+  """Tells what kind of thing `name` is, and where; cheap checks come first.
+
+  What lies at a URL is copied into the cache of `storage.buckets`.
+
+  Args:
+    name: of a model, see `hf.load`.
+    with_weights: whether to fetch its weights, too.
+    step: of a workdir at a URL, whose checkpoint is fetched; None: the last.
+  """
+  if buckets.is_url(name):
+    wanted = functools.partial(_wanted, with_weights=with_weights, step=step)
+    path = buckets.fetch(os.fspath(name), wanted, name="The model")
+  else:
+    paths.check_local(name, "The model")
+    path = pathlib.Path(name).expanduser()
+  try:
+    is_folder = path.is_dir()
+  except OSError as error:
+    raise ValueError(f"{str(name)[:80]}...: {error.strerror}.") from error
+  if is_folder:
     whole = folders.current(path)
     has_weights = any(
       (whole / name).exists() for name in (weights.WEIGHTS, weights.INDEX)
@@ -75,6 +92,20 @@ def find(
   folder = _download(str(name), with_weights)
   is_whole = (folder / "config.json").is_file()
   return "Hugging Face directory" if is_whole else "adapter", folder
+
+
+def _wanted(objects, with_weights, step):
+  """Chooses the objects of a model among those below a URL."""
+  if "config.json" in objects or "adapter_config.json" in objects:
+    endings = () if with_weights else (".safetensors", ".bin", ".gguf")
+    return [x for x in objects if "/" not in x and not x.endswith(endings)]
+  found = [x for x in objects if x.startswith("model/")]
+  marker = re.compile(rf"checkpoints/(\d+)/{mirrors.MARKER}")
+  steps = [int(match[1]) for match in map(marker.fullmatch, objects) if match]
+  if with_weights and steps:
+    step = max(steps) if step is None else step
+    found += [x for x in objects if x.startswith(f"checkpoints/{step}/")]
+  return found
 
 
 def model_folder(kind: str, path: pathlib.Path) -> pathlib.Path:

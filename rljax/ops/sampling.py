@@ -18,9 +18,10 @@ from rljax.ops import log_probs
 Array = jax.Array
 
 # A row longer than _SINGLE_LEVEL is searched in two steps, blocks first: two
-# cumulative sums of a few hundred numbers instead of one over the vocabulary.
+# cumulative sums of a few numbers instead of one over the vocabulary. Blocks
+# have about √V tokens, and at most _BLOCK, the lanes of a TPU.
 _BLOCK = 128
-_SINGLE_LEVEL = 1024
+_SINGLE_LEVEL = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,11 +231,11 @@ def inverse_cdf(logits: Array, uniforms: Array) -> Array:
 
     y = min {k: F(k) > u F(V)},   F(k) = Σ_{j <= k} exp z_j
 
-  A large vocabulary is searched in two levels: first for the block of 128
-  tokens in which F passes u F(V), then within it. A token whose probability is
-  0 in float32 is never drawn, for any u and however the sums are rounded; nor
-  does u = 1 run over the end. A uniform number has 24 bits, so probabilities
-  are resolved to about 1e-7.
+  A vocabulary of more than 64 is searched in two levels: first for the block of
+  about √V tokens, 128 at most, in which F passes u F(V), then within it. A
+  token whose probability is 0 in float32 is never drawn, for any u and however
+  the sums are rounded; nor does u = 1 run over the end. A uniform number has 24
+  bits, so probabilities are resolved to about 1e-7.
 
   Args:
     logits: `[N, V]` float. NaN counts as 0: what is drawn from such a row says
@@ -254,12 +255,13 @@ def inverse_cdf(logits: Array, uniforms: Array) -> Array:
     ids, _ = _search(weights, uniforms)
     return ids
 
-  weights = jnp.pad(weights, [(0, 0), (0, -vocab_size % _BLOCK)])
-  blocks = weights.reshape(num_rows, -1, _BLOCK)  # [N, V / 128, 128]
+  size = min(_BLOCK, 2 ** round(math.log2(vocab_size) / 2))
+  weights = jnp.pad(weights, [(0, 0), (0, -vocab_size % size)])
+  blocks = weights.reshape(num_rows, -1, size)  # [N, V / 128, 128]
   block, uniforms = _search(jnp.sum(blocks, axis=-1), uniforms)
   chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)
   offset, _ = _search(chosen[:, 0], uniforms)
-  return block * _BLOCK + offset
+  return block * size + offset
 
 
 def sample(keys: Array, logits: Array, *, greedy: bool = False) -> Array:

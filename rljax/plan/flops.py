@@ -52,6 +52,10 @@ def _add(found, jaxpr, times, rounds):
     name = equation.primitive.name
     if name == "dot_general":
       _add_product(found, equation, times, rounds)
+    elif name == "pallas_call":
+      _add_kernel(found, equation, times, rounds)
+    elif name.startswith("dot_product_attention"):
+      _add_attention(found, equation, times, rounds)
     elif name == "while":
       inner = equation.params["body_jaxpr"].jaxpr
       trips = _most_rounds(equation.params["cond_jaxpr"].jaxpr)
@@ -71,10 +75,7 @@ def _add_product(found, equation, times, rounds):
   left = equation.invars[0].aval
   size = math.prod(left.shape[i] for i in contracting)
   flops = 2.0 * times * size * math.prod(equation.outvars[0].aval.shape)
-  if rounds is None:
-    found.outside += flops
-  else:
-    found.tokens += flops
+  _add_flops(found, flops, rounds)
   operands = [x.aval for x in equation.invars]
   if any(x.dtype == np.float32 for x in operands):
     found.wide += flops
@@ -83,6 +84,36 @@ def _add_product(found, equation, times, rounds):
       found.widest = " x ".join(
         f"{x.dtype.name}{list(x.shape)}" for x in operands
       )
+
+
+def _add_flops(found, flops, rounds):
+  if rounds is None:
+    found.outside += flops
+  else:
+    found.tokens += flops
+
+
+def _add_kernel(found, equation, times, rounds):
+  """Adds a kernel of Pallas, as if it left out no place of its grid.
+
+  Which of its products are wide is its own business.
+  """
+  inside = Products()
+  for inner in inner_programs(equation.params):
+    _add(inside, inner, 1.0, None)
+  grid = equation.params["grid_mapping"].grid
+  _add_flops(found, times * math.prod(grid) * inside.total, rounds)
+
+
+def _add_attention(found, equation, times, rounds):
+  """Adds the attention of cuDNN, whose operands are `[B, S, H, d]`.
+
+  Of pairs of tokens there are two products forwards, and five backwards.
+  """
+  queries, keys = (x.aval.shape for x in equation.invars[:2])
+  products = 5 if "bwd" in equation.primitive.name else 2
+  flops = 2.0 * products * math.prod(queries) * keys[1]
+  _add_flops(found, times * flops, rounds)
 
 
 def inner_programs(params):

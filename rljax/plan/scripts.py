@@ -18,8 +18,12 @@ from rljax.distributed import planning
 from rljax.plan import flops, hlo, report, targets
 
 # Flags of a script that a plan sets, where it has them: nothing is read from
-# or written to the folder of a run, and nothing is drawn.
+# or written to the folder of a run, and nothing is drawn. All rows have the
+# longest length, for it cannot know others.
 _SET = {
+  "slots": "0",
+  "length_buckets": "1",
+  "cpu_devices": "0",
   "compilation_cache": "",
   "preflight": "off",
   "wandb_project": "",
@@ -74,6 +78,7 @@ class Script:
       values = self._parse(folder)
       devices = targets.devices(target)
       ended, argv = "", sys.argv
+      kept = jax.config.jax_default_matmul_precision  # The script sets it.
       sys.argv = [self.path]
       options = {"inspect": _inspect, **options}
       with planning.plan(devices, **options) as found:
@@ -90,6 +95,7 @@ class Script:
             ended += f" ({os.path.basename(place.filename)}:{place.lineno})"
         finally:
           sys.argv = argv
+          jax.config.update("jax_default_matmul_precision", kept)
     return Planned(found, ended, values)
 
   def _parse(self, folder):

@@ -114,6 +114,7 @@ def of_model(
   locate: bool = True,
   step_ends: str = "\n",
   prompt_format: str = "plain",
+  slots: int = 0,
 ) -> Rewriter:
   """Makes a rewriter of a language model.
 
@@ -129,6 +130,7 @@ def of_model(
     locate: whether it is asked for the first wrong step.
     step_ends: characters that end a step.
     prompt_format: "plain", or "chat" for the model's own chat template.
+    slots: replies that are decoded at the same time, see `generation.slots`.
   """
   # Where it runs is no part of what it says; all else is.
   settings = {
@@ -155,6 +157,7 @@ def of_model(
       score,
       mesh=mesh,
       batch_size=batch_size,
+      slots=slots,
       render=lambda texts: chats.render_prompts(
         texts, loaded.source, loaded.tokenizer, prompt_format
       ),
@@ -308,6 +311,7 @@ def by_model(
   step_ends: str = "\n",
   render: Callable[[list[str]], list[str]] = list,
   progress: Progress = responders.Progress,
+  slots: int = 0,
 ) -> Rows:
   """Rewrites by a language model, greedily, in one call or in two.
 
@@ -334,6 +338,7 @@ def by_model(
     render: turns questions into texts as the model is asked, such as by a chat
       template.
     progress: makes what is called after every batch, such as `Run.progress`.
+    slots: replies that are decoded at the same time, see `generation.slots`.
 
   Returns:
     The records in their order, with `error_step`, `rewrite`, `is_verified`.
@@ -350,6 +355,7 @@ def by_model(
     params,
     mesh=mesh,
     batch_size=batch_size,
+    slots=slots,
     max_prompt_length=max_prompt_length,
     progress=progress,
   )
@@ -448,6 +454,7 @@ def _ask(
   max_length: int,
   max_prompt_length: int,
   progress: Progress,
+  slots: int = 0,
 ) -> list[dict[str, Any] | None]:
   """Asks a model greedily; files its replies in `<folder>/<name>.jsonl`.
 
@@ -471,6 +478,7 @@ def _ask(
     settings=sampling.Settings(greedy=True),
     batch_size=batch_size,
     mesh=mesh,
+    slots=slots,
   )
   found = responders.collect(
     pathlib.Path(folder, f"{name}.jsonl"),

@@ -464,19 +464,17 @@ def encode_records(
 # Checks of the first update.
 
 
-def check_first_ratio(
-  metrics: Mapping[str, float], *, is_float32: bool
-) -> None:
+def check_first_ratio(metrics: Mapping[str, float], *, is_exact: bool) -> None:
   """Raises ValueError unless the mean ratio of the first batch is 1.
 
   It is to the policy that the supervision was made with.
 
   Args:
     metrics: of `token_level_loss`; without a rewarded token nothing is said.
-    is_float32: whether models compute in float32, or in bfloat16.
+    is_exact: whether products of the models keep all bits of float32.
   """
   ratio = metrics.get("token/ratio_mean", 1.0)
-  limit = 1e-3 if is_float32 else 0.05
+  limit = 1e-3 if is_exact else 0.05
   if metrics.get("token/count", 1) and not abs(ratio - 1) <= limit:
     raise ValueError(
       f"The mean ratio of the first batch is {ratio:.4f} instead of 1: the "

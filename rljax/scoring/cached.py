@@ -21,7 +21,7 @@ from rljax.generation import rollouts
 from rljax.models import hf, lora
 from rljax.ops import log_probs
 from rljax.scoring import scorers
-from rljax.storage import checkpoint, paths
+from rljax.storage import buckets, checkpoint, paths
 from rljax.text import batches, encoding, logged, tokens
 
 ARRAYS, MANIFEST = "reference.npz", "manifest.json"
@@ -358,7 +358,7 @@ def load(
     ValueError: if there is no whole cache, it is damaged, it was made of
       something else, naming every part that differs, or lacks an array.
   """
-  directory = pathlib.Path(directory)
+  directory = _here(directory)
   again = "Make it again with experiments/offline_value.py."
   try:
     manifest = json.loads((directory / MANIFEST).read_text())
@@ -401,7 +401,14 @@ def load(
 
 def notes(directory: str | os.PathLike) -> dict[str, Any]:
   """What `save` noted beside the arrays, of a cache that `load` has read."""
-  return json.loads((pathlib.Path(directory) / MANIFEST).read_text())["notes"]
+  return json.loads((_here(directory) / MANIFEST).read_text())["notes"]
+
+
+def _here(directory):
+  """The folder of a cache, of which a URL is fetched."""
+  names = (MANIFEST, ARRAYS)
+  wanted = lambda objects: [name for name in names if name in objects]
+  return buckets.here(directory, wanted, name="--cache")
 
 
 def other_scorer(

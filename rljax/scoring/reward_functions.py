@@ -469,20 +469,6 @@ def _checked(returned: Any, num: int) -> list[Said]:
           "nor None"
         )
       value = found
-    said.append((value, {str(k): _plain(v) for k, v in parts.items()}, None))
+    parts = {str(key): tasks.plain(part) for key, part in parts.items()}
+    said.append((value, parts, None))
   return said
-
-
-def _plain(value: Any) -> Any:
-  """Values that every process can read: those of JSON, and texts for others."""
-  if value is None or isinstance(value, (bool, int, float, str)):
-    return value
-  if isinstance(value, Mapping):
-    return {str(k): _plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple, set)):
-    return [_plain(item) for item in value]
-  if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-    return value.item()  # Of numpy, jax or torch.
-  if hasattr(value, "tolist"):
-    return value.tolist()
-  return str(value)

@@ -13,10 +13,13 @@ renamed in one operation: `checkpoints/<step>` is there whole or not at all, and
 later damage on disk is found before it is loaded.
 
 With several processes, all call the same methods in the same order and share
-the file system that `workdir` is on.
+the file system that `workdir` is on. A workdir in a bucket is a folder of this
+machine with a mirror, see `mirrors`: a checkpoint is in the bucket before it is
+here. Hosts that share no folder then write and upload their own chunks.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,19 +30,19 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from rljax.storage import calls, locks, paths
+from rljax.storage import buckets, calls, locks, mirrors, paths, stuck
 
 Tree = Any
 Workdir = str | os.PathLike[str]
 
-_CHECKSUMS = "checksums.json"
+_CHECKSUMS = mirrors.MARKER  # Without it no checkpoint is whole.
 _UNFINISHED = ".saving"
 _REMOVED = ".removed"
 _UNREADABLE = ".unreadable"
@@ -75,6 +78,7 @@ class Checkpoints:
     self._folder = _folder(workdir)
     self._keep = keep
     self._saved = set()
+    self._mirror = mirrors.of(workdir)
     self._thread = self._failure = self._lock = None
     if _is_first():
       with paths.writing(workdir):
@@ -113,9 +117,9 @@ class Checkpoints:
     unfinished = self._folder / f"{step}{_UNFINISHED}"
     logging.get_absl_logger().addFilter(_is_ours)
     with self._writing(step):
-      if _is_first():
+      if _is_first() or self._has_own_disk():
         self._folder.mkdir(parents=True, exist_ok=True)
-      with _context():
+      with _context(own_disk=self._has_own_disk()):
         response = ocp.save_checkpointables_async(
           unfinished, {"state": jax.tree.map(_to_disk, state), "meta": meta}
         )
@@ -153,6 +157,7 @@ class Checkpoints:
     if step is None:
       return None
     path = self._folder / str(step)
+    self._fetch_own(path)
     saved = json.loads((path / _CHECKSUMS).read_text())["leaves"]
     self._compare(path, saved, state_like)
     with _context():
@@ -165,7 +170,7 @@ class Checkpoints:
 
   def all_steps(self) -> list[int]:
     """Returns the steps of the checkpoints on disk, the earliest first."""
-    return _steps(self._folder)
+    return _steps(self._folder, self._mirror)
 
   def read_meta(self, step: int) -> dict[str, Any] | None:
     """Returns `meta` of a checkpoint; None if there is none that is whole."""
@@ -173,10 +178,12 @@ class Checkpoints:
 
     self.wait()
     path, found = self._folder / str(step), None
-    if _is_first() and step in self.all_steps() and _problem(path) is None:
-      found = step
+    if _is_first() and step in self.all_steps():
+      self._fetch(path)
+      found = step if _problem(path) is None else None
     if _agree(found) is None:
       return None
+    self._fetch_own(path)
     with _context():
       return ocp.load_checkpointables(path, {"meta": None})["meta"]
 
@@ -196,9 +203,13 @@ class Checkpoints:
         self._saved.discard(later)
         path = self._folder / str(later)
         if _is_first() and keep:
-          self._say(f"{path} is now {paths.set_aside(path).name}.")
+          self._fetch(path)
+          aside = paths.set_aside(path)
+          if self._mirror is not None:
+            self._mirror.rename(path, aside)
+          self._say(f"{path} is now {aside.name}.")
         elif _is_first():
-          _remove(path)
+          self._remove(path)
 
   def wait(self) -> None:
     """Waits until no save is under way, in any process.
@@ -261,6 +272,8 @@ class Checkpoints:
     except BaseException as error:
       self._saved.discard(step)
       self._remove_unfinished()
+      if isinstance(error, buckets.BucketError):
+        raise
       if not isinstance(error, Exception):
         raise
       name = f"The checkpoint {self._folder / str(step)}"
@@ -269,21 +282,52 @@ class Checkpoints:
   def _finish(self, step, unfinished, response, leaves):
     """Waits for the arrays, adds checksums, and renames the folder."""
     response.result()
+    final, files = self._folder / str(step), {}
     if not _is_first():
+      if self._has_own_disk():
+        self._mirror.upload_part(unfinished, final, jax.process_index())
+        shutil.rmtree(unfinished)
       return
-    checksums = {"files": _checksums(unfinished), "leaves": leaves}
+    if self._has_own_disk():
+      files = self._mirror.parts(final, range(1, jax.process_count()))
+    checksums = {"files": files | _checksums(unfinished), "leaves": leaves}
     with open(unfinished / _CHECKSUMS, "w") as file:
       json.dump(checksums, file, indent=1)
       file.flush()
       os.fsync(file.fileno())
-    final = self._folder / str(step)
+    if self._mirror is not None:  # What is here is in the bucket, too.
+      self._mirror.commit(unfinished, final)
     if final.exists():
       _remove(final)
     os.rename(unfinished, final)
     # Later steps, of an earlier run in this folder, do not count.
     done = [old for old in self.all_steps() if old <= step]
     for old in done[: -self._keep]:
-      _remove(self._folder / str(old))
+      self._remove(self._folder / str(old))
+
+  def _has_own_disk(self):
+    """Whether the processes see different folders, and share a bucket."""
+    return self._mirror is not None and self._mirror.own_disk
+
+  def _fetch(self, path):
+    """Brings a checkpoint here, if it lies in a bucket."""
+    if self._mirror is not None:
+      self._mirror.fetch(path)
+
+  def _fetch_own(self, path):
+    """Does so in the other processes, where their disk is not the first's."""
+    if _is_first() or not self._has_own_disk():
+      return
+    self._fetch(path)
+    if (problem := _problem(path)) is not None:
+      raise ValueError(f"{path} did not come whole: {problem}.")
+
+  def _remove(self, path):
+    """Deletes a checkpoint, here and in a bucket."""
+    if self._mirror is not None:
+      self._mirror.remove(path)
+    if path.exists():
+      _remove(path)
 
   def _remove_unfinished(self):
     """Deletes what a failed save has left, which may be what fills the disk."""
@@ -295,7 +339,10 @@ class Checkpoints:
     """Deletes what a killed run left behind."""
     if not self._folder.is_dir():
       return
+    known = set(map(str, self.all_steps()))
     for path in sorted(self._folder.iterdir()):
+      if path.name.isdecimal() and path.name not in known:
+        _remove(path)  # Of a bucket that has moved on.
       match = re.match(rf"(\d+)({_UNFINISHED}|{_REMOVED})", path.name)
       if not match:
         continue
@@ -310,6 +357,7 @@ class Checkpoints:
     """Finds the latest undamaged step; sets damaged checkpoints aside."""
     for step in reversed(self.all_steps()):
       path = self._folder / str(step)
+      self._fetch(path)
       problem = _problem(path)
       if problem is None:
         return step
@@ -317,6 +365,8 @@ class Checkpoints:
       if aside.exists():
         paths.set_aside(aside)
       os.rename(path, aside)
+      if self._mirror is not None:
+        self._mirror.rename(path, aside)
       self.unreadable.append(step)
       self._say(
         f"skipped the checkpoint of step {step}: {problem}; it is now "
@@ -377,8 +427,8 @@ def restore_params(workdir: Workdir, step: int | None = None) -> dict[str, Any]:
   """
   from orbax.checkpoint import v1 as ocp
 
-  folder = _folder(workdir)
-  steps = _steps(folder)
+  folder, mirror = _folder(workdir), mirrors.of(workdir)
+  steps = _steps(folder, mirror)
   if step is not None:
     if step not in steps:
       raise ValueError(
@@ -389,6 +439,8 @@ def restore_params(workdir: Workdir, step: int | None = None) -> dict[str, Any]:
   problems = ""
   for candidate in reversed(steps):
     path = folder / str(candidate)
+    if mirror is not None:
+      mirror.fetch(path)
     problem = _problem(path)
     if problem is not None:
       problems += f" Step {candidate} is damaged: {problem}."
@@ -414,23 +466,63 @@ def restore_params(workdir: Workdir, step: int | None = None) -> dict[str, Any]:
 def prepare_workdir(workdir: Workdir) -> None:
   """Makes the folder of a run and checks that it can be written to.
 
+  One that stands for a workdir in a bucket gets what the bucket holds, and the
+  bucket's lease. All processes call it.
+
   Args:
     workdir: the folder, which may exist.
 
   Raises:
-    ValueError: if it cannot be made or written to, with the system's reason, or
-      is no path of this machine.
+    ValueError: if it cannot be made or written to, with the system's reason, is
+      no path of this machine, or another process writes to its bucket.
   """
   paths.check_local(workdir, "workdir")
   try:
     os.makedirs(workdir, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir) as file:
       file.write(b"x")
+    folder = os.path.join(workdir, "checkpoints")
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+      raise NotADirectoryError(errno.ENOTDIR, "checkpoints is no folder")
   except OSError as error:
     raise ValueError(
       f"workdir {os.fspath(workdir)} cannot be written to: {error.strerror}; "
       "choose another --workdir."
     ) from error
+  if (mirror := mirrors.of(workdir)) is not None:
+    _start_mirror(mirror)
+
+
+def holds_run(workdir: Workdir) -> bool:
+  """Tells whether a folder has checkpoints, or a place for them."""
+  return os.path.exists(os.path.join(workdir, "checkpoints")) or bool(
+    steps(workdir)
+  )
+
+
+def steps(workdir: Workdir) -> list[int]:
+  """Returns the steps of the checkpoints of a run, the earliest first."""
+  return _steps(_folder(workdir), mirrors.of(workdir))
+
+
+def _start_mirror(mirror):
+  """Opens a workdir in a bucket, in all processes; the first writes."""
+  if _is_first():
+    mirror.start()
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+
+  multihost_utils.sync_global_devices("rljax mirror")
+  if not _is_first():
+    mirror.start(writes=False)
+  own = multihost_utils.process_allgather(np.int32(mirror.own_disk))[1:]
+  if own.any() != own.all():
+    raise ValueError(
+      f"Some of the processes share {mirror.folder} and others do not: start "
+      "one process on each host, or give each its own RLJAX_BUCKETS."
+    )
+  mirror.own_disk = bool(own.all())
 
 
 def write_flags(
@@ -484,7 +576,7 @@ def check_flags(
       )
   if lines:
     raise ValueError(
-      f"{os.fspath(workdir)} belongs to a run with other flags:\n"
+      f"{mirrors.shown(workdir)} belongs to a run with other flags:\n"
       + "\n".join(lines)
       + "\nGive the old flags to go on with it, or another --workdir."
     )
@@ -554,7 +646,9 @@ class Preemption:
   Inside the `with` block the first SIGTERM, SIGINT or SIGHUP sets `requested`,
   for the loop to save and stop at the end of the step; a second one raises
   KeyboardInterrupt at once. A call of `calls.guard` that goes on for longer is
-  interrupted. The previous handlers return at the end. Only the main thread may
+  interrupted. Where Python cannot handle them, as in a long compilation, the
+  first one ends the process if it `may_end`, and the second one in any case:
+  see `stuck`. The previous handlers return at the end. Only the main thread may
   enter. A SIGHUP that is ignored, as behind nohup, stays so.
 
   Attributes:
@@ -567,11 +661,19 @@ class Preemption:
 
   stopped = Stopped
 
-  def __init__(self):
+  def __init__(self, may_end: Callable[[], bool] = lambda: False):
+    """Begins unasked.
+
+    Args:
+      may_end: whether the process may end where it is, with nothing to save; a
+        thread asks that.
+    """
     self.requested = False
     self.requested_at: float | None = None
     self.exit_status = 0
     self._previous = {}
+    self._may_end, self._num_handled = may_end, 0
+    self._watcher: stuck.Watcher | None = None
 
   def should_stop(self) -> bool:
     """Returns True, in all processes at once, if any was asked to stop."""
@@ -594,9 +696,15 @@ class Preemption:
       self._previous[number] = signal.signal(number, self._handle)
     if jax.process_count() == 1:  # Several have to end together.
       calls.CATCHERS.append(self)
+    self._watcher = stuck.Watcher(
+      self._previous,
+      num_handled=lambda: self._num_handled,
+      may_end=self._may_end,
+    )
     return self
 
   def __exit__(self, *error):
+    self._watcher.close()
     if self in calls.CATCHERS:
       calls.CATCHERS.remove(self)
     for number, handler in self._previous.items():
@@ -604,6 +712,7 @@ class Preemption:
 
   def _handle(self, number, frame):
     del frame
+    self._num_handled += 1
     if self.requested:
       raise KeyboardInterrupt
     self.requested, self.requested_at = True, time.monotonic()
@@ -641,11 +750,16 @@ def _folder(workdir):
   return pathlib.Path(os.path.realpath(workdir)) / "checkpoints"
 
 
-def _steps(folder):
-  if not folder.is_dir():
-    return []
-  names = (path.name for path in folder.iterdir() if path.is_dir())
-  return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+def _steps(folder, mirror=None):
+  if mirror is not None:
+    names = mirror.steps(folder)
+  elif folder.is_dir():
+    names = [path.name for path in folder.iterdir() if path.is_dir()]
+  else:
+    names = []
+  return sorted(
+    int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name, re.A)
+  )
 
 
 def _remove(path):
@@ -661,10 +775,7 @@ def _checksums(folder):
   found = {}
   for path in sorted(folder.rglob("*")):
     if path.is_file():
-      with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-      name = path.relative_to(folder).as_posix()
-      found[name] = [path.stat().st_size, digest]
+      found[path.relative_to(folder).as_posix()] = paths.checksum(path)
   return found
 
 
@@ -690,8 +801,14 @@ def _problem(path):
 
 
 @contextlib.contextmanager
-def _context(partial=False):
-  """Sets Orbax to store `meta` as JSON, and to load part of a tree if asked."""
+def _context(partial=False, own_disk=False):
+  """Sets how Orbax stores and loads.
+
+  Args:
+    partial: whether to load part of a tree.
+    own_disk: whether processes write to different disks. Each array then lies
+      in files of its own, its chunks on the disk of who has them.
+  """
   from orbax.checkpoint import v1 as ocp
 
   registry = ocp.handlers.local_registry(include_global_registry=True)
@@ -699,6 +816,11 @@ def _context(partial=False):
   context = ocp.Context()
   context.checkpointables.registry = registry
   context.pytree.loading.partial_load = partial
+  if own_disk:
+    context.multiprocessing.primary_host = None
+    context.asynchronous.create_directories_asynchronously = False
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_replica_parallel = False
   with context:
     yield
 

@@ -7,7 +7,8 @@ returns a folder that holds all of the old files or all of the new ones.
 
 Where it can be, the two folders change names in one system call. A mount point,
 or a folder with files of somebody else, stays where it is: the new files are
-kept whole in `.export` within it until all of them stand in the target.
+kept whole in `.export` within it until all of them stand in the target. A URL
+is written by `buckets.upload_folder`, which can promise less.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 
-from rljax.storage import locks, paths
+from rljax.storage import buckets, locks, paths
 
 _WHOLE = ".export"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -79,7 +80,7 @@ def replaced(
 
   Args:
     directory: the target, created if need be. If it is a link, so is the target
-      afterwards.
+      afterwards. It may be a URL of a bucket.
     is_stale: name -> whether an entry of the target belongs to what is
       replaced, so that it goes if no new one has its name. Others stay.
     last: file without which nobody reads the folder: where files have to be
@@ -93,11 +94,20 @@ def replaced(
       process is writing there.
     OSError: if files cannot be written or moved.
   """
+  if buckets.is_url(directory):
+    buckets.check(directory, "The folder")
+    with tempfile.TemporaryDirectory() as stage:
+      yield pathlib.Path(stage)
+      buckets.upload_folder(stage, os.fspath(directory), is_stale, last=last)
+    return
   paths.check_local(directory, "directory")
   directory = pathlib.Path(directory).expanduser()
   if directory.exists() and not directory.is_dir():
     raise ValueError(f"{directory} is a file, and must be a folder.")
-  directory = directory.resolve()
+  try:
+    directory = directory.resolve()
+  except (OSError, RuntimeError) as error:  # Links in a circle.
+    raise ValueError(f"{directory} leads nowhere: {error}.") from error
   is_new = not directory.exists()
   directory.parent.mkdir(parents=True, exist_ok=True)
   # Beside it, where its own files are all replaced; a mount point may stand in
@@ -224,6 +234,8 @@ def _move_in(
       _flush(inside)
     stage = inside
   try:
+    if not whole.is_dir():
+      whole.unlink(missing_ok=True)
     if whole.is_dir():  # A killed call got as far as here; this one is newer.
       _settle(whole, directory, is_stale, last)
     os.rename(stage, whole)  # From here on, the new files count.

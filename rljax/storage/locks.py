@@ -7,15 +7,16 @@ import json
 import os
 import pathlib
 import socket
+import struct
 import weakref
 from typing import IO, Any
 
 _NAME = ".lock"
 _HELD = (errno.EAGAIN, errno.EACCES)
 
-# What this process holds: (process, real path) -> the open file. The kernel
-# gives a lock back when *any* file of its process on the same path is closed,
-# so that there must be one alone.
+# What this process holds: (process, real path) -> the open file. On systems
+# without locks of open files, the kernel gives a lock back when *any* file of
+# its process on the same path is closed, so that there must be one alone.
 _OPEN: weakref.WeakValueDictionary[tuple[int, str], "_File"] = (
   weakref.WeakValueDictionary()
 )
@@ -81,6 +82,7 @@ class _File:
   """An open file that is locked; closed when nobody refers to it."""
 
   def __init__(self, file: IO[str], path: str, is_ours: bool):
+    self.file = file
     self._close = weakref.finalize(
       self, _give_back, file, path, is_ours, os.getpid()
     )
@@ -95,13 +97,14 @@ def _give_back(file: IO[str], path: str, is_ours: bool, owner: int) -> None:
 
 def _take(path: str, name: str, *, is_ours: bool) -> Lock:
   """Locks a file of this path, which stands for `name`."""
-  path = os.path.realpath(path)
+  folder, file_name = os.path.split(path)
+  path = os.path.join(os.path.realpath(folder), file_name)
   key = (os.getpid(), path)
   if (held := _OPEN.get(key)) is not None:
     return Lock(held)
   while True:
     try:
-      file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+      file = open(path, "a+", encoding="utf-8", opener=_opened)  # noqa: SIM115
     except OSError as error:
       raise ValueError(
         f"{name} cannot be locked: {error.strerror}; choose a folder that can "
@@ -122,10 +125,42 @@ def _take(path: str, name: str, *, is_ours: bool) -> Lock:
   return Lock(held)
 
 
+def _opened(path: str, flags: int) -> int:
+  """Opens a file that is about to be overwritten, but none behind a link."""
+  return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _set(file: IO[str]) -> None:
+  """Takes the lock of an open file, which that of a process is if need be.
+
+  A lock of the process would be gone as soon as it reads or copies the file.
+  """
+  command = getattr(fcntl, "F_OFD_SETLK", None)
+  if command is not None:
+    wanted = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+      fcntl.fcntl(file, command, wanted)
+      return
+    except OSError as error:
+      if error.errno in _HELD:
+        raise  # Not every file system has such locks.
+  fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _leave() -> None:
+  """Closes in a fork what its parent holds, which else would outlive that."""
+  for held in list(_OPEN.values()):
+    held.file.close()
+  _OPEN.clear()
+
+
+os.register_at_fork(after_in_child=_leave)
+
+
 def _lock(file: IO[str], name: str) -> None:
   """Locks an open file, or closes it and says who holds the lock."""
   try:
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _set(file)
   except OSError as error:
     file.seek(0)
     holder = {}

@@ -6,6 +6,7 @@ never half of one.
 
 import contextlib
 import errno
+import hashlib
 import os
 import pathlib
 import re
@@ -85,10 +86,21 @@ def check_local(path: str | os.PathLike[str], name: str) -> None:
   if match := re.match(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)", text):
     hint = f" (or the hub name {match[1]}, where a model is meant)"
   raise ValueError(
-    f"{name}={text} is not a path of this machine: files are read and written "
-    f"in local folders alone. Give such a path{hint}; a bucket that is mounted "
-    "is one."
+    f"{name}={text} is not a path of this machine, and must be one{hint}; a "
+    "workdir, models and data may lie in a bucket."
   )
+
+
+def below(name: str) -> pathlib.PurePosixPath:
+  """Returns the name of an object as a path that stays below its folder.
+
+  Raises:
+    ValueError: if it leads elsewhere, as "../x" does.
+  """
+  path = pathlib.PurePosixPath(name)
+  if path.is_absolute() or ".." in path.parts or not path.parts:
+    raise ValueError(f"{name!r} is not the name of a file below a folder.")
+  return path
 
 
 def write_whole(
@@ -154,6 +166,13 @@ def whole(
   finally:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
+
+
+def checksum(path: str | os.PathLike[str]) -> list[int | str]:
+  """Returns `[bytes, SHA-256]` of a file."""
+  with open(path, "rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return [os.fstat(file.fileno()).st_size, digest]
 
 
 def set_aside(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rljax.storage import locks, paths
+from rljax.storage import locks, mirrors, paths
 
 _INPUTS, _DONE = "inputs.json", "done.json"
 _ROUND = "round.json"
@@ -57,6 +57,7 @@ class Stage:
         another process is making the stage.
     """
     paths.check_local(workdir, "The folder of stages")
+    mirrors.check_one_disk(workdir)
     self.name = name
     self.folder = pathlib.Path(workdir, name)
     self._once = once

@@ -284,19 +284,47 @@ def _of_one(found: Any, name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _part(part: Any, name: str) -> dict[str, Any]:
-  """Returns a dict of parts; None stands for none."""
+  """Returns a dict of parts that files can hold; None stands for none."""
   if part is None:
     return {}
   if dataclasses.is_dataclass(part) and not isinstance(part, type):
-    return dataclasses.asdict(part)
-  if hasattr(part, "_asdict"):
-    return dict(part._asdict())
+    part = dataclasses.asdict(part)
+  elif hasattr(part, "_asdict"):
+    part = part._asdict()
   if not isinstance(part, Mapping):
     raise ValueError(
       f"The parts of a score of {name} are {_shown(part)}, and must be a dict: "
       f"{_CONTRACT}."
     )
-  return dict(part)
+  try:
+    return {str(key): plain(value) for key, value in part.items()}
+  except RecursionError as error:
+    raise ValueError(
+      f"The parts of a score of {name} are nested too deeply to be written."
+    ) from error
+
+
+def plain(value: Any) -> Any:
+  """Returns a value of a score's parts as JSON can hold it.
+
+  Args:
+    value: numbers, texts, lists and dicts stay; sets become lists, arrays
+      what they hold, and anything else a text.
+  """
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  if isinstance(value, Mapping):
+    return {str(key): plain(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    items = [plain(item) for item in value]
+    return tuple(items) if type(value) is tuple else items
+  if isinstance(value, (set, frozenset)):
+    return sorted(map(plain, value), key=repr)
+  if isinstance(value, (bytes, bytearray)):
+    return bytes(value).decode("utf-8", "replace")
+  if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+    return value.item()  # Of numpy, jax or torch.
+  return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _is_score(value: Any) -> bool:

@@ -331,12 +331,18 @@ def step_matches(results: Iterable[str], response: str) -> list[bool]:
   """
   left = list(results)
   matches = [False] * (response.count("\n") + 1)
+  line = end = 0
   for match in _RESULT.finditer(response, 0, _MAX_STEPS):
     result = numbers.number(match[1])
     if result in left:
       # Every result of a line is used up, also those that a later line repeats.
       left.remove(result)
-      matches[response.count("\n", 0, match.start())] = True
+      start = match.start()
+      line += response.count("\n", end, start)
+      end = start
+      matches[line] = True
+      if not left:
+        break
   return matches
 
 

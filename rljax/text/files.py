@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from rljax.storage import paths
+from rljax.storage import buckets, paths
 from rljax.text import asked
 
 Row = dict[str, Any]
@@ -135,7 +135,8 @@ def load_rows(
 
   Args:
     name: one of
-      a `.jsonl`, `.json`, `.csv` or `.parquet` file, all but the last possibly
+      the URL of such a file or folder in a bucket, or a `.jsonl`, `.json`,
+      `.csv` or `.parquet` file, all but the last possibly
       ending in `.gz` (a `.json` file holds one list of objects, or an object a
       line; the cells of a `.csv` file are texts, but for the columns of numbers
       and lists that `forms` knows); "{split}" in its name is replaced, and
@@ -197,8 +198,11 @@ def load_placed_rows(
       name.removeprefix("hub:"), split, data_dir, streaming
     )
     return
-  paths.check_local(name, "The file of rows")
-  path = pathlib.Path(data_dir or "") / name.replace("{split}", split)
+  if buckets.is_url(name):
+    path = _fetched(name.replace("{split}", split), split)
+  else:
+    paths.check_local(name, "The file of rows")
+    path = pathlib.Path(data_dir or "") / name.replace("{split}", split)
   if not path.exists():
     raise ValueError(
       f"{path}: no such file or folder. Data is {NAMES}; hub:{name} would be "
@@ -214,6 +218,19 @@ def load_placed_rows(
 
 
 # Helpers.
+
+
+def _fetched(url: str, split: str = "") -> pathlib.Path:
+  """Copies a file at a URL into the cache, or what a folder has of a split."""
+
+  def wanted(objects):
+    if "dataset_dict.json" in objects or "state.json" in objects:
+      return objects
+    name = lambda x: x.rpartition("/")[2]
+    found = [x for x in objects if name(x).startswith(split)]
+    return found or [x for x in objects if "/" not in x]
+
+  return buckets.fetch(url, wanted, name="The data")
 
 
 def _files_of_split(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
@@ -256,6 +273,7 @@ def _reader(path: pathlib.Path):
 
 def _opened(path: str | os.PathLike) -> io.BufferedIOBase:
   """Opens a file to read bytes, unpacked if its name ends in `.gz`."""
+  path = buckets.here(path, name="The data")
   return (gzip.open if str(path).endswith(".gz") else open)(path, "rb")
 
 

@@ -336,8 +336,14 @@ def decide(
   Returns:
     The decisions, and what there is to say of them -> how often.
   """
-  asked, bare = [], []
+  asked, bare, replied = [], [], []
   for row in rows:
+    reply, prompt = (
+      row.get("response", row.get("completion")),
+      row.get("prompt"),
+    )
+    if isinstance(reply, str) and isinstance(prompt, str):
+      replied.append(columns.begins(prompt, reply))
     sides = row.get("chosen"), row.get("rejected")
     if all(isinstance(side, str) for side in sides):
       prompt = row.get("prompt")
@@ -346,6 +352,8 @@ def decide(
       elif prompt is None:
         bare.append(sides)
   notes = {}
+  if replied and sum(replied) >= _MOST * len(replied):
+    notes["replies begin with their prompt, and are left whole"] = sum(replied)
   num = sum(all(map(columns.begins, (p, p), sides)) for p, *sides in asked)
   # Up to the question alone, or up to where the assistant begins.
   whole = [

@@ -30,7 +30,7 @@ def held_out(
       f"--eval_share must lie between 0 and 1, got {share}: it is the share of "
       "the prompts that are held out."
     )
-  keys = [asked.key(prompt) for prompt in prompts]
+  keys = [_question(prompt) for prompt in prompts]
   different = list(dict.fromkeys(keys))
   if len(different) < 2:
     raise ValueError(
@@ -59,7 +59,7 @@ def shuffled(
   """
   places: dict[str, list[int]] = {}
   for i, prompt in enumerate(prompts):
-    places.setdefault(asked.key(prompt), []).append(i)
+    places.setdefault(_question(prompt), []).append(i)
   order = batches.epoch_order(len(places), seed=seed, epoch=0)
   groups = list(places.values())
   cut = round(share * len(groups))
@@ -78,8 +78,8 @@ def without(
   Raises:
     ValueError: if nothing is left.
   """
-  keys = {asked.key(row.prompt) for row in others}
-  left = [row for row in rows if asked.key(row.prompt) not in keys]
+  keys = {_question(row.prompt) for row in others}
+  left = [row for row in rows if _question(row.prompt) not in keys]
   if not left:
     raise ValueError("All prompts of the training rows are held out.")
   return left
@@ -132,6 +132,20 @@ def rows(
     for side in (False, True)
   )
   return left, apart, loaded._replace(rows=[])
+
+
+def _question(prompt: Any) -> str:
+  """Returns a text that is the same for prompts that ask the same.
+
+  Blanks and line feeds make no other question, nor does the form of a message.
+  """
+  found = asked.given(prompt)
+  if not isinstance(found, str) and len(found) == 1:
+    (message,) = found
+    if message.get("role") == "user" and isinstance(message["content"], str):
+      found = message["content"]
+  text = found if isinstance(found, str) else asked.key(prompt)
+  return " ".join(text.split())
 
 
 def of_shares(

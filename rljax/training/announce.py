@@ -1,12 +1,12 @@
 """Says in five lines what a run will do, before anything is loaded."""
 
-import os
 import pathlib
 
 import jax
 from absl import flags
 
 from rljax.models import fresh, hf
+from rljax.storage import checkpoint, mirrors
 
 _SUFFIXES = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
 
@@ -112,10 +112,9 @@ def _devices(mesh):
 
 
 def _folder(workdir):
-  found = pathlib.Path(workdir, "checkpoints")
-  names = os.listdir(found) if found.is_dir() else []
-  steps = [int(name) for name in names if name.isdecimal()]
-  return workdir + (f", going on after step {max(steps)}" if steps else "")
+  steps = checkpoint.steps(workdir)
+  going_on = f", going on after step {max(steps)}" if steps else ""
+  return mirrors.shown(workdir) + going_on
 
 
 def _short(num: int) -> str:

@@ -13,19 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from rljax.distributed import planning, processes
+from rljax.training import precision
 
 Tree = Any
 
 _NUM_GAPS = 3
-
-
-def tolerance(is_float32: bool) -> float:
-  """Returns by how many nats two log-probabilities of a token may differ.
-
-  Args:
-    is_float32: whether models compute in float32, or in bfloat16.
-  """
-  return 1e-4 if is_float32 else 0.2
+# Metrics by which sampler and trainer are compared -> fields of a tolerance.
+_GAPS = {
+  "sampler/log_prob_gap_mean": "mean",
+  "sampler/log_prob_k3": "kl",
+  "sampler/log_prob_gap_99": "quantile",
+}
 
 
 class NotFinite(RuntimeError):
@@ -43,6 +41,7 @@ class Watch:
     skipping_since: `{"step", "name", "value"}` of what was not finite first
       among the updates that are being skipped; None after one was applied.
     num_gaps: steps in a row in which sampler and trainer disagree.
+    tolerance: see `__init__`; the run sets it when it knows its models.
   """
 
   def __init__(
@@ -50,7 +49,7 @@ class Watch:
     note: Callable[[str], None],
     *,
     max_skipped: int,
-    max_gap: float | None = None,
+    tolerance: precision.Tolerance | None = None,
     is_strict: bool = False,
   ):
     """Begins a run without a fault.
@@ -59,12 +58,12 @@ class Watch:
       note: shows a sentence.
       max_skipped: updates in a row that are skipped before the run ends; 0 is
         as 1.
-      max_gap: largest difference of the sampler's log-probabilities from the
-        trainer's, in nats; None: nothing is compared.
-      is_strict: whether three larger ones in a row end the run.
+      tolerance: how far the sampler's log-probabilities may differ from the
+        trainer's; None: nothing is compared.
+      is_strict: whether three steps in a row that differ by more end the run.
     """
     self._note, self._max_skipped = note, max_skipped
-    self._max_gap, self._is_strict = max_gap, is_strict
+    self.tolerance, self._is_strict = tolerance, is_strict
     self.skipping_since: dict[str, Any] | None = None
     self.num_gaps = 0
 
@@ -88,7 +87,7 @@ class Watch:
       Stale: if sampler and trainer disagree for the third time in a row.
     """
     self._look_at_updates(int(step), metrics)
-    self._look_at_gap(int(step), metrics.get("sampler/log_prob_gap"))
+    self._look_at_gaps(int(step), metrics)
 
   def check_end(self, step: int) -> None:
     """Raises NotFinite at the end of a run that several steps taught nothing.
@@ -130,18 +129,25 @@ class Watch:
       "look at what that step has learnt from."
     )
 
-  def _look_at_gap(self, step, gap):
-    if self._max_gap is None or gap is None:
+  def _look_at_gaps(self, step, metrics):
+    if self.tolerance is None:
       return
-    if float(gap) <= self._max_gap:
-      self.num_gaps = 0
+    found = {
+      name: (float(metrics[name]), getattr(self.tolerance, field))
+      for name, field in _GAPS.items()
+      if name in metrics
+    }
+    beyond = [name for name, (x, limit) in found.items() if not x <= limit]
+    if not beyond:
+      self.num_gaps = self.num_gaps if not found else 0
       return
     self.num_gaps += 1
+    value, limit = found[beyond[0]]
     text = (
-      f"step {step}: sampler and trainer differ by {float(gap):.3g} nats in a "
-      f"log-probability (sampler/log_prob_gap), more than {self._max_gap:g}: "
-      "the sampler has other weights, another temperature or other tokens than "
-      "the loss"
+      f"step {step}: sampler and trainer differ by {value:.3g} nats in the "
+      f"log-probabilities of tokens ({beyond[0]}), more than {limit:.3g}: the "
+      "sampler has other weights, another temperature or other tokens than the "
+      "loss"
     )
     if self._is_strict and self.num_gaps >= _NUM_GAPS:
       raise Stale(
@@ -159,7 +165,7 @@ def _first_of(metrics):
     try:
       if not math.isfinite(value):
         bad[name] = str(float(value))
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
       continue
   for name in sorted(bad, key=lambda name: not name.endswith("loss")):
     return name, bad[name]

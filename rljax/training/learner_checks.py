@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from rljax.distributed import processes
-from rljax.training import guards, microbatch, preflight
+from rljax.training import microbatch, precision, preflight, sketches
 
 Batch = dict[str, np.ndarray]
 Tree = Any
@@ -41,7 +41,7 @@ def check(
   more: Callable[[Batch], tuple[Any, ...]] = lambda batch: (),
   place: Callable[[Batch], Batch] = lambda batch: batch,
   num_parts: int = 2,
-  is_float32: bool = True,
+  tolerance: precision.Tolerance | None = None,
   is_start: bool = True,
   pads_count: bool = False,
   texts: Sequence[str] | None = None,
@@ -58,7 +58,7 @@ def check(
     more: maps a batch to the further arguments of the gradient.
     place: puts a batch on the devices.
     num_parts: micro-batches that are compared with one; 1: none are.
-    is_float32: whether models compute in float32.
+    tolerance: what rounding may do; None: in float32.
     is_start: whether `params` are those of the reference.
     pads_count: whether the loss is known to read padding.
     texts: names x that the loss reads; None: all that the batch has.
@@ -69,21 +69,22 @@ def check(
     The checks, in the order in which they should be fixed.
   """
   batch = with_signal(processes.gather(dict(batch)))
+  tolerance = tolerance or precision.tolerance("float32", params)
   compiled = {}
 
   def gradient_of(batch, parts=1):
     if parts not in compiled:
-      compiled[parts] = jax.jit(gradients.in_parts(parts))
+      compiled[parts] = jax.jit(preflight.sketched(gradients.in_parts(parts)))
     batch = place(batch)
     return processes.gather(compiled[parts](params, batch, *more(batch)))
 
   whole, metrics = gradient_of(batch)
-  limit = 1e-3 if is_float32 else 0.1
+  limit = tolerance.gradient
 
   def gap(other, parts=1):
-    return preflight.relative_gap(whole, gradient_of(other, parts)[0])
+    return sketches.relative_gap(whole, gradient_of(other, parts)[0])
 
-  size = preflight.relative_gap(whole, jax.tree.map(np.zeros_like, whole))
+  size = sketches.relative_gap(whole, jax.tree.map(np.zeros_like, whole))
   checks = [
     preflight.Check(
       "the loss has a gradient",
@@ -103,7 +104,8 @@ def check(
       preflight.Check(
         "the policy starts as its reference",
         max(found),
-        guards.tolerance(is_float32) * num_tokens,
+        # Of a sum over tokens, which round as if at random.
+        1.5 * tolerance.mean * num_tokens**0.5,
         "nats, or |ratio - 1|; else temperature or texts differ",
       )
     )
@@ -146,7 +148,7 @@ def check_rows(
   arrays: np.ndarray,
   mask: np.ndarray,
   *,
-  is_float32: bool = True,
+  tolerance: precision.Tolerance | None = None,
 ) -> list[preflight.Check]:
   """Checks that a function reads each row by itself, and no padding.
 
@@ -154,7 +156,7 @@ def check_rows(
     function: maps `[N, P, D]` floats and their mask to `[N]` floats.
     arrays: `[N, P, D]`.
     mask: `[N, P]` bool.
-    is_float32: whether it computes in float32.
+    tolerance: what rounding may do; None: in float32.
   """
   arrays, mask = processes.gather((arrays, mask))
   of = lambda *inputs: processes.gather(function(inputs))
@@ -162,7 +164,7 @@ def check_rows(
   scale = float(np.max(np.abs(values))) or 1.0
   other = np.where(mask[..., None], arrays, arrays[::-1, ::-1] + 1)
   order = np.random.default_rng(0).permutation(len(mask))
-  limit = 1e-4 if is_float32 else 0.05
+  limit = (tolerance or precision.tolerance("float32")).values
   return [
     preflight.Check(
       name,

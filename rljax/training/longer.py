@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from rljax.storage import checkpoint
+from rljax.storage import checkpoint, mirrors
 
 
 def filed(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -33,7 +33,10 @@ def check(values: flags.FlagValues, growing: Mapping[str, str]) -> None:
     was, now = old.get(name), values[name].value
     if name not in old or was == now:
       continue
-    start = f"{values.workdir} was started with --{name}={was}, now {now}"
+    start = (
+      f"{mirrors.shown(values.workdir)} was started with --{name}={was}, now "
+      f"{now}"
+    )
     if not now > was:
       raise ValueError(
         f"{start}: it may grow, not fall. Give --{name}={was}, or another "

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.models import lora
+from rljax.ops import lengths
 
 Array = chex.Array
 Tree = Any
@@ -38,11 +39,13 @@ class Sizes(NamedTuple):
     rows: of all that a step learns from.
     minibatch: of one update; divides `rows`.
     micro_batch: of one pass; divides `minibatch`.
+    buckets: widths at which a pass may read its rows, see `ops.lengths`.
   """
 
   rows: int
   minibatch: int
   micro_batch: int
+  buckets: int = 1
 
   @property
   def num_parts(self) -> int:
@@ -70,6 +73,7 @@ def map_rows(
   batch: Tree,
   num_parts: int,
   sharding: jax.sharding.Sharding | None = None,
+  buckets: int = 1,
 ) -> Tree:
   """Calls a function of rows for one part of a batch after another.
 
@@ -80,20 +84,27 @@ def map_rows(
     batch: tree of arrays `[N, ...]`.
     num_parts: divides N; 1 calls the function once.
     sharding: of a part's rows, where they lie on several devices.
+    buckets: K of `lengths.at_width`; parts are then sorted by length.
 
   Returns:
     What the function gives for all rows, in their order.
   """
+  read = lambda part: lengths.at_width(function, part, buckets)
   if num_parts == 1:
-    return function(batch)
+    return read(batch)
+  is_sorted = buckets > 1
+  order = lengths.by_length(batch, num_parts) if is_sorted else None
+  if is_sorted:
+    batch = take(batch, order, sharding)
 
   def one(part):
-    return function(_constrained(part, sharding))
+    return read(_constrained(part, sharding))
 
-  return jax.tree.map(
+  found = jax.tree.map(
     lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]),
     jax.lax.map(one, split(batch, num_parts)),
   )
+  return take(found, jnp.argsort(order), sharding) if is_sorted else found
 
 
 def grad(
@@ -103,6 +114,7 @@ def grad(
   weigh: Callable[[Tree], Array] | None = None,
   adds_up: bool = False,
   sharding: jax.sharding.Sharding | None = None,
+  buckets: int = 1,
 ) -> "Gradient":
   """Makes a function that accumulates the gradient of a batch over its parts.
 
@@ -120,12 +132,13 @@ def grad(
       divides by counts of the whole batch, among `more`. All w are then 1, and
       metrics named `...loss` are sums as well.
     sharding: of a part's rows, where they lie on several devices.
+    buckets: K of `lengths.at_width`; parts are then sorted by length.
 
   Returns:
     `(params, batch, *more) -> (gradients, metrics)`. Of parameters with
     adapters the gradient is that of `lora.learnt(params)`.
   """
-  return Gradient(loss_fn, num_parts, weigh, adds_up, sharding)
+  return Gradient(loss_fn, num_parts, weigh, adds_up, sharding, buckets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +150,7 @@ class Gradient:
   weigh: Callable[[Tree], Array] | None
   adds_up: bool
   sharding: jax.sharding.Sharding | None
+  buckets: int = 1
 
   def in_parts(self, num_parts: int) -> "Gradient":
     """Returns the same gradient, accumulated over so many parts."""
@@ -151,9 +165,15 @@ class Gradient:
     def loss_fn(params, *inputs):
       return self.loss_fn(lora.join(params, frozen), *inputs)
 
-    gradient = jax.grad(loss_fn, has_aux=True)
+    of_batch = jax.grad(loss_fn, has_aux=True)
+    gradient = lambda params, batch, *more: lengths.at_width(
+      lambda batch: of_batch(params, batch, *more), batch, self.buckets
+    )
     if self.num_parts == 1:
       return gradient(params, batch, *more)
+    if self.buckets > 1:
+      order = lengths.by_length(batch, self.num_parts)
+      batch = take(batch, order, self.sharding)
     parts = split(batch, self.num_parts)
     counts = jnp.ones(self.num_parts)
     if self.weigh is not None:
@@ -192,6 +212,8 @@ def combine(
     others               means weighed by what `COUNTED_BY` names, or by the
                          `<loss>/count` of their loss, or else by w
 
+  A part of weight 0 says nothing, whatever it holds.
+
   Args:
     metrics: name -> `[n]`, one value for each part.
     weights: `[n]` w, which add up to 1.
@@ -209,9 +231,9 @@ def combine(
     if known in metrics and not is_loss:
       counts = metrics[known].astype(jnp.float32)
     if quantity.endswith("max"):
-      found[name] = jnp.where(counts > 0, values, values.min()).max()
+      found[name] = jnp.where(counts > 0, values, jnp.nanmin(values)).max()
     elif quantity.endswith("min"):
-      found[name] = jnp.where(counts > 0, values, values.max()).min()
+      found[name] = jnp.where(counts > 0, values, jnp.nanmax(values)).min()
     elif (
       quantity == "tokens" or quantity.endswith("count") or is_loss and adds_up
     ):
@@ -224,7 +246,7 @@ def combine(
       spread = jnp.square(means - _mean(means, counts))
       found[name] = _mean(values + spread, counts)
     elif counts is weights:
-      found[name] = (values * weights).sum()
+      found[name] = jnp.where(weights > 0, values * weights, 0).sum()
     else:
       found[name] = _mean(values, counts)
   for name in metrics:

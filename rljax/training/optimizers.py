@@ -176,7 +176,8 @@ def make(
     optax.chain(
       optax.clip_by_global_norm(max_grad_norm or math.inf),
       rounding.stored(steps, jnp.dtype(moment_dtype)),
-    )
+    ),
+    is_cheap=name != "muon",
   )
 
 
@@ -226,7 +227,9 @@ class Guard(NamedTuple):
   apply: Callable[..., tuple[Tree, Guarded]]
 
 
-def guarded(transform: optax.GradientTransformation) -> Guard:
+def guarded(
+  transform: optax.GradientTransformation, *, is_cheap: bool = True
+) -> Guard:
   """Makes an optimizer skip each update that is not finite, on the device.
 
   An update is skipped if the norm of its gradient, a new parameter or a number
@@ -238,6 +241,8 @@ def guarded(transform: optax.GradientTransformation) -> Guard:
   Args:
     transform: any optimizer. Of parameters with adapters it sees and steps
       those that learn, `lora.learnt(params)`, alone; so are gradients.
+    is_cheap: whether its steps take less to compute twice than to keep: those
+      of each number by itself do, products of matrices do not.
 
   Returns:
     The same with a state `Guarded`; its `update` needs the parameters.
@@ -247,24 +252,39 @@ def guarded(transform: optax.GradientTransformation) -> Guard:
     zero = lambda: jnp.zeros((), jnp.int32)  # No array may be donated twice.
     return Guarded(transform.init(lora.learnt(params)), zero(), zero())
 
-  def judged(grads, state, params, is_finite=True, rate=None):
-    """The updates, the parameters with them, the state, and the verdict."""
-    updates, inner = transform.update(grads, state.inner, params)
+  def proposed(grads, inner, params, rate):
+    """The updates, the parameters with them, and the inner state."""
+    updates, inner = transform.update(grads, inner, params)
     if rate is not None:
       updates = jax.tree.map(lambda x: rate * x, updates)
     new = jax.tree.map(jnp.add, rounding.in_float32(params), updates)
-    new = rounding.as_stored(new, params, grads, salt=0)
+    return updates, rounding.as_stored(new, params, grads, salt=0), inner
+
+  def judged(grads, state, params, is_finite=True, rate=None):
+    """The updates, the parameters with them, the state, and the verdict.
+
+    What is cheap is computed twice: first to look at it, which is a sum of what
+    is read and leaves nothing behind; then to keep it, in the place of what was
+    there, where the verdict says so. Computed once, it has to be kept whole
+    beside the old parameters and moments until the verdict is known; the
+    barrier keeps the compiler from doing so.
+    """
+    old = state.inner
+    updates, new, inner = proposed(grads, old, params, rate)
     is_finite = jnp.asarray(is_finite) & all_finite(
       (optax.global_norm(grads), new, inner)
     )
+    if is_cheap:
+      grads, old, params, is_finite = jax.lax.optimization_barrier(
+        (grads, old, params, is_finite)
+      )
+      updates, new, inner = proposed(grads, old, params, rate)
     is_skipped = jnp.where(is_finite, 0, 1).astype(jnp.int32)
     in_a_row = (state.in_a_row + 1) * is_skipped
     state = Guarded(
-      _select(is_finite, inner, state.inner),
-      state.skipped + is_skipped,
-      in_a_row,
+      _select(is_finite, inner, old), state.skipped + is_skipped, in_a_row
     )
-    return updates, new, state, is_finite
+    return updates, _select(is_finite, new, params), state, is_finite
 
   def update(grads, state, params, **options):
     params = lora.learnt(params)
@@ -275,8 +295,8 @@ def guarded(transform: optax.GradientTransformation) -> Guard:
 
   def apply(grads, state, params, **options):
     params, frozen = lora.split(params)
-    _, new, state, is_finite = judged(grads, state, params, **options)
-    return lora.join(_select(is_finite, new, params), frozen), state
+    _, params, state, _ = judged(grads, state, params, **options)
+    return lora.join(params, frozen), state
 
   return Guard(init, update, apply)
 

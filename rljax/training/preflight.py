@@ -19,7 +19,7 @@ import numpy as np
 from rljax.distributed import processes
 from rljax.generation import rollouts, samplers
 from rljax.ops import log_probs as log_probs_lib
-from rljax.training import guards
+from rljax.training import precision, sketches
 
 Array = chex.Array
 
@@ -59,10 +59,14 @@ def check(
   has_stop_strings: bool = False,
   gradients: Callable[[int], tuple[Any, dict[str, Array]]] | None = None,
   num_micro_batches: int = 2,
-  tolerance: float = 1e-4,
-  gradient_tolerance: float | None = 1e-3,
+  tolerance: precision.Tolerance | None = None,
+  parts_add_up: bool = True,
 ) -> list[Check]:
   """Checks that sampler, trainer and masks agree on one rollout.
+
+  Log-probabilities are compared by the mean of their gaps, by k3 and by the gap
+  that one token in a hundred exceeds; the largest gap is only shown, for one
+  token may round far.
 
   Args:
     log_probs_of: maps parameters and rows to the log-probabilities `[N, T]` of
@@ -71,39 +75,36 @@ def check(
     rollout: N rows.
     stop_ids: token ids that end a response.
     has_stop_strings: whether texts may end a response, too.
-    gradients: maps a number of micro-batches to the gradients and metrics of
-      one minibatch, exactly as the update makes them. Metrics that are looked
-      at: `ppo/ratio_max` and `ppo/ratio_min`.
+    gradients: maps a number of micro-batches to the gradients, or sketches of
+      them, and metrics of one minibatch, exactly as the update makes them.
+      Metrics that are looked at: `ppo/ratio_mean` and `ppo/approx_kl`; shown
+      are `ppo/ratio_max` and `ppo/ratio_min`.
     num_micro_batches: compared with one; 1 to compare nothing.
-    tolerance: largest difference of log-probabilities, in nats. 1e-4 for
-      float32, some 0.1 for bfloat16.
-    gradient_tolerance: largest relative difference of the accumulated
-      gradient; None where a part of the loss is no sum over rows, and the
-      difference is only shown.
+    tolerance: what rounding may do; None: in float32.
+    parts_add_up: False where a part of the loss is no sum over rows, and the
+      difference of the accumulated gradient is only shown.
 
   Returns:
     The checks, in the order in which they should be fixed.
   """
 
+  tolerance = tolerance or precision.tolerance("float32", params)
   statistics = jax.jit(log_probs_of)
   found = processes.gather(rollout.replace(allowed=None))
   mask = found.response_mask
   trainer = processes.gather(statistics(params, rollout))
   again = processes.gather(statistics(params, rollout))
 
-  def gap(a, b):
-    return _gap(a, b, mask)
-
   checks = [
-    Check(
+    _agreement(
       "sampler and trainer log-probs agree",
-      gap(found.log_probs, trainer),
+      precision.gaps(found.log_probs, trainer, mask),
       tolerance,
-      "nats; else temperature, allowed tokens or positions differ",
+      "else temperature, allowed tokens or positions differ",
     ),
     Check(
       "dropout is off",
-      gap(trainer, again),
+      precision.gaps(trainer, again, mask).largest,
       0.0,
       "nats between two passes with the same parameters",
     ),
@@ -125,33 +126,41 @@ def check(
   checks.append(_end_token(found, stop_ids, has_stop_strings))
   if gradients is not None:
     whole, metrics = gradients(1)
-    names = ("ppo/ratio_min", "ppo/ratio_max")
-    ratios = [abs(float(metrics.get(name, jnp.nan)) - 1.0) for name in names]
-    checks.append(
-      Check(
-        "first ratio is 1",
-        float(np.max(ratios)),
-        tolerance,
-        "largest |ratio - 1| before the first update",
-      )
-    )
+    checks.append(_first_ratio(metrics, tolerance))
     if num_micro_batches > 1:
       parts, _ = gradients(num_micro_batches)
       checks.append(
         Check(
           f"{num_micro_batches} micro-batches equal one batch",
-          relative_gap(whole, parts),
-          gradient_tolerance,
+          sketches.relative_gap(whole, parts),
+          tolerance.gradient if parts_add_up else None,
           "relative difference of the gradients"
-          + ("" if gradient_tolerance else "; entropies differ, as they must"),
+          + ("" if parts_add_up else "; entropies differ, as they must"),
         )
       )
   return checks
 
 
-def _gap(a, b, mask) -> float:
-  """Largest difference of two arrays where the mask is True."""
-  return float(np.max(np.abs(np.where(mask, a - b, 0.0))))
+def _agreement(name, gaps, tolerance, note) -> Check:
+  """A check of that measure which is furthest beyond its limit."""
+  measure, value, limit = gaps.worst(tolerance)
+  return Check(name, value, limit, f"nats, {measure}; {gaps}; {note}")
+
+
+def _first_ratio(metrics, tolerance) -> Check:
+  """Checks that the ratios of the first update are 1, but for rounding."""
+  of = lambda name: float(metrics.get(f"ppo/{name}", math.nan))
+  low, high = of("ratio_min"), of("ratio_max")
+  value, limit = abs(of("ratio_mean") - 1.0), tolerance.mean
+  if not of("approx_kl") <= tolerance.kl:
+    value, limit = of("approx_kl"), tolerance.kl
+  return Check(
+    "first ratio is 1",
+    value,
+    limit,
+    f"|mean - 1|, or k3, before the first update; ratios {low:.4g} to "
+    f"{high:.4g}",
+  )
 
 
 def _invariances(statistics, rollout, trainer, mask, tolerance) -> list[Check]:
@@ -165,17 +174,17 @@ def _invariances(statistics, rollout, trainer, mask, tolerance) -> list[Check]:
   order = np.random.default_rng(0).permutation(mask.shape[0])
   permuted = jax.tree.map(lambda x: x[order], rollout)
   return [
-    Check(
+    _agreement(
       "pads change nothing",
-      _gap(trainer, statistics(padded), mask),
+      precision.gaps(trainer, statistics(padded), mask),
       tolerance,
-      f"nats; {extra} more pads on the left",
+      f"{extra} more pads on the left",
     ),
-    Check(
+    _agreement(
       "order of rows changes nothing",
-      _gap(trainer[order], statistics(permuted), mask[order]),
+      precision.gaps(trainer[order], statistics(permuted), mask[order]),
       tolerance,
-      "nats",
+      "else rows mix",
     ),
   ]
 
@@ -214,16 +223,6 @@ def _end_token(rollout, stop_ids, has_stop_strings) -> Check:
     f"rows that do not; {int(finished.sum())} of {len(finished)} responses "
     "ended by themselves",
   )
-
-
-def relative_gap(tree, other) -> float:
-  """`|a - b| / |a|` over all leaves together."""
-  square = lambda t: sum(
-    float(jnp.sum(jnp.square(x.astype(jnp.float32))))
-    for x in jax.tree.leaves(t)
-  )
-  difference = jax.tree.map(lambda a, b: a - b, tree, other)
-  return (square(difference) / max(square(tree), 1e-30)) ** 0.5
 
 
 def tree_bytes(tree: Any) -> int:
@@ -333,7 +332,7 @@ def run(
   more: Sequence[Any] = (),
   micro_batch: int,
   num_shards: int = 1,
-  is_float32: bool,
+  tolerance: precision.Tolerance,
   parts_add_up: bool = True,
   programs: Sequence[Any] = (),
 ) -> None:
@@ -359,8 +358,7 @@ def run(
     more: its further arguments.
     micro_batch: rows of a pass.
     num_shards: devices that share them.
-    is_float32: whether the model computes in float32; bfloat16 is allowed
-      larger differences.
+    tolerance: what rounding may do, as `Run.tolerance` has it.
     parts_add_up: False where a part of the loss is no sum over rows: the
       difference is then only shown.
     programs: whose `compilations` are shown.
@@ -368,6 +366,9 @@ def run(
   Raises:
     Refused: in mode "strict", if a check failed.
   """
+  # What a step takes is shown before anything of its size is run.
+  compilations = [row for x in programs for row in x.compilations]
+  show([], compilations, state | {"reference": reference})
   stop_ids = sampler.stop_ids
   synthetic = with_ends(rollout, stop_ids)
   batch, _ = jax.jit(prepare)(state, reference, synthetic, earned)
@@ -376,12 +377,14 @@ def run(
   number = jnp.arange(len(mask))
   sizes = jnp.where(number % 2, -1.0, 1.0) * (1.0 + number / len(mask))
   rows["advantages"] = jnp.where(mask, sizes[:, None], 0.0)
-  compiled = {}
+  # Parts of which every device still has a row.
+  num_parts = smallest_divisor(micro_batch // num_shards)
+  of_parts = {
+    n: jax.jit(sketched(gradients(n))) for n in dict.fromkeys((1, num_parts))
+  }
 
   def gradients_of(num_parts, rows=rows):
-    if num_parts not in compiled:
-      compiled[num_parts] = jax.jit(gradients(num_parts))
-    return compiled[num_parts](state["params"], rows, *more)
+    return of_parts[num_parts](state["params"], rows, *more)
 
   checks = check(
     lambda given, rollout: prepare(*given[:2], rollout, given[2])[0][
@@ -392,16 +395,28 @@ def run(
     stop_ids=stop_ids,
     has_stop_strings=bool(sampler.settings.stop_strings),
     gradients=gradients_of,
-    # Parts of which every device still has a row.
-    num_micro_batches=smallest_divisor(micro_batch // num_shards),
-    tolerance=guards.tolerance(is_float32),
-    gradient_tolerance=(1e-3 if is_float32 else 0.1) if parts_add_up else None,
+    num_micro_batches=num_parts,
+    tolerance=tolerance,
+    parts_add_up=parts_add_up,
   )
   if rollout.allowed is None:  # Else the end may be the one token allowed.
     checks.append(_end_is_learnt(rows, gradients_of, has_ends=bool(stop_ids)))
-  memory = state | {"reference": reference}
-  show(checks, [row for x in programs for row in x.compilations], memory)
+  show(checks)
   enforce(checks, mode)
+
+
+def sketched(gradients):
+  """Turns the gradient that a function returns into its sketch.
+
+  A gradient is then a temporary of one program, as in an update, and none lies
+  beside the state while the next one is computed.
+  """
+
+  def sketched(*args):
+    found, metrics = gradients(*args)
+    return sketches.sketch(found), metrics
+
+  return sketched
 
 
 def _end_is_learnt(rows, gradients_of, *, has_ends):
@@ -412,7 +427,7 @@ def _end_is_learnt(rows, gradients_of, *, has_ends):
     rows["rollout"].finished[:, None] if has_ends else True
   )
   moved = rows | {"old_log_probs": jnp.where(is_end, old - 0.05, old)}
-  gap = relative_gap(gradients_of(1)[0], gradients_of(1, moved)[0])
+  gap = sketches.relative_gap(gradients_of(1)[0], gradients_of(1, moved)[0])
   return Check(
     "the end of a response is learnt from",
     float(gap <= 1e-6),

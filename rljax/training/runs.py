@@ -38,7 +38,7 @@ from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import responders, responses
 from rljax.models import hf, lora
-from rljax.storage import calls, checkpoint, locks, paths
+from rljax.storage import calls, checkpoint, locks, mirrors, paths
 from rljax.storage import rows as rows_lib
 from rljax.training import (
   adapted,
@@ -48,6 +48,7 @@ from rljax.training import (
   logs,
   longer,
   microbatch,
+  precision,
   preflight,
   trackers,
 )
@@ -86,14 +87,18 @@ def start(
       flags or of another kind; if the flags of several processes differ; or if
       the mesh does not fit the devices.
   """
+  processes.divide_cpu("cpu_devices" in values and values.cpu_devices)
   processes.join()
   if not values["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax has much to say.
   if values.compilation_cache:
     cache = os.path.expanduser(values.compilation_cache)
     jax.config.update("jax_compilation_cache_dir", cache)
+  if "matmul_precision" in values:
+    precision.apply(values.matmul_precision, values.dtype)
   own = values.get_key_flags_for_module(sys.argv[0])
   in_force = {flag.name: flag.value for flag in own}
+  in_force["workdir"] = mirrors.shown(values.workdir)
   may_change = {f.name for f in own if getattr(f, "may_change", False)}
   growing = {f.name: f.may_grow for f in own if getattr(f, "may_grow", "")}
   # The first that they tell each other, now that the cache is known.
@@ -102,10 +107,11 @@ def start(
     "The flags of the processes", in_force | {"the folder of --workdir": folder}
   )
   checkpoint.prepare_workdir(values.workdir)
-  processes.check_shared(values.workdir)
-  if not trains and os.path.exists(os.path.join(folder, "checkpoints")):
+  if mirrors.of(values.workdir) is None:
+    processes.check_shared(values.workdir)
+  if not trains and checkpoint.holds_run(values.workdir):
     raise ValueError(
-      f"--workdir={values.workdir} holds a training run, whose files this "
+      f"--workdir={in_force['workdir']} holds a training run, whose files this "
       "script would replace; choose another."
     )
   lock = locks.take(values.workdir) if processes.is_first() else None
@@ -158,17 +164,20 @@ class Run:
     self._has_shown: list[bool] = []  # Of programs; shared with parts.
     self._watch = self._new_watch()
     self._is_checked: list[bool] = []  # Shared by the parts of a run.
+    self._has_stepped: list[bool] = []  # Likewise.
 
   def _new_watch(self):
     """What looks at the metrics, by the flags that the script has."""
     mode = self._flag("preflight", "off")
-    is_float32 = self._flag("dtype", "float32") == "float32"
     return guards.Watch(
       self.note,
       max_skipped=self._flag("max_skipped", 0),
-      max_gap=None if mode == "off" else guards.tolerance(is_float32),
       is_strict=mode == "strict",
     )
+
+  def tolerance(self, params: Tree = None) -> precision.Tolerance:
+    """Returns what rounding may do to passes of these parameters."""
+    return precision.of_flags(self._values, params)
 
   # State.
 
@@ -182,7 +191,12 @@ class Run:
   def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
     """Puts the parameters of a loaded model on the mesh, by its own rules."""
     rules = hf.partition_rules(loaded.model, self.mesh)
-    return dataclasses.replace(loaded, params=self.place(loaded.params, rules))
+    params = self.place(loaded.params, rules)
+    if (bad := guards.first_not_finite(params)) is not None:
+      raise ValueError(
+        f"{loaded.source} has weights that are not finite: {bad}."
+      )
+    return dataclasses.replace(loaded, params=params)
 
   def shard(self, batch: Tree) -> Tree:
     """Splits the rows of a batch over the devices, by `meshes.shard_batch`."""
@@ -217,6 +231,8 @@ class Run:
     self.expect(params, rules, optimizer=optimizer, **more)
     shardings = self._state_shardings
     params = self._frozen.place(params, shardings["params"])
+    if self._flag("preflight", "off") != "off":
+      self._watch.tolerance = self.tolerance(params)
     # Made where it will lie: whole, it need not fit a device or the host.
     start = compiled.Compiled(
       "optimizer", optimizer.init, out_shardings=shardings["optimizer"]
@@ -318,7 +334,7 @@ class Run:
     Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
     block: `is_stopped` is then True, and everything that was written stays.
     """
-    with checkpoint.Preemption() as self._signals:
+    with checkpoint.Preemption(self._may_end) as self._signals:
       try:
         yield self
       except checkpoint.Stopped:
@@ -328,6 +344,11 @@ class Run:
           self._log.note(text)
         elif processes.is_first():
           print(text, flush=True)
+
+  def _may_end(self) -> bool:
+    """Whether this process may end while it compiles: no step was made yet."""
+    is_alone = jax.process_count() == 1  # Others would wait for it.
+    return is_alone and compiled.is_compiling() and not self._has_stepped
 
   def should_stop(self) -> bool:
     """Returns whether a signal asked for the end. All processes call it."""
@@ -401,6 +422,7 @@ class Run:
     Yields:
       A run to `restore`, count `steps` and `save`.
     """
+    mirrors.check_one_disk(self.workdir)
     part = copy.copy(self)
     part.workdir = os.path.join(self.workdir, folder)
     part.total_steps = total_steps
@@ -597,6 +619,7 @@ class Run:
     """
     if planning.current():
       return
+    self._has_stepped[:] = [True]
     stop, is_last = self.should_stop(), done == self.total_steps
     is_due = done % self._values.save_every == 0 or is_last or self._is_overdue
     rows = {} if self._log is None else dict(self._log.num_rows)
@@ -723,13 +746,13 @@ class Run:
     num_rows = len(batch["prompt_ids"]) // gradients.num_parts
     num_own = num_rows // meshes.num_batch_shards(self.mesh)
     self._enforce(
-      lambda is_float32: learner_checks.check(
+      lambda: learner_checks.check(
         gradients,
         params,
         {name: x[:num_rows] for name, x in batch.items()},
         more=more,
         place=self.shard,
-        is_float32=is_float32,
+        tolerance=self.tolerance(params),
         **{
           "num_parts": preflight.smallest_divisor(num_own),
           "is_start": not self.first_step,
@@ -743,8 +766,8 @@ class Run:
   ) -> None:
     """Checks that a function reads rows by themselves, as `check_learner`."""
     self._enforce(
-      lambda is_float32: learner_checks.check_rows(
-        function, arrays, mask, is_float32=is_float32
+      lambda: learner_checks.check_rows(
+        function, arrays, mask, tolerance=self.tolerance(None)
       )
     )
 
@@ -752,8 +775,7 @@ class Run:
     mode = self._values.preflight
     if mode == "off" or self._is_checked or planning.current():
       return
-    dtypes = {self._values.dtype, self._flag("param_dtype", "float32")}
-    checks = check(dtypes == {"float32"})
+    checks = check()
     preflight.show(checks)
     preflight.enforce(checks, mode)
     self._is_checked.append(True)
@@ -990,8 +1012,8 @@ def check_models(
       if name in digests:
         what = f"{name} are others"
       raise ValueError(
-        f"{what} than when the run in {workdir} began; choose another workdir, "
-        "or bring them back."
+        f"{what} than when the run in {mirrors.shown(workdir)} began; choose "
+        "another workdir, or bring them back."
       )
 
 

@@ -208,6 +208,22 @@ def ppo_by_one():
 class OneProcessTest(parameterized.TestCase):
   """What the functions do where there is nobody to talk to."""
 
+  def test_the_cpu_is_divided_before_the_first_array(self):
+    program = (
+      "import jax; from rljax.distributed import processes as p; "
+      "p.divide_cpu(0); p.divide_cpu(3); p.join(); print(jax.device_count())"
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", program],
+      check=False,
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(done.stdout, "3\n", done.stderr)
+    processes.divide_cpu(jax.device_count())
+    with self.assertRaisesRegex(ValueError, "=3 comes too late, for this pro"):
+      processes.divide_cpu(3)
+
   def test_nothing_happens(self):
     processes.join()
     processes.check_joined()

@@ -8,7 +8,7 @@ micro-batches with wrong weights, a sampler that keeps its first weights.
 import json
 
 import pytest
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from rljax.tasks import word_lists
 from rljax.text import files
@@ -235,13 +235,14 @@ def _logged(path):
   return path
 
 
-def _errors(cases):
+def _errors(cases, machine=None):
   """The errors of scripts, each with a fault or as it is.
 
   Args:
     cases: of name of the script, text, what it becomes, and what is said.
+    machine: of tests/emulation.py, on which they compute; None: a CPU.
   """
-  folder = scripts.scratch() / f"of{len(cases)}"
+  folder = scripts.scratch() / f"of{len(cases)}_{machine}"
   folder.mkdir()
   sft = {"script": "experiments/sft.py"}
   common = ("--hidden_size=16", "--num_layers=1", "--max_positions=48")
@@ -264,6 +265,9 @@ def _errors(cases):
       policy = "sums" if "--task=merge_sums" in flags else "words"
       flags.append(f"--policy={folder / policy}")
     run = {"script": f"experiments/{name}.py", "flags": flags}
+    if machine:
+      flags.append("--matmul_precision=default")
+      run["machine"] = machine
     runs.append(run | ({"replace": [fault[:2]]} if fault[0] else {}))
   errors = scripts.drive("-", runs)
   assert errors[:2] == [None, None], errors[:2]
@@ -280,11 +284,12 @@ class PlantedFaultsTest(absltest.TestCase):
 
 
 @pytest.mark.slow
-class AllFaultsTest(absltest.TestCase):
-  def test_refused(self):
+class AllFaultsTest(parameterized.TestCase):
+  @parameterized.parameters(None, "tpu", "gpu")
+  def test_refused(self, machine):
     cases = [(name, "", "", None) for name in FLAGS]
-    cases += [fault for fault in FAULTS if not _is_quick(fault)]
-    for fault, error in zip(cases, _errors(cases), strict=True):
+    cases += [fault for fault in FAULTS if machine or not _is_quick(fault)]
+    for fault, error in zip(cases, _errors(cases, machine), strict=True):
       with self.subTest(f"{fault[0]}: {fault[-1]}"):
         if fault[-1] is None:
           self.assertIsNone(error)

@@ -11,6 +11,7 @@ import struct
 import tempfile
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
@@ -136,6 +137,17 @@ class WeightsTest(FolderTestCase):
     ):
       self.file.write_bytes(content)
       self.refused("model.safetensors is damaged|lacks")
+
+  def test_what_is_not_finite_is_not_saved(self):
+    for value, message in (
+      (np.float32(np.nan), "hold.* numbers that are not finite"),
+      (np.float32(1e39), "hold.* numbers that are not finite"),
+      (np.int32(1), "is of int32, and must be of floats"),
+    ):
+      params = jax.tree.map(lambda x, v=value: np.full(x.shape, v), self.params)
+      with self.assertRaisesRegex(ValueError, message):
+        hf.save(self.path, self.model, params)
+    hf_test._assert_same_bits(hf.load(self.path).params, self.params)
 
   def test_a_folder_in_place_of_the_file(self):
     self.file.unlink()

@@ -55,8 +55,8 @@ INERT_FOR = {
   "roberta": {"tie_word_embeddings"},
   "distilbert": {"tie_word_embeddings"},
   # Layers have a window only with use_sliding_window.
-  "qwen2": {"sliding_window", "max_window_layers", "layer_types"},
-  "qwen3": {"sliding_window", "max_window_layers", "layer_types"},
+  "qwen2": {"sliding_window", "max_window_layers"},
+  "qwen3": {"sliding_window", "max_window_layers"},
   # Language models have no labels.
   **{
     name: {"id2label", "problem_type"} for name in ("llama", "mistral", "gpt2")

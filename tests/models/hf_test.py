@@ -503,9 +503,11 @@ class NameTest(FolderTestCase):
     ):
       hf.load(name)
 
-  @parameterized.parameters("gs://bucket/x", pathlib.Path("file:///tmp/x"))
-  def test_other_storage(self, name):
-    message = "is not a path of this machine"
+  @parameterized.parameters(
+    ("nowhere://bucket/x", "nowhere:// is no bucket"),
+    (pathlib.Path("file:///tmp/x"), "is not a path of this machine"),
+  )
+  def test_other_storage(self, name, message):
     model, params = _tiny(self.path)
     with contextlib.chdir(self.folder):
       with self.assertRaisesRegex(ValueError, message):

@@ -174,6 +174,9 @@ class LlamaConfigTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, '"layer_types".*chunked'):
         kinds = ["chunked_attention", "full_attention"]
         llama.LlamaConfig.from_hf(windowed | {"layer_types": kinds})
+      kinds[0], without = "sliding_attention", {"use_sliding_window": False}
+      with self.assertRaisesRegex(ValueError, '"use_sliding_window" is false'):
+        llama.LlamaConfig.from_hf(windowed | without | {"layer_types": kinds})
 
   def test_missing_sliding_window_is_that_of_transformers(self):
     fields = _hf_fields(model_type="mistral")

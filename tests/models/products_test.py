@@ -70,6 +70,24 @@ class EinsumTest(parameterized.TestCase):
     self.assertEqual(found.wide, 0, found.widest)
 
 
+class PrecisionTest(absltest.TestCase):
+  def test_products_are_exact_where_operands_keep_their_bits(self):
+    self.assertTrue(products.is_exact(jnp.float32))  # On a CPU.
+    self.assertFalse(products.is_exact(jnp.bfloat16))
+    for name, expected in (("highest", True), ("default", False)):
+      with jax.default_matmul_precision(name):
+        self.assertEqual(products.is_exact(jnp.float32), expected)
+
+  def test_rounded_stays_in_the_program(self):
+    """A compiler may drop a conversion to bfloat16 and back, but not this."""
+    x = jnp.linspace(1, 2, 257, dtype=jnp.bfloat16)
+    text = jax.jit(products.rounded).lower(x).as_text()
+    self.assertIn("reduce_precision", text)
+    np.testing.assert_array_equal(products.rounded(x), x)
+    x = jnp.linspace(1, 2, 257)
+    self.assertIs(products.rounded(x), x)
+
+
 class NarrowedTest(absltest.TestCase):
   def test_matrices_alone(self):
     params = tiny.params(tiny.llama_config())

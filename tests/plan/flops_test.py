@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
+from rljax.models import attention
 from rljax.plan import flops
 
 
@@ -11,7 +12,7 @@ def _count(function, *args):
   return flops.count(jax.jit(function).trace(*args).jaxpr)
 
 
-class CountTest(absltest.TestCase):
+class CountTest(parameterized.TestCase):
   def test_products_by_hand(self):
     x, y = jnp.ones((3, 5)), jnp.ones((5, 7))
     # 2 * 3 * 5 * 7, and with a batch of four as often again.
@@ -67,6 +68,27 @@ class CountTest(absltest.TestCase):
     found = _count(both, narrow, wide)
     self.assertEqual(found.wide, 2 * 2 * 4 * 2)
     self.assertEqual(found.widest, "float32[2, 4] x float32[4, 2]")
+
+  @parameterized.parameters(("plain", 6), ("blocks", 7), ("splash", 9))
+  def test_attention(self, form, products):
+    batch, length, heads, width = 2, 256, 4, 8
+    shape = lambda heads: jax.ShapeDtypeStruct(
+      (batch, length, heads, width), jnp.float32
+    )
+    mask = jax.ShapeDtypeStruct((batch, length), bool)
+
+    def loss(*operands):
+      return jnp.sum(attention.attend(*operands, form=form))
+
+    found = _count(
+      jax.grad(loss, (0, 1, 2)), shape(4), shape(2), shape(2), mask
+    )
+    one = 2 * batch * heads * length**2 * width
+    # The kernel's sums over rows are products with few columns.
+    self.assertAlmostEqual(found.total / one, products, places=2)
+    self.assertEqual(found.tokens, 0)
+    # What a kernel does inside is not told to be a wide product.
+    self.assertEqual(found.wide > one, form != "splash")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import absltest, parameterized
 
+from rljax.distributed import compiled, meshes, planning
+from rljax.models import attention
 from rljax.plan import targets
 
 
@@ -76,10 +78,49 @@ class CompilersTest(parameterized.TestCase):
     mesh = jax.sharding.Mesh(devices, "x")
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     like = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=rows)
-    compiled = jax.jit(lambda x: x @ x.T).lower(like).compile()
+    program = jax.jit(lambda x: x @ x.T).lower(like).compile()
     size = 256 * 256 * 4
-    memory = compiled.memory_analysis()
+    memory = program.memory_analysis()
     self.assertEqual(memory.argument_size_in_bytes, size // num_devices)
+
+  @parameterized.parameters(
+    ("v5e:1x1", "data:1", "libtpu", "splash"),
+    ("v5e:2x2", "fsdp:2,tensor:2", "libtpu", "splash"),
+    ("h100:1", "data:1", "jax_cuda12_plugin", "blocks"),
+  )
+  def test_attention(self, name, spec, module, form):
+    if not importlib.util.find_spec(module):
+      self.skipTest(f"needs {module}")
+    length, chosen = 1024, []
+
+    def loss(queries, keys, values, mask):
+      chosen.append(attention.choose(queries, keys))
+      found = attention.attend(queries, keys, values, mask)
+      return jnp.sum(found.astype(jnp.float32))
+
+    with planning.plan(targets.devices(targets.parse(name))) as plan:
+      mesh = meshes.make(spec)
+      heads = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+      # cuDNN is not among the wheels that compile; with it, float32 is not.
+      shapes = [((4, length, n, 64), jnp.float32) for n in (4, 2, 2)]
+      operands = [
+        planning.Absent(*x, sharding=jax.sharding.NamedSharding(mesh, heads))
+        for x in shapes
+      ]
+      mask = planning.Absent(
+        (4, length),
+        jnp.bool_,
+        sharding=jax.sharding.NamedSharding(
+          mesh, jax.sharding.PartitionSpec(("data", "fsdp"))
+        ),
+      )
+      gradient = compiled.Compiled("learn", jax.grad(loss, (0, 1, 2)))
+      gradient(*operands, mask)
+    self.assertEqual(chosen, [form])
+    (program,) = plan.programs
+    self.assertEqual(program.error, "")
+    # The scores of one head of all rows would be as much.
+    self.assertLess(program.memory["temporary"], 4 * length**2 * 4 * 2)
 
 
 if __name__ == "__main__":

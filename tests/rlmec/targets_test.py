@@ -308,16 +308,16 @@ class RecordsTest(absltest.TestCase):
 
 class FirstRatioTest(parameterized.TestCase):
   @parameterized.parameters((1.01, True), (0.9, False), (np.nan, False))
-  def test_another_policy_is_found_out(self, ratio, is_float32):
+  def test_another_policy_is_found_out(self, ratio, is_exact):
     metrics = {"token/ratio_mean": ratio, "token/count": 3.0}
     with self.assertRaisesRegex(ValueError, "not those of --policy"):
-      targets.check_first_ratio(metrics, is_float32=is_float32)
+      targets.check_first_ratio(metrics, is_exact=is_exact)
 
   @parameterized.parameters((1.0005, 3.0, True), (1.01, 3.0, False), (0, 0, 1))
   def test_rounding_and_batches_without_rewards_pass(self, ratio, count, kind):
     metrics = {"token/ratio_mean": ratio, "token/count": count}
-    targets.check_first_ratio(metrics, is_float32=bool(kind))
-    targets.check_first_ratio({}, is_float32=True)
+    targets.check_first_ratio(metrics, is_exact=bool(kind))
+    targets.check_first_ratio({}, is_exact=True)
 
 
 if __name__ == "__main__":

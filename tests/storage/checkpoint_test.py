@@ -173,6 +173,15 @@ class RoundTripTest(_WorkdirTest):
     self.assertEqual(meta, {"n": 1})
     np.testing.assert_array_equal(restored["x"], np.ones(2))
 
+  def test_folders_that_are_no_checkpoints_stay(self):
+    names = ("007", "٣", "-1", "1e2", "x")
+    for name in names:
+      pathlib.Path(self.workdir, "checkpoints", name).mkdir(parents=True)
+    with checkpoint.Checkpoints(self.workdir) as checkpoints:
+      self.assertEqual(checkpoints.all_steps(), [])
+    there = os.listdir(pathlib.Path(self.workdir, "checkpoints"))
+    self.assertCountEqual(there, names)
+
   def test_forget_after(self):
     self._save(2, 5, 9, keep=3)
     with checkpoint.Checkpoints(self.workdir, keep=3) as checkpoints:
@@ -459,6 +468,13 @@ class PrepareWorkdirTest(_WorkdirTest):
     for _ in range(2):
       checkpoint.prepare_workdir(self.workdir / "a" / "b")
     self.assertEqual(os.listdir(self.workdir / "a" / "b"), [])
+
+  def test_a_file_where_checkpoints_go(self):
+    path = pathlib.Path(self.workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "checkpoints").write_text("mine")
+    with self.assertRaisesRegex(ValueError, "checkpoints is no folder"):
+      checkpoint.prepare_workdir(path)
 
   def test_file_in_the_way(self):
     path = self.workdir / "file"

@@ -47,8 +47,9 @@ def _fault(number, error):
 
   def failing(function):
     def call(*args, **kwargs):
-      if sys._getframe(1).f_code is locks._give_back.__code__:
-        return function(*args, **kwargs)  # Collected at any moment.
+      # Locks are collected at any moment, and say themselves what is wrong.
+      if sys._getframe(1).f_code.co_filename == locks.__file__:
+        return function(*args, **kwargs)
       calls[0] += 1
       is_dead = error is _Killed and calls[0] > number
       if calls[0] == number or is_dead:
@@ -107,6 +108,17 @@ class ReplacedTest(parameterized.TestCase):
     link.symlink_to("exported")
     _replace(link, NEW)
     self.assertTrue(link.is_symlink())
+    self.assertEqual(_content(self.path), NEW)
+
+  def test_links_in_a_circle_are_refused(self):
+    self.path.symlink_to(self.path)
+    with self.assertRaisesRegex(ValueError, "leads nowhere"):
+      _replace(self.path, NEW)
+
+  def test_a_file_where_new_ones_wait_is_replaced(self):
+    _replace(self.path, OLD)
+    (self.path / ".export").write_text("what nobody wrote")
+    _replace(self.path, NEW)
     self.assertEqual(_content(self.path), NEW)
 
   def test_a_file_is_refused(self):

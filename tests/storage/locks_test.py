@@ -1,11 +1,13 @@
 """Tests of the lock on a folder that one process writes at a time."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,6 +44,7 @@ class TakeTest(parameterized.TestCase):
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
+      start_new_session=True,
     )
     self.addCleanup(process.stdout.close)
     self.addCleanup(process.stdin.close)
@@ -99,6 +102,36 @@ class TakeTest(parameterized.TestCase):
     first.close()
     self._other_process()
 
+  @parameterized.parameters(True, False)
+  def test_reading_the_file_does_not_give_it_back(self, has_locks_of_files):
+    with contextlib.ExitStack() as stack:
+      if not has_locks_of_files:
+        stack.enter_context(mock.patch.object(fcntl, "F_OFD_SETLK", -1))
+      lock = locks.take(self.folder)
+    if has_locks_of_files:
+      shutil.copytree(self.folder, self.folder / "copy")
+    with self.assertRaises(AssertionError):
+      self._other_process()
+    lock.close()
+
+  def test_a_fork_does_not_keep_what_its_parent_held(self):
+    forks = "import os, time\nif not os.fork(): time.sleep(60)\n"
+    holder = _HOLDER.replace("print(", f"{forks}print(")
+    with mock.patch.dict(globals(), _HOLDER=holder):
+      other = self._other_process()
+    self.addCleanup(os.killpg, other.pid, signal.SIGKILL)
+    other.kill()
+    other.wait()
+    locks.take(self.folder).close()
+
+  def test_a_link_in_its_place_is_not_followed(self):
+    victim = self.folder / "victim"
+    victim.write_text("precious")
+    (self.folder / ".lock").symlink_to(victim)
+    with self.assertRaisesRegex(ValueError, "cannot be locked"):
+      locks.take(self.folder)
+    self.assertEqual(victim.read_text(), "precious")
+
   def test_what_is_replaced_is_locked_beside(self):
     path = self.folder / "export"
     other = self._other_process("beside", path)
@@ -115,7 +148,7 @@ class TakeTest(parameterized.TestCase):
 
   def test_one_that_was_deleted_meanwhile_is_none(self):
     path = self.folder / "export"
-    lock, lockf = locks.beside(path), fcntl.lockf
+    lock, lockf = locks.beside(path), locks._set
 
     def late(*arguments):
       # The other gives it back between the opening of the file and its lock.
@@ -125,7 +158,7 @@ class TakeTest(parameterized.TestCase):
 
     with (
       mock.patch.object(locks, "_OPEN", {}),
-      mock.patch.object(fcntl, "lockf", late),
+      mock.patch.object(locks, "_set", late),
     ):
       again = locks.beside(path)
     left = self.folder / ".export.lock"
@@ -141,7 +174,7 @@ class TakeTest(parameterized.TestCase):
     (self.folder / ".lock").write_text("{")
     busy = OSError(errno.EAGAIN, "busy")
     with (
-      mock.patch.object(fcntl, "lockf", side_effect=busy),
+      mock.patch.object(locks, "_set", side_effect=busy),
       self.assertRaisesRegex(ValueError, "process unknown on some host"),
     ):
       locks.take(self.folder)
@@ -149,7 +182,7 @@ class TakeTest(parameterized.TestCase):
   def test_file_system_without_locks(self):
     without = OSError(errno.ENOLCK, "No locks available")
     with (
-      mock.patch.object(fcntl, "lockf", side_effect=without),
+      mock.patch.object(locks, "_set", side_effect=without),
       self.assertRaisesRegex(
         ValueError, "cannot be locked: No locks available; choose a folder on"
       ),

@@ -1,4 +1,5 @@
 import fractions
+import json
 import math
 import types
 
@@ -168,6 +169,33 @@ class ScoreAllTest(parameterized.TestCase):
 
     with self.assertRaisesRegex(ValueError, message):
       tasks.score_all(Mine(), ["a1", "a2"], ["b1", "b2"])
+
+  def test_parts_that_files_cannot_hold(self):
+    found = {
+      "set": {"b", "a"},
+      "bytes": b"a\xff",
+      "array": np.arange(2),
+      "number": np.float32(0.5),
+      "object": fractions.Fraction(1, 2),
+      "pair": (1, "a"),
+      7: {"inner": {1}},
+    }
+    task = types.SimpleNamespace(score=lambda prompt, response: (1.0, found))
+    _, (part,) = tasks.score_all(task, ["a"], ["b"])
+    expected = {
+      "set": ["a", "b"],
+      "bytes": "a\ufffd",
+      "array": [0, 1],
+      "number": 0.5,
+      "object": "1/2",
+      "pair": (1, "a"),
+      "7": {"inner": [1]},
+    }
+    self.assertEqual(part, expected)
+    json.dumps(part)
+    found["deep"] = found
+    with self.assertRaisesRegex(ValueError, "nested too deeply"):
+      tasks.score_all(task, ["a"], ["b"])
 
   def test_a_score_that_cannot_be_written_out(self):
     task = types.SimpleNamespace(score=lambda prompt, response: 10**5000)

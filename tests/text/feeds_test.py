@@ -2,6 +2,7 @@
 
 import collections
 import gzip
+import itertools
 import json
 import pathlib
 import shutil
@@ -111,6 +112,18 @@ class StreamTest(parameterized.TestCase):
     )
     self.assertGreaterEqual(stream.metrics["data/left_out"], 3)
     self.assertEqual(stream.metrics["data/epoch"], 3)
+
+  def test_every_buffer_has_an_order_of_its_own(self):
+    other = pathlib.Path(self.folder, "other.jsonl")
+    other.write_text(json.dumps({"prompt": "9", "response": "9"}) + "\n")
+    stream = self.stream(eval_data=str(other), buffer=8)
+    orders = [
+      tuple(int(x.place.rpartition(":")[2]) - row for x in rows)
+      for _, row, rows, _ in itertools.islice(stream._buffers(0, 0), 14)
+      if len(rows) == 8
+    ]
+    self.assertGreater(len(orders), 10)  # Of two epochs.
+    self.assertLen(set(orders), len(orders))
 
   @parameterized.parameters(0, 1, 5, 12, 40)
   def test_goes_on_from_a_place(self, num_steps):

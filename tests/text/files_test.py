@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from rljax.storage import buckets
 from rljax.text import files
 from tests import conftest
+from tests.storage import buckets_test
 
 
 class FilesTest(parameterized.TestCase):
@@ -107,6 +109,30 @@ class FilesTest(parameterized.TestCase):
   def test_append_to_gz(self):
     with self.assertRaisesRegex(ValueError, "uncompressed"):
       files.append_jsonl(self.folder / "rows.jsonl.gz", [{"a": 1}])
+
+
+class BucketTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    buckets_test.clean_cache(self)
+    self.bucket = buckets.Bucket("memory://b")
+
+  def test_a_file(self):
+    self.bucket.write("x.jsonl.gz", gzip.compress(b'{"a": 1}\n'))
+    url = "memory://b/x.jsonl.gz"
+    self.assertEqual(files.load_rows(url, "train"), [{"a": 1}])
+    self.assertEqual(files.read_jsonl(url), [{"a": 1}])
+
+  def test_a_folder_of_splits(self):
+    for split in ("train", "test"):
+      self.bucket.write(f"{split}.jsonl", b'{"a": "%s"}' % split.encode())
+    self.assertEqual(files.load_rows("memory://b", "test"), [{"a": "test"}])
+    (cached,) = buckets.cache_folder().rglob("*.jsonl")
+    self.assertEqual(cached.name, "test.jsonl")  # The other is not fetched.
+    with self.assertRaisesRegex(ValueError, "no file for split 'dev'"):
+      files.load_rows("memory://b", "dev")
+    with self.assertRaisesRegex(ValueError, "there is nothing at this URL"):
+      files.load_rows("memory://b/none.jsonl", "train")
 
 
 class LoadRowsTest(parameterized.TestCase):

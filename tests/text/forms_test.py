@@ -221,6 +221,14 @@ class FilesTest(parameterized.TestCase):
     self.assertEqual(loaded.rows[0].candidates, ("Hi! You?", "Hi! Me?"))
     self.assertIn("1 of 3 pairs begin with their prompt", loaded.notes[-1])
 
+  def test_single_replies_that_repeat_their_prompts_are_said(self):
+    rows = [{"prompt": f"{i}+1=", "response": f"{i}+1=2"} for i in range(9)]
+    loaded = self._load(rows)
+    self.assertEqual(loaded.rows[0].candidates, ("0+1=2",))
+    self.assertIn("9 replies begin with their prompt", loaded.notes[-1])
+    self.assertLen(self._load([rows[0], {"prompt": "a", "response": "b"}]), 3)
+    self.assertNotIn("begin with", "".join(loaded.notes[:-1]))
+
   def test_replies_behind_their_prompts(self):
     rows = [
       {"prompt": p, "chosen": f"{p} good {i}", "rejected": f"{p} bad"}

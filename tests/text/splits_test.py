@@ -42,6 +42,20 @@ class HeldOutTest(parameterized.TestCase):
     many = [str(i) for i in range(99)]
     self.assertEqual(splits.held_out(many, 0.5, seed=0, most=3).sum(), 3)
 
+  def test_blanks_and_messages_make_no_other_question(self):
+    ask = lambda text: ({"role": "user", "content": text},)
+    same = ["a b", "a  b\n", "a\r\nb", ask("a b"), ask(" a b")]
+    prompts = [x for text in "cdefg" for x in (*same, f"{text} b")]
+    for seed in range(3):
+      for chosen in (
+        splits.held_out(prompts, 0.5, seed=seed),
+        np.isin(
+          range(len(prompts)), splits.shuffled(prompts, 0.5, seed=seed)[0]
+        ),
+      ):
+        of_same = [x for p, x in zip(prompts, chosen, strict=True) if p in same]
+        self.assertLen(set(of_same), 1)
+
   @parameterized.parameters(0.0, 1.0, -1.0)
   def test_bad_shares(self, share):
     with self.assertRaisesRegex(ValueError, "--eval_share must lie between"):

@@ -16,7 +16,7 @@ from absl import flags, logging
 from absl.testing import absltest, parameterized
 
 from rljax.storage import checkpoint
-from rljax.training import guards, optimizers, runs
+from rljax.training import guards, optimizers, precision, runs
 from tests import tiny
 
 SCRIPT = "experiments/script.py"
@@ -59,6 +59,16 @@ class GuardedTest(parameterized.TestCase):
     self.assertEqual(metrics["updates/skipped"], 0)
     self.assertEqual(metrics["updates/skipped_in_a_row"], 0)
     self.assertEqual(state.inner[1][0].count, inner[1][0].count)
+
+  @parameterized.parameters(("adamw", True), ("muon", False))
+  def test_what_is_cheap_is_computed_twice(self, name, is_twice):
+    """So that no second parameters and moments wait for the verdict."""
+    transform = optimizers.make(10, name=name, learning_rate=0.1)
+    state = transform.init(self.params)
+    program = str(
+      jax.make_jaxpr(transform.apply)(self.grads, state, self.params)
+    )
+    self.assertEqual("optimization_barrier" in program, is_twice)
 
   @parameterized.named_parameters(
     ("gradient", {"grad": np.nan}, {}),
@@ -166,20 +176,30 @@ class WatchTest(parameterized.TestCase):
       watch.check_end(9)
 
   def test_a_stale_sampler(self):
-    gap = "sampler/log_prob_gap"
-    watch = self.watch(max_gap=1e-4, is_strict=True)
-    for step, value in enumerate((1e-5, 1e-3, 1e-3, 1e-5, 1e-3, np.nan)):
+    gap = "sampler/log_prob_gap_mean"
+    tolerance = precision.tolerance("float32")
+    watch = self.watch(tolerance=tolerance, is_strict=True)
+    for step, value in enumerate((1e-6, 1e-3, 1e-3, 1e-6, 1e-3, np.nan)):
       watch.look(step, {gap: value})
     self.assertIn("differ by 0.001 nats", self.notes[0])
     self.assertEqual(watch.num_gaps, 2)
     with self.assertRaisesRegex(guards.Stale, "3 steps in a row"):
       watch.look(6, {gap: 1e-3})
-    watch = self.watch(max_gap=1e-4)  # Under --preflight=warn.
+    watch = self.watch(tolerance=tolerance)  # Under --preflight=warn.
     self.notes.clear()
     for step in range(5):
       watch.look(step, {gap: 1.0})
     self.assertLen(self.notes, 1)
     self.watch().look(0, {gap: 9.0})  # Under --preflight=off.
+
+  def test_all_measures_are_watched_but_the_largest(self):
+    watch = self.watch(tolerance=precision.tolerance("float32"))
+    watch.look(0, {"sampler/log_prob_gap": 1.0})
+    self.assertEqual(watch.num_gaps, 0)
+    for name in ("log_prob_gap_mean", "log_prob_gap_99", "log_prob_k3"):
+      watch.look(1, {"sampler/log_prob_gap_mean": 0.0})
+      watch.look(2, {f"sampler/{name}": 1.0})
+      self.assertEqual(watch.num_gaps, 1)
 
   def test_first_not_finite(self):
     tree = {"a": jnp.ones(2), "b": {"c": jnp.float32([1, np.nan])}}

@@ -227,6 +227,17 @@ class CombineTest(absltest.TestCase):
     found = microbatch.combine(metrics, weights, adds_up=True)
     chex.assert_trees_all_close(found, expected)
 
+  def test_what_a_part_of_weight_0_holds_does_not_count(self):
+    values = jnp.array([jnp.nan, 2.0, 3.0])
+    names = ("x/loss", "x/a_max", "x/a_min", "x/a")
+    expected = dict(zip(names, (2.5, 3.0, 2.0, 2.5), strict=True))
+    weights = jnp.array([0.0, 0.5, 0.5])
+    found = microbatch.combine(dict.fromkeys(names, values), weights)
+    chex.assert_trees_all_close(found, expected)
+    # In a part that counts, it shows.
+    found = microbatch.combine(dict.fromkeys(names, values), weights[::-1])
+    self.assertTrue(all(np.isnan(x) for x in found.values()))
+
   def test_means_over_a_subset_weigh_by_its_count(self):
     metrics = {
       "bce/count": jnp.array([1, 3]),
@@ -351,6 +362,78 @@ class MapRowsTest(parameterized.TestCase):
     np.testing.assert_allclose(*found, rtol=1e-6)
     self.assertLess(memory[1], memory[0] / 6)
     self.assertTrue(found[1].sharding.is_equivalent_to(sharding, 1))
+
+
+class WidthsTest(parameterized.TestCase):
+  """Rows that are read at several widths, sorted by length."""
+
+  def _rollout(self):
+    rng = np.random.default_rng(0)
+    params = stand_in.random_params(rng, max_positions=64)
+    mask = np.arange(20) >= 20 - rng.integers(1, 21, 12)[:, None]
+    ids = jnp.asarray(rng.integers(0, 7, mask.shape), jnp.int32)
+    draw = functools.partial(
+      rollouts.sample,
+      *(jax.random.key(1), stand_in.model(max_positions=64), params),
+      *(ids, jnp.asarray(mask)),
+      max_length=10,
+      settings=sampling.Settings(),
+      lengths=jnp.asarray(rng.integers(1, 11, 12)),
+    )
+    return params, draw
+
+  def test_the_same_samples(self):
+    _, draw = self._rollout()
+    chex.assert_trees_all_close(
+      jax.jit(functools.partial(draw, length_buckets=3))(), draw(), rtol=1e-6
+    )
+
+  @parameterized.parameters((1, "data:1"), (3, "data:1"), (3, "data:4"))
+  def test_the_same_gradient_and_statistics(self, num_parts, spec):
+    params, draw = self._rollout()
+    mesh = meshes.make(spec)
+    rollout = meshes.shard_batch(dict(draw()) | {"allowed": None}, mesh)
+    model, widths = stand_in.model(max_positions=64), []
+    names = ("prompt", "response")
+
+    def loss_fn(params, batch):
+      widths.append(sum(batch[f"{x}_ids"].shape[1] for x in names))
+      found, _ = rollouts.token_statistics(
+        model, params, batch, temperature=1.0
+      )
+      loss = -masking.masked_mean(found.log_probs, batch["response_mask"])
+      return loss, {"loss": loss, "tokens": batch["response_mask"].sum()}
+
+    def both(num_parts, **options):
+      sharding = meshes.batch_sharding(mesh)
+      gradient = microbatch.grad(
+        loss_fn,
+        num_parts,
+        weigh=lambda part: part["response_mask"].sum(),
+        sharding=sharding,
+        **options,
+      )
+      return jax.jit(gradient)(params, rollout), jax.jit(
+        lambda rollout: microbatch.map_rows(
+          lambda part: jnp.where(
+            part["response_mask"],
+            rollouts.token_statistics(model, params, part, temperature=1.0)[
+              0
+            ].log_probs,
+            0.0,
+          ),
+          *(rollout, num_parts, sharding),
+          **options,
+        )
+      )(rollout)
+
+    expected = both(1)
+    self.assertEqual(set(widths), {30})
+    chex.assert_trees_all_close(
+      both(num_parts, buckets=2), expected, rtol=1e-5, atol=1e-6
+    )
+    # 16 or 20 columns of prompts, and 8 or 10 of responses.
+    self.assertEqual(set(widths), {24, 26, 28, 30})
 
 
 class RowsTest(parameterized.TestCase):

@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 from rljax.generation import rollouts
 from rljax.losses import ppo
 from rljax.ops import sampling
-from rljax.training import microbatch, preflight
+from rljax.training import microbatch, precision, preflight
 from tests import tiny
 
 STOP_IDS = tuple(range(5, 20))
@@ -174,7 +174,7 @@ class CheckTest(parameterized.TestCase):
     model, params, rollout, settings = _setting()
     gradients = {1: {"w": jnp.ones(3)}, 2: {"w": jnp.ones(3)}}
     one = jnp.float32(1.0)
-    metrics = {"ppo/ratio_min": one, "ppo/ratio_max": one}
+    metrics = {"ppo/ratio_mean": one, "ppo/approx_kl": 0 * one}
 
     def check():
       return _check(
@@ -189,9 +189,13 @@ class CheckTest(parameterized.TestCase):
     self.assertEmpty(_red(check()))
     gradients[2] = {"w": jnp.array([1.0, 1.0, 1.1])}
     self.assertEqual(_red(check()), ["2 micro-batches equal one batch"])
-    for name, ratio in (("ppo/ratio_min", 0.99), ("ppo/ratio_max", 1.01)):
-      metrics = {"ppo/ratio_min": one, "ppo/ratio_max": one}
-      metrics[name] = jnp.float32(ratio)
+    # One token may be rounded far; many that are show in the means.
+    metrics |= {"ppo/ratio_max": jnp.float32(1.3)}
+    gradients[2] = gradients[1]
+    self.assertEmpty(_red(check()))
+    for name, value in (("ppo/ratio_mean", 0.99), ("ppo/approx_kl", 0.01)):
+      metrics = {"ppo/ratio_mean": one, "ppo/approx_kl": 0 * one}
+      metrics[name] = jnp.float32(value)
       self.assertIn("first ratio is 1", _red(check()))
     metrics = {}  # Nothing known is not good news.
     self.assertIn("first ratio is 1", _red(check()))
@@ -258,7 +262,7 @@ class CheckTest(parameterized.TestCase):
         ),
         more=[jnp.float32(2.0)],
         micro_batch=num_rows,
-        is_float32=True,
+        tolerance=precision.tolerance("float32", params, 0.7),
         **options,
       )
     return out.getvalue()

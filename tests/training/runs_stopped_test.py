@@ -1,6 +1,7 @@
 """Tests of runs that a signal stops, before training and in it."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import pathlib
@@ -104,6 +105,14 @@ class StoppedTest(parameterized.TestCase):
       np.testing.assert_array_equal, restored, dict(self.loaded.params)
     )
     self.assertTrue((self.workdir / "metrics.jsonl").exists())
+
+  def test_a_model_that_is_not_finite_is_refused(self):
+    run = self.start()
+    params = jax.tree.map(np.array, self.loaded.params)
+    jax.tree.leaves(params)[-1].flat[-1] = np.nan
+    broken = dataclasses.replace(self.loaded, params=params)
+    with self.assertRaisesRegex(ValueError, "has weights that are not finite"):
+      run.place_model(broken)
 
   def test_a_model_is_placed_by_its_own_rules(self):
     run = self.start()

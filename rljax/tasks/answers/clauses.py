@@ -42,10 +42,12 @@ _DOUBT = re.compile(
   r"\b(?:do|does|did|could|can|am|is|are|was)(?: ?not|n't|n’t)"
   r" (?:really |quite |exactly )?(?:know|sure|certain|tell|say|clear)\b"
   r"|\bno (?:idea|answer|solution|clue)\b|\bunsure\b|\buncertain\b"
-  r"|\bnot (?:sure|certain|enough)\b|\bcannot (?:be |say|tell|determine|know)"
+  r"|\bnot (?:sure|certain|enough)\b|\b(?:cannot|can't|unable to)"
+  r" (?:be |say|tell|determine|know|answer|solve)"
   r"|\bimpossible\b|\brandom(?:ly)? guess",
   re.IGNORECASE,
 )
+_DOUBTS = ("not", "n't", "n’t", "no ", "uns", "unc", "una", "imp", "guess")
 _MARKER = re.compile(
   r"(?<![<>!=:])=+(?!=)"
   r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
@@ -58,11 +60,55 @@ _MARKER = re.compile(
   r"|[共有是为為]",
   re.IGNORECASE,
 )
+# The rows of a table.
+_ROW_OF_NUMBER = re.compile(r"\|[^|\n]*[0-9][^|\n]*\|\s*$")
+_TOTAL = re.compile(
+  r"total|sum|all|altogether|answer|result|final|combined", re.IGNORECASE
+)
+_CLOSING_EMPHASIS = re.compile(r"(?<=[\w.:!?])(?:\*\*|__)$")
 _CHOICE = re.compile(
   r"^\W*(?:[A-Za-z]|(?:option|choice|answer|case|guess)\s*\w{1,2})\s*[).:]\s*",
   re.IGNORECASE,
 )
 BARE = re.compile(r"[\W\d_]*[0-9][\W\d_]*")
+_REASON = re.compile(r"\s(?:because|since)\s", re.IGNORECASE)
+_LEAVES = re.compile(
+  r"\b(?:leaves|leaving|left with|gives|giving|makes|making|yields|totals)\b",
+  re.IGNORECASE,
+)
+_CONCLUDED = re.compile(r",\s*(?:so|thus|hence|therefore)\s", re.IGNORECASE)
+# After 2 days, 42 remain.
+_OPENING = re.compile(
+  r"\W*(?:(?:so|thus|then|now|and),? )?(?:after|in|for|with|when|if|since|at|of"
+  r"|from|over|within|during|out of|once|because|as)\b[^,=]*,\s+\$?",
+  re.IGNORECASE,
+)
+# Ann has 41, Tom has 42.
+_PARALLEL = re.compile(
+  r"^(?!\W*(?:If|When|Since|As|Because)\b)[^,]*\b(has|have|had"
+  r"|gets?|got|is|are|was|earns?|pays?|sells?|sold|makes?)"
+  r"\s+\$?[0-9][^,]*(?:,|,? and) (?!He |She |They |We |It |I )[A-Z][a-z]+ \1"
+  r"\s+\$?$"
+)
+# A reply that stops in the middle of a sentence.
+_CUT_SHORT = re.compile(
+  r"\s(?:and|or|but|with|the|an?|to|of|by|from|minus|plus|times|if|because|since"
+  r"|which)$|(?<![.,/=-])[-+/=×÷^(]$",
+  re.IGNORECASE,
+)
+# What ends a reply, and answers nothing.
+_REMARK = re.compile(
+  r"[.!?\n]\s*(?:I hope|Hope (?:this|that)|(?:Please )?let me know|Feel free"
+  r"|If you (?:have|need|want)|Would you like"
+  r"|Do you (?:have|need|want))\b[^\n]*$",
+  re.IGNORECASE,
+)
+# No, wait, it is 42.
+_TURNED = re.compile(
+  r"^\W*(?:(?:no|wait|sorry|oops|actually|hmm|correction|nein|perd[oó]n)"
+  r"\s?[,:!-]+\s*)+",
+  re.IGNORECASE,
+)
 # Where a sentence goes on to say something else.
 _ASIDE = re.compile(
   r"(?:,\s*(?:so|which|who|since|because|as|and)|\s(?:in|for|after|when"
@@ -77,8 +123,9 @@ _JUDGED = re.compile(
   r"|\b(?:is|are|was|were) (?:wrong|incorrect|false|too|only|just)\b"
   r"|\b(?:is|are|was|were) not"
   r"(?:\W*$| (?:the|right|correct|it|true|possible)\b)"
+  r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
   r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
-  r"|^\W*(?:or|minus|plus|times|not)\b",
+  r"|^\W*(?:or|minus|plus|times|not)\b|, not the\b",
   re.IGNORECASE,
 )
 # x = 41 and y = 42.
@@ -117,6 +164,11 @@ def last_clause(tail: str) -> str | None:
   if match:
     return match[1]
   tail = tail.rstrip().replace(" vs. ", " vs ")
+  if _CUT_SHORT.search(tail, max(0, len(tail) - 12)):
+    return None
+  remark = _REMARK.search(tail, max(0, len(tail) - WINDOW))
+  if remark and DIGIT.search(tail, 0, remark.start()):
+    tail = tail[: remark.start() + 1].rstrip()
   if not tail.isascii():
     tail = tail[: -2 * WINDOW] + normalisation.characters(tail[-2 * WINDOW :])
   place = max(tail.rfind(digit) for digit in "0123456789")
@@ -126,7 +178,7 @@ def last_clause(tail: str) -> str | None:
   first = place
   while first > 0 and place - first < WINDOW and tail[first - 1] not in " \n":
     first -= 1
-  end = SENTENCE_END.search(tail, place + 1)
+  end = SENTENCE_END.search(tail, place + 1, place + 4 * WINDOW)
   line_end = tail.find("\n", place)
   stop = min(
     end.start() if end else len(tail), line_end if line_end >= 0 else len(tail)
@@ -138,12 +190,17 @@ def last_clause(tail: str) -> str | None:
   previous, sentence = window[:start], window[start:] + tail[first:stop]
   if sentence.lstrip().startswith("|"):
     cells = [cell for cell in sentence.split("|") if DIGIT.search(cell)]
-    if len(cells) > 1:
+    if len(cells) > 1 or (
+      _ROW_OF_NUMBER.search(previous) and not _TOTAL.search(sentence)
+    ):
       return None
     sentence = cells[0]
   sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
+  sentence = _TURNED.sub("", sentence)
   rest = tail[stop:].lstrip(".!?\"'*_ ")
-  if _DOUBT.search(window + tail[first : stop + 80]):
+  around = window + tail[first : stop + 80]
+  lower = around.lower()
+  if any(stem in lower for stem in _DOUBTS) and _DOUBT.search(around):
     return None
   if TAKEN_UP.match(rest):
     sentence = f"{sentence}. {rest[:80]}"
@@ -166,7 +223,7 @@ def _may_follow(previous: str, sentence: str) -> bool:
     return True
   if OR.search(previous):
     return False
-  joined = _JOINED.search(previous.rstrip())
+  joined = _JOINED.search(_CLOSING_EMPHASIS.sub("", previous.rstrip()))
   last = SENTENCE_START.split(above)[-1]
   if (
     joined
@@ -183,6 +240,9 @@ def _may_follow(previous: str, sentence: str) -> bool:
 def _last_of_several(sentence: str) -> str | None:
   """Cuts a sentence down to what it says of its result, or its last number."""
   text = numbers.without_labels(numbers.plain(sentence))
+  reason = _REASON.search(text)
+  if reason and DIGIT.search(text[: reason.start()]):
+    text = text[: reason.start()]
   found = literals.quantities(text)
   if not found:
     return sentence
@@ -191,7 +251,23 @@ def _last_of_several(sentence: str) -> str | None:
   behind = [one for one in found if signs and one.start > signs[-1]]
   if behind and len(text[signs[-1] + 1 : behind[0].start].split()) < 3:
     number, start = behind[0], signs[-1] + 1
-    if _NAMED.search(text[signs[0] : start]) or (
+    before = numbers.EQUALITY.split(text[: signs[-1]])[-1]
+    is_number = numbers.NUMBER_ALONE.fullmatch(before)
+    if numbers.UNSOLVED.search(before) or (
+      is_number and numbers.single(before)
+    ):
+      return sentence  # 2x = 42; 41 = 42.
+    concluded = _CONCLUDED.search(text, number.end)
+    if concluded and len(behind) == 2 and concluded.end() <= behind[1].start:
+      number, start = behind[1], concluded.end()
+    elif len(behind) > 2 and _LEAVES.search(
+      text, behind[-2].end, behind[-1].start
+    ):
+      number, start = behind[-1], behind[-2].end
+    elif (
+      _NAMED.search(text[signs[0] : start])
+      and not numbers.UNSOLVED.search(text[: signs[0]])
+    ) or (
       len(behind) > 1 and not _ASIDE.search(text[number.end : behind[1].start])
     ):
       return sentence  # For `number`, which refuses most.
@@ -202,9 +278,16 @@ def _last_of_several(sentence: str) -> str | None:
       return None
     gap = text[found[-2].end : number.start]
     marker = last_match(_MARKER, gap)
-    if marker is None or words.REFUSED.search(gap):
+    if _OPENING.fullmatch(text[: number.start]):
+      start = found[-2].end + gap.rindex(",") + 1
+    elif (
+      marker is None
+      or words.REFUSED.search(gap)
+      or _PARALLEL.search(text[: number.start])
+    ):
       return sentence
-    start = found[-2].end + marker.start()
+    else:
+      start = found[-2].end + marker.start()
   rest = text[number.end :]
   aside = _ASIDE.search(rest)
   if aside and not _JUDGED.search(rest):

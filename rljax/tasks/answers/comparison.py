@@ -25,6 +25,7 @@ _NUM_WORKERS = 2
 _CACHE_SIZE = 2**16
 
 _PROSE = ("hashes", "tag", "answer_is")
+_CLOCK = re.compile(r"[0-9]+(?:\s*:\s*[0-9]+)+")
 _DIGIT = re.compile("[0-9]")
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MATHEMATICS = re.compile(r"[=^*/+<>|{}_\\]")
@@ -131,7 +132,7 @@ def compare(truth: str, text: str | None, rule: str) -> tuple[str | None, str]:
   value = numbers.number(text)
   if value is not None and not _VARIABLE.search(truth + bare):
     return value, "unsettled"  # 1 million is 10^6.
-  if rule in _PROSE:
+  if rule in _PROSE or re.search("[a-z]{4}$", bare):
     bare = _without_unit(bare.replace("$", " "))
   if rule in (*_PROSE, "line", "number") and not _is_expression(bare):
     return None, "none"
@@ -156,6 +157,8 @@ def _beginning(text: str, rule: str) -> str | None:
 
 def _compare_number(text: str, rule: str) -> tuple[str | None, str]:
   """Reads a number, or an expression that has one value."""
+  if rule == "boxed" and text.rstrip(" .$").endswith("!"):
+    return None, "none"  # A factorial.
   value = numbers.number(text)
   if value is None and rule in _PROSE and len(text.split()) > 4:
     clause = clauses.last_clause(text)
@@ -199,6 +202,17 @@ def _compare_word(truth: str, text: str) -> tuple[str, str]:
   if re.fullmatch(r"[A-Z]", truth):
     choice = _CHOICE.fullmatch(text)
     return (choice[1] if choice else text), "exact"
+  if "_" in truth:
+    text = words.with_digits(text)
+  elif ":" in truth:
+    clocks = _CLOCK.findall(text)
+    if len(clocks) == 1 and not (
+      _DIGIT.search(_CLOCK.sub("", text))
+      or words.REFUSED.search(text)
+      or words.CHANGES_BEFORE.search(text)
+    ):
+      text = clocks[0]  # He arrives at 9:30.
+    text = re.sub(r"(?<=[0-9]) to (?=[0-9])", ":", text)
   plain, known = (
     "".join(re.sub("[{}()]" if "_" in truth else "[{}]", "", t).split())
     for t in (text, truth)

@@ -24,6 +24,7 @@ _LEFT = re.compile(
   r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:'|\s*\([A-Za-z, ]+\))?|\\[a-z]+"
   r"|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)"
 )
+_UNION = re.compile(r"\\cup(?![a-z])|\bor\b")
 _MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])")
 _MAX_DEPTH = 8
 _MAX_DECIMALS = 15  # Of a floating-point number.
@@ -48,10 +49,14 @@ def _equal(truth: str, text: str, depth: int) -> bool | None:
   """Compares the parts of two texts."""
   if depth > _MAX_DEPTH or not text:
     return None
-  truth, text = (_unnamed(_MEMBER.sub("", t).strip()) for t in (truth, text))
+  truth, text = (_MEMBER.sub("", t).strip() for t in (truth, text))
+  truth, text = _unnamed(truth), _unnamed(text, truth)
   if "".join(truth.split()) == "".join(text.split()):
     return True
   if _RELATION.search(truth) or _RELATION.search(text):
+    mine, yours = _UNION.split(truth), _UNION.split(text)
+    if len(mine) > 1 or len(yours) > 1:
+      return _any_order(mine, yours, depth)
     return _equal_relations(truth, text, depth)
   if _EQUALS.search(truth) or _EQUALS.search(text):
     return _equal_equations(truth, text, depth)
@@ -74,14 +79,21 @@ def _equal(truth: str, text: str, depth: int) -> bool | None:
   return _same(truth, text)
 
 
-def _unnamed(text: str) -> str:
-  """Writes x = 1 or x = -2 as 1, -2."""
+def _unnamed(text: str, truth: str = "") -> str:
+  """Writes x = 1 or x = -2 as 1, -2, and x = 1, y = 2 as (1, 2) for a pair."""
   parts = _parts(text)
   if not parts or parts[0]:
     return text
   sides = [_EQUALS.split(part) for part in parts[1]]
-  names = {_name(side[0]) for side in sides}
-  if any(len(side) != 2 for side in sides) or len(names) > 1 or None in names:
+  names = [_name(side[0]) or "" for side in sides]
+  if any(len(side) != 2 for side in sides) or "" in names:
+    return text
+  if truth.startswith("(") and len("".join(names)) == len(set(names)) > 1:
+    sides.sort()
+    return f"({', '.join(side[1] for side in sides)})"
+  if truth and "=" not in truth:  # x_1 and x_2.
+    names = [name.partition("_")[0] for name in names]
+  if len(set(names)) > 1:
     return text
   return ", ".join(side[1] for side in sides)
 
@@ -188,7 +200,8 @@ def _matrix(text: str) -> list[str] | None:
   match = _MATRIX.fullmatch(text.strip())
   if not match:
     return None
-  entries = []
+  # A determinant is no matrix.
+  entries = [{"v": "1", "V": "2"}.get(match[1][0], "0")]
   for row in re.split(r"\\\\", match[2].strip().removesuffix("\\\\")):
     entries += [entry.strip() for entry in row.split("&")] + ["0"]
   return entries
@@ -198,6 +211,8 @@ def _equal_equations(truth: str, text: str, depth: int) -> bool | None:
   """Compares what is right of equality signs, or whole equations."""
   mine, yours = _EQUALS.split(truth), _EQUALS.split(text)
   named = _name(mine[0]), _name(yours[0])
+  if _is_swapped(named[1]) and not named[0]:
+    return False
   if len(mine) == 1:
     # A chain, or a name that the truth does without.
     return (
@@ -223,6 +238,14 @@ def _name(text: str) -> str | None:
   """Returns the variable or function that stands left of an equality sign."""
   text = "".join(text.split())
   return text if _LEFT.fullmatch(text) else None
+
+
+def _is_swapped(name: str | None) -> bool:
+  """Tells whether a pair's names are neighbours in another order: (y, x)."""
+  letters = re.findall("[a-z]", name or "") if (name or "")[:1] == "(" else []
+  return letters != sorted(letters) and (
+    ord(max(letters)) - ord(min(letters)) < len(letters)
+  )
 
 
 def _closed(text: str) -> bool:

@@ -3,7 +3,13 @@ r"""Finds where a response says its final answer."""
 import dataclasses
 import re
 
-from rljax.tasks.answers import clauses, normalisation, numbers, words
+from rljax.tasks.answers import (
+  clauses,
+  normalisation,
+  numbers,
+  surroundings,
+  words,
+)
 
 # Bounds on what is searched of a response; its marks are found anywhere.
 MAX_READ = 2**14
@@ -17,7 +23,7 @@ _ANSWER = re.compile(r"answer", re.IGNORECASE)
 _ANSWER_IS = re.compile(
   r"answer(?:[*_\"'}\])]*\s*(?::|=|\s-\s)"
   r"|[^.\n:=?!]{0,60}?\b(?:is|was|are|would be|should be|will be|equals"
-  r"|comes to)\b)",
+  r"|(?:comes|works) (?:out )?to|turns out to be)\b)",
   re.IGNORECASE,
 )
 _ANSWER_NUMBER = re.compile(r"answer[*_]*\s+(?=\$?-?[0-9])", re.IGNORECASE)
@@ -27,6 +33,10 @@ _ANSWER_ELSEWHERE = re.compile(
   r"|答案|答え|答|정답은|정답|답은|답)"
   r"[*_]*\s*(?::|=|：|\b(?:es|est|ist|é|è|is|adalah)\b|为|是|為|は|—|)",
   re.IGNORECASE,
+)
+_PLAIN_LINE = re.compile(
+  r"(?:[Ss]o,? |[Tt]hus,? |[Tt]herefore,? )?(?:[Tt]he )?(?:[Ff]inal )?"
+  r"[Aa]nswer(?: is|:| is:) \$?(-?[0-9]{1,15})\.?"
 )
 _HEADING = re.compile(
   r"[\s*_#]*(?:[0-9]{1,2}[.:)]\s+[*_]*[A-Za-z]"
@@ -46,7 +56,9 @@ _ANNOUNCED = frozenset(
   for end in (":", " is", " is:")
 )
 _DENIED = re.compile(
-  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|suppose"
+  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless"
+  r"|(?:second|third|another|alternative) answer"
+  r"|suppos(?:e|ing|edly)|assum(?:e|es|ed|ing)|imagine"
   r"|cannot)\b|n't\b",
   re.IGNORECASE,
 )
@@ -54,21 +66,23 @@ _TURNED = re.compile(r"\b(?:but|however|no|wait|so|anyway)\b", re.IGNORECASE)
 _IS = re.compile(r"\b(?:is|was)\s(?!.*\b(?:is|was)\s)")
 _MARKUP = re.compile(r"^(?:[\s*_:$\"']|\\[\[(](?!\w))+")
 _ABBREVIATED = re.compile(r"\b(Rs|approx|ca|No|i\.e|e\.g)\.\s")
-_CONNECTORS = re.compile(
-  r"(?:[\s.,;:!?$*_()\[\]|/&~-]|\\[\[\]()]|\\text\{|\}|\\quad|\\qquad"
-  r"|\b(?:or|and|maybe|perhaps|possibly|also|either|else|then|is|it|the|answer"
-  r"|could|may|might|be|another|alternatively|oder|und|ou|et|y|o|vs)\b"
-  r"|\b(?:answer|option|choice|guess|candidate)\s*(?:\d|[A-E])?\b)*",
-  re.IGNORECASE,
+
+
+# Where to look for the end of what a rule has found.
+_MARKS = {
+  "hashes": "####",
+  "tag": "nswer>",
+  "boxed": "boxed",
+  "answer_is": "nswer",
+}
+_STRUCK_OUT = re.compile(r"~~[^~\n]{1,200}~~")
+_ASKED = re.compile(r"[?？]|\b(?:question|problem|exercise)\b", re.IGNORECASE)
+# No factor of a box: \text{So } and \begin{equation}, or another box.
+_GROUP_BEFORE = re.compile(
+  r"\\(?:text[a-z]{0,6}|math[a-z]{2}|f?boxed|fbox|begin)\s*\{[^{}]*\}[\s$]*$"
 )
-# A minus, but not a bullet.
-_OPERATOR_BEFORE = re.compile(
-  r"(?:(?:(?<![\s*])|^|(?<=\s))-|\S[ ]+-\s*)[{$]*$"
-  r"|(?:[0-9)}+/^_×÷<>≤≥≠]"
-  r"|\\(?:cdot|times|div|pm|sqrt|neq?|[lg]eq?|leqslant|geqslant|ll|gg))[\s{$]*$"
-)
-_WORKED_OUT = re.compile(r"[-+*/^=×÷]|\\(?:cdot|times|frac|div|sqrt)")
-_BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
+_BOXED_BARE = re.compile(r"\s?(-?[0-9][0-9.,]{0,40})(?=[\s$.]|$)")
+_BULLET = re.compile(r"\n[ \t]*[-*•+][ \t]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +130,16 @@ def extract(
   | <\|im_end\|>, </s>                       | what precedes             |
   | the question, asked again before any answer | what follows           |
   | the question, or `turn`, behind an answer | what precedes            |
+  | <think> that stays open, ~~struck out~~  | nothing of it             |
+  | "Answer:" above a list of several numbers | the last one             |
 
   | what is there                                    | text |
   |--------------------------------------------------|------|
   | \boxed{5} or \boxed{6}; \boxed{5} \boxed{6}      | None |
   | not \boxed{5}; \boxed{5} is wrong                | None |
   | I do not think that the answer is 5              | None |
+  | #### 5 ... So the answer is 6.                   | None |
+  | \boxed{5} ... That is wrong. It is 6.            | None |
   | 4 or<line feed>5; 1. 2. 3.; 6? 5? I do not know. | None |
 
   Args:
@@ -132,10 +150,41 @@ def extract(
     is_number: whether a number is asked.
   """
   text = _own(response, question, turn)
-  hashes = _after_hashes(text, is_strict, is_number)
-  if hashes is not None or is_strict:
-    return hashes or Extract(None, None)
-  return _marked(text, is_number)
+  found = _after_hashes(text, is_strict, is_number)
+  if is_strict:
+    return found or Extract(None, None)
+  found = found or _marked(text, is_number)
+  if (
+    found.text
+    and found.rule in _MARKS
+    and not text.endswith(found.text)
+    and _is_withdrawn(text, found)
+  ):
+    return Extract(None, found.rule)
+  return found
+
+
+def _is_withdrawn(text: str, found: Extract) -> bool:
+  """Tells whether what follows a marked answer gives another one."""
+  place = text.rfind(_MARKS[found.rule or ""])
+  place = text.find(found.text or "", max(place, 0))
+  if place < 0:  # It is not there as it was written.
+    return False
+  place += len(found.text or "")
+  behind = text[place : place + MAX_READ]
+  if len(behind) < 8 or behind.isspace():
+    return False
+  value = numbers.number(found.text or "")
+  if value is None:
+    return False
+  later = None
+  if "boxed" in behind:
+    later = _in_box(behind)
+  elif "nswer" in behind:
+    later = _answer_is(behind)
+  if later is not None and later.text and not _ASKED.search(behind):
+    return numbers.number(later.text) not in (None, value)
+  return surroundings.withdraws(behind, value)
 
 
 def _own(response: str, question: str, turn: str) -> str:
@@ -145,6 +194,11 @@ def _own(response: str, question: str, turn: str) -> str:
     place = response.rfind("</think>")
     if place >= 0:
       response = response[place + len("</think>") :]
+    place = response.find("<think>")
+    if place >= 0 and not _TAG.search(response, place):
+      response = response[:place]
+  if "~~" in response:
+    response = _STRUCK_OUT.sub(" ", response)
   if len(question) >= _MIN_QUESTION:
     start, place = 0, response.find(question)
     while place >= 0:  # Each time, `start` moves on by the question's length.
@@ -283,6 +337,8 @@ def _marked(text: str, is_number: bool) -> Extract:
 
 
 def _in_tag(text: str, is_number: bool) -> Extract | None:
+  if "nswer>" not in text and "NSWER>" not in text:
+    return None
   opened = list(_TAG.finditer(text))
   if not opened:
     return None
@@ -294,9 +350,9 @@ def _in_tag(text: str, is_number: bool) -> Extract | None:
     if before and before.start() < last.start():
       earlier = text[opened[-2].end() : before.start()].strip()
       gap = text[before.end() : last.start()]
-      if earlier != content and _is_gap_of_hedge(gap):
+      if earlier != content and surroundings.is_hedge(gap):
         return Extract(None, "tag")
-  if closed and _is_taken_back(text[closed.end() : closed.end() + 80]):
+  if closed and surroundings.takes_back(text[closed.end() : closed.end() + 80]):
     return Extract(None, "tag")
   if len(content) > numbers.MAX_ANSWER or "\n" in content:
     found = _in_box(content) or _answer_is(content, is_number)
@@ -305,52 +361,6 @@ def _in_tag(text: str, is_number: bool) -> Extract | None:
     return dataclasses.replace(found, rule="tag")
   inner = _inner(content, is_number)
   return Extract(content if inner is None else inner.text, "tag")
-
-
-def _is_gap_of_hedge(gap: str) -> bool:
-  """Tells whether what stands between two answers offers both."""
-  return len(gap) <= 80 and (
-    _CONNECTORS.fullmatch(gap) is not None
-    or clauses.HEDGE.search(gap) is not None
-  )
-
-
-def _is_taken_back(behind: str) -> bool:
-  """Tells whether the words behind a marked answer change it."""
-  behind = re.sub(r"^(?:[\s$}*_)]|\\[\])]|\\\))+", " ", behind)
-  behind = clauses.SENTENCE_END.split(behind, maxsplit=1)[0].partition("\n")[0]
-  return (
-    re.match(
-      r"[\s,(]*(?:or\b|oder\b|ou\b|或|isn't|is (?:not|wrong|incorrect|false)"
-      r"|wrong|incorrect|not\b|squared|cubed|dozen|hundred|thousand|million"
-      r"|billion|trillion|or more|and a half|plus|minus|times \d|to \d"
-      r"|[-+^*/]\s*[\d(\\{]|!)",
-      behind,
-      re.IGNORECASE,
-    )
-    is not None
-  )
-
-
-def _is_changed_before(before: str) -> bool:
-  """Tells whether the words before a marked answer change it."""
-  if _OPERATOR_BEFORE.search(before):
-    return True
-  before = _BEFORE_WORD.sub("", before)
-  if re.search(r"\bor$", before) and _WORKED_OUT.search(before[-28:]):
-    return False  # 50 \cdot 12, or \boxed{600}.
-  before = re.split(r"[.!?;:,\n=]", before)[-1]
-  last = " ".join(before.split()[-3:])
-  return (
-    re.search(
-      r"\b(?:not|never|than|except|minus|negative|twice"
-      r"|double|half of|or|times|over|under|cannot be|but|without|plus"
-      r"|square root of|square of|oder|ou)$|n't(?: be)?$|或$",
-      last,
-      re.IGNORECASE,
-    )
-    is not None
-  )
 
 
 def braced(text: str) -> str:
@@ -374,6 +384,10 @@ def _in_box(text: str) -> Extract | None:
   inner = braced(
     text[place + width : place + width + 2 * numbers.MAX_ANSWER + 9]
   )
+  if not inner:
+    bare = _BOXED_BARE.match(text, place + width)
+    if bare:
+      return Extract(bare[1], "boxed")
   start = text.find("{", place)
   end = start + len(inner) + 2
   previous = max(
@@ -386,14 +400,15 @@ def _in_box(text: str) -> Extract | None:
     if (
       closing <= place
       and "".join(earlier.split()) != "".join(inner.split())
-      and _is_gap_of_hedge(text[closing:place])
+      and surroundings.is_hedge(text[closing:place])
     ):
       return Extract(None, "boxed")
   if inner and text[end - 1 : end] == "}":
     behind, before = text[end : end + 80], text[max(0, place - 80) : place]
-    if (behind.strip(" .$\n") and _is_taken_back(behind)) or (
+    before = _GROUP_BEFORE.sub("", before)
+    if (behind.strip(" .$\n") and surroundings.takes_back(behind)) or (
       not before.rstrip(" $").endswith(("is", "are", ":", "\n", "= "))
-      and _is_changed_before(before)
+      and surroundings.changes(before)
     ):
       return Extract(None, "boxed")
   return Extract(inner, "boxed")
@@ -401,6 +416,9 @@ def _in_box(text: str) -> Extract | None:
 
 def _answer_is(text: str, is_number: bool = True) -> Extract | None:
   """Reads behind the last words that announce an answer."""
+  match = _PLAIN_LINE.fullmatch(text, text.rfind("\n") + 1)
+  if match and is_number:  # The most common case.
+    return Extract(match[1], "answer_is")
   place = len(text)
   for _ in range(_MAX_MARKS):
     place = max(text.rfind("nswer", 0, place), text.rfind("NSWER", 0, place))
@@ -412,10 +430,25 @@ def _answer_is(text: str, is_number: bool = True) -> Extract | None:
     if match:
       return _announced(text, place - 1, match.end(), is_number)
   tail = text[-MAX_READ:]
+  if tail.isascii() and not _may_be_elsewhere(tail.lower()):
+    return None
   last = clauses.last_match(_ANSWER_ELSEWHERE, tail)
   if last is None:
     return None
   return _announced(tail, last.start(), last.end(), is_number)
+
+
+def _may_be_elsewhere(lower: str) -> bool:
+  """Tells whether ASCII may hold "answer" in another language; to be quick."""
+  return (
+    "espuesta" in lower
+    or "sposta" in lower
+    or "eponse" in lower
+    or "antwo" in lower
+    or "svaret" in lower
+    or "cevap" in lower
+    or "jawaban" in lower
+  )
 
 
 def _announced(
@@ -423,7 +456,15 @@ def _announced(
 ) -> Extract | None:
   """Reads the sentence behind a mark; None if it has no answer."""
   behind = text[end : end + 2 * clauses.WINDOW]
-  behind = _MARKUP.sub("", behind, count=1)
+  lead = _MARKUP.match(behind)
+  if lead:
+    behind = behind[lead.end() :]
+    if "\n" in lead[0] and "$" not in lead[0] and "\\" not in lead[0]:
+      bullet = _BULLET.match(f"\n{behind}")
+      if bullet or lead[0].endswith("* "):
+        behind = behind[bullet.end() - 1 :] if bullet else behind
+        if _BULLET.search(behind):
+          return None  # A list, whose last item says it.
   if ". " in behind:
     behind = _ABBREVIATED.sub(r"\1 ", behind)
   line = behind.partition("\n")[0]

@@ -96,6 +96,7 @@ _SPACE = re.compile(
 _WIDE = re.compile(
   r"\\q?quad(?![A-Za-z])|\\[hm]space\*?\s*\{[^{}]*\}|(?<!\\)\\\\(?!begin|end)"
 )
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 _DEGREES = re.compile(
   r"\s*\^\s*\{?\s*\\circ\s*\}?|\s*\\(?:degree|textdegree)\b|°"
 )
@@ -104,15 +105,25 @@ _DELIMITERS = re.compile(
 )
 _ROOT_SIGN = re.compile(r"√\s*(?:([0-9]+(?:\.[0-9]+)?)|\(([^()]*)\))")
 _ROOT = re.compile(r"(?<![\\\w])sqrt\s*\(([^()]*)\)")
+_OVER = re.compile(r"\{?([^{}\\]{1,40})\\over(?![a-z])\s*([^{}\\]{1,40})\}?")
 _ARROW = re.compile(
   r"[-=]+>|\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])"
 )
+# GSM8K's calculator notes: <<9*2=18>>18.
+_NOTE = re.compile(r"<<[^<>\n]{0,100}>>(?=\$?[0-9])|<<[^<>=\n]{0,100}=|>>")
 _PAIRS = (("(", ")"), ("{", "}"), ("[", "]"), ("\\{", "\\}"), ("<", ">"))
 
 
 def cut_at_end_token(text: str) -> str:
   """Cuts a response before the first written end token that has text before."""
-  if "<" not in text and "[" not in text:
+  if not (  # To be quick.
+    "|>" in text
+    or "s>" in text
+    or "pad>" in text
+    or "_turn>" in text
+    or "INST]" in text
+    or "｜>" in text
+  ):
     return text
   for match in _END_TOKENS.finditer(text):
     before = text[: match.start()]
@@ -183,6 +194,8 @@ def normalise(text: str) -> str:
     The text in one notation, for `numbers.number` and for comparison.
   """
   text = characters(text)
+  if "<<" in text:
+    text = _NOTE.sub("", text)
   if "<" in text or "[" in text:
     text = _TAGS.sub(" ", _END_TOKENS.sub(" ", text))
   if "*" in text or "_" in text or "`" in text:
@@ -208,10 +221,15 @@ def _latex(text: str) -> str:
   text = text.replace("\\$", "$").replace("\\%", "%").replace("\\#", "#")
   text = text.replace("\\&", "&")
   text = text.replace("\\langle", "(").replace("\\rangle", ")")
+  if "color" in text:
+    text = _COLOUR.sub("", text)
   text = _SPACE.sub(" ", text)
   if "\\begin" not in text:  # The rows of a matrix.
     text = _WIDE.sub("  ", text)
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+  text = text.replace("\\colon", ":")
+  if "\\over" in text:
+    text = _OVER.sub(r"\\frac{\1}{\2}", text)
   text = _DEGREES.sub(" ", text)
   text = _DELIMITERS.sub("", text)
   for _ in range(4):

@@ -22,7 +22,7 @@ _FRACTION = re.compile(
 )
 _TIMES = re.compile(r"\\(?:times|cdot)(?![A-Za-z])")
 _UNIT_POWER = re.compile(
-  r"(?<=[^\W\d_]) ?\^ ?(?:\{ ?-?[123] ?\}|-?[123](?![0-9.]))"
+  r"(?<=[^\W\d_]) ?\^ ?(?:\{ ?-?[123] ?\}|-?[123](?![0-9.]))(?!\s*=)"
 )
 _CLOCK = re.compile(r"\bo'clock\b|\b[ap]\.m\b\.?", re.IGNORECASE)
 _UNIT_FRACTION = re.compile(
@@ -32,7 +32,9 @@ _ABOUT = re.compile(r"\\(?:approx|simeq|cong|sim)(?![A-Za-z])|^\s*~")
 _MONEY_MILLIONS = re.compile(
   rf"([{normalisation._MONEY}]\s?[0-9][0-9.,]*\s?)m\b"
 )
-_MONEY = re.compile(f"[{normalisation._MONEY}]")
+_MONEY = re.compile(
+  rf"(?:\b(?:US|AU?|CA?|S|HK|NT|NZ|MX)(?=\$))?[{normalisation._MONEY}]"
+)
 _ALIGNMENT = re.compile(r"&|\\\\|\\(?:begin|end)\s*\{[a-z*]+\}")
 _ABBREVIATED = re.compile(
   r"\b(rs|approx|ca|no|fr|nr|incl|resp)\.\s*", re.IGNORECASE
@@ -47,7 +49,14 @@ _LABEL = re.compile(
 _SAME_AGAIN = re.compile(
   r"[^()]*(?:\(\s*|,\s*(?:i\.?e\.?|namely|meaning),?\s+)", re.IGNORECASE
 )
-_NO_CENTS = re.compile(r"(?<=[0-9])[,/]-(?![0-9])")
+# 42 dollars and 50 cents.
+_CENTS = re.compile(
+  r"(?<![0-9.,])([0-9][0-9,]{0,12})"
+  r"(?: *(?:dollars?|euros?|pounds?),?(?: and)?| +and) +([0-9]{1,2})"
+  r" *(?:cents?|pence)\b",
+  re.IGNORECASE,
+)
+_NO_CENTS = re.compile(r"(?<=[0-9])[.,/]-(?![0-9])")
 _PER = re.compile(r"\b(?:per|pro|por|par)\s+[0-9]+\b", re.IGNORECASE)
 _BELOW_ZERO = re.compile(
   r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below\s+"
@@ -67,6 +76,13 @@ _IS = re.compile(
   re.IGNORECASE,
 )
 EQUALITY = re.compile(r"(?<![<>!=:])=+(?!=)")
+_ASKS = re.compile(r"\W*is (?:it|this|that|the answer)\b", re.IGNORECASE)
+_VARIABLE = re.compile(r"\s*\\?[A-Za-z](?:_\{?\w{1,3}\}?)?\s*")
+# A multiple or a power of a variable: 2x, -x, x^2.
+UNSOLVED = re.compile(
+  r"(?:^|[\s=])(?:-|-?[0-9]+(?:/[0-9]+)?\s?\*?\s?)[a-z]\s*$"
+  r"|(?:^|[\s=])[a-z]\s?\^\s?\{?\s?[0-9]\s?\}?\s*$"
+)
 # What may follow "5 is": nothing that judges it otherwise.
 _IS_THE_ANSWER = re.compile(
   r"\W*(?:(?:the|my|our|your|a|indeed|thus|therefore|clearly|final|correct|right"
@@ -79,7 +95,7 @@ _SEPARATED = re.compile(
   r"[;,&](?!\s*(?:so|thus|hence|then|therefore|which|giving)\b)|\band\b|\bor\b|\n"
 )
 _SUM = re.compile(r"[-+0-9., ]+")
-_NUMBER_ALONE = re.compile(r"[-0-9., ]+")
+NUMBER_ALONE = re.compile(r"[-0-9., ]+")
 # What may be attached to a number, of one or two letters: 5m, but not 5x.
 _ATTACHED = re.compile(
   "[ghlmsACFJKLNVW]|Hz|hp|hr|ft|nd|rd|st|th|(?:am|cm|dm|gb|GB|ha|in|kb|kB|KB|Mb|Gb"
@@ -106,12 +122,13 @@ def number(text: str) -> str | None:
   | minus 5  -$5  5 degrees below zero            | -5             |
   | forty-two  two thirds  3 million  12k         | 42 2/3 3000000 12000 |
   | $50  50%  50 clips  50cm  50 km/h  Rs. 50     | 50             |
-  | x = 5  2+3 = 5  5 = 2+3  half of 10 is 5      | 5              |
+  | x = 5  5 = x  2+3 = 5  5 = 2+3  half of 10 is 5 | 5            |
+  | 5 dollars and 50 cents                        | 11/2           |
   | five (5)  5 per two  6, no, 5                 | 5              |
   | 5 or 6  5, 6  5-6  between 5 and 6  x=5, y=6  | none: several  |
   | not 5  5 is wrong  less than 5  twice 5       | none: changed  |
   | 5 dozen  5 squared  5x  a factor of 5         | none: changed  |
-  | 48+24  10 times 5                             | none: not worked out |
+  | 48+24  10 times 5  2x = 5  x^2 = 5            | none: not worked out |
   | 5:30  1,56  1.2.3  v1.5  5-day  1/0  nan  1e999 | none         |
 
   Args:
@@ -148,9 +165,11 @@ def plain(text: str) -> str:
     text = _ABBREVIATED.sub(r"\1 ", text)
   if "^" in text:
     text = _UNIT_POWER.sub("", text)
-  if "/-" in text or ",-" in text:  # Rs 50/-, 50,- €.
+  if "/-" in text or ",-" in text or ".-" in text:  # Rs 50/-, 50,- €.
     text = _NO_CENTS.sub("", text)
   text = words.with_digits(text)
+  if "cent" in text or "pence" in text:
+    text = _CENTS.sub(lambda match: f"{match[1]}.{match[2]:0>2}", text)
   return _PER.sub(" ", text) if "p" in text.lower() else text
 
 
@@ -172,7 +191,7 @@ def _value(text: str) -> fractions.Fraction | None:
       return None
     text = parts[-1]
   text, num_below = _BELOW_ZERO.subn(" ", text)
-  if words.REFUSED.search(text) or words.DATE.search(text):
+  if words.REFUSED.search(text) or words.DATE.search(text) or _ASKS.match(text):
     return None
   text = without_labels(text)
   text = text.lstrip(" :=#*")
@@ -193,6 +212,12 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   while last > 0 and not _DIGITS.search(sides[last]):
     last -= 1
   rest = sides[last + 1 :]
+  if len(sides) == 2 and last == 0 and _VARIABLE.fullmatch(rest[0]):
+    return single(sides[0])  # 5 = x.
+  if (
+    last and UNSOLVED.search(sides[last - 1]) and f"{sides[last - 1]}=" in text
+  ):
+    return None  # 2x = 5.
   if not all(_IS_THE_ANSWER.fullmatch(side) for side in rest):
     return None
   value = single(sides[last])
@@ -203,7 +228,7 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
       return first if first is not None and first == _sum(sides[last]) else None
     return None
   before = sides[last - 1] if last else ""
-  other = single(before) if _NUMBER_ALONE.fullmatch(before) else None
+  other = single(before) if NUMBER_ALONE.fullmatch(before) else None
   if other is not None and other != value:
     return None  # 5 = 6.
   if not _DIGITS.search(before) and words.CHANGES_BEFORE.search(
@@ -276,7 +301,7 @@ def _sign(before: str) -> tuple[int | None, str]:
     stripped = stripped[:-1]
     is_glued = stripped[-1:] not in ("", " ", "(", '"', "'", ":", "\n", "[")
     word = stripped.split()[-1] if stripped.split() else ""
-    if is_glued or word.endswith(("-", "+", "*", "/", "^")):
+    if is_glued or word.rstrip("(").endswith(("-", "+", "*", "/", "^")):
       return None, before
     if is_minus:
       if is_spaced and word:
@@ -355,6 +380,9 @@ def _factor(
     ):
       return None, value, behind
     return words.MAGNITUDES[match[1].lower()], value, match[2]
+  match = re.match(r"\s?([万萬亿億])(?![多余餘几幾十千百])", behind)
+  if match:
+    return words.CHINESE[match[1]], value, behind[match.end() :]
   match = re.match(r"\s+([A-Z]|[bmt]n)\b(?![&'])", behind)
   if match and match[1] in words.SUFFIXES:
     return words.SUFFIXES[match[1]], value, behind[match.end() :]

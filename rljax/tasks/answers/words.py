@@ -44,6 +44,7 @@ SUFFIXES = {
   **dict.fromkeys(("B", "bn", "Bn"), 10**9),
   "tn": 10**12,
 }
+CHINESE = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 _PARTS = {
   **{"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4},
   **{"fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9},
@@ -80,7 +81,8 @@ _DECIMAL = re.compile(
 )
 _ALONE = re.compile(r"\W*(?:a |one )?half\W*", re.IGNORECASE)
 _AND_A_PART = re.compile(
-  r"(?<=[0-9]) and (?:a|one) (half|third|quarter|fourth|fifth)\b", re.IGNORECASE
+  r"(?<=[0-9])\s+and (?:a|one) (half|third|quarter|fourth|fifth)\b",
+  re.IGNORECASE,
 )
 _PRONOUN = re.compile(r"[0-9]|\b(?:each|every|no|any|this|that|the|only) one\b")
 
@@ -148,7 +150,8 @@ def with_digits(text: str) -> str:
       value += f"/{_PARTS[part if part in _PARTS else part.removesuffix('s')]}"
     return f"  {value}  "
 
-  return _RUN.sub(written, text)
+  text = _RUN.sub(written, text)
+  return _AND_A_PART.sub(lambda match: f" 1/{_PARTS[match[1].lower()]}", text)
 
 
 # Anywhere in an answer: it is taken back, or one of several.
@@ -156,7 +159,8 @@ REFUSED = re.compile(
   r"\b(?:or|nor|either|neither|not|never|cannot|wrong|incorrect(?:ly)?|false"
   r"|untrue|mistaken|invalid|impossible|unknown|undefined|unclear|unlikely"
   r"|except|excluding|versus|vs|instead|too|insufficient|unsure|uncertain"
-  r"|anything|everything|mod|modulo|dozens?|dutzend|docenas?|douzaines?"
+  r"|anything|everything|used to be|mod|modulo|dozens?|dutzend|docenas?"
+  r"|douzaines?"
   r"|dúzias?|dozzin[ae]|gross|factorial|squared|cubed"
   r"|rejected|refused|errors?|mistakes?|halves|pi|nan|inf|halved|doubled|tripled|quadrupled|twice|divisible"
   # Other languages.
@@ -185,12 +189,15 @@ CHANGES_BEFORE = re.compile(
   r"|near|nearly|almost|barely|hardly|maximum|minimum|max|min|up to|until|but"
   r"|no(?! ?[.:])|without|minus|negative|plus|times|divided|multiplied|point"
   r"|square|cube|root|log|logarithm|ln|lg|sine?|cosine|cos|tan(?:gent)?|exp"
+  r"|rul(?:e|es|ed|ing) out|eliminate|discard|reject|avoid"
   r"|sqrt|reciprocal|inverse|opposite|negation|complement|absolute|modulus"
   r"|remainder of|half|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth"
   r"|tenth|hundredth|thousandth)s?(?= of)|percent(?:age)?|power"
   r"|twice|thrice|doubled?|tripled?|quadrupled?|hundreds?|thousands?|millions?"
   r"|billions?|trillions?|lakhs?|crores?|score of|pairs? of|between|from"
   r"|version|room|chapter|page|figure|equation"
+  r"|(?:step|question|example|problem|exercise)(?=\s*\#?$)"
+  r"|(?:if|suppos\w+|assum\w+|imagin\w+)(?=[^,]*$)"
   # Other languages.
   r"|menos|más|mais|moins|meno|più|weniger|mehr|mindestens|höchstens"
   r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad|doppelte|doble|dobro|doppio|dreifache"
@@ -212,16 +219,17 @@ NAMES = {
   ),
   "to": re.compile(
     "equals?|equivalent|comes?|amounts?|adds?|up|sums?|rises|increases|drops"
-    "|rounds|simplifies|reduces|evaluates|works|leads|boils|according|thanks",
+    "|rounds|simplifies|reduces|evaluates|works|leads|boils|out|according|thanks",
     re.IGNORECASE,
   ),
 }
 # Behind a number, before another word.
 CHANGES_BEHIND = re.compile(
   r"\b(?:plus|minus|point|(?:and|or) (?:up|above|over|more|under|below|less"
-  r"|fewer|counting|change)|at (?:least|most)|minimum|maximum|max|min"
+  r"|fewer|counting|change)|at (?:least|most)|minimum|maximum|max|(?<=\w )min"
   r"|upwards?|onwards?|if|unless|else|otherwise|assuming|provided"
-  r"|to the|power|raised|root|scores?"
+  r"|to the|power|raised|root|scores?|and one"
+  r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
   r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
   r"|thousandth|millionth|billionth|trillionth)s"
   r"|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|hundreds"
@@ -235,6 +243,6 @@ CHANGES_NEXT = re.compile(
   r"|mln|mlrd|млн|млрд|тыс|тысяч[аи]?|миллион\w*|миллиард\w*|bin|milyon|milyar"
   r"|tisíc|tysięcy|tysiąc|cientos"
   r"|grand|bil|tril|zillion|myriad|below|under|times (?:as|the|that))\b"
-  r"|[%个個]?\s?[万萬億亿千百만억천백多余餘几幾点點分之以]|个?半|個?半)",
+  r"|/\s?[xyzabkn]\b|[%个個]?\s?[万萬億亿千百만억천백多余餘几幾点點分之以]|个?半|個?半)",
   re.IGNORECASE,
 )
