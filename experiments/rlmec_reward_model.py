@@ -147,7 +147,6 @@ def main():
     runs.check_same_tokens(f"--base={FLAGS.base}", base, loaded)
     model, params = base.model, base.params
   else:
-    cli.refuse_random(FLAGS, "base")
     model = fresh.make(
       tokenizer=tokenizer,
       vocab_size=loaded.model.config.vocab_size,

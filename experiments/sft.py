@@ -100,7 +100,6 @@ def main():
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     rules = hf.partition_rules(model, run.mesh)
   else:
-    cli.refuse_random(FLAGS, "policy")
     tokenizer = tasks.tokenizer(task, FLAGS.tokenizer)
     model = fresh.make(
       tokenizer=tokenizer,

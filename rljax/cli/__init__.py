@@ -20,7 +20,6 @@ A default that differs from script to script is an argument of the group. This
 is the one room of the library that knows flags by their names.
 """
 
-from rljax.cli.adapters import refuse_random
 from rljax.cli.data import (
   define_cache,
   define_dev,
@@ -195,7 +194,6 @@ __all__ = (
   "require",
   "require_examples",
   "require_prompts",
-  "refuse_random",
   "reward_model_options",
   "run",
   "sampler_settings",

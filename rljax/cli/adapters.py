@@ -115,15 +115,10 @@ def adapt(
   return dataclasses.replace(loaded, model=model, params=params)
 
 
-def refuse_random(values: flags.FlagValues, name: str) -> None:
-  """Raises ValueError for adapters beside random weights.
-
-  Args:
-    values: parsed flags.
-    name: of the flag that would name a base.
-  """
-  if values.lora_rank:
+def refuse_random(values: flags.FlagValues) -> None:
+  """Raises ValueError for adapters beside random weights."""
+  if "lora_rank" in values and values.lora_rank:
     raise ValueError(
       f"--lora_rank={values.lora_rank} trains adapters beside the weights of a "
-      f"model, and there is none: give --{name}."
+      "model, and random ones would be lost: name a model."
     )

@@ -188,7 +188,12 @@ def define_random_model(
 
 
 def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `models.fresh.make`."""
+  """Returns keyword arguments of `models.fresh.make`.
+
+  Raises:
+    ValueError: with --lora_rank, for there is no base.
+  """
+  adapters.refuse_random(values)
   return {
     "family": values.family,
     "hidden_size": values.hidden_size,

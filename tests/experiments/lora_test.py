@@ -111,7 +111,7 @@ class SftTest(absltest.TestCase):
     refused = (
       (["--lora_alpha=2"], "have a meaning with --lora_rank alone"),
       (["--base_dtype=int8"], "have a meaning with --lora_rank alone"),
-      (["--lora_rank=2"], "and there is none: give --policy"),
+      (["--lora_rank=2"], "random ones would be lost: name a model"),
       (
         ["--lora_rank=2", "--lora_targets=q", f"--policy={_sums()}"],
         "--lora_targets names 'q', .*it has down_proj, .*q_proj",
