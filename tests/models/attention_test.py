@@ -144,7 +144,7 @@ class AttendTest(parameterized.TestCase):
       num_samples=1,
       response_length=1,
     )
-    whole = attention.attend(*arrays, attention.causal_mask(mask))[:, -1]
+    whole = attention.attend(*arrays, mask)[:, -1]
     last, _ = attention.attend_cached(
       *(x[:, -1] for x in arrays), cache["layers"][0], prompt, cache["step"]
     )
