@@ -149,8 +149,9 @@ class AdaptedTest(parameterized.TestCase):
         return optimizers.step(transform, grads, state, params, {})[:2]
 
       state = transform.init(params)
-      for _ in range(3):
-        params, state = step(params, state)
+      with jax.numpy_dtype_promotion("standard"):  # As scripts have it.
+        for _ in range(3):
+          params, state = step(params, state)
       return lora.merged(params)
 
     full = train(model, jax.tree.map(jnp.asarray, params), is_kernel)
@@ -188,7 +189,7 @@ class AdaptedTest(parameterized.TestCase):
     model = fresh.make(
       family,
       tokenizers.of_words([*"abc"], "."),
-      hidden_size=16,
+      hidden_size=32,
       num_layers=2,
       num_heads=4,
       max_positions=32,
