@@ -145,7 +145,7 @@ def main():
   check_flags()
 
   # The models, which share their tokens.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   model, tokenizer = loaded.model, loaded.tokenizer
   reward_model = hf.load(FLAGS.reward_model, dtype=FLAGS.dtype)
   runs.check_same_tokens(

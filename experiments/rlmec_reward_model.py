@@ -143,7 +143,7 @@ def main():
   # The model that learns: its tokens are the policy's, as its probabilities
   # become rewards of the policy's tokens.
   if FLAGS.base:
-    base = hf.load(FLAGS.base, **cli.model_options(FLAGS))
+    base = cli.load_policy(FLAGS, "base")
     runs.check_same_tokens(f"--base={FLAGS.base}", base, loaded)
     model, params = base.model, base.params
   else:

@@ -303,7 +303,8 @@ SAME_NAMES = {
 
 # Texts that are no paths, and hold none.
 NO_PATHS = {
-  *("arm", "bad_tag", "good_tag", "k", "mesh", "metrics", "new_vs", "split"),
+  *("arm", "bad_tag", "good_tag", "k", "lora_targets", "mesh", "metrics"),
+  *("new_vs", "split"),
   *("reward_template", "reward_terms", "reward_transform", "stop_strings"),
   *("run_name", "run_tags", "solution_column", "stop_tokens", "system_prompt"),
   *("template_options", "title", "wandb_project"),

@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rljax.models import lora
 from rljax.ops import lengths
 from rljax.training import rounding
 
@@ -135,7 +136,8 @@ def grad(
     buckets: K of `lengths.at_width`; parts are then sorted by length.
 
   Returns:
-    `(params, batch, *more) -> (gradients, metrics)`.
+    `(params, batch, *more) -> (gradients, metrics)`. Of parameters with
+    adapters the gradient is that of `lora.learnt(params)`.
   """
   return Gradient(loss_fn, num_parts, weigh, adds_up, sharding, buckets)
 
@@ -159,7 +161,12 @@ class Gradient:
     self, params: Tree, batch: Tree, *more: Tree
   ) -> tuple[Tree, dict[str, Array]]:
     """Returns the gradient of a batch, and its metrics."""
-    of_batch = jax.grad(self.loss_fn, has_aux=True)
+    params, frozen = lora.split(params)
+
+    def loss_fn(params, *inputs):
+      return self.loss_fn(lora.join(params, frozen), *inputs)
+
+    of_batch = jax.grad(loss_fn, has_aux=True)
     gradient = lambda params, batch, *more: lengths.at_width(
       lambda batch: of_batch(params, batch, *more), batch, self.buckets
     )

@@ -37,10 +37,11 @@ from rljax.distributed import compiled, meshes, planning, processes
 from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import responders, responses
-from rljax.models import hf
+from rljax.models import hf, lora
 from rljax.storage import calls, checkpoint, locks, mirrors, paths
 from rljax.storage import rows as rows_lib
 from rljax.training import (
+  adapted,
   announce,
   guards,
   learner_checks,
@@ -159,6 +160,7 @@ class Run:
     self._stopped = self._lacks_page = self._is_overdue = False
     self._latest: tuple[Any, ...] | None = None  # What `save` was last given.
     self._memory: dict[str, Tree] = {}
+    self._frozen = adapted.Frozen()  # Shared by the parts of a run.
     self._has_shown: list[bool] = []  # Of programs; shared with parts.
     self._watch = self._new_watch()
     self._is_checked: list[bool] = []  # Shared by the parts of a run.
@@ -180,8 +182,11 @@ class Run:
   # State.
 
   def place(self, tree: Tree, rules: meshes.Rules) -> Tree:
-    """Puts the arrays of a tree on the mesh, by `meshes.shardings`."""
-    return meshes.place(tree, meshes.shardings(tree, rules, self.mesh))
+    """Puts the arrays of a tree on the mesh, by `meshes.shardings`.
+
+    Frozen weights that adapters are beside lie there once; see `adapted`.
+    """
+    return self._frozen.place(tree, meshes.shardings(tree, rules, self.mesh))
 
   def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
     """Puts the parameters of a loaded model on the mesh, by its own rules."""
@@ -225,7 +230,7 @@ class Run:
     """
     self.expect(params, rules, optimizer=optimizer, **more)
     shardings = self._state_shardings
-    params = meshes.place(params, shardings["params"])
+    params = self._frozen.place(params, shardings["params"])
     if self._flag("preflight", "off") != "off":
       self._watch.tolerance = self.tolerance(params)
     # Made where it will lie: whole, it need not fit a device or the host.
@@ -241,8 +246,9 @@ class Run:
     self._memory = jax.tree.map(shape, state)
     if self._checkpoints is None:  # A part has its own already.
       self._checkpoints = checkpoint.Checkpoints(self.workdir)
-    if restored := self._checkpoints.restore_latest(state):
-      self.first_step, state, self.meta = restored
+    if restored := self._checkpoints.restore_latest(lora.learnt(state)):
+      self.first_step, saved, self.meta = restored
+      state = lora.with_learnt(state, saved)
       self.best = self.meta.get("best")
       self._watch.restore(self.meta)
     longer.check_done(self.first_step, self.total_steps, self.workdir)
@@ -301,13 +307,17 @@ class Run:
         `restore` or `expect`: the state is donated, and stays where it lies.
       **jit_options: of `jax.jit`.
     """
+    name = name or function.__name__
+    if returns_state and lora.split(self._state_shardings)[1] is not None:
+      return adapted.Program(
+        name, function, self._state_shardings, **jit_options
+      )
     if returns_state:
       jit_options = {
         "donate_argnums": 0,
         "out_shardings": (self._state_shardings, None),
         **jit_options,
       }
-    name = name or function.__name__
     return compiled.Compiled(name, function, **jit_options)
 
   def keys(self, step: int, num: int = 2) -> jax.Array:
@@ -614,6 +624,7 @@ class Run:
     is_due = done % self._values.save_every == 0 or is_last or self._is_overdue
     rows = {} if self._log is None else dict(self._log.num_rows)
     about = {"step": done, "best": self.best, "rows": rows}
+    state = lora.learnt(state)
     self._latest = (done, state, {**about, **self._watch.state, **meta})
     self._checkpoints.check()
     if is_last:
@@ -699,6 +710,7 @@ class Run:
       self.best = self.best | {"kept": step}
     else:
       return
+    params = lora.learnt(params)
     self._check_finite(params, f"The best of step {step} is not kept")
     self._best.save(step, {"params": params}, self.best)
     # Before the state that says so: a kill between them repeats these steps.
