@@ -76,7 +76,7 @@ def read_settings(folder: pathlib.Path) -> lora.Settings:
     refuse("init_lora_weights", "adapters that change their base are not read")
   for name, value in config.items():
     # 0, "", [] and {} ask for nothing.
-    if name not in _KNOWN and value and not _is_idle(name, config):
+    if name not in _KNOWN and value:
       refuse(name, "that is not implemented")
   for name, kind in (("r", int), ("lora_alpha", (int, float))):
     value = config.get(name)
@@ -104,21 +104,6 @@ def read_settings(folder: pathlib.Path) -> lora.Settings:
     base=base,
     digest=str(config.get(_DIGEST) or ""),
   )
-
-
-def _is_idle(name: str, config: dict[str, Any]) -> bool:
-  """Returns whether a field is ranks or alphas of layers without adapters.
-
-  PEFT writes them for the experts of every mixture, adapted or not.
-  """
-  patterns, targets = config.get(name), config.get("target_modules")
-  if name not in ("rank_pattern", "alpha_pattern"):
-    return False
-  if not isinstance(patterns, dict) or not isinstance(targets, list):
-    return False
-  lasts = {str(target).rpartition(".")[2] for target in targets}
-  ends = [pattern.rpartition(".")[2] for pattern in patterns]
-  return all(end.isidentifier() and end not in lasts for end in ends)
 
 
 def write_settings(

@@ -109,13 +109,6 @@ class GoldenTest(AdapterTestCase):
     self.assertEqual(config["fan_in_fan_out"], known["fan_in_fan_out"])
 
 
-class IdleTest(AdapterTestCase):
-  def test_patterns_of_other_layers(self):
-    self.adapter("llama3")
-    self.edit(alpha_pattern={r".*\.gate_up_proj": 12})
-    hf.load(self.folder, tokenizer=False)
-
-
 class RefusedTest(AdapterTestCase):
   def setUp(self):
     super().setUp()
