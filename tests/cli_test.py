@@ -319,6 +319,13 @@ class PathsTest(parameterized.TestCase):
         self.assertNotEqual(name in entry.PATHS, name in NO_PATHS, name)
 
 
+class UnescapedTest(absltest.TestCase):
+  def test_line_feeds(self):
+    self.assertEqual(
+      entry.unescaped([r"\n\nHuman:", "###"]), ["\n\nHuman:", "###"]
+    )
+
+
 class HelpTest(parameterized.TestCase):
   @parameterized.parameters(*SCRIPTS)
   def test_each_is_a_sentence(self, path):

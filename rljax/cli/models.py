@@ -7,7 +7,7 @@ from absl import flags
 
 from rljax.cli import adapters
 from rljax.models import fresh, hf, lora
-from rljax.training import precision, runs
+from rljax.training import origins, precision
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
@@ -156,7 +156,7 @@ def load_like(
   if not path:
     return loaded
   other = hf.load(path, **model_options(values))
-  runs.check_same_kind(f"--{name}={path}", other, loaded)
+  origins.check_same_kind(f"--{name}={path}", other, loaded)
   # As the policy in all but weights; a config may name fewer end tokens.
   module = getattr(loaded.model, "unadapted", loaded.model)
   other = dataclasses.replace(other, model=module)
