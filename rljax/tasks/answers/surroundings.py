@@ -31,6 +31,7 @@ _CONFIRMED = re.compile(
   r"\b(?:correct|right|yes|good|ok|okay|holds|matches|checks|fine|same)\b",
   re.IGNORECASE,
 )
+_NEAR = 80  # Characters before an answer that count.
 _BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
 
 
@@ -61,6 +62,7 @@ def takes_back(behind: str) -> bool:
 
 def changes(before: str) -> bool:
   """Tells whether the words before a marked answer change it."""
+  before = before[-_NEAR:]
   if _OPERATOR_BEFORE.search(before):
     return True
   before = _BEFORE_WORD.sub("", before)
