@@ -67,10 +67,21 @@ _DOUBT = re.compile(
   r"|\bno (?:idea|answer|solution|clue)\b|\bunsure\b|\buncertain\b"
   r"|\bnot (?:sure|certain|enough)\b|\b(?:cannot|can't|unable to)"
   r" (?:be |say|tell|determine|know|answer|solve)"
-  r"|\bimpossible\b|\brandom(?:ly)? guess",
+  r"|\bimpossible\b|\brandom(?:ly)? guess|\bI (?:strongly )?doubt\b",
   re.IGNORECASE,
 )
-_DOUBTS = ("not", "n't", "n’t", "no ", "uns", "unc", "una", "imp", "guess")
+_DOUBTS = (
+  "not",
+  "n't",
+  "n’t",
+  "no ",
+  "uns",
+  "unc",
+  "una",
+  "imp",
+  "guess",
+  "doubt",
+)
 _MARKER = re.compile(
   r"(?<![<>!=:])=+(?!=)"
   r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
@@ -94,7 +105,6 @@ _CHOICE = re.compile(
   re.IGNORECASE,
 )
 BARE = re.compile(r"[\W\d_]*[0-9][\W\d_]*")
-_REASON = re.compile(r"\s(?:because|(?<!and )(?<!so )since)\s", re.IGNORECASE)
 _LEAVES = re.compile(
   r"\b(?:leaves|leaving|left with|gives|giving|makes|making|yields|totals)\b",
   re.IGNORECASE,
@@ -130,6 +140,16 @@ _REMARK = re.compile(
 _TURNED = re.compile(
   r"^\W*(?:(?:no|wait|sorry|oops|actually|hmm|correction|nein|perd[oó]n)"
   r"\s?[,:!-]+\s*)+",
+  re.IGNORECASE,
+)
+_CORRECTED = re.compile(r"\s*\$?-?[0-9][0-9.,]*[.!]\s+")
+# 6 squared is 36; doubled: 36.
+_APPLIED_BEFORE = re.compile(
+  r"^\W*(?:squared|cubed|doubled|tripled|quadrupled|halved):\s+", re.IGNORECASE
+)
+_APPLIED = re.compile(
+  r" (?:squared|cubed|doubled|tripled|quadrupled|halved)"
+  r"(?:,? (?:which |that )?(?:is|equals|gives|makes)|:) \$?",
   re.IGNORECASE,
 )
 # Where a sentence goes on to say something else.
@@ -224,7 +244,9 @@ def last_clause(tail: str) -> str | None:
       return None
     sentence = cells[0]
   sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
-  sentence = _TURNED.sub("", sentence)
+  turned = _TURNED.match(sentence)
+  sentence = sentence[turned.end() :] if turned else sentence
+  sentence = _APPLIED_BEFORE.sub("", sentence)
   rest = tail[stop:].lstrip(".!?\"'*_ ")
   around = window + tail[first : stop + 80]
   lower = around.lower()
@@ -232,7 +254,12 @@ def last_clause(tail: str) -> str | None:
     return None
   if TAKEN_UP.match(rest):
     sentence = f"{sentence}. {rest[:80]}"
-  if not _may_follow(previous, sentence):
+  is_corrected = (
+    turned is not None
+    and tail[stop : stop + 1] != "?"
+    and _CORRECTED.fullmatch(previous) is not None
+  )  # 41. No, 42.
+  if not is_corrected and not _may_follow(previous, sentence):
     return None
   if len(sentence) > numbers.MAX_ANSWER:
     kept = sentence[first - max(0, first - WINDOW) - start :]
@@ -307,7 +334,7 @@ def _may_follow(previous: str, sentence: str) -> bool:
 def _last_of_several(sentence: str) -> str | None:
   """Cuts a sentence down to what it says of its result, or its last number."""
   text = numbers.without_labels(numbers.plain(sentence))
-  reason = _REASON.search(text)
+  reason = numbers.REASON.search(text)
   if reason and DIGIT.search(text[: reason.start()]):
     text = text[: reason.start()]
   found = literals.quantities(text)
@@ -345,7 +372,9 @@ def _last_of_several(sentence: str) -> str | None:
       return None
     gap = text[found[-2].end : number.start]
     marker = last_match(_MARKER, gap)
-    if _OPENING.fullmatch(text[: number.start]):
+    if _APPLIED.fullmatch(gap):
+      start = number.start
+    elif _OPENING.fullmatch(text[: number.start]):
       start = found[-2].end + gap.rindex(",") + 1
     elif (
       marker is None
