@@ -145,7 +145,8 @@ _TURNED = re.compile(
 _CORRECTED = re.compile(r"\s*\$?-?[0-9][0-9.,]*[.!]\s+")
 # 6 squared is 36; doubled: 36.
 _APPLIED_BEFORE = re.compile(
-  r"^\W*(?:squared|cubed|doubled|tripled|quadrupled|halved):\s+", re.IGNORECASE
+  r"^\W*(?:(?:squared|cubed|doubled|tripled|quadrupled|halved):|no doubt,?)\s+",
+  re.IGNORECASE,
 )
 _APPLIED = re.compile(
   r" (?:squared|cubed|doubled|tripled|quadrupled|halved)"

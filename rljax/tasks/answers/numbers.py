@@ -85,7 +85,9 @@ UNSOLVED = re.compile(
 )
 _POWER = re.compile(r"\s*([a-z])\s?\^\s?\{?\s?[0-9]\s?\}?\s*")
 # 36 because 6 is the side.
-REASON = re.compile(r"\s(?:because|(?<!and )(?<!so )since)\s", re.IGNORECASE)
+REASON = re.compile(
+  r"\s(?:because|(?<!and )(?<!so )since)\s(?!.*\bbut\b)", re.IGNORECASE
+)
 # What may follow "5 is": nothing that judges it otherwise.
 _IS_THE_ANSWER = re.compile(
   r"\W*(?:(?:the|my|our|your|a|indeed|thus|therefore|clearly|final|correct|right"

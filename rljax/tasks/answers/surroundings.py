@@ -31,7 +31,7 @@ _CONFIRMED = re.compile(
   r"\b(?:correct|right|yes|good|ok|okay|holds|matches|checks|fine|same)\b",
   re.IGNORECASE,
 )
-_NEAR = 80  # Characters before an answer that count.
+_NEAR = 80  # Characters around an answer that count.
 _BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
 
 
@@ -45,6 +45,7 @@ def is_hedge(gap: str) -> bool:
 
 def takes_back(behind: str) -> bool:
   """Tells whether the words behind a marked answer change it."""
+  behind = behind[:_NEAR]
   behind = re.sub(r"^(?:[\s$}*_)]|\\[\])]|\\\))+", " ", behind)
   behind = clauses.SENTENCE_END.split(behind, maxsplit=1)[0].partition("\n")[0]
   return (
