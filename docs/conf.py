@@ -79,6 +79,7 @@ PAGES = {
       "tasks",
       "data",
       "models",
+      "lora",
       "runs",
       "devices",
       "generated/launching",

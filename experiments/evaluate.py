@@ -39,7 +39,7 @@ from rljax.generation import forced, responses, samplers
 from rljax.models import hf
 from rljax.scoring import drawn, likelihood
 from rljax.text import encoding, files, keywords, logged, prompts
-from rljax.training import runs
+from rljax.training import origins, runs
 
 METRICS = ("answers", "text", "perplexity", "log", "reasoning")
 
@@ -266,7 +266,9 @@ def reply(run, seed, rows, measured):
     models = [policy]
     if seed.reference:
       models.append(load_reference(run, seed.reference))
-      runs.check_same_tokens(f"--reference={models[1].source}", *models[::-1])
+      origins.check_same_tokens(
+        f"--reference={models[1].source}", *models[::-1]
+      )
     sizes = {"batch_size": FLAGS.batch_size, "mesh": run.mesh}
     likely |= replies.logged(
       *(likelihood.of_replies(model, encoded, **sizes) for model in models),

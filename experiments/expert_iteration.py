@@ -31,7 +31,6 @@ import functools
 import os
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -41,7 +40,7 @@ from rljax.distributed import processes
 from rljax.evaluation import answers
 from rljax.generation import responders, rollouts, samplers
 from rljax.losses import supervised
-from rljax.models import hf
+from rljax.models import hf, lora
 from rljax.ops import log_probs
 from rljax.storage import checkpoint, stages
 from rljax.text import batches, files, prompts, steps, tokens
@@ -120,8 +119,8 @@ def main():
   check_flags()
 
   # Models: the policy samples in round 1; fits start from the base.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
-  base = cli.load_like(FLAGS, "base", loaded)
+  loaded = cli.load_policy(FLAGS)
+  base = cli.load_like(FLAGS, "base", loaded) if FLAGS.restart else loaded
   policy, tokenizer = loaded.model, loaded.tokenizer
   rules = hf.partition_rules(policy, run.mesh)
 
@@ -203,7 +202,7 @@ def main():
     rates = optimizers.schedule(num_updates, **cli.schedule_options(FLAGS))
     about = {"fit/start": checkpoint.fingerprint(start)}
     with run.part(
-      f"rounds/{number}", policy, tokenizer, total_steps=num_updates
+      f"rounds/{number}", base.model, tokenizer, total_steps=num_updates
     ) as part:
       state = part.restore({"policy": start}, rules, optimizer=transform)
       losses = part.meta.get("losses", [])
@@ -231,10 +230,10 @@ def main():
 
   def restore(number):
     """The policy that a round left, bit for bit."""
-    params = loaded.params
-    if number:
-      params = checkpoint.restore_params(rounds.path(number))["policy"]
-    return run.place(params, rules)
+    if not number:
+      return run.place(loaded.params, rules)
+    params = checkpoint.restore_params(rounds.path(number))["policy"]
+    return run.place(lora.with_learnt(base.params, params), rules)
 
   def one_round(number, sampled_by):
     """Samples, keeps and fits; the new policy, and the round in numbers."""
@@ -268,7 +267,7 @@ def main():
     data = [{key: row[key] for key in ("prompt", "response")} for row in data]
     path = rounds.path(number, "data.jsonl")
     processes.from_first(lambda: files.write_jsonl(path, data))
-    start = base.params if FLAGS.restart else jax.tree.map(jnp.copy, sampled_by)
+    start = base.params if FLAGS.restart else lora.copied(sampled_by)
     fitted, metrics = fit(number, data, start)
     return fitted, {
       "rollouts": rounds.finished[-1]["rollouts"] + len(samples),
@@ -307,7 +306,8 @@ def main():
           program.freeze()
 
     best = rounds.best("eval/is_correct")
-    with run.part("best", policy, tokenizer, total_steps=best) as part:
+    model = base.model if best else policy
+    with run.part("best", model, tokenizer, total_steps=best) as part:
       part.save(best, {"params": {"policy": restore(best)}}, round=best)
     shown = ("rollouts", *COLUMNS)
     run.finish(

@@ -135,7 +135,7 @@ def main():
   sizes = cli.batch_sizes(FLAGS, run.mesh, num_samples=FLAGS.num_samples)
 
   # Models: the policy, and that of the KL penalty.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
   reference = None
   if FLAGS.kl != "none":

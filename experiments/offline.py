@@ -118,7 +118,7 @@ def main():
   run = runs.start(FLAGS)
   sizes = cli.batch_sizes(FLAGS, run.mesh)
   # The policy, the log, and the prompts whose replies select parameters.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)

@@ -89,7 +89,7 @@ def main():
   score = cli.load_scorer(FLAGS, run.mesh, batch_size=FLAGS.sample_batch_size)
 
   # The reference, the log, and the prompts that the head is fitted to.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   model, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer)
   asked = cli.read_dev(FLAGS, tokenizer, "value")

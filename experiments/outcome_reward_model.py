@@ -126,7 +126,7 @@ def main():
   is_bce = FLAGS.loss == "bce"
 
   # The model; --frozen says which of its parameters do not learn.
-  base = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  base = cli.load_policy(FLAGS)
   loaded = hf.classifier_from(base, seed=FLAGS.seed)
   model, tokenizer = loaded.model, loaded.tokenizer
   params = {"reward_model": loaded.params}

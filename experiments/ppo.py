@@ -28,7 +28,7 @@ from rljax.distributed import meshes
 from rljax.evaluation import answers
 from rljax.generation import rollouts, samplers
 from rljax.losses import entropy, ppo
-from rljax.models import critics, hf
+from rljax.models import critics
 from rljax.ops import advantages, log_probs, masking, rewards
 from rljax.text import prompts
 from rljax.training import microbatch, optimizers, preflight, runs
@@ -118,7 +118,7 @@ def main():
 
   # Models: the policy, its critic, and the policy of the KL penalty.
   options = cli.model_options(FLAGS)
-  loaded = hf.load(FLAGS.policy, **options)
+  loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
   critic = critics.make(FLAGS.critic, loaded, FLAGS.seed, run.mesh, **options)
   reference = None

@@ -139,7 +139,7 @@ def main():
   sizes = cli.batch_sizes(FLAGS, run.mesh)
   check_flags()
   # The policy, the log, and the prompts whose replies select parameters.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
   log = cli.read_log(FLAGS, tokenizer, join=True)
   tokens.check_positions(sum(log.lengths), policy.config.max_positions)

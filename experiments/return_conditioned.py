@@ -133,7 +133,7 @@ def main():
   sizes = cli.batch_sizes(FLAGS, run.mesh)
 
   # Models: the policy is asked; the base learns.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   base = cli.load_like(FLAGS, "base", loaded)
   policy, tokenizer = loaded.model, loaded.tokenizer
   config = policy.config
@@ -322,7 +322,7 @@ def main():
     run.keep_best(step, metrics["eval/good"], state["params"])
     return metrics
 
-  with run.training(policy, tokenizer, starts_from, COLUMNS):
+  with run.training(base.model, tokenizer, starts_from, COLUMNS):
     save_forced(run.workdir)
     if FLAGS.keep_best:
       save_forced(os.path.join(run.workdir, "best"))

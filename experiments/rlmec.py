@@ -51,7 +51,7 @@ from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
 from rljax.text import alignment, batches, files, tokens
-from rljax.training import microbatch, optimizers, runs
+from rljax.training import microbatch, optimizers, origins, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(
@@ -145,10 +145,10 @@ def main():
   check_flags()
 
   # The models, which share their tokens.
-  loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+  loaded = cli.load_policy(FLAGS)
   model, tokenizer = loaded.model, loaded.tokenizer
   reward_model = hf.load(FLAGS.reward_model, dtype=FLAGS.dtype)
-  runs.check_same_tokens(
+  origins.check_same_tokens(
     f"--reward_model={FLAGS.reward_model}", reward_model, loaded
   )
   policy, reward_model = map(run.place_model, (loaded, reward_model))

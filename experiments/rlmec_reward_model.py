@@ -39,7 +39,7 @@ from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
 from rljax.text import batches, tokens
-from rljax.training import microbatch, optimizers, runs
+from rljax.training import microbatch, optimizers, origins, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
 cli.define_run(steps=0, epochs=3.0, save_every=500, eval_every=250)
@@ -143,8 +143,8 @@ def main():
   # The model that learns: its tokens are the policy's, as its probabilities
   # become rewards of the policy's tokens.
   if FLAGS.base:
-    base = hf.load(FLAGS.base, **cli.model_options(FLAGS))
-    runs.check_same_tokens(f"--base={FLAGS.base}", base, loaded)
+    base = cli.load_policy(FLAGS, "base")
+    origins.check_same_tokens(f"--base={FLAGS.base}", base, loaded)
     model, params = base.model, base.params
   else:
     model = fresh.make(

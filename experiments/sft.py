@@ -96,7 +96,7 @@ def main():
 
   # The model, and the texts that it learns from.
   if FLAGS.policy:
-    loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+    loaded = cli.load_policy(FLAGS)
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     rules = hf.partition_rules(model, run.mesh)
   else:

@@ -46,8 +46,11 @@ def export(
   *,
   dtype: str = "float32",
   step: int | None = None,
+  merge: bool = False,
 ) -> None:
   """Writes a run, or any other model that flags name, with a card.
+
+  A run with LoRA adapters becomes a folder that PEFT reads beside its base.
 
   Args:
     source: workdir, its `best` folder, or a model in the forms of --policy.
@@ -55,6 +58,7 @@ def export(
       so may `source`.
     dtype: of the weights in the file, "float32" or "bfloat16".
     step: of the checkpoint; None: the last.
+    merge: whether adapters are added to their base, for a whole model.
 
   Raises:
     ValueError: if there is no such model or step, or the directory holds the
@@ -78,15 +82,25 @@ def export(
     raise ValueError(
       f"{directory} holds the run itself: choose another folder to export to."
     )
-  loaded = hf.load(source, step=step)
-  hf.save(directory, loaded.model, loaded.params, loaded.tokenizer, dtype=dtype)
+  is_adapter = not merge and hf.copy_adapter(
+    source, directory, dtype=dtype, step=step
+  )
   flags = _read(place / "flags.json")
-  path = directory / "generation_config.json"
-  settings = generation_config(flags, loaded.tokenizer)
-  settings |= _read(path)  # All end tokens of the model are in there.
-  paths.write_whole(path, json.dumps(settings, indent=2) + "\n")
+  if not is_adapter:
+    loaded = hf.load(source, step=step)
+    hf.save(
+      directory, loaded.model, loaded.params, loaded.tokenizer, dtype=dtype
+    )
+    path = directory / "generation_config.json"
+    settings = generation_config(flags, loaded.tokenizer)
+    settings |= _read(path)  # All end tokens of the model are in there.
+    paths.write_whole(path, json.dumps(settings, indent=2) + "\n")
   card = model_card(
-    directory.resolve().name, str(source), flags, _read(place / "summary.json")
+    directory.resolve().name,
+    str(source),
+    flags,
+    _read(place / "summary.json"),
+    library="peft" if is_adapter else "transformers",
   )
   paths.write_whole(directory / "README.md", card)
 
@@ -113,7 +127,12 @@ def generation_config(
 
 
 def model_card(
-  title: str, source: str, flags: Mapping[str, Any], summary: Mapping[str, Any]
+  title: str,
+  source: str,
+  flags: Mapping[str, Any],
+  summary: Mapping[str, Any],
+  *,
+  library: str = "transformers",
 ) -> str:
   """Writes the README.md of an exported model.
 
@@ -122,11 +141,12 @@ def model_card(
     source: what was exported.
     flags: of the run; may be empty.
     summary: its `summary.json`; may be empty.
+    library: that reads the folder.
   """
   base = flags.get("policy") or ""
   of_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
   is_hub = of_hub and not os.path.exists(base)
-  head = ["---", "library_name: transformers", "tags: [rljax]"]
+  head = ["---", f"library_name: {library}", "tags: [rljax]"]
   head += [f"base_model: {base}"] if is_hub else []
   lines = [*head, "---", "", f"# {title}", ""]
   version = ""
@@ -271,6 +291,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choices=["float32", "bfloat16"],
     help="Number format of the weights in the file.",
   )
+  parser.add_argument(
+    "--merge",
+    action="store_true",
+    help="Add LoRA adapters to their base, for a whole model; without it, they "
+    "become a folder that PEFT reads.",
+  )
   parser.add_argument("--step", type=int, help="Step of the checkpoint.")
   parser.add_argument(
     "--push", help="Repository on the Hugging Face hub, organisation/name."
@@ -284,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       options.directory,
       dtype=options.dtype,
       step=options.step,
+      merge=options.merge,
     )
     print(f"Wrote {options.directory}.")
     if options.push:

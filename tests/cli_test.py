@@ -303,7 +303,8 @@ SAME_NAMES = {
 
 # Texts that are no paths, and hold none.
 NO_PATHS = {
-  *("arm", "bad_tag", "good_tag", "k", "mesh", "metrics", "new_vs", "split"),
+  *("arm", "bad_tag", "good_tag", "k", "lora_targets", "mesh", "metrics"),
+  *("new_vs", "split"),
   *("reward_template", "reward_terms", "reward_transform", "stop_strings"),
   *("run_name", "run_tags", "solution_column", "stop_tokens", "system_prompt"),
   *("template_options", "title", "wandb_project"),
@@ -316,6 +317,13 @@ class PathsTest(parameterized.TestCase):
     for name, flag in _flags_of_scripts()[path].items():
       if flag["type"] in ("ArgumentParser", "ListParser"):
         self.assertNotEqual(name in entry.PATHS, name in NO_PATHS, name)
+
+
+class UnescapedTest(absltest.TestCase):
+  def test_line_feeds(self):
+    self.assertEqual(
+      entry.unescaped([r"\n\nHuman:", "###"]), ["\n\nHuman:", "###"]
+    )
 
 
 class HelpTest(parameterized.TestCase):

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rljax.distributed import meshes, processes
 from rljax.scoring import scorers
 from rljax.storage import checkpoint
-from rljax.training import runs
+from rljax.training import origins
 
 
 def state_on(mesh):
@@ -114,10 +114,10 @@ def talk(folder):
 
   # What the flags name is the same everywhere, and filed once.
   models = {"policy": {"a": np.float32([1, 2])}}
-  runs.check_models(folder, models)
-  runs.check_models(folder, models)
+  origins.check_models(folder, models)
+  origins.check_models(folder, models)
   models["policy"]["a"][0] += number
-  found["models"] = error_of(lambda: runs.check_models(folder, models))
+  found["models"] = error_of(lambda: origins.check_models(folder, models))
 
   # A checkpoint of one process with other devices, and one for it.
   mesh = meshes.make("fsdp:2")

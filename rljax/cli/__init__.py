@@ -10,7 +10,7 @@ is its algorithm's alone:
 
   def main():
     run = runs.start(FLAGS, total_steps=FLAGS.steps)
-    loaded = hf.load(FLAGS.policy, **cli.model_options(FLAGS))
+    loaded = cli.load_policy(FLAGS)
     ...
 
   if __name__ == "__main__":
@@ -71,6 +71,7 @@ from rljax.cli.models import (
   define_models,
   define_random_model,
   load_like,
+  load_policy,
   load_reference,
   model_options,
   random_model_options,
@@ -167,6 +168,7 @@ __all__ = (
   "has_end",
   "load_known",
   "load_like",
+  "load_policy",
   "load_reference",
   "load_responder",
   "load_reward_model",

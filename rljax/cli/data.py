@@ -14,7 +14,6 @@ from rljax.generation import grammars
 from rljax.models import hf
 from rljax.scoring import cached
 from rljax.text import chat, encoding, keywords, prompts
-from rljax.training import runs
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
@@ -137,7 +136,7 @@ def prompt_format(values: flags.FlagValues) -> str:
   """Returns how prompts are put to the policy, as `chat.describe` says it."""
   return chat.describe(
     values.prompt_format,
-    system_prompt="".join(runs.unescaped([values.system_prompt])),
+    system_prompt="".join(entry.unescaped([values.system_prompt])),
     options=keywords.parse(values.template_options),
   )
 

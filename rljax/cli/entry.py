@@ -177,3 +177,8 @@ def check_read(
         f"--{name}={flag.value} belongs to --{chooser}="
         f"{' or '.join(methods)}; leave it out for {chosen}."
       )
+
+
+def unescaped(texts: Sequence[str]) -> list[str]:
+  """Texts of a flag, in which a backslash and an n are a line feed."""
+  return [text.replace("\\n", "\n") for text in texts]

@@ -1,11 +1,13 @@
 """Flags of models and of how they compute, and their readers."""
 
+import dataclasses
 from typing import Any
 
 from absl import flags
 
-from rljax.models import fresh, hf
-from rljax.training import precision, runs
+from rljax.cli import adapters
+from rljax.models import fresh, hf, lora
+from rljax.training import origins, precision
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
@@ -18,13 +20,14 @@ def define_models(
   remat: bool = True,
   logits: bool = True,
 ) -> None:
-  """Defines the policy and how models compute.
+  """Defines the policy, its LoRA adapters, and how models compute.
 
   Args:
     policy: what --policy is to the script, as a sentence; None: it starts as
       this model.
     required: whether it must be named; else it may be empty.
-    remat: whether the script has a backward pass.
+    remat: whether the script has a backward pass, for which it loads the
+      policy by `load_policy`.
     logits: see `define_compute`.
   """
   flags.DEFINE_string(
@@ -36,6 +39,7 @@ def define_models(
     + ("." if required else "; empty for random weights."),
     required=required,
   )
+  adapters.define_lora(learns=remat)
   define_compute(remat=remat, logits=logits)
 
 
@@ -98,26 +102,52 @@ def _compute_options(values):
   }
 
 
+def load_policy(
+  values: flags.FlagValues, name: str = "policy"
+) -> hf.LanguageModel:
+  """Loads the model that learns, with the adapters of --lora_rank, if any.
+
+  Args:
+    values: parsed flags.
+    name: of the flag that names it.
+
+  Raises:
+    ValueError: as `hf.load`, or if adapters do not fit the model.
+  """
+  loaded = hf.load(values[name].value, **model_options(values))
+  return adapters.adapt(values, loaded)
+
+
 def load_reference(
   values: flags.FlagValues, loaded: hf.LanguageModel
 ) -> hf.LanguageModel:
   """Loads --reference; the policy itself if there is none.
 
+  Of a policy with adapters that is the base alone, in the same arrays.
+
   Raises:
     ValueError: if it is another architecture, or has other tokens.
   """
-  return load_like(values, "reference", loaded)
+  other = load_like(values, "reference", loaded, learns=False)
+  return dataclasses.replace(other, params=lora.without_adapters(other.params))
 
 
 def load_like(
-  values: flags.FlagValues, name: str, loaded: hf.LanguageModel
+  values: flags.FlagValues,
+  name: str,
+  loaded: hf.LanguageModel,
+  *,
+  learns: bool = True,
 ) -> hf.LanguageModel:
   """Loads the model that a flag names; the policy itself if it names none.
+
+  Its module is the policy's.
 
   Args:
     values: parsed flags.
     name: of the flag.
     loaded: the policy.
+    learns: whether it gets the adapters of --lora_rank, as the policy does.
 
   Raises:
     ValueError: if it is another architecture, or has other tokens.
@@ -126,8 +156,11 @@ def load_like(
   if not path:
     return loaded
   other = hf.load(path, **model_options(values))
-  runs.check_same_kind(f"--{name}={path}", other, loaded)
-  return other
+  origins.check_same_kind(f"--{name}={path}", other, loaded)
+  # As the policy in all but weights; a config may name fewer end tokens.
+  module = getattr(loaded.model, "unadapted", loaded.model)
+  other = dataclasses.replace(other, model=module)
+  return adapters.adapt(values, other, learns=learns)
 
 
 def define_random_model(
@@ -155,7 +188,12 @@ def define_random_model(
 
 
 def random_model_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns keyword arguments of `models.fresh.make`."""
+  """Returns keyword arguments of `models.fresh.make`.
+
+  Raises:
+    ValueError: with --lora_rank, for there is no base.
+  """
+  adapters.refuse_random(values)
   return {
     "family": values.family,
     "hidden_size": values.hidden_size,

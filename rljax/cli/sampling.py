@@ -11,7 +11,6 @@ from rljax.generation import responders, responses
 from rljax.models import hf
 from rljax.ops import sampling
 from rljax.text import prompts
-from rljax.training import runs
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
@@ -133,8 +132,8 @@ def sampler_settings(
     for name in responses.Settings._fields
     if name in values and name not in ("stop_strings", "stop_tokens")
   }
-  found["stop_strings"] = tuple(runs.unescaped(values.stop_strings))
-  found["stop_tokens"] = tuple(runs.unescaped(values.stop_tokens))
+  found["stop_strings"] = tuple(entry.unescaped(values.stop_strings))
+  found["stop_tokens"] = tuple(entry.unescaped(values.stop_tokens))
   return responses.Settings(**found | settings)
 
 
@@ -335,8 +334,8 @@ def load_responder(
     batch_size=values.sample_batch_size,
     mesh=mesh,
     seed=values.seed,
-    stop_strings=runs.unescaped(values.stop_strings),
-    stop_tokens=runs.unescaped(values.stop_tokens),
+    stop_strings=entry.unescaped(values.stop_strings),
+    stop_tokens=entry.unescaped(values.stop_tokens),
     texts=asked.texts,
     unfinished_score=None,
     slots=values.slots,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.generation import slots as slots_lib
-from rljax.models import products
+from rljax.models import lora, products
 from rljax.ops import log_probs, sampling
 
 Array = chex.Array
@@ -260,7 +260,11 @@ def _decode_together(
 
 
 def _narrowed(model: Any, params: Any) -> Any:
-  """Converts parameters to the compute dtype once, rather than every step."""
+  """Converts parameters to the compute dtype once, rather than every step.
+
+  So are adapters added to what they are beside: see `lora.for_sampling`.
+  """
+  params = lora.for_sampling(model, params)
   config = getattr(model, "config", None)
   if not hasattr(config, "dtype"):
     return params

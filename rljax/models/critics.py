@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.distributed import planning
-from rljax.models import heads, hf, value_branch
+from rljax.models import heads, hf, lora, value_branch
 
 Array = jax.Array
 Params = Any
@@ -86,8 +86,10 @@ def make(
     features = lambda params, hidden, ids, mask: jax.lax.stop_gradient(hidden)
   else:
     params["model"] = loaded.params
-    if kind != "separate":
-      other = hf.load(kind, **model_options)
+    is_copy = kind == "separate"
+    # All weights of a critic learn: it is no copy of a policy with adapters.
+    if not is_copy or isinstance(model, lora.Model):
+      other = hf.load(loaded.source if is_copy else kind, **model_options)
       model, params["model"] = other.model, other.params
       if model.config.vocab_size != config.vocab_size:
         raise ValueError(

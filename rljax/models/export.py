@@ -143,7 +143,7 @@ def _all_ends(config: Mapping[str, Any], own: int) -> int | list[int]:
 
 
 def staged(
-  directory: str | os.PathLike, *, weights: bool
+  directory: str | os.PathLike, *, weights: bool, last: str = "config.json"
 ) -> contextlib.AbstractContextManager[pathlib.Path]:
   """Returns a context whose files replace those of an earlier export at once.
 
@@ -155,12 +155,14 @@ def staged(
   Args:
     directory: of the export.
     weights: whether weights are written; else those of the folder stay.
+    last: the file without which nobody reads the folder.
   """
   stale = _TOKENIZER_FILES | {"config.json", "generation_config.json"}
+  stale |= {"adapter_config.json", "adapter_model.safetensors"}
 
   def is_stale(name: str) -> bool:
     if name in stale:
       return True
     return weights and bool(_OWN_WEIGHTS.fullmatch(name))
 
-  return folders.replaced(directory, is_stale, last="config.json")
+  return folders.replaced(directory, is_stale, last=last)

@@ -65,11 +65,12 @@ CLASSIFIERS = {
 
 
 def of(model: nn.Module) -> Family:
-  """Returns the family of a module.
+  """Returns the family of a module, or of the one that a `lora.Model` wraps.
 
   Raises:
     ValueError: if it has none.
   """
+  model = getattr(model, "unadapted", model)
   for family in (*LANGUAGE_MODELS.values(), *CLASSIFIERS.values()):
     if isinstance(model, family.model):
       return family

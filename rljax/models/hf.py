@@ -1,11 +1,12 @@
 """Loads models by name, and writes them back as Hugging Face directories.
 
 A name is a Hugging Face directory, a workdir of an experiment, a packaged
-model, a GGUF file or a hub name. `load` returns the linen module with its
-parameters and tokenizer, `save` writes a directory that transformers and vLLM
-read. `load_classifier` and `save_classifier` do so for classifiers of texts,
-reward models among them. Weights are read from safetensors and GGUF only:
-torch is not needed, and nothing is unpickled.
+model, a GGUF file, a folder with an adapter of PEFT or a hub name. `load`
+returns the linen module with its parameters and tokenizer, `save` writes a
+directory that transformers and vLLM read. `load_classifier` and
+`save_classifier` do so for classifiers of texts, reward models among them.
+Weights are read from safetensors and GGUF only: torch is not needed, and
+nothing is unpickled.
 
   policy = hf.load("smollm2-135m")
   hidden = policy.model.apply({"params": policy.params}, ids, mask)
@@ -31,6 +32,8 @@ from rljax.models import (
   families,
   gguf,
   heads,
+  lora,
+  peft,
   sources,
   tokenizers,
   weights,
@@ -100,6 +103,8 @@ def load(
       - a workdir: model/config.json and checkpoints/<step>;
       - a packaged model, one of `PACKAGED`;
       - a GGUF file of the Llama architecture;
+      - a folder with a LoRA adapter, adapter_config.json and
+        adapter_model.safetensors, which is added to the base that it names;
       - a hub name such as "org/name", or "org/name@revision".
     dtype: of the computation, "float32" or "bfloat16".
     param_dtype: of the returned parameters, "float32" or "bfloat16".
@@ -182,10 +187,12 @@ def classifier_from(
   model = classifier.CausalClassifier(
     classifier.CausalClassifierConfig(backbone, labels)
   )
+  if isinstance(language_model.model, lora.Model):
+    model = lora.Model(model, language_model.model.settings)
   head = heads.LabelHead(num_labels, backbone.param_dtype)
   hidden = jnp.zeros((1, 1, backbone.hidden_size))
   score = head.init(jax.random.key(seed), hidden, jnp.ones((1, 1), bool))
-  params = {k: v for k, v in language_model.params.items() if k != "lm_head"}
+  params = lora.without_output(language_model.params)
   return Classifier(
     model=model,
     params={
@@ -219,6 +226,9 @@ def load_module(
   """Makes the module of the model that a name leads to, without weights."""
   settings = configs.settings(dtype, param_dtype, remat)
   kind, path = sources.find(name, with_weights=False)
+  if kind == "adapter":
+    base = peft.read_settings(path).base
+    return load_module(base, dtype=dtype, param_dtype=param_dtype, remat=remat)
   if kind == "GGUF file":
     config = gguf.config(gguf.open_reader(path))
   else:
@@ -232,6 +242,8 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
   kind, path = sources.find(name, with_weights=False)
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
+  if kind == "adapter" and not _has_tokenizer(path):
+    return load_tokenizer(peft.read_settings(path).base)
   return tokenizers.read(sources.model_folder(kind, path))
 
 
@@ -271,6 +283,8 @@ def partition_rules(
         f"{' or '.join(sizes)}."
       )
   rules = families.of(model).partition_rules
+  if isinstance(model, lora.Model):
+    rules = (*lora.partition_rules(rules), *rules)
   if config.vocab_size % num_devices == 0:
     return rules
   # An odd vocabulary, such as GPT-2's 50,257: split the width of its rows.
@@ -358,6 +372,52 @@ def _save(directory, model, params, tokenizer, dtype, max_shard_bytes) -> None:
     export.write_config(stage, model, tokenizer, stored)
 
 
+def copy_adapter(
+  name: str | os.PathLike,
+  directory: str | os.PathLike,
+  *,
+  dtype: str = "float32",
+  step: int | None = None,
+) -> bool:
+  """Writes the adapters that a name leads to as a folder that PEFT reads.
+
+  Args:
+    name: a workdir of a run with adapters, or an adapter folder.
+    directory: created if need be; see `save`.
+    dtype: of the file's tensors, "float32" or "bfloat16".
+    step: which checkpoint of a workdir; None is the latest.
+
+  Returns:
+    Whether the name leads to adapters; else nothing is written.
+
+  Raises:
+    ValueError: if they are damaged, or their base cannot be named: it is a
+      model with adapters itself.
+  """
+  kind, path = sources.find(name, with_weights=True)
+  folder = sources.model_folder(kind, path)
+  if kind not in ("adapter", "workdir") or not peft.is_adapter(folder):
+    return False
+  adapter = peft.read_settings(folder)
+  base_kind, base = sources.find(adapter.base, with_weights=False)
+  if peft.is_adapter(sources.model_folder(base_kind, base)):
+    raise ValueError(
+      f"the base of {name} is {adapter.base}, which has adapters itself: "
+      "export that with --merge and train beside it, or this with --merge."
+    )
+  model = load_module(adapter.base)
+  if kind == "adapter":
+    factors, noted = peft.read(folder, model, adapter)
+    adapter = dataclasses.replace(adapter, digest=noted)
+  else:
+    saved = weights.entry_of(path, step, "policy")["lora"]
+    factors = peft.from_checkpoint(saved, model, adapter, path)
+  peft.write(
+    directory, model, factors, adapter, load_tokenizer(name), dtype=dtype
+  )
+  return True
+
+
 def save_config(
   directory: str | os.PathLike, model: nn.Module, tokenizer: Any | None = None
 ) -> None:
@@ -372,6 +432,8 @@ def save_config(
   with export.staged(directory, weights=False) as stage:
     stored = np.dtype(model.config.param_dtype).name
     export.write_config(stage, model, tokenizer, stored)
+    if isinstance(model, lora.Model) and model.settings is not None:
+      peft.write_settings(stage, model.settings, model, with_digest=True)
 
 
 # Loading.
@@ -403,6 +465,8 @@ def _load(
   kind, path = sources.find(name, with_weights=plan is None, step=step)
   if step is not None and kind != "workdir":
     raise ValueError(f"step={step} needs a workdir, and {name} is a {kind}.")
+  if kind == "adapter":
+    return _load_adapter(name, path, settings, tokenizer, entry, lazy)
   if kind == "GGUF file":
     reader = gguf.open_reader(path)
     config = gguf.config(reader)
@@ -419,6 +483,8 @@ def _load(
     text = _tokenizer_of(folder) if tokenizer else None
     if plan is not None:
       pass
+    elif kind == "workdir" and peft.is_adapter(folder):
+      params = _merged_checkpoint(path, folder, model, step, entry, lazy)
     elif kind == "workdir":
       params = weights.from_checkpoint(path, model, step, entry)
     else:
@@ -432,11 +498,87 @@ def _load(
   return model, params, text, str(name), directory
 
 
+def _load_adapter(
+  name: str | os.PathLike,
+  folder: pathlib.Path,
+  settings: dict[str, Any],
+  tokenizer: bool,
+  entry: str,
+  lazy: bool,
+) -> tuple[nn.Module, Params, Any | None, str, str | None]:
+  """Loads the base of an adapter folder, and adds the adapters to it."""
+  if entry != "policy":
+    raise ValueError(
+      f"{name} holds an adapter of a language model; a classifier is needed."
+    )
+  adapter = peft.read_settings(folder)
+  own = tokenizer and _has_tokenizer(folder)
+  model, params, text = _load_base(
+    adapter, folder, settings, tokenizer and not own, lazy
+  )
+  if not planning.current():
+    factors, noted = peft.read(folder, model, adapter)
+    peft.check_base(adapter, noted, params, folder)
+    dtype = model.config.param_dtype
+    params = peft.merged(params, factors, adapter.scaling, dtype)
+  if own:
+    text = tokenizers.read(folder)
+    tokenizers.check_vocabulary(text, model, folder)
+  return model, params, text, str(name), str(folder)
+
+
+def _load_base(
+  adapter: lora.Settings,
+  where: pathlib.Path,
+  settings: dict[str, Any],
+  tokenizer: bool,
+  lazy: bool,
+) -> tuple[nn.Module, Params, Any | None]:
+  """Loads the model that adapters are beside."""
+  if pathlib.Path(adapter.base).resolve() == where.resolve():
+    raise ValueError(f"the adapter in {where} names itself as its base.")
+  try:
+    return _load(adapter.base, settings, tokenizer, None, "policy", lazy)[:3]
+  except ValueError as error:
+    raise ValueError(
+      f"the base of the adapter in {where} cannot be loaded: {error} Its "
+      f'"base_model_name_or_path" in {peft.CONFIG} may name another place.'
+    ) from error
+
+
+def _merged_checkpoint(
+  workdir: pathlib.Path,
+  folder: pathlib.Path,
+  model: nn.Module,
+  step: int | None,
+  entry: str,
+  lazy: bool,
+) -> Params:
+  """Reads the adapters of a run, and adds them to their base."""
+  adapter = peft.read_settings(folder)
+  config = getattr(model.config, "backbone", model.config)
+  settings = {x: getattr(config, x) for x in ("dtype", "param_dtype", "remat")}
+  base, params, _ = _load_base(adapter, workdir, settings, False, lazy)
+  peft.check_base(adapter, adapter.digest, params, workdir)
+  saved = weights.entry_of(workdir, step, entry)
+  is_reward_model = families.is_classifier(model)
+  factors = (saved["backbone"] if is_reward_model else saved)["lora"]
+  factors = peft.from_checkpoint(factors, base, adapter, workdir)
+  dtype = model.config.param_dtype
+  params = peft.merged(params, factors, adapter.scaling, dtype)
+  if not is_reward_model:
+    return params
+  return {**saved, "backbone": lora.without_output(params)}
+
+
+def _has_tokenizer(folder: pathlib.Path) -> bool:
+  names = ("tokenizer.json", "tokenizer_config.json")
+  return any((folder / name).is_file() for name in names)
+
+
 def _tokenizer_of(folder: pathlib.Path) -> Any:
   """Reads a folder's tokenizer; a plan may have another one in its place."""
   plan = planning.current()
-  names = ("tokenizer.json", "tokenizer_config.json")
-  is_there = any((folder / name).is_file() for name in names)
-  if plan and plan.tokenizer and not is_there:
+  if plan and plan.tokenizer and not _has_tokenizer(folder):
     return load_tokenizer(plan.tokenizer)
   return tokenizers.read(folder)

@@ -28,6 +28,7 @@ PACKAGED = {
 }
 _HUB_FILES = (
   "config.json",
+  "adapter_config.json",
   "generation_config.json",
   weights.INDEX,
   "tokenizer*",
@@ -68,12 +69,8 @@ def find(
     has_weights = any(
       (whole / name).exists() for name in (weights.WEIGHTS, weights.INDEX)
     )
-    if (path / "adapter_config.json").is_file() and not has_weights:
-      raise ValueError(
-        f"{name} holds an adapter (adapter_config.json), not a whole model. "
-        "Merge it into its base model once, where peft is installed: "
-        "model.merge_and_unload().save_pretrained(...), and name that folder."
-      )
+    if (whole / "adapter_config.json").is_file() and not has_weights:
+      return "adapter", whole
     if (whole / "config.json").is_file():
       return "Hugging Face directory", whole
     if (model_folder("workdir", path) / "config.json").is_file():
@@ -92,7 +89,9 @@ def find(
     )
   if str(name) in PACKAGED:
     return "GGUF file", _packaged_file(str(name))
-  return "Hugging Face directory", _download(str(name), with_weights)
+  folder = _download(str(name), with_weights)
+  is_whole = (folder / "config.json").is_file()
+  return "Hugging Face directory" if is_whole else "adapter", folder
 
 
 def _wanted(objects, with_weights, step):
@@ -147,6 +146,8 @@ def _weight_files(folder: pathlib.Path) -> tuple[str, ...]:
 
   A repository may hold them a second time, as consolidated.safetensors say.
   """
+  if not (folder / "config.json").is_file():
+    return ("adapter_model.safetensors",)
   if not (folder / weights.INDEX).is_file():
     return (weights.WEIGHTS,)
   return tuple(weights.shards_of(folder))
@@ -164,7 +165,8 @@ def _download(name: str, with_weights: bool) -> pathlib.Path:
     except (OSError, ValueError, RuntimeError) as caught:
       error = caught
     else:
-      if (folder / "config.json").is_file():
+      names = ("config.json", "adapter_config.json")
+      if any((folder / name).is_file() for name in names):
         return folder
   reason = f": {error}".splitlines()[0] if error else "."
   raise ValueError(

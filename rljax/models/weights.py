@@ -397,6 +397,16 @@ def from_checkpoint(
   workdir: pathlib.Path, model: nn.Module, step: int | None, entry: str
 ) -> Params:
   """Reads the parameters of a model from a checkpoint of a workdir."""
+  dtype = np.dtype(model.config.param_dtype)
+  restored = entry_of(workdir, step, entry)
+  flat = flat_checked(restored, slots_of(model), workdir)
+  return traverse_util.unflatten_dict(
+    {path: np.asarray(a).astype(dtype, copy=False) for path, a in flat.items()}
+  )
+
+
+def entry_of(workdir: pathlib.Path, step: int | None, entry: str) -> Params:
+  """Reads one of the models that a checkpoint of a workdir holds."""
   from rljax.storage import checkpoint
 
   restored = checkpoint.restore_params(str(workdir), step=step)
@@ -405,11 +415,7 @@ def from_checkpoint(
       f'the checkpoint in {workdir} holds no "{entry}", only '
       f"{listed(sorted(restored))}."
     )
-  dtype = np.dtype(model.config.param_dtype)
-  flat = flat_checked(restored[entry], slots_of(model), workdir)
-  return traverse_util.unflatten_dict(
-    {path: np.asarray(a).astype(dtype, copy=False) for path, a in flat.items()}
-  )
+  return restored[entry]
 
 
 def flat_checked(

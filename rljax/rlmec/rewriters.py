@@ -30,7 +30,8 @@ from rljax.generation import responders
 from rljax.ops import sampling
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import teachers
-from rljax.storage import calls, checkpoint
+from rljax.scoring import cached
+from rljax.storage import calls
 from rljax.text import batches, chats, files, tokens
 from rljax.text import steps as steps_lib
 
@@ -174,7 +175,7 @@ def identity(loaded: Any) -> dict[str, str]:
     loaded: its `model` and `params`, wherever they lie.
   """
   return {
-    "fingerprint": checkpoint.fingerprint(loaded.params),
+    "fingerprint": cached.fingerprint(loaded.params),
     "dtype": jnp.dtype(loaded.model.config.dtype).name,
   }
 

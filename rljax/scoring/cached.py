@@ -18,7 +18,7 @@ import numpy as np
 
 from rljax.distributed import compiled, meshes, processes
 from rljax.generation import rollouts
-from rljax.models import hf
+from rljax.models import hf, lora
 from rljax.ops import log_probs
 from rljax.scoring import scorers
 from rljax.storage import buckets, checkpoint, paths
@@ -282,10 +282,15 @@ def describe(
   return {
     "data": logged.fingerprint(encoded.rows),
     "ids": encoding.fingerprint_ids(encoded),
-    "reference": checkpoint.fingerprint(params),
+    "reference": fingerprint(params),
     "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
     **settings,
   }
+
+
+def fingerprint(params: Any) -> str:
+  """Hashes the weights of a model as it begins: adapters add nothing yet."""
+  return checkpoint.fingerprint(lora.start(params))
 
 
 def describe_log(
@@ -293,7 +298,11 @@ def describe_log(
 ) -> dict[str, Any]:
   """As `describe`, of a log, which holds the settings, and a reference."""
   return describe(
-    log.encoded, loaded.params, loaded.tokenizer, **log.settings, dtype=dtype
+    log.encoded,
+    loaded.params,
+    loaded.tokenizer,
+    **log.settings,
+    dtype=dtype,
   )
 
 

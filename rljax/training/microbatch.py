@@ -11,7 +11,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rljax.models import lora
 from rljax.ops import lengths
+from rljax.training import rounding
 
 Array = chex.Array
 Tree = Any
@@ -134,7 +136,8 @@ def grad(
     buckets: K of `lengths.at_width`; parts are then sorted by length.
 
   Returns:
-    `(params, batch, *more) -> (gradients, metrics)`.
+    `(params, batch, *more) -> (gradients, metrics)`. Of parameters with
+    adapters the gradient is that of `lora.learnt(params)`.
   """
   return Gradient(loss_fn, num_parts, weigh, adds_up, sharding, buckets)
 
@@ -158,7 +161,12 @@ class Gradient:
     self, params: Tree, batch: Tree, *more: Tree
   ) -> tuple[Tree, dict[str, Array]]:
     """Returns the gradient of a batch, and its metrics."""
-    of_batch = jax.grad(self.loss_fn, has_aux=True)
+    params, frozen = lora.split(params)
+
+    def loss_fn(params, *inputs):
+      return self.loss_fn(lora.join(params, frozen), *inputs)
+
+    of_batch = jax.grad(loss_fn, has_aux=True)
     gradient = lambda params, batch, *more: lengths.at_width(
       lambda batch: of_batch(params, batch, *more), batch, self.buckets
     )
@@ -183,8 +191,7 @@ class Gradient:
       return jax.tree.map(add_one, total, grads), metrics
 
     # Sums of bfloat16 gradients, too, are in float32.
-    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), params)
+    zeros = rounding.in_float32(jax.tree.map(jnp.zeros_like, params))
     grads, metrics = jax.lax.scan(add, zeros, (scale, parts))
     return grads, combine(metrics, weights, adds_up=self.adds_up)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from rljax.models import lora
 from rljax.training import rounding
 
 Array = chex.Array
@@ -238,7 +239,8 @@ def guarded(
   `rounding.stochastically`.
 
   Args:
-    transform: any optimizer.
+    transform: any optimizer. Of parameters with adapters it sees and steps
+      those that learn, `lora.learnt(params)`, alone; so are gradients.
     is_cheap: whether its steps take less to compute twice than to keep: those
       of each number by itself do, products of matrices do not.
 
@@ -248,7 +250,7 @@ def guarded(
 
   def init(params):
     zero = lambda: jnp.zeros((), jnp.int32)  # No array may be donated twice.
-    return Guarded(transform.init(params), zero(), zero())
+    return Guarded(transform.init(lora.learnt(params)), zero(), zero())
 
   def proposed(grads, inner, params, rate):
     """The updates, the parameters with them, and the inner state."""
@@ -285,14 +287,16 @@ def guarded(
     return updates, _select(is_finite, new, params), state, is_finite
 
   def update(grads, state, params, **options):
+    params = lora.learnt(params)
     updates, _, state, is_finite = judged(grads, state, params, **options)
     # Adding -0 changes no bit, that of the sign of 0 included.
     zeros = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
     return _select(is_finite, updates, zeros), state
 
   def apply(grads, state, params, **options):
+    params, frozen = lora.split(params)
     _, params, state, _ = judged(grads, state, params, **options)
-    return params, state
+    return lora.join(params, frozen), state
 
   return Guard(init, update, apply)
 

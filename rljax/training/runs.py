@@ -37,16 +37,18 @@ from rljax.distributed import compiled, meshes, planning, processes
 from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import responders, responses
-from rljax.models import hf
-from rljax.storage import calls, checkpoint, locks, mirrors, paths
+from rljax.models import hf, lora
+from rljax.storage import calls, checkpoint, locks, mirrors
 from rljax.storage import rows as rows_lib
 from rljax.training import (
+  adapted,
   announce,
   guards,
   learner_checks,
   logs,
   longer,
   microbatch,
+  origins,
   precision,
   preflight,
   trackers,
@@ -159,6 +161,7 @@ class Run:
     self._stopped = self._lacks_page = self._is_overdue = False
     self._latest: tuple[Any, ...] | None = None  # What `save` was last given.
     self._memory: dict[str, Tree] = {}
+    self._frozen = adapted.Frozen()  # Shared by the parts of a run.
     self._has_shown: list[bool] = []  # Of programs; shared with parts.
     self._watch = self._new_watch()
     self._is_checked: list[bool] = []  # Shared by the parts of a run.
@@ -180,8 +183,11 @@ class Run:
   # State.
 
   def place(self, tree: Tree, rules: meshes.Rules) -> Tree:
-    """Puts the arrays of a tree on the mesh, by `meshes.shardings`."""
-    return meshes.place(tree, meshes.shardings(tree, rules, self.mesh))
+    """Puts the arrays of a tree on the mesh, by `meshes.shardings`.
+
+    Frozen weights that adapters are beside lie there once; see `adapted`.
+    """
+    return self._frozen.place(tree, meshes.shardings(tree, rules, self.mesh))
 
   def place_model(self, loaded: hf.LanguageModel) -> hf.LanguageModel:
     """Puts the parameters of a loaded model on the mesh, by its own rules."""
@@ -225,7 +231,7 @@ class Run:
     """
     self.expect(params, rules, optimizer=optimizer, **more)
     shardings = self._state_shardings
-    params = meshes.place(params, shardings["params"])
+    params = self._frozen.place(params, shardings["params"])
     if self._flag("preflight", "off") != "off":
       self._watch.tolerance = self.tolerance(params)
     # Made where it will lie: whole, it need not fit a device or the host.
@@ -241,8 +247,9 @@ class Run:
     self._memory = jax.tree.map(shape, state)
     if self._checkpoints is None:  # A part has its own already.
       self._checkpoints = checkpoint.Checkpoints(self.workdir)
-    if restored := self._checkpoints.restore_latest(state):
-      self.first_step, state, self.meta = restored
+    if restored := self._checkpoints.restore_latest(lora.learnt(state)):
+      self.first_step, saved, self.meta = restored
+      state = lora.with_learnt(state, saved)
       self.best = self.meta.get("best")
       self._watch.restore(self.meta)
     longer.check_done(self.first_step, self.total_steps, self.workdir)
@@ -301,13 +308,17 @@ class Run:
         `restore` or `expect`: the state is donated, and stays where it lies.
       **jit_options: of `jax.jit`.
     """
+    name = name or function.__name__
+    if returns_state and lora.split(self._state_shardings)[1] is not None:
+      return adapted.Program(
+        name, function, self._state_shardings, **jit_options
+      )
     if returns_state:
       jit_options = {
         "donate_argnums": 0,
         "out_shardings": (self._state_shardings, None),
         **jit_options,
       }
-    name = name or function.__name__
     return compiled.Compiled(name, function, **jit_options)
 
   def keys(self, step: int, num: int = 2) -> jax.Array:
@@ -383,7 +394,7 @@ class Run:
     Raises:
       ValueError: if another start has filed other flags or weights.
     """
-    check_models(self.workdir, starts_from, digests)
+    origins.check_models(self.workdir, starts_from, digests)
     self.file_flags()
 
   @contextlib.contextmanager
@@ -614,6 +625,7 @@ class Run:
     is_due = done % self._values.save_every == 0 or is_last or self._is_overdue
     rows = {} if self._log is None else dict(self._log.num_rows)
     about = {"step": done, "best": self.best, "rows": rows}
+    state = lora.learnt(state)
     self._latest = (done, state, {**about, **self._watch.state, **meta})
     self._checkpoints.check()
     if is_last:
@@ -699,6 +711,7 @@ class Run:
       self.best = self.best | {"kept": step}
     else:
       return
+    params = lora.learnt(params)
     self._check_finite(params, f"The best of step {step} is not kept")
     self._best.save(step, {"params": params}, self.best)
     # Before the state that says so: a kill between them repeats these steps.
@@ -957,91 +970,3 @@ class Run:
     """Waits for what is being saved: where a summary is, everything is."""
     for kept in filter(None, (self._checkpoints, self._best)):
       kept.wait()
-
-
-def check_models(
-  workdir: str,
-  models: Mapping[str, Any],
-  digests: Mapping[str, str] | None = None,
-) -> None:
-  """Holds the models that a run starts from against those of its first start.
-
-  The flags name folders, whose content may change between two starts. Files
-  the fingerprints in `models.json` the first time.
-
-  Args:
-    workdir: of the run.
-    models: name of the flag -> parameters.
-    digests: what else it starts from -> its SHA-256, such as a data file.
-
-  Raises:
-    ValueError: if a model, or something else, is another than when the run
-      began.
-  """
-  path = pathlib.Path(workdir, "models.json")
-  digests = dict(digests or {})
-  found = {
-    name: checkpoint.fingerprint(params)
-    for name, params in models.items()
-    if params is not None
-  } | digests
-  processes.check_same("The models or the data of the processes", found)
-
-  def first_start():
-    if path.exists():
-      return checkpoint.read_object(path)
-    paths.write_whole(path, json.dumps(found, indent=2) + "\n")
-    return found
-
-  known = processes.from_first(first_start)
-  for name, value in found.items():
-    if known.get(name) != value:
-      what = f"--{name} holds other weights"
-      if name in digests:
-        what = f"{name} are others"
-      raise ValueError(
-        f"{what} than when the run in {mirrors.shown(workdir)} began; choose "
-        "another workdir, or bring them back."
-      )
-
-
-def check_same_kind(name: str, other: Any, policy: Any) -> None:
-  """Raises ValueError unless a model can stand in for the policy.
-
-  Args:
-    name: of the model, with its flag.
-    other: the model, its `model` and `tokenizer`, as `hf.load` gives them.
-    policy: likewise.
-  """
-  if _without_ids(other.model.config) != _without_ids(policy.model.config):
-    raise ValueError(
-      f"{name} is another architecture than the policy: {other.model.config} "
-      f"and {policy.model.config}."
-    )
-  check_same_tokens(name, other, policy)
-
-
-def _without_ids(config: Any) -> Any:
-  """A config but for special ids, of which an export names more."""
-  if not dataclasses.is_dataclass(config):
-    return config
-  names = ("bos_token_id", "eos_token_id", "pad_token_id")
-  known = {field.name for field in dataclasses.fields(config)}
-  return dataclasses.replace(
-    config, **{name: None for name in names if name in known}
-  )
-
-
-def check_same_tokens(name: str, other: Any, policy: Any) -> None:
-  """Raises ValueError unless two models have the same tokens; see above."""
-  same = other.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-  if not same or other.tokenizer.eos_token_id != policy.tokenizer.eos_token_id:
-    raise ValueError(
-      f"{name} has another vocabulary or end token than the policy: they must "
-      "share both."
-    )
-
-
-def unescaped(texts: Sequence[str]) -> list[str]:
-  """Texts of a flag, in which a backslash and an n are a line feed."""
-  return [text.replace("\\n", "\n") for text in texts]

@@ -65,7 +65,7 @@ def tearDownModule():
 
 
 @functools.cache
-def _base(options=SHORT):
+def base_of(options=SHORT):
   """A model that knows the format, and some of the sums."""
   workdir = scripts.scratch() / f"base_{options[:11]}"
   scripts.run(
@@ -89,7 +89,7 @@ def _base(options=SHORT):
 
 
 @functools.cache
-def _policy(options=SHORT):
+def policy_of(options=SHORT):
   """The base after another moment: not the same weights."""
   workdir = scripts.scratch() / f"policy_{options[:11]}"
   scripts.run(
@@ -97,7 +97,7 @@ def _policy(options=SHORT):
     workdir,
     "--task=merge_sums",
     f"--task_options={options},slot=true",
-    f"--policy={_base(options)}",
+    f"--policy={base_of(options)}",
     "--num_examples=16",
     "--num_eval_prompts=8",
     "--batch_size=16",
@@ -107,22 +107,22 @@ def _policy(options=SHORT):
   return workdir
 
 
-def _models(options=SHORT):
-  return f"--policy={_policy(options)}", f"--base={_base(options)}"
+def models(options=SHORT):
+  return f"--policy={policy_of(options)}", f"--base={base_of(options)}"
 
 
 @functools.cache
 def _iterated():
   """A run of expert iteration that nothing interrupted."""
   workdir = scripts.scratch() / "ei"
-  scripts.run(EI, workdir, *TINY_EI, *_models())
+  scripts.run(EI, workdir, *TINY_EI, *models())
   return workdir
 
 
 @functools.cache
 def _conditioned():
   workdir = scripts.scratch() / "rcrl"
-  scripts.run(RCRL, workdir, *TINY_RCRL, *_models(LONG))
+  scripts.run(RCRL, workdir, *TINY_RCRL, *models(LONG))
   return workdir
 
 
@@ -136,8 +136,8 @@ def _fingerprint_of_policy(workdir):
 
 class ExpertIterationTest(absltest.TestCase):
   def test_every_fit_starts_from_the_base_bit_for_bit(self):
-    base = _fingerprint_of_policy(_base())
-    self.assertNotEqual(base, _fingerprint_of_policy(_policy()))
+    base = _fingerprint_of_policy(base_of())
+    self.assertNotEqual(base, _fingerprint_of_policy(policy_of()))
     for number in (1, 2):
       self.assertEqual(_round(_iterated(), number)["fit/start"], base)
       # And ends elsewhere.
@@ -146,8 +146,8 @@ class ExpertIterationTest(absltest.TestCase):
 
   def test_without_restart_a_fit_starts_from_its_sampler(self):
     workdir = scripts.scratch() / "ei_continued"
-    scripts.run(EI, workdir, *TINY_EI, *_models(), "--norestart")
-    for number, sampler in ((1, _policy()), (2, workdir / "rounds/1")):
+    scripts.run(EI, workdir, *TINY_EI, *models(), "--norestart")
+    for number, sampler in ((1, policy_of()), (2, workdir / "rounds/1")):
       self.assertEqual(
         _round(workdir, number)["fit/start"], _fingerprint_of_policy(sampler)
       )
@@ -190,7 +190,7 @@ class ExpertIterationTest(absltest.TestCase):
   def test_best_round_is_a_policy(self):
     scores = [_round(_iterated(), i)["eval/is_correct"] for i in range(3)]
     best = int(np.argmax(scores))
-    folder = _iterated() / f"rounds/{best}" if best else _policy()
+    folder = _iterated() / f"rounds/{best}" if best else policy_of()
     self.assertEqual(
       _fingerprint_of_policy(_iterated() / "best"),
       _fingerprint_of_policy(folder),
@@ -206,7 +206,7 @@ class ExpertIterationTest(absltest.TestCase):
       ORM,
       judge,
       "--loss=bce",
-      f"--policy={_base()}",
+      f"--policy={base_of()}",
       f"--data={_iterated() / 'rounds/1/samples.jsonl'}",
       "--eval_share=0.3",
       "--steps=3",
@@ -214,7 +214,7 @@ class ExpertIterationTest(absltest.TestCase):
     )
     flags = (
       *TINY_EI,
-      *_models(),
+      *models(),
       "--rounds=1",
       f"--reward_model={judge}",
       "--reward_length=32",
@@ -240,7 +240,7 @@ class ExpertIterationTest(absltest.TestCase):
     self.assertLen(scripts.rows(workdir / "rounds/1", "samples.jsonl"), 96)
 
   def _resumed_like_uninterrupted(self, workdir):
-    scripts.run(EI, workdir, *TINY_EI, *_models())
+    scripts.run(EI, workdir, *TINY_EI, *models())
     for name in ("rounds/1", "rounds/2", "best"):
       self.assertEqual(
         scripts.fingerprint(workdir / name),
@@ -262,7 +262,7 @@ class ExpertIterationTest(absltest.TestCase):
       EI,
       workdir,
       *TINY_EI,
-      *_models(),
+      *models(),
       num_rows=24,
       name="rounds/2/samples.jsonl",
     )
@@ -300,7 +300,7 @@ class ExpertIterationTest(absltest.TestCase):
     )
     errors = scripts.drive(
       EI,
-      [(workdir, *TINY_EI, *_models(), *flags) for _, *flags in cases],
+      [(workdir, *TINY_EI, *models(), *flags) for _, *flags in cases],
     )
     for (message, *_), error in zip(cases, errors, strict=True):
       self.assertIn(message, str(error))
@@ -431,7 +431,7 @@ class ReturnConditionedTest(absltest.TestCase):
       RCRL,
       workdir,
       *TINY_RCRL,
-      *_models(LONG),
+      *models(LONG),
       f"--labels={_conditioned() / 'labels.jsonl'}",
     )
     self.assertFalse((workdir / "solutions.jsonl").exists())
@@ -444,7 +444,7 @@ class ReturnConditionedTest(absltest.TestCase):
     scripts.run(
       RCRL,
       workdir,
-      *(*TINY_RCRL, *_models(LONG), "--packed_length=96"),
+      *(*TINY_RCRL, *models(LONG), "--packed_length=96"),
       *(f"--labels={_conditioned() / 'labels.jsonl'}", "--preflight=strict"),
     )
     one, two = (scripts.rows(x)[-2] for x in (workdir, _conditioned()))
@@ -460,9 +460,9 @@ class ReturnConditionedTest(absltest.TestCase):
     ):
       workdir = scripts.scratch() / f"rcrl_{num_rows}"
       scripts.run_until_killed(
-        RCRL, workdir, *TINY_RCRL, *_models(LONG), num_rows=num_rows, name=name
+        RCRL, workdir, *TINY_RCRL, *models(LONG), num_rows=num_rows, name=name
       )
-      scripts.run(RCRL, workdir, *TINY_RCRL, *_models(LONG))
+      scripts.run(RCRL, workdir, *TINY_RCRL, *models(LONG))
       self.assertEqual(scripts.fingerprint(workdir), scripts.fingerprint(whole))
       self.assertEqual(
         (workdir / "labels.jsonl").read_bytes(),
@@ -480,7 +480,7 @@ class ReturnConditionedTest(absltest.TestCase):
     )
     errors = scripts.drive(
       RCRL,
-      [(workdir, *TINY_RCRL, *_models(LONG), *flags) for _, *flags in cases],
+      [(workdir, *TINY_RCRL, *models(LONG), *flags) for _, *flags in cases],
     )
     for (message, *_), error in zip(cases, errors, strict=True):
       self.assertIn(message, str(error))
@@ -491,11 +491,11 @@ class ReturnConditionedTest(absltest.TestCase):
       scripts.scratch() / name for name in ("rcrl_other", "policy_other")
     )
     shutil.copytree(_conditioned(), workdir)
-    shutil.copytree(_base(LONG), policy)
+    shutil.copytree(base_of(LONG), policy)
     flags = json.loads((workdir / "flags.json").read_text())
     flags["policy"] = str(policy)
     (workdir / "flags.json").write_text(json.dumps(flags))
-    base = f"--base={_base(LONG)}"
+    base = f"--base={base_of(LONG)}"
     done = scripts.run(
       RCRL, workdir, *TINY_RCRL, f"--policy={policy}", base, ok=False
     )

@@ -113,8 +113,8 @@ def _foreign_calls(traced, executable, args):
   return calls
 
 
-def _check(case, name):
-  found = _plan(name, *MESH, inspect=_foreign_calls, compiles=False)
+def _check(case, name, *flags):
+  found = _plan(name, *MESH, *flags, inspect=_foreign_calls, compiles=False)
   case.assertRegex(found.ended, SAMPLED.get(name, "^$"))
   names = {program.name for program in found.programs}
   case.assertLessEqual(set(PROGRAMS[name]), names)
@@ -127,6 +127,9 @@ class LoweringTest(parameterized.TestCase):
   @parameterized.parameters(*QUICK)
   def test_programs_lower_for_tpu_and_cuda(self, name):
     _check(self, name)
+
+  def test_adapters(self):
+    _check(self, "preference", "--lora_rank=2", "--base_dtype=int8")
 
   def test_no_script_is_left_out(self):
     self.assertEqual(set(PROGRAMS), {*meshes_test.RUNS, "sft"})

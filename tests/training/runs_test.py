@@ -576,23 +576,6 @@ class LogsTest(_RunTest):
 
 
 class CheckModelsTest(_RunTest):
-  def test_weights_are_those_of_the_first_start(self):
-    workdir = self.enter_context(tempfile.TemporaryDirectory())
-    weights = {"a": np.float32([1, 2])}
-    runs.check_models(workdir, {"policy": weights, "base": weights})
-    runs.check_models(workdir, {"policy": weights, "base": weights})
-    other = {"a": np.float32([1, 3])}
-    with self.assertRaisesRegex(ValueError, "--base holds other weights than"):
-      runs.check_models(workdir, {"policy": weights, "base": other})
-
-  def test_other_things_to_start_from_are_those_of_the_first_start(self):
-    workdir = self.enter_context(tempfile.TemporaryDirectory())
-    weights = {"policy": {"a": np.float32([1, 2])}}
-    runs.check_models(workdir, weights, {"The rows of data": "abc"})
-    runs.check_models(workdir, weights, {"The rows of data": "abc"})
-    with self.assertRaisesRegex(ValueError, "The rows of data are others than"):
-      runs.check_models(workdir, weights, {"The rows of data": "abd"})
-
   def test_a_run_holds_its_models_to_it(self):
     weights = {"a": np.float32([1, 2])}
     starts_from = {"policy": weights, "reference": None}
@@ -603,34 +586,6 @@ class CheckModelsTest(_RunTest):
     other = {"policy": {"a": np.float32([1, 3])}}
     with self.assertRaisesRegex(ValueError, "--policy holds other weights"):
       self.train(self.start("--steps=1"), starts_from=other)
-
-  def test_same_kind(self):
-    policy = mock.Mock(**{"model.config": 1, "tokenizer.eos_token_id": 2})
-    policy.tokenizer.get_vocab.return_value = {"a": 0}
-
-    def other(config=1, end=2, vocabulary=("a",)):
-      found = mock.Mock(
-        **{"model.config": config, "tokenizer.eos_token_id": end}
-      )
-      found.tokenizer.get_vocab.return_value = {v: 0 for v in vocabulary}
-      return found
-
-    runs.check_same_kind("--base=x", other(), policy)
-    with self.assertRaisesRegex(ValueError, "--base=x is another architecture"):
-      runs.check_same_kind("--base=x", other(config=3), policy)
-    for different in (other(end=3), other(vocabulary=("b",))):
-      for check in (runs.check_same_kind, runs.check_same_tokens):
-        with self.assertRaisesRegex(ValueError, "vocabulary or end token"):
-          check("--base=x", different, policy)
-    # Of a model that shares the tokens alone.
-    runs.check_same_tokens("--base=x", other(config=3), policy)
-
-
-class UnescapedTest(parameterized.TestCase):
-  def test_line_feeds(self):
-    self.assertEqual(
-      runs.unescaped([r"\n\nHuman:", "###"]), ["\n\nHuman:", "###"]
-    )
 
 
 if __name__ == "__main__":
