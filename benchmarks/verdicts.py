@@ -52,6 +52,19 @@ def measure_all():
     measure("answer is", prompts, [f"The answer is {n}." for n in answers]),
     measure("last number", prompts, [f"That is {n}." for n in answers]),
     measure("four steps, last number", prompts, steps),
+    measure(
+      "four steps, answer is",
+      prompts,
+      [f"{s}\nThe answer is {n}." for s, n in zip(steps, answers, strict=True)],
+    ),
+    measure(
+      "four steps, boxed",
+      prompts,
+      [
+        rf"{s}\nIt is $\boxed{{{n}}}$."
+        for s, n in zip(steps, answers, strict=True)
+      ],
+    ),
   ]
   num = FLAGS.expressions
   replies = [

@@ -1205,7 +1205,6 @@ GROUPS = (
       "\\boxed{7}}",
       "\\boxed{\\frac{14}{2}}",
       "\\boxed{\\sqrt{49}}",
-      "\\boxed{7!}",
       "\\boxed{\\frac{14}{2}} = \\boxed{7}",
       "#### 7 apples",
       "#### 7 (seven)",

@@ -102,7 +102,7 @@ HOSTILE = (
   *("<|im_end|>", "[", "<", "7/", "7^", "minus ", "or ", "答案", "\\\\", "'"),
   *("~~", "<<1=", "<think>", "\n- ", "| 7 |\n", "\\color{", "{1\\over", "if "),
   *("The answer is 6. ", "That is wrong. ", "Wait, 7 ", "\\text{a}", "٣", "१"),
-  *(".", ",", "{", "the answer is", "7.x", "has 7, "),
+  *(".", ",", "{", "the answer is", "7.x", "has 7, ", "^ ", "\t"),
 )
 
 
@@ -247,7 +247,8 @@ class ExtractTest(parameterized.TestCase):
     for function in (
       *(clauses.last_clause, normalisation.characters, numbers.number),
       *(normalisation.cut_at_end_token, normalisation.normalise),
-      *(surroundings.takes_back, surroundings.is_hedge, extraction.braced),
+      *(surroundings.takes_back, surroundings.is_hedge, surroundings.changes),
+      extraction.braced,
       lambda text: clauses.is_offered(text, len(text)),
       lambda text: surroundings.withdraws(text, "43"),
       lambda text: math_word_problems.step_matches(["43"], text),
@@ -256,6 +257,40 @@ class ExtractTest(parameterized.TestCase):
       start = time.process_time()
       function(text)
       self.assertLess(time.process_time() - start, 2.0, function)
+
+  def test_sums_are_read_as_the_long_way(self):
+    """The short way is for speed: whatever it reads means the same."""
+    texts = [response for _, response, _ in answer_rows.ROWS]
+    texts += [
+      f"{above}{start} {ended}{behind}"
+      for above in ("", "She has 3.\n", "41 or\n", "Is it 4?\n", "41 +\n")
+      for start in ("So", "If", "Not", "I am not sure, but", "She needs", "Or")
+      for ended in ("40 + 2 = 42", "50-8=$42", "2x+40 = 42", "4*.5 = -2.5")
+      for behind in (
+        *(
+          "",
+          ".",
+          " clips.",
+          " or",
+          " by",
+          " dozen",
+          " are left.",
+          " to go.\n",
+        ),
+        *(" because he said so", " in two days", " is wrong.", " or more."),
+        *(" thousand", " is too many.", " and\n", ", and up.", " to 50."),
+      )
+    ]
+    short = {text: clauses._after_sum(text) for text in texts}
+    short = {text: clause for text, clause in short.items() if clause}
+    self.assertGreater(len(short), 50)
+    with mock.patch.object(clauses, "_after_sum", return_value=None):
+      for text, clause in short.items():
+        self.assertEqual(
+          numbers.number(clause),
+          numbers.number(clauses.last_clause(text) or ""),
+          text,
+        )
 
 
 class NumbersTest(parameterized.TestCase):

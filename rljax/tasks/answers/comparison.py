@@ -47,6 +47,7 @@ _PLAIN_ARITHMETIC = re.compile(
 )
 _SPLIT_NUMBER = re.compile(r"[0-9][\s~]+[0-9]")
 _LEFT_SIDE = re.compile(r"^[^=<>]*[^=<>!:]=(?!=)")
+_WORDS_ALONE = re.compile(r"[A-Za-z']+(?: [A-Za-z']+){2,}")
 _UNIT = re.compile(r"(?<=[0-9)}\s])\s*[A-Za-z][A-Za-z .]*$")
 
 
@@ -132,6 +133,8 @@ def compare(truth: str, text: str | None, rule: str) -> tuple[str | None, str]:
   value = numbers.number(text)
   if value is not None and not _VARIABLE.search(truth + bare):
     return value, "unsettled"  # 1 million is 10^6.
+  if rule == "line" and _WORDS_ALONE.fullmatch(bare):
+    return None, "none"
   if rule in _PROSE or re.search("[a-z]{4}$", bare):
     bare = _without_unit(bare.replace("$", " "))
   if rule in (*_PROSE, "line", "number") and not _is_expression(bare):

@@ -63,6 +63,12 @@ _DENIED = re.compile(
   re.IGNORECASE,
 )
 _TURNED = re.compile(r"\b(?:but|however|no|wait|so|anyway)\b", re.IGNORECASE)
+# Before an answer that replaces the one behind "####".
+_CONCLUDES = re.compile(
+  r"\b(?:so|thus|hence|therefore|but|however|wait|no|actually|sorry|oops"
+  r"|correct(?:ed|ion)?|final|real|actual|my|instead|wrong|mistake|error)\b",
+  re.IGNORECASE,
+)
 _IS = re.compile(r"\b(?:is|was)\s(?!.*\b(?:is|was)\s)")
 _MARKUP = re.compile(r"^(?:[\s*_:$\"']|\\[\[(](?!\w))+")
 _ABBREVIATED = re.compile(r"\b(Rs|approx|ca|No|i\.e|e\.g)\.\s")
@@ -81,7 +87,7 @@ _ASKED = re.compile(r"[?？]|\b(?:question|problem|exercise)\b", re.IGNORECASE)
 _GROUP_BEFORE = re.compile(
   r"\\(?:text[a-z]{0,6}|math[a-z]{2}|f?boxed|fbox|begin)\s*\{[^{}]*\}[\s$]*$"
 )
-_BOXED_BARE = re.compile(r"\s?(-?[0-9][0-9.,]{0,40})(?=[\s$.]|$)")
+_BOXED_BARE = re.compile(r"(-?[0-9][0-9.,]{0,40})(?=[\s$.]|$)")
 _BULLET = re.compile(r"\n[ \t]*[-*•+][ \t]+")
 
 
@@ -181,6 +187,8 @@ def _is_withdrawn(text: str, found: Extract) -> bool:
   if "boxed" in behind:
     later = _in_box(behind)
   elif "nswer" in behind:
+    if found.rule == "hashes" and not _CONCLUDES.search(behind):
+      return False  # A reply that runs on.
     later = _answer_is(behind)
   if later is not None and later.text and not _ASKED.search(behind):
     return numbers.number(later.text) not in (None, value)

@@ -98,7 +98,7 @@ _WIDE = re.compile(
 )
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 _DEGREES = re.compile(
-  r"\s*\^\s*\{?\s*\\circ\s*\}?|\s*\\(?:degree|textdegree)\b|°"
+  r"(?<!\s)\s*(?:\^\s*(?:\{\s*)?\\circ(?:\s*\})?|\\(?:degree|textdegree)\b)|°"
 )
 _DELIMITERS = re.compile(
   r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\[\[\]()]"

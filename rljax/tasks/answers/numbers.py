@@ -83,6 +83,11 @@ UNSOLVED = re.compile(
   r"(?:^|[\s=])(?:-|-?[0-9]+(?:/[0-9]+)?\s?\*?\s?)[a-z]\s*$"
   r"|(?:^|[\s=])[a-z]\s?\^\s?\{?\s?[0-9]\s?\}?\s*$"
 )
+_POWER = re.compile(r"\s*([a-z])\s?\^\s?\{?\s?[0-9]\s?\}?\s*")
+# 36 because 6 is the side.
+REASON = re.compile(
+  r"\s(?:because|(?<!and )(?<!so )since)\s(?!.*\bbut\b)", re.IGNORECASE
+)
 # What may follow "5 is": nothing that judges it otherwise.
 _IS_THE_ANSWER = re.compile(
   r"\W*(?:(?:the|my|our|your|a|indeed|thus|therefore|clearly|final|correct|right"
@@ -195,6 +200,9 @@ def _value(text: str) -> fractions.Fraction | None:
     return None
   text = without_labels(text)
   text = text.lstrip(" :=#*")
+  reason = REASON.search(text)
+  if reason and _DIGITS.search(text[: reason.start()]):
+    text = text[: reason.start()]
   sides = _IS.split(text)
   if len(sides) == 1:
     value = single(text)
@@ -215,7 +223,10 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   if len(sides) == 2 and last == 0 and _VARIABLE.fullmatch(rest[0]):
     return single(sides[0])  # 5 = x.
   if (
-    last and UNSOLVED.search(sides[last - 1]) and f"{sides[last - 1]}=" in text
+    last
+    and UNSOLVED.search(sides[last - 1])
+    and f"{sides[last - 1]}=" in text
+    and not (last > 1 and _is_power_of_another(*sides[last - 2 : last]))
   ):
     return None  # 2x = 5.
   if not all(_IS_THE_ANSWER.fullmatch(side) for side in rest):
@@ -236,6 +247,16 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   ):
     return None
   return value
+
+
+def _is_power_of_another(name: str, power: str) -> bool:
+  """Tells whether a side is a power, and the one before it another letter."""
+  match = _POWER.fullmatch(power)
+  return (
+    match is not None
+    and name.strip() not in ("", match[1])
+    and (_VARIABLE.fullmatch(name) is not None)
+  )  # A = s^2 = 36.
 
 
 def _sum(text: str) -> fractions.Fraction | None:

@@ -31,6 +31,7 @@ _CONFIRMED = re.compile(
   r"\b(?:correct|right|yes|good|ok|okay|holds|matches|checks|fine|same)\b",
   re.IGNORECASE,
 )
+_NEAR = 80  # Characters around an answer that count.
 _BEFORE_WORD = re.compile(r"[\s$*_(\[\\]+$")
 
 
@@ -44,6 +45,7 @@ def is_hedge(gap: str) -> bool:
 
 def takes_back(behind: str) -> bool:
   """Tells whether the words behind a marked answer change it."""
+  behind = behind[:_NEAR]
   behind = re.sub(r"^(?:[\s$}*_)]|\\[\])]|\\\))+", " ", behind)
   behind = clauses.SENTENCE_END.split(behind, maxsplit=1)[0].partition("\n")[0]
   return (
@@ -61,6 +63,7 @@ def takes_back(behind: str) -> bool:
 
 def changes(before: str) -> bool:
   """Tells whether the words before a marked answer change it."""
+  before = before[-_NEAR:]
   if _OPERATOR_BEFORE.search(before):
     return True
   before = _BEFORE_WORD.sub("", before)
