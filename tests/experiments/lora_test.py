@@ -211,10 +211,10 @@ class ScriptsTest(absltest.TestCase):
     few = [*LORA, "--steps=2", "--save_every=2", "--eval_every=2"]
     records = [*rlmec_test.GRM_FLAGS, *few, f"--base={wide}"]
     self.run_all(
-      ("grm", "rlmec_reward_model", policy, records),
-      ("rlmec", "rlmec", policy, [*rlmec_test.rlmec_flags(), *few]),
+      ("adapted_grm", "rlmec_reward_model", policy, records),
+      ("adapted_rlmec", "rlmec", policy, [*rlmec_test.rlmec_flags(), *few]),
     )
-    self.check("grm", "rlmec")
+    self.check("adapted_grm", "adapted_rlmec")
 
   def test_reasoning(self):
     short = reasoning_test.models(reasoning_test.SHORT)
