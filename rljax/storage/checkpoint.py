@@ -43,6 +43,7 @@ Tree = Any
 Workdir = str | os.PathLike[str]
 
 _CHECKSUMS = mirrors.MARKER  # Without it no checkpoint is whole.
+_STEP = re.compile(r"0|[1-9][0-9]*")  # Names of checkpoints.
 _UNFINISHED = ".saving"
 _REMOVED = ".removed"
 _UNREADABLE = ".unreadable"
@@ -341,7 +342,7 @@ class Checkpoints:
       return
     known = set(map(str, self.all_steps()))
     for path in sorted(self._folder.iterdir()):
-      if path.name.isdecimal() and path.name not in known:
+      if _STEP.fullmatch(path.name) and path.name not in known:
         _remove(path)  # Of a bucket that has moved on.
       match = re.match(rf"(\d+)({_UNFINISHED}|{_REMOVED})", path.name)
       if not match:
@@ -757,9 +758,7 @@ def _steps(folder, mirror=None):
     names = [path.name for path in folder.iterdir() if path.is_dir()]
   else:
     names = []
-  return sorted(
-    int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name, re.A)
-  )
+  return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def _remove(path):

@@ -101,6 +101,7 @@ def start(
   in_force = {flag.name: flag.value for flag in own}
   in_force["workdir"] = mirrors.shown(values.workdir)
   may_change = {f.name for f in own if getattr(f, "may_change", False)}
+  may_change.add("workdir")
   growing = {f.name: f.may_grow for f in own if getattr(f, "may_grow", "")}
   # The first that they tell each other, now that the cache is known.
   folder = os.path.realpath(values.workdir)

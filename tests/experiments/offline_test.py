@@ -167,7 +167,8 @@ class ValueTest(absltest.TestCase):
     )
     for (flags, message), error in zip(cases, errors, strict=True):
       with self.subTest(flags[-1]):
-        self.assertRegex(str(error), f"^(IllegalFlag)?ValueError: .*{message}")
+        kinds = "IllegalFlagValueError|ValueError|NoRowLeft"
+        self.assertRegex(str(error), f"^({kinds}): .*{message}")
 
 
 class OfflineTest(parameterized.TestCase):
@@ -573,7 +574,8 @@ class EvaluateTest(absltest.TestCase):
     )
     for (flags, message), error in zip(cases, errors, strict=True):
       with self.subTest(" ".join(flags)):
-        self.assertRegex(str(error), f"^(IllegalFlag)?ValueError: .*{message}")
+        kinds = "IllegalFlagValueError|ValueError|NoRowLeft"
+        self.assertRegex(str(error), f"^({kinds}): .*{message}")
 
 
 class LearningTest(absltest.TestCase):

@@ -4,6 +4,7 @@ import functools
 import shutil
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from rljax.tasks import word_lists
@@ -78,17 +79,28 @@ def _runs(name):
   return plain, packed
 
 
-class PackedLengthTest(parameterized.TestCase):
-  @parameterized.parameters(*RUNS)
+def _check_same(case, name):
+  plain, packed = _runs(name)
+  case.assertLess(scripts.largest_gap(plain, packed), scripts.ROUNDING)
+  losses = [
+    [x for row in scripts.rows(run) for k, x in row.items() if "loss" in k]
+    for run in (plain, packed)
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-4, atol=1e-5)
+  case.assertGreater(np.ptp(losses[0]), 1e-4)  # Something is learnt.
+
+
+@pytest.mark.slow
+class OthersTest(parameterized.TestCase):
+  @parameterized.parameters(*sorted(RUNS.keys() - {"sft", "dpo"}))
   def test_learns_the_same(self, name):
-    plain, packed = _runs(name)
-    self.assertLess(scripts.largest_gap(plain, packed), scripts.ROUNDING)
-    losses = [
-      [x for row in scripts.rows(run) for k, x in row.items() if "loss" in k]
-      for run in (plain, packed)
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-4, atol=1e-5)
-    self.assertGreater(np.ptp(losses[0]), 1e-4)  # Something is learnt.
+    _check_same(self, name)
+
+
+class PackedLengthTest(parameterized.TestCase):
+  @parameterized.parameters("sft", "dpo")
+  def test_learns_the_same(self, name):
+    _check_same(self, name)
 
   def test_goes_on_bit_for_bit(self):
     _, packed = _runs("sft")

@@ -510,7 +510,8 @@ class FreshTest(parameterized.TestCase):
       dtype="bfloat16",
     )
     config = model.config
-    self.assertEqual((config.vocab_size, config.dtype), (30, "bfloat16"))
+    self.assertEqual(config.vocab_size, 30)
+    self.assertEqual(config.dtype, jnp.bfloat16)
     self.assertIsNone(config.eos_token_id)
     shapes = fresh.shapes(model)
     paths = jax.tree_util.tree_leaves_with_path(shapes)
@@ -523,7 +524,7 @@ class FreshTest(parameterized.TestCase):
       },
     )
     again = type(config).from_hf(json.loads(json.dumps(config.to_hf())))
-    self.assertEqual(dataclasses.replace(again, dtype="bfloat16"), config)
+    self.assertEqual(dataclasses.replace(again, dtype=jnp.bfloat16), config)
 
   def test_sizes_that_do_not_fit(self):
     with self.assertRaisesRegex(ValueError, "divisible by the 4 heads, got 30"):

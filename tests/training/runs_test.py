@@ -200,7 +200,7 @@ class StartTest(_RunTest):
       with self.assertRaises(OSError):
         self.start()
       connect.assert_called_once()
-      self.assertEqual(connect.call_args.args, ("127.0.0.1:1", 2, 0))
+      self.assertEqual(connect.call_args.args, ("127.0.0.1:1", 2, 0, None))
       self.assertFalse(self.workdir.exists())
       # A script for one process refuses to be one of several.
       with self.assertRaisesRegex(
