@@ -718,7 +718,7 @@ class CloudTest(Cloud):
       self.assertIn(f"--editable {home}/rljax[tpu,gcs]", uv)
 
     # A host may have started once more just before the slice goes.
-    finish = self.start_job("--steps=40", VERDICT=SECONDS)[1]
+    finish = self.start_job("--steps=40", "--seconds=0.2", VERDICT=SECONDS)[1]
     wait_for(lambda: len(steps(self.workdir)) > 4, "steps")
     output = self.well("status")
     self.assertIn("demo is ACTIVE", output)
