@@ -28,6 +28,7 @@ fi
 # depend on, its own version included. RLJAX_TEST_CACHE= makes a new cache.
 export RLJAX_TEST_CACHE="${RLJAX_TEST_CACHE-${XDG_CACHE_HOME:-$HOME/.cache}/rljax/tests}"
 [[ -n "$RLJAX_TEST_CACHE" ]] || unset RLJAX_TEST_CACHE
+unset PYTHON  # Other scripts of launch/, which are tested, read it too.
 slow=(-m "not slow")
 if [[ -n "${SLOW:-}" ]]; then slow=(); fi
 # Compiling is most of the work, and takes one core: two workers use two.
