@@ -52,6 +52,35 @@ def shared(path: str) -> pathlib.Path:
   return found
 
 
+# Further cases of tests, which are slow ones: the quick run has their siblings.
+FURTHER = (
+  "experiments/offline_test.py::OfflineTest::test_killed_run_ends_with_the_same_bits1",
+  "experiments/packing_test.py::PackedLengthTest::test_learns_the_same1",
+  "experiments/resume_test.py::ResumeTest::test_killed_run_ends_with_the_same_bits1",
+  "experiments/rlmec_test.py::PipelineTest::test_killed_and_resumed_is_the_same1",
+  "experiments/rlmec_test.py::RewardModelTest::test_killed_and_resumed_is_the_same1",
+  "generation/packed_test.py::PackedTest::test_loss_and_gradient3",
+  "generation/packed_test.py::PackedTest::test_loss_and_gradient4",
+  "generation/packed_test.py::PackedTest::test_loss_and_gradient5",
+  "generation/slots_test.py::SamplersTest::test_responder1",
+  "generation/slots_test.py::SamplersTest::test_sampler2",
+  "generation/slots_test.py::SamplersTest::test_sampler3",
+  "generation/slots_test.py::SlotsTest::test_caches1",
+  "models/lora_test.py::AdaptedTest::test_beside_is_merged2",
+  "models/lora_test.py::AdaptedTest::test_beside_is_merged3",
+  "models/lora_test.py::AdaptedTest::test_beside_is_merged4",
+  "models/lora_test.py::AdaptedTest::test_beside_is_merged5",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Marks cases that a mark above their parameters would miss."""
+  for item in items:
+    if item.nodeid.removeprefix("tests/") in FURTHER:
+      item.add_marker(pytest.mark.slow)
+
+
 def pytest_unconfigure():
   """Removes the cache of compiled programs, if this process has made it."""
   if _OWN_CACHE:
