@@ -11,7 +11,7 @@ import contextlib
 import jax
 from jax.interpreters import mlir
 
-from rljax.training import precision
+from rljax.distributed import planning
 
 BITS = {"tpu": 7, "gpu": 10}
 
@@ -39,7 +39,7 @@ def machine(name):
       )
     return plain(ctx, left, right, precision=precision, **params)
 
-  own, precision.machine = precision.machine, lambda: name
+  own, planning.machine = planning.machine, lambda: name
   asked = jax.config.jax_default_matmul_precision
   mlir.register_lowering(product, rounded, platform="cpu")
   jax.clear_caches()
@@ -47,7 +47,7 @@ def machine(name):
     yield
   finally:
     lowerings._platform_specific_lowerings["cpu"][product] = kept
-    precision.machine = own
+    planning.machine = own
     jax.config.update("jax_default_matmul_precision", asked)
     jax.clear_caches()
 

@@ -296,6 +296,12 @@ def platform() -> str:
   return devices[0].platform if devices else jax.default_backend()
 
 
+def machine() -> str:
+  """Returns the same as "cpu", "gpu" or "tpu", whoever made the GPU."""
+  name = platform()
+  return "gpu" if name in ("cuda", "rocm") else name
+
+
 def compiler_options() -> dict[str, str] | None:
   """Returns what the compiler is told for the machine of `platform`.
 

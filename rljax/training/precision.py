@@ -36,12 +36,6 @@ _LAYER = re.compile(r"(layers?|blocks?|h)_(\d+)")
 _OWN = jax.config.jax_default_matmul_precision
 
 
-def machine() -> str:
-  """Returns what programs are compiled for: "cpu", "gpu" or "tpu"."""
-  name = planning.platform()
-  return "gpu" if name in ("cuda", "rocm") else name
-
-
 def choose(asked: str, dtype: str) -> str | None:
   """Returns the precision of float32 products, as JAX names it.
 
@@ -55,7 +49,7 @@ def choose(asked: str, dtype: str) -> str | None:
   """
   if asked != "auto":
     return asked
-  if _OWN is None and dtype == "float32" and machine() != "cpu":
+  if _OWN is None and dtype == "float32" and planning.machine() != "cpu":
     return "highest"
   return _OWN
 
@@ -75,7 +69,7 @@ def operand_bits(dtype: str) -> int:
   if jnp.dtype(dtype) != jnp.float32:
     return jnp.finfo(dtype).nmant
   asked = jax.config.jax_default_matmul_precision or "default"
-  return _BITS.get(machine(), {}).get(asked, _FLOAT32_BITS)
+  return _BITS.get(planning.machine(), {}).get(asked, _FLOAT32_BITS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import absltest, parameterized
 
+from rljax.distributed import planning
 from rljax.generation import rollouts
 from rljax.models import hf
 from rljax.ops import log_probs, sampling
@@ -21,7 +22,7 @@ from tests import conftest, emulation, tiny
 
 
 def _on(machine):
-  return mock.patch.object(precision, "machine", lambda: machine)
+  return mock.patch.object(planning, "machine", lambda: machine)
 
 
 class ChoiceTest(parameterized.TestCase):
@@ -53,7 +54,7 @@ class ChoiceTest(parameterized.TestCase):
     for name, expected in (("cuda", "gpu"), ("tpu", "tpu"), ("cpu", "cpu")):
       platform = "rljax.distributed.planning.platform"
       with mock.patch(platform, return_value=name):
-        self.assertEqual(precision.machine(), expected)
+        self.assertEqual(planning.machine(), expected)
 
 
 class ToleranceTest(parameterized.TestCase):
