@@ -129,13 +129,6 @@ def seen(
   return allowed
 
 
-def causal_mask(
-  mask: Array, window: int | None = None, segments: Array | None = None
-) -> Array:
-  """Returns `seen` for a causal model."""
-  return seen(mask, window=window, segments=segments)
-
-
 def attend(
   queries: Array,
   keys: Array,
@@ -196,7 +189,7 @@ def attend(
   if scores.scale is None:
     see["scale"] = 1 / math.sqrt(queries.shape[-1])
   if form == "blocks":
-    size = _BLOCK.get(_platform(), 512)
+    size = _BLOCK.get(planning.machine(), 512)
     return blockwise.attend(
       queries, keys, values, mask, block_q=size, block_k=size, **see
     )
@@ -233,7 +226,7 @@ def choose(
     "plain" for short rows; else "cudnn" or "splash" where there is such a
     kernel for the case, and "blocks" where there is none.
   """
-  platform = _platform()
+  platform = planning.machine()
   if keys.shape[1] < SHORTEST.get(platform, 512):
     return "plain"
   if not fused.can_split(compiled.mesh(), queries, keys):
@@ -245,12 +238,6 @@ def choose(
   if platform == "tpu" and fused.splash_knows(queries, keys):
     return "splash"
   return "blocks"
-
-
-def _platform() -> str:
-  """Returns "cpu", "gpu" or "tpu"."""
-  platform = planning.platform()
-  return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
 def _plain(

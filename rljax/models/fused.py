@@ -153,9 +153,6 @@ def cudnn(
   back = jnp.argsort(order, axis=1)
   # A row of padding alone reads its first column.
   lengths = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)
-  reach = None
-  if window is not None:
-    reach = (window - 1, 0) if causal else (window, window)
   # What the kernel makes of the gradient at padding is not said: it stops here.
   there = jnp.take_along_axis(mask, order, axis=1)[:, :, None, None]
   found = jax.nn.dot_product_attention(
@@ -167,10 +164,17 @@ def cudnn(
     is_causal=causal,
     query_seq_lengths=lengths,
     key_value_seq_lengths=lengths,
-    local_window_size=reach,
+    local_window_size=_reach(causal, window),
     implementation="cudnn",
   )
   return jnp.where(mask[:, :, None, None], _moved(found, back, order), 0)
+
+
+def _reach(causal: bool, window: int | None) -> tuple[int, int] | None:
+  """Returns how many tokens before its own and behind it a query sees."""
+  if window is None:
+    return None
+  return (window - 1, 0) if causal else (window, window)
 
 
 @jax.custom_vjp
@@ -248,8 +252,7 @@ def splash(
 
   square = (filled, filled)
   if window is not None:
-    reach = (window - 1, 0) if causal else (window, window)
-    allowed = lib.LocalMask(square, reach, 0)
+    allowed = lib.LocalMask(square, _reach(causal, window), 0)
   else:
     allowed = (lib.CausalMask if causal else lib.FullMask)(square)
   size = next(n for n in _BLOCKS if filled % n == 0)

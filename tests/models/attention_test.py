@@ -71,8 +71,8 @@ class PositionsTest(parameterized.TestCase):
       ],
     )
 
-  def test_causal_mask_by_hand(self):
-    allowed = attention.causal_mask(jnp.array([[False, True, True]]))
+  def test_what_is_seen_by_hand(self):
+    allowed = attention.seen(jnp.array([[False, True, True]]))
     np.testing.assert_array_equal(allowed, [[[0, 0, 0], [0, 1, 0], [0, 1, 1]]])
 
 

@@ -227,7 +227,7 @@ def _classifier_gradients(model, params, ids, mask):
 class WindowsTest(parameterized.TestCase):
   def test_mask_by_hand(self):
     mask = jnp.array([[False, True, True, True, True]])
-    found = attention.causal_mask(mask, 2)[0].astype(int)
+    found = attention.seen(mask, window=2)[0].astype(int)
     np.testing.assert_array_equal(
       found,
       [
@@ -240,7 +240,7 @@ class WindowsTest(parameterized.TestCase):
     )
     for window in (None, 5, 9):  # They hold the whole text.
       np.testing.assert_array_equal(
-        attention.causal_mask(mask, window), attention.causal_mask(mask)
+        attention.seen(mask, window=window), attention.seen(mask)
       )
 
   def test_cache_is_as_long_as_the_window(self):
