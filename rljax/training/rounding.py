@@ -44,7 +44,7 @@ def stochastically(x: Array, seed: Array) -> Array:
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   # A carry out of the bits that are dropped is one step away from 0.
   bits += jax.lax.shift_right_logical(
-    _hash(_places(x.shape) ^ seed), np.uint32(_DROPPED)
+    hashed(_places(x.shape) ^ seed), np.uint32(_DROPPED)
   )
   high = jax.lax.shift_right_logical(bits, np.uint32(_DROPPED))
   return jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
@@ -60,8 +60,10 @@ def _places(shape: tuple[int, ...]) -> Array:
   return places
 
 
-def _hash(x: Array) -> Array:
+def hashed(x: Array) -> Array:
   """Mixes the bits of each uint32: one that differs changes half of them.
+
+  It compiles at once, where a generator of many numbers takes its time.
 
   Source:
     Wellons (2018), "Prospecting for Hash Functions": "lowbias32".
@@ -89,11 +91,11 @@ def as_stored(tree: Tree, like: Tree, grads: Tree, *, salt: int) -> Tree:
   if all(x.dtype == dtype for x, dtype in zip(arrays, dtypes, strict=True)):
     return tree
   norm = optax.global_norm(in_float32(grads))
-  seed = _hash(jax.lax.bitcast_convert_type(norm, jnp.uint32))
+  seed = hashed(jax.lax.bitcast_convert_type(norm, jnp.uint32))
   return structure.unflatten(
     x
     if x.dtype == dtype
-    else stochastically(x, _hash(seed + np.uint32(2 * place + salt)))
+    else stochastically(x, hashed(seed + np.uint32(2 * place + salt)))
     for place, (x, dtype) in enumerate(zip(arrays, dtypes, strict=True))
   )
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.training import rounding
+
 Tree = Any
 
 # Axes that are longer are projected to so many numbers.
@@ -52,12 +54,8 @@ def _project(x):
 
 
 def _signs(size):
-  """Signs `[size, 128]` by a hash of their places, which compiles at once."""
-  place = jnp.arange(size * WIDTH, dtype=jnp.uint32)
-  # The finaliser of MurmurHash3: every bit of the place moves every bit.
-  place = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
-  place = (place ^ (place >> 13)) * jnp.uint32(0xC2B2AE35)
-  sign = (place ^ (place >> 16)) & 1
+  """Signs `[size, 128]` by a hash of their places."""
+  sign = rounding.hashed(jnp.arange(size * WIDTH, dtype=jnp.uint32)) & 1
   return 1 - 2 * sign.astype(jnp.float32).reshape(size, WIDTH)
 
 
