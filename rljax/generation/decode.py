@@ -139,7 +139,7 @@ def sample(
     allowed: `[V]` bool, tokens that may be drawn; all by default. The trainer's
       log-probabilities must use the same mask.
     stop_ids: token ids that end a response and belong to it.
-    stop_strings: `[S, V]` table of `stop_table`, or None. The token that
+    stop_strings: `[S, V]` table of `stops.table`, or None. The token that
       completes a stop string belongs to the response.
     min_new_tokens: tokens that a response has before a stop id may be drawn.
       Like top-k, this changes `truncated_log_probs` and not `log_probs`.

@@ -108,13 +108,13 @@ class Responder:
     tokens.check_positions(
       ids.shape[1] + max_length, model.config.max_positions
     )
-    vocab_size = model.config.vocab_size
-    stop_ids, allowed = stops.ends(model, tokenizer, stop_at_eos, stop_tokens)
-    stop_table, self._pieces = None, ()
-    if stop_strings:
-      self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
-      stop_table = stops.table(stop_strings, self._pieces)
-
+    ends = self._ends = stops.ends(
+      model,
+      tokenizer,
+      stop_at_eos=stop_at_eos,
+      stop_tokens=stop_tokens,
+      stop_strings=stop_strings,
+    )
     on_mesh = slots_lib.on_mesh(slots, mesh)
 
     def sample(key, params, batch):
@@ -132,9 +132,9 @@ class Responder:
         max_length=max_length,
         settings=settings,
         prompt_indices=batch["indices"],
-        allowed=jnp.asarray(allowed),
-        stop_ids=stop_ids,
-        stop_strings=stop_table,
+        allowed=jnp.asarray(ends.allowed),
+        stop_ids=ends.ids,
+        stop_strings=ends.table,
         min_new_tokens=min_new_tokens,
         num_samples=num_samples,
         lengths=jnp.repeat(batch["lengths"], num_samples),
@@ -166,7 +166,6 @@ class Responder:
     self._key = jax.random.key(seed)
     self._tokenizer = tokenizer
     self._forced, self._forced_as = forced, forced_as
-    self._stop_strings, self._stop_ids = tuple(stop_strings), stop_ids
     self._batch_size, self._mesh = batch_size, mesh
 
   def freeze(self) -> None:
@@ -208,12 +207,9 @@ class Responder:
       rollout = jax.tree.map(lambda x, n=num_rows: x[:n], rollout)
       if self._forced is not None:
         rollout = self._without_forced(rollout)
+      ends = self._ends
       texts = responses.read(
-        self._tokenizer,
-        rollout,
-        self._stop_strings,
-        self._stop_ids,
-        self._pieces,
+        self._tokenizer, rollout, ends.strings, ends.ids, ends.pieces
       )
       yield range(start, end), texts, rollout.finished
 

@@ -69,20 +69,19 @@ class Sampler:
     vocab_size = model.config.vocab_size
     distribution = settings.distribution
     self.settings = settings
-    self.stop_ids, allowed = stops.ends(
-      model, tokenizer, settings.stop_at_eos, settings.stop_tokens
+    ends = self._ends = stops.ends(
+      model,
+      tokenizer,
+      stop_at_eos=settings.stop_at_eos,
+      stop_tokens=settings.stop_tokens,
+      stop_strings=settings.stop_strings,
     )
-    self.allowed = jnp.asarray(allowed)
+    self.stop_ids, self.allowed = ends.ids, jnp.asarray(ends.allowed)
     self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
-    self._task, self._grammar, self._pieces = task, None, ()
+    self._task, self._grammar = task, None
     if settings.constraint == "grammar":
       grammar = grammars.of_task(task, tokenizer, vocab_size, self.stop_ids)
       self._grammar = meshes.replicate(grammar, mesh)
-    stop_table = None
-    if settings.stop_strings:
-      self._pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
-      stop_table = stops.table(settings.stop_strings, self._pieces)
-
     on_mesh = slots.on_mesh(settings.slots, mesh)
 
     def sample(key, params, tables, ids, mask, lengths, indices, places):
@@ -101,8 +100,8 @@ class Sampler:
         settings=distribution,
         num_samples=settings.num_samples,
         allowed=self.allowed,
-        stop_ids=self.stop_ids,
-        stop_strings=stop_table,
+        stop_ids=ends.ids,
+        stop_strings=ends.table,
         min_new_tokens=settings.min_new_tokens,
         lengths=lengths,
         constraint=within,
@@ -153,7 +152,7 @@ class Sampler:
     Returns:
       B * num_samples responses; row b * num_samples + j is sample j of b.
     """
-    num_samples = self.settings.num_samples
+    ends, num_samples = self._ends, self.settings.num_samples
     place = (step, 1, number) if number else (step, 1)
     lengths = self.settings.lengths(len(rows) * num_samples, *place)
     indices = np.arange(len(rows), dtype=np.int32)
@@ -175,11 +174,7 @@ class Sampler:
       rollout=rollout,
       prompts=[text for text in texts for _ in range(num_samples)],
       texts=responses.read(
-        self._tokenizer,
-        rollout,
-        self.settings.stop_strings,
-        self.stop_ids,
-        self._pieces,
+        self._tokenizer, rollout, ends.strings, ends.ids, ends.pieces
       ),
       settings=self.settings,
       policy_step=step,

@@ -2,20 +2,40 @@
 
 import collections
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rljax.text import (
-  end_tokens,
-  vocabularies,
-)
+from rljax.text import end_tokens, vocabularies
+
+
+class Ends(NamedTuple):
+  """Holds what ends the responses of a policy, and what it may draw.
+
+  Attributes:
+    ids: tokens that end a response.
+    allowed: `[V]` bool, tokens that may be drawn.
+    strings: texts that end a response.
+    table: of the strings, see `table`; None without any.
+    pieces: the bytes of each token, for `responses.read`; () without strings.
+  """
+
+  ids: tuple[int, ...]
+  allowed: np.ndarray
+  strings: tuple[str, ...]
+  table: np.ndarray | None
+  pieces: Sequence[bytes]
 
 
 def ends(
-  model: Any, tokenizer: Any, stop_at_eos: bool, stop_tokens: Sequence[str] = ()
-) -> tuple[tuple[int, ...], np.ndarray]:
-  """Returns the tokens that end a response, and those that may be drawn.
+  model: Any,
+  tokenizer: Any,
+  *,
+  stop_at_eos: bool,
+  stop_tokens: Sequence[str] = (),
+  stop_strings: Sequence[str] = (),
+) -> Ends:
+  """Finds what ends a response, and the tokens that may be drawn.
 
   Args:
     model: the policy's module, whose config names end tokens of its own.
@@ -23,9 +43,7 @@ def ends(
     stop_at_eos: whether the end tokens of model and tokenizer end a response;
       else they are never drawn.
     stop_tokens: further ones, which do in any case; see `end_tokens.named_ids`.
-
-  Returns:
-    The ids, and `[V]` bool.
+    stop_strings: texts that do.
 
   Raises:
     ValueError: if there is no end token though it is asked for, or one of
@@ -37,12 +55,15 @@ def ends(
     stop_ids, never = end_tokens.stop_ids(tokenizer, own, more), ()
   else:
     stop_ids, never = more, () if own is None else own
-  allowed = vocabularies.allowed_tokens(
-    tokenizer, model.config.vocab_size, stop_ids
-  )
+  vocab_size = model.config.vocab_size
+  allowed = vocabularies.allowed_tokens(tokenizer, vocab_size, stop_ids)
   never = [never] if isinstance(never, int) else list(never)
   allowed[[id_ for id_ in never if id_ not in stop_ids]] = False
-  return stop_ids, allowed
+  if not stop_strings:
+    return Ends(stop_ids, allowed, (), None, ())
+  pieces = vocabularies.token_bytes(tokenizer, vocab_size=vocab_size)
+  strings = tuple(stop_strings)
+  return Ends(stop_ids, allowed, strings, table(strings, pieces), pieces)
 
 
 def table(strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:
