@@ -13,10 +13,11 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
+from rljax.text import packing
+
 Array = chex.Array
 Batch = Mapping[str, Array]
 
-TEXTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
 ROWS = ("packed_ids", "packed_segments", "packed_reads")
 
 
@@ -40,7 +41,7 @@ def texts(batch: Batch) -> dict[str, Array]:
     The texts `[N, T]`, and the packed rows as they are.
   """
   fold = lambda x: x.reshape(-1, x.shape[-1])
-  found = {name: fold(batch[name]) for name in TEXTS}
+  found = {name: fold(batch[name]) for name in packing.TEXTS}
   if is_packed(batch):
     found |= {name: batch[name] for name in ROWS}
     found["packed_places"] = fold(batch["packed_places"])

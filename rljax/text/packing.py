@@ -15,6 +15,9 @@ import numpy as np
 
 Batch = dict[str, Any]
 
+# What a batch holds of its prompts and replies.
+TEXTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
@@ -68,7 +71,7 @@ class Packer:
     for part in range(num_parts):
       mine = slice(part, size, num_parts)
       fold = lambda x, mine=mine: x[mine].reshape(-1, x.shape[-1])
-      found = self._pack(*(fold(batch[name]) for name in _TEXTS))
+      found = self._pack(*(fold(batch[name]) for name in TEXTS))
       ids[:, part], segments[:, part], reads[:, part], at = found
       places[mine] = at.reshape(places[mine].shape)
     joined = lambda x: x.reshape(-1, x.shape[-1])
@@ -126,9 +129,6 @@ class Packer:
       places[i, :said] = row * self.num_reads + read[row] + np.arange(said)
       used[row], read[row] = end, read[row] + said
     return ids, segments, reads, places
-
-
-_TEXTS = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
 
 
 def best_fit(counts: np.ndarray, length: int) -> np.ndarray:
