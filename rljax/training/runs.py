@@ -99,9 +99,10 @@ def start(
     precision.apply(values.matmul_precision, values.dtype)
   own = values.get_key_flags_for_module(sys.argv[0])
   in_force = {flag.name: flag.value for flag in own}
-  in_force["workdir"] = mirrors.shown(values.workdir)
+  shown = mirrors.shown(values.workdir)
+  if "workdir" in in_force:  # The URL, of one in a bucket.
+    in_force["workdir"] = shown
   may_change = {f.name for f in own if getattr(f, "may_change", False)}
-  may_change.add("workdir")
   growing = {f.name: f.may_grow for f in own if getattr(f, "may_grow", "")}
   # The first that they tell each other, now that the cache is known.
   folder = os.path.realpath(values.workdir)
@@ -113,7 +114,7 @@ def start(
     processes.check_shared(values.workdir)
   if not trains and checkpoint.holds_run(values.workdir):
     raise ValueError(
-      f"--workdir={in_force['workdir']} holds a training run, whose files this "
+      f"--workdir={shown} holds a training run, whose files this "
       "script would replace; choose another."
     )
   lock = locks.take(values.workdir) if processes.is_first() else None
