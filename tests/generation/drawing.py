@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rljax.distributed import meshes
-from rljax.generation import responders, responses, samplers
+from rljax.generation import responders, responses, rollouts, samplers
 from rljax.ops import sampling
 from rljax.tasks import arithmetic, word_lists
 from rljax.text import prompts, tokens
@@ -80,4 +80,24 @@ def sampler(spec="data:1", tokenizer=WORDS, model=MODEL, task=None, **options):
   settings = responses.Settings(**{"max_length": MAX_LENGTH, **options})
   return samplers.Sampler(
     model, tokenizer, settings, mesh=meshes.make(spec), task=task
+  )
+
+
+def rollout(model, params, *, num_samples=2, max_length=4, **options):
+  """Responses to three prompts of different lengths."""
+  rng = np.random.default_rng(0)
+  lengths = np.array([1, 3, 2])
+  mask = jnp.asarray(np.arange(3)[None] >= 3 - lengths[:, None])
+  vocab = model.config.vocab_size
+  ids = jnp.asarray(rng.integers(0, vocab, (3, 3)), jnp.int32)
+  return rollouts.sample(
+    jax.random.key(0),
+    model,
+    params,
+    ids,
+    mask,
+    max_length=max_length,
+    settings=options.pop("settings", sampling.Settings()),
+    num_samples=num_samples,
+    **options,
   )

@@ -3,39 +3,18 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from rljax.generation import responses, rollouts
-from rljax.ops import sampling
+from rljax.generation import responses
 from tests import stand_in
-
-
-def _rollout(model, params, *, num_samples=2, max_length=4, **options):
-  rng = np.random.default_rng(0)
-  lengths = np.array([1, 3, 2])
-  mask = jnp.asarray(np.arange(3)[None] >= 3 - lengths[:, None])
-  vocab = model.config.vocab_size
-  ids = jnp.asarray(rng.integers(0, vocab, (3, 3)), jnp.int32)
-  return rollouts.sample(
-    jax.random.key(0),
-    model,
-    params,
-    ids,
-    mask,
-    max_length=max_length,
-    settings=options.pop("settings", sampling.Settings()),
-    num_samples=num_samples,
-    **options,
-  )
+from tests.generation import drawing
 
 
 class RecordsTest(absltest.TestCase):
   def test_records_hold_what_offline_scripts_read(self):
     params = stand_in.random_params(np.random.default_rng(0))
-    rollout = _rollout(stand_in.model(), params, stop_ids=(3,), pad_id=3)
+    rollout = drawing.rollout(stand_in.model(), params, stop_ids=(3,), pad_id=3)
     samples = responses.Samples(
       rollout=rollout,
       prompts=[f"p{i}" for i in range(6)],

@@ -11,31 +11,13 @@ from rljax.generation import rollouts
 from rljax.models import classifier
 from rljax.ops import sampling
 from tests import stand_in, tiny
-
-
-def _rollout(model, params, *, num_samples=2, max_length=4, **options):
-  rng = np.random.default_rng(0)
-  lengths = np.array([1, 3, 2])
-  mask = jnp.asarray(np.arange(3)[None] >= 3 - lengths[:, None])
-  vocab = model.config.vocab_size
-  ids = jnp.asarray(rng.integers(0, vocab, (3, 3)), jnp.int32)
-  return rollouts.sample(
-    jax.random.key(0),
-    model,
-    params,
-    ids,
-    mask,
-    max_length=max_length,
-    settings=options.pop("settings", sampling.Settings()),
-    num_samples=num_samples,
-    **options,
-  )
+from tests.generation import drawing
 
 
 class RolloutTest(parameterized.TestCase):
   def test_prompts_stand_beside_their_samples(self):
     params = stand_in.random_params(np.random.default_rng(0))
-    rollout = _rollout(stand_in.model(), params, num_samples=2)
+    rollout = drawing.rollout(stand_in.model(), params, num_samples=2)
     self.assertEqual(rollout.prompt_ids.shape, (6, 3))
     np.testing.assert_array_equal(
       rollout.prompt_ids[0::2], rollout.prompt_ids[1::2]
@@ -46,7 +28,7 @@ class RolloutTest(parameterized.TestCase):
     # The stand-in's hidden state is its row of logits: known without a model.
     params = stand_in.random_params(np.random.default_rng(0))
     model = stand_in.model()
-    rollout = _rollout(model, params)
+    rollout = drawing.rollout(model, params)
     hidden = rollouts.response_hidden(model, params, rollout)
     table = np.asarray(params["table"])
     for row in range(6):
@@ -62,7 +44,7 @@ class RolloutTest(parameterized.TestCase):
     model, params = tiny.model(config), tiny.params(config)
     allowed = jnp.arange(config.vocab_size) % 3 != 0
     settings = sampling.Settings(temperature=0.8)
-    rollout = _rollout(
+    rollout = drawing.rollout(
       model, params, settings=settings, allowed=allowed, stop_ids=(4,)
     )
     statistics, hidden = rollouts.token_statistics(
@@ -90,7 +72,7 @@ class RolloutTest(parameterized.TestCase):
   def test_statistics_of_a_plain_dict(self):
     params = stand_in.random_params(np.random.default_rng(0))
     model = stand_in.model()
-    rollout = _rollout(model, params)
+    rollout = drawing.rollout(model, params)
     names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
     statistics, _ = rollouts.token_statistics(
       model, params, {name: rollout[name] for name in names}, temperature=1.0
@@ -102,7 +84,7 @@ class RolloutTest(parameterized.TestCase):
   def test_whole_text_and_its_responses(self):
     config = tiny.gpt2_config()
     model, params = tiny.model(config), tiny.params(config)
-    rollout = _rollout(model, params, stop_ids=(4,))
+    rollout = drawing.rollout(model, params, stop_ids=(4,))
     hidden, mask = rollouts.text_hidden(model, params, rollout)
     self.assertEqual(hidden.shape, (6, 3 + 4 - 1, config.hidden_size))
     np.testing.assert_array_equal(mask[:, :3], rollout.prompt_mask)
@@ -122,7 +104,7 @@ class RolloutTest(parameterized.TestCase):
   def test_classifier_reads_up_to_each_token(self):
     config = tiny.gpt2_config()
     policy, params = tiny.model(config), tiny.params(config)
-    rollout = _rollout(policy, params, stop_ids=(4,))
+    rollout = drawing.rollout(policy, params, stop_ids=(4,))
     model = classifier.CausalClassifier(
       classifier.CausalClassifierConfig(config, ("right",))
     )
@@ -146,7 +128,7 @@ class RolloutTest(parameterized.TestCase):
 
   def test_wrong_shapes_are_told(self):
     params = stand_in.random_params(np.random.default_rng(0))
-    rollout = _rollout(stand_in.model(), params)
+    rollout = drawing.rollout(stand_in.model(), params)
     bad = rollout.replace(response_mask=rollout.response_mask[:, :-1])
     with self.assertRaises(AssertionError):
       rollouts.response_hidden(stand_in.model(), params, bad)
