@@ -289,15 +289,15 @@ def _define_moments() -> None:
     lower_bound=0.0,
   )
 
-  @flags.multi_flags_validator(
+  entry.require(
     ["optimizer", *_OF_ADAM],
-    message="--optimizer=adafactor has no --adam_b1, --adam_b2 and "
-    "--adam_epsilon; leave them out.",
+    lambda v: (
+      v["optimizer"] != "adafactor"
+      or all(v[name] == default for name, default in _OF_ADAM.items())
+    ),
+    "--optimizer=adafactor has no --adam_b1, --adam_b2 and --adam_epsilon; "
+    "leave them out.",
   )
-  def _has_moments(values):
-    return values["optimizer"] != "adafactor" or all(
-      values[name] == default for name, default in _OF_ADAM.items()
-    )
 
 
 def define_max_skipped() -> None:

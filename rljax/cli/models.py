@@ -60,8 +60,9 @@ def define_compute(*, remat: bool = True, logits: bool = True) -> None:
     "param_dtype",
     "float32",
     ["float32", "bfloat16"],
-    "Number format in which models are kept. bfloat16 takes half the memory; "
-    "what is trained is then rounded stochastically after each update.",
+    "Number format in which the policy is kept, and what stands in for it. "
+    "bfloat16 takes half the memory; what is trained is then rounded "
+    "stochastically after each update.",
   )
   flags.DEFINE_enum(
     "matmul_precision",

@@ -8,6 +8,7 @@ same rows in the same order.
 
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
@@ -82,11 +83,9 @@ class Table:
     asked, said = self._counts
     return asked[rows], said[rows, 0]
 
-  @property
+  @functools.cached_property
   def _counts(self):
-    if not hasattr(self, "_kept_counts"):
-      self._kept_counts = encoding.counts(self._train)
-    return self._kept_counts
+    return encoding.counts(self._train)
 
   def _rows(self, step):
     return batches.batch_indices(

@@ -139,7 +139,8 @@ class Watch:
     }
     beyond = [name for name, (x, limit) in found.items() if not x <= limit]
     if not beyond:
-      self.num_gaps = self.num_gaps if not found else 0
+      if found:
+        self.num_gaps = 0
       return
     self.num_gaps += 1
     value, limit = found[beyond[0]]
