@@ -117,10 +117,10 @@ request() {
     ${options[@]+"${options[@]}"} --async
 }
 
+# A request that cannot be deleted may be gone by another's hand: it stays known.
 delete() {
-  known=""
   run gcloud compute tpus queued-resources delete "$NAME" "${scope[@]}" \
-    --force --quiet
+    --force --quiet && known=""
 }
 
 # Compiles what is to run for the slice, which need not be there; free of cost.

@@ -899,13 +899,27 @@ class CloudTest(Cloud):
     if waits:
       (self.cloud / "full").touch()
       call(self.gcloud, "preempt", **self.variables)
-      wait_for(lambda: self.calls()[-3:] == 3 * ["describe"], "the queue")
+      wait_for(
+        lambda: self.calls()[-4:] == ["create", *3 * ["describe"]], "the queue"
+      )
     self.well("delete")
     status, output = finish()
     self.assertEqual(status, 1, output)
     self.assertIn("demo was deleted, and no other one is asked for.", output)
     self.assertEqual("demo is SUSPENDED: it was taken away." in output, waits)
     self.assertEqual(self.calls().count("create"), 1 + waits)
+
+  def test_a_slice_that_is_deleted_before_we_do_is_not_asked_for_again(self):
+    for verb in ("create", "setup", "sync"):
+      self.well(verb)
+    finish = self.start_job("--steps=1000", VERDICT=SECONDS)[1]
+    wait_for(lambda: steps(self.workdir), "steps")
+    (self.cloud / "outrun").touch()
+    call(self.gcloud, "preempt", **self.variables)
+    status, output = finish()
+    self.assertEqual(status, 1, output)
+    self.assertIn("demo was deleted, and no other one is asked for.", output)
+    self.assertEqual(self.calls().count("create"), 1)
 
   def test_a_request_that_is_refused_is_made_again(self):
     for verb in ("create", "setup", "sync"):
