@@ -81,6 +81,13 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_programs():
+  """Drops what a module has traced and compiled: gigabytes in a whole run."""
+  yield
+  jax.clear_caches()
+
+
 def pytest_unconfigure():
   """Removes the cache of compiled programs, if this process has made it."""
   if _OWN_CACHE:
