@@ -8,6 +8,14 @@ QUESTION = "How many clips has Natalia?"
 
 # (gold, right responses, wrong responses).
 GROUPS = (
+  # What it is, and what it is not.
+  ("7", ("She has 7 clips, not 8.",), ("She has 8 clips, not 7.",)),
+  ("8", ("The answer is 8, not 9.",), ("The answer is 8 or 9, not 10.",)),
+  (
+    "9",
+    ("#### 9 rather than 10", "\\boxed{9 \\text{ (not 8)}}"),
+    ("#### not 9, not 10", "#### 10 rather than 9"),
+  ),
   # Sentences that say more than their result.
   (
     "34",
@@ -1475,7 +1483,6 @@ GROUPS = (
       "#### no es 7",
       "#### не 7",
       "#### больше 7",
-      "She has 7 clips, not 8.",
       "I don't know.",
       "7? I have no idea.",
       "Cannot be determined. 7",
@@ -1596,7 +1603,6 @@ GROUPS = (
       "The answer is 8 minus 3",
       "The answer is 3 minus 8",
       "The answer is -8",
-      "The answer is 8, not 9.",
       "The answer is 8 clips per day for 3 days",
       "The answer is 8 hours and 30 minutes.",
       "The answer is 8 1/2.",
@@ -1779,7 +1785,6 @@ GROUPS = (
     (
       "\\boxed{7}\\boxed{8}\\boxed{9}",
       "#### nine or ten",
-      "#### 9 rather than 10",
       "9 / 10?",
       "#### {8, 9}",
       "My guesses: 7, 8, 9",
@@ -1856,7 +1861,6 @@ GROUPS = (
       "\\boxed{\\boxed{8}, \\boxed{9}}",
       "(a) \\boxed{8} (b) \\boxed{9}",
       "\\boxed{\\text{8 or 9}}",
-      "\\boxed{9 \\text{ (not 8)}}",
       "\\boxed{\\text{less than 9}}",
       "\\boxed{9 \\text{ million}}",
       "\\boxed{9\\text{k}}",

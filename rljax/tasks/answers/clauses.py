@@ -136,6 +136,19 @@ _REMARK = re.compile(
   r"|Do you (?:have|need|want))\b[^\n]*$",
   re.IGNORECASE,
 )
+# What explains a number, or checks it: the number is above.
+_AFTERWARDS = re.compile(
+  r"[.!?\n](?:\s|[*_#>(-])*(?:(?:(?:this|that|it) is|that's|it's) (because)"
+  r"|(?:double[- ]?)?check(?:ing)?|verif(?:y|ying|ication)"
+  r"|(?:to|let(?:'s| me| us)) (?:double[- ]?)?(?:check|verify))\b",
+  re.IGNORECASE,
+)
+_NUMBER = re.compile(r"[0-9](?:[0-9.,]*[0-9])?")
+_TURNS = re.compile(
+  r"\b(?:wait|actually|but|however|wrong|mistaken?|not|no|so|thus|therefore"
+  r"|hence|should|instead|incorrect|answer|oops|hmm)\b|n't\b",
+  re.IGNORECASE,
+)
 # No, wait, it is 42.
 _TURNED = re.compile(
   r"^\W*(?:(?:no|wait|sorry|oops|actually|hmm|correction|nein|perd[oó]n)"
@@ -218,6 +231,7 @@ def last_clause(tail: str) -> str | None:
   remark = _REMARK.search(tail, max(0, len(tail) - WINDOW))
   if remark and DIGIT.search(tail, 0, remark.start()):
     tail = tail[: remark.start() + 1].rstrip()
+  tail = _without_afterwards(tail)
   if not tail.isascii():
     tail = tail[: -2 * WINDOW] + normalisation.characters(tail[-2 * WINDOW :])
   place = max(tail.rfind(digit) for digit in "0123456789")
@@ -270,6 +284,20 @@ def last_clause(tail: str) -> str | None:
       return kept[: numbers.MAX_ANSWER].rpartition(" ")[0]
     sentence = sentence[-numbers.MAX_ANSWER :].partition(" ")[2]
   return _last_of_several(sentence)
+
+
+def _without_afterwards(tail: str) -> str:
+  """Cuts what explains the last number, or repeats it in a check."""
+  remark = _AFTERWARDS.search(tail, max(0, len(tail) - WINDOW))
+  if remark is None or _TURNS.search(tail, remark.end()):
+    return tail
+  above = tail[max(0, remark.start() - WINDOW) : remark.start() + 1]
+  number = last_match(_NUMBER, above)
+  if number is None or not (
+    remark[1] or re.search(rf"\b{re.escape(number[0])}\b", tail[remark.end() :])
+  ):
+    return tail
+  return tail[: remark.start() + 1].rstrip()
 
 
 def _after_sum(tail: str) -> str | None:
@@ -348,7 +376,7 @@ def _last_of_several(sentence: str) -> str | None:
     number, start = behind[0], signs[-1] + 1
     before = numbers.EQUALITY.split(text[: signs[-1]])[-1]
     is_number = numbers.NUMBER_ALONE.fullmatch(before)
-    if numbers.UNSOLVED.search(before) or (
+    if numbers.is_unsolved(before, text[start:]) or (
       is_number and numbers.single(before)
     ):
       return sentence  # 2x = 42; 41 = 42.

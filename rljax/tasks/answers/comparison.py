@@ -45,6 +45,15 @@ _SUM = re.compile(r"[0-9.)}%]\s*[-+]")
 _PLAIN_ARITHMETIC = re.compile(
   r"(?:\\(?:frac|times|cdot|div)(?![A-Za-z])|[-+*/()0-9.,\s{}])*"
 )
+_IN_BASE = re.compile(
+  r"\s*\(?\s*(?:in )?base[ -]+([0-9]+)\s*\)?", re.IGNORECASE
+)
+# It falls on a Monday; at (1, 2).
+_PLACED = re.compile(
+  r"(?:(?:it|this|that|he|she) (?:is|was|falls|fell|lands|occurs|happens|takes"
+  r" place|will be|would be|must be) )?(?:(?:on|in|at) )?(?:an? |the )?",
+  re.IGNORECASE,
+)
 _SPLIT_NUMBER = re.compile(r"[0-9][\s~]+[0-9]")
 _LEFT_SIDE = re.compile(r"^[^=<>]*[^=<>!:]=(?!=)")
 _WORDS_ALONE = re.compile(r"[A-Za-z']+(?: [A-Za-z']+){2,}")
@@ -124,6 +133,8 @@ def compare(truth: str, text: str | None, rule: str) -> tuple[str | None, str]:
   bare = " ".join(normalisation.normalise(text).split())
   if not bare:
     return None, "none"
+  if rule in ("line", "answer_is") and not _PLACED.match(truth)[0]:
+    bare = normalisation.normalise(bare[_PLACED.match(bare).end() :])
   if is_word(truth):
     return _compare_word(truth, bare.rstrip("!"))
   if bare == truth or "".join(bare.split()) == "".join(truth.split()):
@@ -206,7 +217,7 @@ def _compare_word(truth: str, text: str) -> tuple[str, str]:
     choice = _CHOICE.fullmatch(text)
     return (choice[1] if choice else text), "exact"
   if "_" in truth:
-    text = words.with_digits(text)
+    text = _IN_BASE.sub(r"_\1", words.with_digits(text))
   elif ":" in truth:
     clocks = _CLOCK.findall(text)
     if len(clocks) == 1 and not (

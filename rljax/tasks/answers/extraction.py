@@ -56,7 +56,7 @@ _ANNOUNCED = frozenset(
   for end in (":", " is", " is:")
 )
 _DENIED = re.compile(
-  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless"
+  r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|refuse|decline"
   r"|(?:second|third|another|alternative) answer"
   r"|suppos(?:e|ing|edly)|assum(?:e|es|ed|ing)|imagine"
   r"|cannot)\b|n't\b",

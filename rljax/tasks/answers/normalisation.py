@@ -26,6 +26,8 @@ _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=Tr
 _RAISED = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
+_RAISED_OVER = re.compile("([⁰¹²³⁴-⁹]{1,9})[⁄/]([₀-₉]{1,9})")
+_WIDE_GROUP = re.compile(r"(?<=[0-9０-９])，(?=[0-9０-９]{3}(?![0-9０-９]))")
 _SIGNS = str.maketrans(
   {
     **dict.fromkeys("−–‐‑‒﹣", "-"),
@@ -145,6 +147,10 @@ def characters(text: str) -> str:
   text = _VULGAR.sub(
     lambda m: " " + unicodedata.normalize("NFKC", m[0]) + " ", text
   )
+  text = _RAISED_OVER.sub(
+    lambda m: " " + unicodedata.normalize("NFKC", f"{m[1]}/{m[2]}") + " ", text
+  )
+  text = _WIDE_GROUP.sub(",", text)
   for pattern, table, sign in (
     (_RAISED, _SUPERSCRIPTS, "^"),
     (_LOWERED, _SUBSCRIPTS, "_"),

@@ -58,6 +58,12 @@ _CENTS = re.compile(
 )
 _NO_CENTS = re.compile(r"(?<=[0-9])[.,/]-(?![0-9])")
 _PER = re.compile(r"\b(?:per|pro|por|par)\s+[0-9]+\b", re.IGNORECASE)
+# 7, not 8.
+_RATHER = re.compile(
+  r"(?<=[\w%)])[\s,;(-]*(?:and |but )?(?:not|rather than|instead of)\s+"
+  r"[$€£]?-?[0-9][0-9.,]*%?(?: [a-z]+)?[\s).!]*$",
+  re.IGNORECASE,
+)
 _BELOW_ZERO = re.compile(
   r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below\s+"
   r"(?:0|zero)\b",
@@ -195,6 +201,7 @@ def _value(text: str) -> fractions.Fraction | None:
     if not literals.QUANTITY.search(parts[-1]) or not _DIGITS.search(parts[0]):
       return None
     text = parts[-1]
+  text = _RATHER.sub("", text)
   text, num_below = _BELOW_ZERO.subn(" ", text)
   if words.REFUSED.search(text) or words.DATE.search(text) or _ASKS.match(text):
     return None
@@ -224,7 +231,7 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
     return single(sides[0])  # 5 = x.
   if (
     last
-    and UNSOLVED.search(sides[last - 1])
+    and is_unsolved(sides[last - 1], sides[last])
     and f"{sides[last - 1]}=" in text
     and not (last > 1 and _is_power_of_another(*sides[last - 2 : last]))
   ):
@@ -247,6 +254,15 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   ):
     return None
   return value
+
+
+def is_unsolved(side: str, result: str) -> bool:
+  """Tells whether 2x or x^2 has a value, but not 60 m in "60 m = 60 m"."""
+  match = UNSOLVED.search(side)
+  if match is None:
+    return False
+  unit = match[0].rstrip()[-1]
+  return not re.match(rf"\s*[0-9][0-9.,]* ?{re.escape(unit)}\b", result)
 
 
 def _is_power_of_another(name: str, power: str) -> bool:
