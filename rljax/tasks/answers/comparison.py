@@ -45,9 +45,7 @@ _SUM = re.compile(r"[0-9.)}%]\s*[-+]")
 _PLAIN_ARITHMETIC = re.compile(
   r"(?:\\(?:frac|times|cdot|div)(?![A-Za-z])|[-+*/()0-9.,\s{}])*"
 )
-_IN_BASE = re.compile(
-  r"\s*\(?\s*(?:in )?base[ -]+([0-9]+)\s*\)?", re.IGNORECASE
-)
+_IN_BASE = re.compile(r"[\s(]*(?:in )?base[ -]+([0-9]+)[\s)]*", re.I)
 # It falls on a Monday; at (1, 2).
 _PLACED = re.compile(
   r"(?:(?:it|this|that|he|she) (?:is|was|falls|fell|lands|occurs|happens|takes"
