@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import re
 
 from rljax.tasks.answers import literals, normalisation, numbers, words
@@ -20,6 +21,7 @@ _JOINED = re.compile(
   r"|或|[-+*/×÷√,^])[\s*_$\"'(\\[]*$",
   re.IGNORECASE,
 )
+_OPERATOR_FIRST = re.compile(r"\s*(?:\\(?:cdot|times|div|pm)(?![a-z])|[+/^×÷])")
 # A whole reply whose words change nothing.
 _SIMPLE = re.compile(
   r"\s?(?:(?:so|thus|hence|therefore|then|now|that|this|it|she|he|they|we|there"
@@ -65,8 +67,9 @@ _DOUBT = re.compile(
   r"\b(?:do|does|did|could|can|am|is|are|was)(?: ?not|n't|n’t)"
   r" (?:really |quite |exactly )?(?:know|sure|certain|tell|say|clear)\b"
   r"|\bno (?:idea|answer|solution|clue)\b|\bunsure\b|\buncertain\b"
-  r"|\bnot (?:sure|certain|enough)\b|\b(?:cannot|can't|unable to)"
-  r" (?:be |say|tell|determine|know|answer|solve)"
+  r"|\bnot (?:sure|certain|enough)\b"
+  r"|\b(?:cannot|can't|can’t|unable to|not able to) (?:be |say|tell|determine"
+  r"|know|answer|solve|help|assist|provide|verify|confirm)"
   r"|\bimpossible\b|\brandom(?:ly)? guess|\bI (?:strongly )?doubt\b",
   re.IGNORECASE,
 )
@@ -116,6 +119,16 @@ _OPENING = re.compile(
   r"|from|over|within|during|out of|once|because|as)\b[^,=]*,\s+\$?",
   re.IGNORECASE,
 )
+# He sold 42 over 3 days: what stands between a number and others that say when,
+# where and for what.
+_CIRCUMSTANCE = re.compile(
+  r"(?!.*\b(?:per|each|every|apiece|an?|or|and|than|more|less|fewer)\b)"
+  r"[^,;:=?!]{0,60}?\s(?:over|in|within|during|after|at|on|from|throughout"
+  r"|for +(?:the|all|these|those|his|her|their|its|working|just|only)"
+  r")(?: +(?!\d)[\w']+){0,3} +",
+  re.IGNORECASE,
+)
+_AND = re.compile(r"\b(?:and|but)\b")
 # Ann has 41, Tom has 42.
 _PARALLEL = re.compile(
   r"^(?!\W*(?:If|When|Since|As|Because)\b)[^,]*\b(has|have|had"
@@ -156,6 +169,14 @@ _TURNED = re.compile(
   re.IGNORECASE,
 )
 _CORRECTED = re.compile(r"\s*\$?-?[0-9][0-9.,]*[.!]\s+")
+# There is an error above: the correct total is 42.
+_CORRECT = re.compile(
+  r".*[;:,—-]\s*(?:but |so |and )?(?:the|my) "
+  r"(?:correct(?:ed)?|actual|right|real|true)\s(?=\w+\s(?:is|was|should be)\s)",
+  re.IGNORECASE,
+)
+# 4x = 42, where x is the price.
+_WHERE = re.compile(r"(?<=[\w)]),? (?:where|with|if|when) \\?[a-z] ?=.*$")
 # 6 squared is 36; doubled: 36.
 _APPLIED_BEFORE = re.compile(
   r"^\W*(?:(?:squared|cubed|doubled|tripled|quadrupled|halved):|no doubt,?)\s+",
@@ -183,6 +204,8 @@ _JUDGED = re.compile(
   r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
   r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
   r"|^\W*(?:or|minus|plus|times|not)\b|, not the\b"
+  r"|\bat (?:the )?(?:most|least|very)\b|\b(?:max|maximum|minimum|tops)\b"
+  r"|(?<![0-9]) (?:and|but) \$?[0-9]"
   r"|^\W*and (?:up|above|over|more|under|below|less|counting)\b",
   re.IGNORECASE,
 )
@@ -237,7 +260,9 @@ def last_clause(tail: str) -> str | None:
   place = max(tail.rfind(digit) for digit in "0123456789")
   if place < 0:
     sentence = SENTENCE_START.split(tail.rstrip(" .!?*_$")[-WINDOW:])[-1]
-    return sentence if words.has_number_word(sentence) else None
+    return (
+      _last_of_several(sentence) if words.has_number_word(sentence) else None
+    )
   first = place
   while first > 0 and place - first < WINDOW and tail[first - 1] not in " \n":
     first -= 1
@@ -261,7 +286,12 @@ def last_clause(tail: str) -> str | None:
   sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
   turned = _TURNED.match(sentence)
   sentence = sentence[turned.end() :] if turned else sentence
+  correct = _CORRECT.match(sentence)
+  sentence = sentence[correct.end() :] if correct else sentence
   sentence = _APPLIED_BEFORE.sub("", sentence)
+  where = _WHERE.search(sentence)
+  if where and DIGIT.search(sentence, 0, where.start()):
+    sentence = sentence[: where.start()]
   rest = tail[stop:].lstrip(".!?\"'*_ ")
   around = window + tail[first : stop + 80]
   lower = around.lower()
@@ -344,7 +374,7 @@ def _may_follow(previous: str, sentence: str) -> bool:
   above = previous.rstrip(" \n*_$\"'.!?")
   if not above:
     return True
-  if OR.search(previous):
+  if OR.search(previous) or _OPERATOR_FIRST.match(sentence):
     return False
   joined = _JOINED.search(_CLOSING_EMPHASIS.sub("", previous.rstrip()))
   last = SENTENCE_START.split(above)[-1]
@@ -358,6 +388,25 @@ def _may_follow(previous: str, sentence: str) -> bool:
   if BARE.fullmatch(last) and BARE.fullmatch(sentence) and "=" not in sentence:
     return numbers.number(last) == numbers.number(sentence)
   return not (HEDGE.search(sentence) and DIGIT.search(previous))
+
+
+def _is_main(text: str, found: list[literals.Quantity], is_money: bool) -> bool:
+  """Tells whether the first number is said, and the others are of when."""
+  before, rest = text[: found[0].start], text[found[0].end :]
+  marker = last_match(_MARKER, before)
+  if before.strip() and (
+    marker is None or len(before[marker.end() :].split()) > 3
+  ):
+    return False
+  if _JUDGED.search(rest) or words.REFUSED.search(text):
+    return False
+  gaps = [text[a.end : b.start] for a, b in itertools.pairwise(found)]
+  if is_money:  # $10 for 50 minutes.
+    gaps[0] = gaps[0].replace(" for ", " in ", 1)
+  return (
+    all(map(_CIRCUMSTANCE.fullmatch, gaps))
+    and _AND.search(text, found[-1].end) is None
+  )
 
 
 def _last_of_several(sentence: str) -> str | None:
@@ -399,6 +448,8 @@ def _last_of_several(sentence: str) -> str | None:
   elif len(found) > 1:
     if HEDGE.search(sentence):
       return None
+    if _is_main(text, found, numbers.PRICE.search(sentence) is not None):
+      return text[: found[0].end] + " "
     gap = text[found[-2].end : number.start]
     marker = last_match(_MARKER, gap)
     if _APPLIED.fullmatch(gap):

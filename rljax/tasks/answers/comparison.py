@@ -26,6 +26,7 @@ _CACHE_SIZE = 2**16
 
 _PROSE = ("hashes", "tag", "answer_is")
 _CLOCK = re.compile(r"[0-9]+(?:\s*:\s*[0-9]+)+")
+_BEGINS = re.compile(r"[\W_]*[0-9]")
 _DIGIT = re.compile("[0-9]")
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MATHEMATICS = re.compile(r"[=^*/+<>|{}_\\]")
@@ -175,6 +176,9 @@ def _compare_number(text: str, rule: str) -> tuple[str | None, str]:
   if value is None and rule in _PROSE and len(text.split()) > 4:
     clause = clauses.last_clause(text)
     value = None if clause is None else numbers.number(clause)
+    if value is not None and "=" not in text and _BEGINS.match(text):
+      first = numbers.literals.quantities(numbers.plain(text))[0]
+      value = value if str(first.value) == value else None
   if value is not None:
     return value, "exact"
   bare = normalisation.normalise(text)

@@ -22,7 +22,7 @@ _MATRIX = re.compile(
 )
 _LEFT = re.compile(
   r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:'|\s*\([A-Za-z, ]+\))?|\\[a-z]+"
-  r"|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)"
+  r"|\(\s*[a-z](?:\s*,\s*\\?[a-z]+)+\s*\)"
 )
 _UNION = re.compile(r"\\cup(?![a-z])|\bor\b")
 _MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])")
@@ -67,6 +67,8 @@ def _equal(truth: str, text: str, depth: int) -> bool | None:
     return all(matrices) and _in_order(*matrices, depth)
   mine, yours = _parts(truth), _parts(text)
   if "\\pm" in truth or "\\pm" in text:
+    if any(one and one[0] in ("(", "[") for one in (mine, yours)):
+      return False
     return _any_order(
       mine[1] if mine else _signs(truth),
       yours[1] if yours else _signs(text),

@@ -15,7 +15,7 @@ _INVISIBLE = re.compile(
   "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f"
   "\ufeff\u2705\u2714\u2713]"
   # Pictures, but not the cross.
-  "|[\u2600-\u2712\u2728-\u274b\u274f-\u275a\u2795-\u27bf"
+  "|[\u2600-\u2712\u2728-\u274b\u274f-\u275a\u2795-\u2797\u27b0-\u27bf"
   "\U0001f000-\U0001faff]"
 )
 _ODD_BLANK = re.compile(f"[{_BLANKS}]")
@@ -35,7 +35,7 @@ _SIGNS = str.maketrans(
     **dict.fromkeys("“”„«»「」『』", '"'),
     **dict.fromkeys("‘’‛ʼ", "'"),
     **dict.fromkeys("✗✘❌", " wrong "),
-    **dict.fromkeys("→⇒⟹⟶∴", "="),
+    **dict.fromkeys("→⇒⟹⟶∴➔➜➝➞➡", "="),
     "⁄": "/",
     "∕": "/",
     "。": ". ",
@@ -73,7 +73,7 @@ _END_TOKENS = re.compile(
   r"|\[/?INST\]|<｜[^<>]{1,40}｜>"
 )
 _TAGS = re.compile(
-  r"</?(?:a|b|i|u|p|em|br|div|sub|code|mark|span|strong|center|answer|think)"
+  r"</?(?:a|b|i|u|p|em|br|div|sub|code|mark|span|strong|center|answer|final|result|think)"
   r"\s*/?>",
   re.IGNORECASE,
 )

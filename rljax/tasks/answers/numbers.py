@@ -32,6 +32,7 @@ _ABOUT = re.compile(r"\\(?:approx|simeq|cong|sim)(?![A-Za-z])|^\s*~")
 _MONEY_MILLIONS = re.compile(
   rf"([{normalisation._MONEY}]\s?[0-9][0-9.,]*\s?)m\b"
 )
+PRICE = re.compile(rf"[{normalisation._MONEY}]\s?[0-9]")
 _MONEY = re.compile(
   rf"(?:\b(?:US|AU?|CA?|S|HK|NT|NZ|MX)(?=\$))?[{normalisation._MONEY}]"
 )
@@ -63,6 +64,13 @@ _RATHER = re.compile(
   r"(?<=[\w%)])[\s,;(-]*(?:and |but )?(?:not|rather than|instead of)\s+"
   r"[$€£]?-?[0-9][0-9.,]*%?(?: [a-z]+)?[\s).!]*$",
   re.IGNORECASE,
+)
+_BELIEVED = re.compile(
+  r"[\s,]+I (?:believe|think|am (?:sure|certain|confident))[\s.!]*$"
+)
+# 42 clips: 40 red and 2 blue; 42 (40 + 2).
+_MADE_OF = re.compile(
+  r"[^:(]{0,40}(?::|\(|,? (?:because|since|as|so)\b)(?!.*\b(?:not|or)\b)"
 )
 _BELOW_ZERO = re.compile(
   r"(?<=[0-9]) *(?:degrees? *)?(?:celsius|fahrenheit|[CF])? *below\s+"
@@ -201,7 +209,7 @@ def _value(text: str) -> fractions.Fraction | None:
     if not literals.QUANTITY.search(parts[-1]) or not _DIGITS.search(parts[0]):
       return None
     text = parts[-1]
-  text = _RATHER.sub("", text)
+  text = _BELIEVED.sub("", _RATHER.sub("", text))
   text, num_below = _BELOW_ZERO.subn(" ", text)
   if words.REFUSED.search(text) or words.DATE.search(text) or _ASKS.match(text):
     return None
@@ -297,6 +305,12 @@ def single(text: str) -> fractions.Fraction | None:
   found = literals.quantities(text)
   if len(found) == 2:
     text, found = _without_repetition(text, found)
+  elif len(found) > 2 and _is_sum_of_rest(text, found):
+    text, found = (
+      text[: found[1].start].rpartition(":")[0]
+      or (text[: found[1].start].rpartition("(")[0]),
+      found[:1],
+    )
   if len(found) != 1 or found[0].value is None:
     return None
   value = found[0].value
@@ -308,6 +322,16 @@ def single(text: str) -> fractions.Fraction | None:
   if factor is None or not _may_follow(behind):
     return None
   return sign * value * factor
+
+
+def _is_sum_of_rest(text: str, found: list[literals.Quantity]) -> bool:
+  """Tells whether a number is followed by what it is made of."""
+  values = [one.value for one in found]
+  return (
+    None not in values
+    and values[0] == sum(values[1:])
+    and _MADE_OF.match(text, found[0].end, found[1].start) is not None
+  )
 
 
 def _without_repetition(

@@ -46,7 +46,9 @@ def is_hedge(gap: str) -> bool:
 def takes_back(behind: str) -> bool:
   """Tells whether the words behind a marked answer change it."""
   behind = behind[:_NEAR]
-  behind = re.sub(r"^(?:[\s$}*_)]|\\[\])]|\\\))+", " ", behind)
+  behind = re.sub(
+    r"^(?:[\s$}*_)]|\\[\])]|\\(?:text|mbox)\s*\{|\\q?quad)+", " ", behind
+  )
   behind = clauses.SENTENCE_END.split(behind, maxsplit=1)[0].partition("\n")[0]
   return (
     re.match(

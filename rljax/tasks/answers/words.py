@@ -170,7 +170,8 @@ REFUSED = re.compile(
   r"|\w(?:n't|n’t)\b"
   r"|(?<=[0-9]) +(?:[oóeyu]|et|und|и) +(?=-?[0-9])"
   r"|[或不非没沒無无]|还是|或者|または|もしくは|あるいは|じゃない|ではな|ではあり"
-  r"|錯|错|또는|혹은|아니|아닌"
+  r"|[0-9]\s?[^\s0-9、。]{0,3}(?:以上|以下|未満|未满)|(?:以上|以下|未満)の\s*[0-9]"
+  r"|\bnull\b|錯|错|또는|혹은|아니|아닌"
   r"|\\(?:n?[lg]e?q?q?|neq?|leqslant|geqslant|pm|mp|sim|not|in|ll|gg|cup|cap"
   r"|vee|wedge|lor|neg|ldots|dots|cdots|subset|infty)(?![A-Za-z])"
   r"|[<>≮≯~|‰‱]|!=|[0-9]-?ish\b|\(\s*no\b",
@@ -199,7 +200,7 @@ CHANGES_BEFORE = re.compile(
   r"|(?:step|question|example|problem|exercise)(?=\s*\#?$)"
   r"|(?:if|suppos\w+|assum\w+|imagin\w+)(?=[^,]*$)"
   # Other languages.
-  r"|menos|más|mais|moins|meno|più|weniger|mehr|mindestens|höchstens"
+  r"|fast|beinahe|knapp|presque|casi|quase|quasi|bijna|почти|menos|más|mais|moins|meno|più|weniger|mehr|mindestens|höchstens"
   r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad|doppelte|doble|dobro|doppio|dreifache"
   r"|moitié|minder|meer|более|менее|меньше|больше|минус|около)\b"
   r"|至少|至多|最多|最少|超过|超過|不到|少于|少於|多于|多於|大于|小于|大於|小於"
@@ -229,7 +230,8 @@ CHANGES_BEHIND = re.compile(
   r"|fewer|counting|change)|at (?:least|most)|minimum|maximum|max|(?<=\w )min"
   r"|upwards?|onwards?|if|unless|else|otherwise|assuming|provided"
   r"|to the|power|raised|root|scores?|and one"
-  r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
+  r"|(?:upper|lower) (?:bound|limit)|short(?= of|\W*$)"
+  r"|(?:one|a) (?:possible|potential|plausible)"
   r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
   r"|thousandth|millionth|billionth|trillionth)s"
   r"|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|hundreds"
