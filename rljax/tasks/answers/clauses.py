@@ -90,7 +90,7 @@ _MARKER = re.compile(
   r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
   r"|giving|gave|gets?|got|leaves?|leaving|left with|yields?|totals?|total of"
   r"|total|contain(?:s|ed)|becomes?|so|thus|hence|therefore|altogether|in all"
-  r"|overall|she|he|they|we|it|you|sold|needs?|earns?|earned|pays?|paid"
+  r"|overall|she|he|they|we|it|you|sold|need(?:s|ed)?|earns?|earned|pays?|paid"
   r"|costs?|comes to"
   r"|takes?|took|spends?|spent|ends? up with"
   r"|es|son|ist|sind|est|sont|são|tiene|hat|a un total de|共有|一共)\b"
@@ -124,6 +124,7 @@ _OPENING = re.compile(
 _CIRCUMSTANCE = re.compile(
   r"(?!.*\b(?:per|each|every|apiece|an?|or|and|than|more|less|fewer)\b)"
   r"[^,;:=?!]{0,60}?\s(?:over|in|within|during|after|at|on|from|throughout"
+  r"|to(?= +(?!become|equal|reach|total|get|give|have|be)[a-z])"
   r"|for +(?:the|all|these|those|his|her|their|its|working|just|only)"
   r")(?: +(?!\d)[\w']+){0,3} +",
   re.IGNORECASE,
@@ -177,6 +178,10 @@ _CORRECT = re.compile(
 )
 # 4x = 42, where x is the price.
 _WHERE = re.compile(r"(?<=[\w)]),? (?:where|with|if|when) \\?[a-z] ?=.*$")
+# 33.3, which rounds to 33.
+_ROUNDED = re.compile(r"\bround(?:s|ed)(?: up| down| off)? to *(?:\$ *)?$")
+# So it took three days.
+_IN_WORDS = re.compile(r"\b(?:so|thus|hence|therefore|total|answer)\b", re.I)
 # 6 squared is 36; doubled: 36.
 _APPLIED_BEFORE = re.compile(
   r"^\W*(?:(?:squared|cubed|doubled|tripled|quadrupled|halved):|no doubt,?)\s+",
@@ -189,9 +194,10 @@ _APPLIED = re.compile(
 )
 # Where a sentence goes on to say something else.
 _ASIDE = re.compile(
-  r"(?:,\s*(?:so|which|who|since|because|as|and)|\s(?:in|for|after|when"
-  r"|because|since|who|that|which|are|is|was|were|will|would|can|could|did|do|does|left|so"
-  r"|during|at|on|with|now|while|before|per|they|he|she|it|from|than|by|to))\s",
+  r"(?:,\s*(?:so|which|who|since|because|as|and)|\s(?:in|for|after|when|because"
+  r"|since|who|that|which|are|is|was|were|will|would|can|could|did|do|does|left"
+  r"|so|during|at|on|with|now|while|before|per|every|(?<=[a-z] )out of|they|he"
+  r"|she|it|from|than|by|to))\s",
   re.IGNORECASE,
 )
 _IF = re.compile(r"\s(?:if|unless)\s", re.IGNORECASE)
@@ -205,7 +211,7 @@ _JUDGED = re.compile(
   r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
   r"|^\W*(?:or|minus|plus|times|not)\b|, not the\b"
   r"|\bat (?:the )?(?:most|least|very)\b|\b(?:max|maximum|minimum|tops)\b"
-  r"|(?<![0-9]) (?:and|but) \$?[0-9]"
+  r"|^[^0-9]*[a-z)] (?:and|but) \$?[0-9]"
   r"|^\W*and (?:up|above|over|more|under|below|less|counting)\b",
   re.IGNORECASE,
 )
@@ -293,6 +299,8 @@ def last_clause(tail: str) -> str | None:
   if where and DIGIT.search(sentence, 0, where.start()):
     sentence = sentence[: where.start()]
   rest = tail[stop:].lstrip(".!?\"'*_ ")
+  if words.has_number_word(rest[:WINDOW]) and _IN_WORDS.search(rest[:WINDOW]):
+    return last_clause(rest[:WINDOW])
   around = window + tail[first : stop + 80]
   lower = around.lower()
   if any(stem in lower for stem in _DOUBTS) and _DOUBT.search(around):
@@ -419,6 +427,8 @@ def _last_of_several(sentence: str) -> str | None:
   if not found:
     return sentence
   number, start = found[-1], 0
+  if len(found) > 1 and _ROUNDED.search(text, found[-2].end, number.start):
+    return text[number.start : number.end]
   signs = [sign.start() for sign in numbers.EQUALITY.finditer(text)]
   behind = [one for one in found if signs and one.start > signs[-1]]
   if behind and len(text[signs[-1] + 1 : behind[0].start].split()) < 3:
