@@ -63,13 +63,14 @@ HEDGE = re.compile(
   re.IGNORECASE,
 )
 _HEDGE_LOWER = re.compile(HEDGE.pattern)  # Quicker.
-_DOUBT = re.compile(
+DOUBT = re.compile(
   r"\b(?:do|does|did|could|can|am|is|are|was)(?: ?not|n't|n’t)"
   r" (?:really |quite |exactly )?(?:know|sure|certain|tell|say|clear)\b"
   r"|\bno (?:idea|answer|solution|clue)\b|\bunsure\b|\buncertain\b"
   r"|\bnot (?:sure|certain|enough)\b"
   r"|\b(?:cannot|can't|can’t|unable to|not able to) (?:be |say|tell|determine"
   r"|know|answer|solve|help|assist|provide|verify|confirm)"
+  r"|\bI(?:'m| am) (?:lost|confused|stuck)\b"
   r"|\bimpossible\b|\brandom(?:ly)? guess|\bI (?:strongly )?doubt\b",
   re.IGNORECASE,
 )
@@ -84,6 +85,9 @@ _DOUBTS = (
   "imp",
   "guess",
   "doubt",
+  "lost",
+  "confused",
+  "stuck",
 )
 _MARKER = re.compile(
   r"(?<![<>!=:])=+(?!=)"
@@ -123,8 +127,9 @@ _OPENING = re.compile(
 # where and for what.
 _CIRCUMSTANCE = re.compile(
   r"(?!.*\b(?:per|each|every|apiece|an?|or|and|than|more|less|fewer)\b)"
+  r"(?! *(?:over|in|within|during|after|at|on|from|throughout|to)\b)"
   r"[^,;:=?!]{0,60}?\s(?:over|in|within|during|after|at|on|from|throughout"
-  r"|to(?= +(?!become|equal|reach|total|get|give|have|be)[a-z])"
+  r"|to(?= +(?!the|become|equal|reach|total|get|give|have|be)[a-z])"
   r"|for +(?:the|all|these|those|his|her|their|its|working|just|only)"
   r")(?: +(?!\d)[\w']+){0,3} +",
   re.IGNORECASE,
@@ -215,6 +220,12 @@ _JUDGED = re.compile(
   r"|^\W*and (?:up|above|over|more|under|below|less|counting)\b",
   re.IGNORECASE,
 )
+WITHDRAWN = re.compile(
+  r"\b(?:(?:that|this|it)(?:'s| is| was| would be) (?:wrong|incorrect"
+  r"|not (?:right|correct))"
+  r"|i(?:'ve| have)? made an? (?:mistake|error)|correction)\b",
+  re.IGNORECASE,
+)
 # x = 41 and y = 42.
 _NAMED = re.compile(
   r"(?:[,;&]|\b(?:and|or)\b)\s*\\?[A-Za-z]\w?\s*=", re.IGNORECASE
@@ -303,7 +314,9 @@ def last_clause(tail: str) -> str | None:
     return last_clause(rest[:WINDOW])
   around = window + tail[first : stop + 80]
   lower = around.lower()
-  if any(stem in lower for stem in _DOUBTS) and _DOUBT.search(around):
+  if any(stem in lower for stem in _DOUBTS) and DOUBT.search(around):
+    return None
+  if WITHDRAWN.match(rest):
     return None
   if TAKEN_UP.match(rest):
     sentence = f"{sentence}. {rest[:80]}"
@@ -410,7 +423,7 @@ def _is_main(text: str, found: list[literals.Quantity], is_money: bool) -> bool:
     return False
   gaps = [text[a.end : b.start] for a, b in itertools.pairwise(found)]
   if is_money:  # $10 for 50 minutes.
-    gaps[0] = gaps[0].replace(" for ", " in ", 1)
+    gaps[0] = " paid" + gaps[0].replace(" for ", " in ", 1)
   return (
     all(map(_CIRCUMSTANCE.fullmatch, gaps))
     and _AND.search(text, found[-1].end) is None

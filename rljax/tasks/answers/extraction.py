@@ -59,7 +59,8 @@ _DENIED = re.compile(
   r"\b(?:not|never|wrong|incorrect|false|if|whether|doubt|unless|refuse|decline"
   r"|(?:second|third|another|alternative) answer"
   r"|suppos(?:e|ing|edly)|assum(?:e|es|ed|ing)|imagine"
-  r"|cannot)\b|n't\b",
+  r"|cannot)\b|n't\b"
+  r"|\b(?:without|(?:had|were) (?:i|he|she|it|we|they|there))\b.*\bwould\b",
   re.IGNORECASE,
 )
 _TURNED = re.compile(r"\b(?:but|however|no|wait|so|anyway)\b", re.IGNORECASE)
@@ -475,6 +476,8 @@ def _announced(
           return None  # A list, whose last item says it.
   if ". " in behind:
     behind = _ABBREVIATED.sub(r"\1 ", behind)
+  if lead and "\n" in lead[0]:
+    behind = behind.removeprefix("> ")
   line = behind.partition("\n")[0]
   match = clauses.SENTENCE_END.search(line)
   sentence = line[: match.start()] if match else line
@@ -495,6 +498,8 @@ def _announced(
       before
     ):
       return Extract(None, "answer_is")
+  if clauses.DOUBT.search(rest[:80]):
+    return Extract(None, "answer_is")
   if clauses.TAKEN_UP.match(rest):
     sentence = f"{sentence}. {rest.strip()[:80]}"
   return Extract(sentence, "answer_is")

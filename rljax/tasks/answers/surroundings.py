@@ -15,15 +15,9 @@ _CONNECTORS = re.compile(
 _OPERATOR_BEFORE = re.compile(
   r"(?:(?:(?<![\s*])|^|(?<=\s))-|\S[ ]+-\s*)[{$]*$"
   r"|(?:[0-9)}+/^_×÷<>≤≥≠]"
-  r"|\\(?:cdot|times|div|pm|sqrt|neq?|[lg]eq?|leqslant|geqslant|ll|gg))[\s{$]*$"
+  r"|\}\s*\{|\\(?:cdot|times|div|pm|sqrt|[dtc]?frac|neq?|[lg]eq?|leqslant|geqslant|ll|gg))[\s{$]*$"
 )
 _WORKED_OUT = re.compile(r"[-+*/^=×÷]|\\(?:cdot|times|frac|div|sqrt)")
-_WITHDRAWN = re.compile(
-  r"\b(?:(?:that|this|it)(?:'s| is| was) (?:wrong|incorrect"
-  r"|not (?:right|correct))"
-  r"|i(?:'ve| have)? made an? (?:mistake|error)|correction)\b",
-  re.IGNORECASE,
-)
 _TURNED = re.compile(
   r"^\W*(?:but )?(?:wait|no|actually|oops|sorry|hmm)\b", re.IGNORECASE
 )
@@ -55,7 +49,7 @@ def takes_back(behind: str) -> bool:
       r"[\s,(]*(?:or\b|oder\b|ou\b|或|isn't|is (?:not|wrong|incorrect|false)"
       r"|wrong|incorrect|not\b|squared|cubed|dozen|hundred|thousand|million"
       r"|billion|trillion|or more|and a half|plus|minus|times \d|to \d"
-      r"|[-+^*/]\s*[\d(\\{]|!)",
+      r"|[-+^*/]\s*[\d(\\{]|\\(?:times|cdot|div|pm)|!)",
       behind,
       re.IGNORECASE,
     )
@@ -87,7 +81,7 @@ def changes(before: str) -> bool:
 
 def withdraws(behind: str, value: str) -> bool:
   """Tells whether a text behind an answer says that it is another number."""
-  is_wrong = _WITHDRAWN.search(behind) is not None
+  is_wrong = clauses.WITHDRAWN.search(behind) is not None
   if not is_wrong and not (
     _TURNED.match(behind)
     and clauses.DIGIT.search(behind)

@@ -162,16 +162,18 @@ REFUSED = re.compile(
   r"|anything|everything|used to be|mod|modulo|dozens?|dutzend|docenas?"
   r"|douzaines?"
   r"|dúzias?|dozzin[ae]|gross|factorial|squared|cubed"
-  r"|rejected|refused|errors?|mistakes?|halves|pi|nan|inf|halved|doubled|tripled|quadrupled|twice|divisible"
+  r"|rejected|refused|errors?|mistakes?|halves|pi|nan|inf|halved|doubled"
+  r"|tripled|quadrupled|twice|divisible"
   # Other languages.
   r"|oder|ou|oppure|veya|eller|albo|nebo|atau|nicht|kein|keine|nunca|nein"
   r"|falsch|falso|faux|incorrecto|errado|sbagliato"
-  r"|pas|niet|geen|inte|ikke|или|либо|не|нет|неверно|неправильно)\b"
+  r"|pas|niet|geen|inte|ikke|não|nie|nem|bukan|tidak|không|değil|или|либо|не"
+  r"|нет|неверно|неправильно)\b"
   r"|\w(?:n't|n’t)\b"
   r"|(?<=[0-9]) +(?:[oóeyu]|et|und|и) +(?=-?[0-9])"
   r"|[或不非没沒無无]|还是|或者|または|もしくは|あるいは|じゃない|ではな|ではあり"
   r"|[0-9]\s?[^\s0-9、。]{0,3}(?:以上|以下|未満|未满)|(?:以上|以下|未満)の\s*[0-9]"
-  r"|\bnull\b|錯|错|또는|혹은|아니|아닌"
+  r"|\bnull\b|錯|错|또는|혹은|아니|아닌|아닙|ليس|مش|नहीं|ไม่"
   r"|\\(?:n?[lg]e?q?q?|neq?|leqslant|geqslant|pm|mp|sim|not|in|ll|gg|cup|cap"
   r"|vee|wedge|lor|neg|ldots|dots|cdots|subset|infty)(?![A-Za-z])"
   r"|[<>≮≯~|‰‱]|!=|[0-9]-?ish\b|\(\s*no\b",
@@ -187,7 +189,9 @@ DATE = re.compile(
 # Before a number.
 CHANGES_BEFORE = re.compile(
   r"\b(?:than|least|most|under|over|below|above|beyond|exceed(?:s|ing)?|within"
-  r"|near|nearly|almost|barely|hardly|maximum|minimum|max|min|up to|until|but"
+  r"|near|nearly|(?:before|after|next to|preceding|following)(?=\W*$)|almost"
+  r"|barely|hardly|maximum|minimum|max|min|(?<!adds )(?<!add )(?<!sums )up to"
+  r"|until|but"
   r"|no(?! ?[.:])|without|minus|negative|plus|times|divided|multiplied|point"
   r"|square|cube|root|log|logarithm|ln|lg|sine?|cosine|cos|tan(?:gent)?|exp"
   r"|rul(?:e|es|ed|ing) out|eliminate|discard|reject|avoid"
@@ -200,8 +204,13 @@ CHANGES_BEFORE = re.compile(
   r"|(?:step|question|example|problem|exercise)(?=\s*\#?$)"
   r"|(?:if|suppos\w+|assum\w+|imagin\w+)(?=[^,]*$)"
   # Other languages.
-  r"|fast|beinahe|knapp|presque|casi|quase|quasi|bijna|почти|menos|más|mais|moins|meno|più|weniger|mehr|mindestens|höchstens"
-  r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad|doppelte|doble|dobro|doppio|dreifache"
+  r"|almeno|massimo|minimo|minstens|hoogstens|minst|högst|najmniej|en az"
+  r"|en fazla"
+  r"|paling|ít nhất|nhiều nhất|fast|beinahe|knapp|presque|casi|quase|quasi"
+  r"|bijna|почти|menos|más|mais|moins|meno|più|weniger|mehr|mindestens"
+  r"|höchstens"
+  r"|unter|über|bis|hasta|jusqu|raíz|cuadrado|wurzel|racine|carré|hälfte|mitad"
+  r"|doppelte|doble|dobro|doppio|dreifache"
   r"|moitié|minder|meer|более|менее|меньше|больше|минус|около)\b"
   r"|至少|至多|最多|最少|超过|超過|不到|少于|少於|多于|多於|大于|小于|大於|小於"
   r"|接近|负|負|平方根|之间|최소|최대|마이너스",
@@ -227,7 +236,8 @@ NAMES = {
 # Behind a number, before another word.
 CHANGES_BEHIND = re.compile(
   r"\b(?:plus|minus|point|(?:and|or) (?:up|above|over|more|under|below|less"
-  r"|fewer|counting|change)|at (?:least|most)|minimum|maximum|max|(?<=\w )min"
+  r"|fewer|counting|change|a bit|then some|so on)|at (?:the )?(?:least|most"
+  r"|very)|minimum|maximum|max|(?<=\w )min"
   r"|upwards?|onwards?|if|unless|else|otherwise|assuming|provided"
   r"|to the|power|raised|root|scores?|and one"
   r"|(?:upper|lower) (?:bound|limit)|short(?= of|\W*$)"
@@ -240,7 +250,7 @@ CHANGES_BEHIND = re.compile(
 )
 # Right behind a number.
 CHANGES_NEXT = re.compile(
-  r"[\s(]*(?:(?:half|quarter|pi|mil|mille|mila|milliers?|millones|millón"
+  r"[\s(]*(?:(?:half|quarter|ths|fold|something|pi|mil|mille|mila|milliers?|millones|millón"
   r"|milhões|milhão|millionen|milliarden?|milliards?|mio|mrd|tausend|hundert"
   r"|mln|mlrd|млн|млрд|тыс|тысяч[аи]?|миллион\w*|миллиард\w*|bin|milyon|milyar"
   r"|tisíc|tysięcy|tysiąc|cientos"
