@@ -120,7 +120,8 @@ _CONCLUDED = re.compile(r",\s*(?:so|thus|hence|therefore)\s", re.IGNORECASE)
 # After 2 days, 42 remain.
 _OPENING = re.compile(
   r"\W*(?:(?:so|thus|then|now|and),? )?(?:after|in|for|with|when|if|since|at|of"
-  r"|from|over|within|during|out of|once|because|as)\b[^,=]*,\s+\$?",
+  r"|from|over|within|during|out of|once|because|as|among|by)\b[^,=]*,\s+"
+  r"(?:[^,=0-9]{1,60}\s)?\$?",
   re.IGNORECASE,
 )
 # He sold 42 over 3 days: what stands between a number and others that say when,
@@ -128,11 +129,20 @@ _OPENING = re.compile(
 _CIRCUMSTANCE = re.compile(
   r"(?!.*\b(?:per|each|every|apiece|an?|or|and|than|more|less|fewer)\b)"
   r"(?! *(?:over|in|within|during|after|at|on|from|throughout|to)\b)"
-  r"[^,;:=?!]{0,60}?\s(?:over|in|within|during|after|at|on|from|throughout"
+  r"[^,;:=?!]{0,60}?,?\s(?:over|in|within|during|after|at|on|from|throughout"
   r"|to(?= +(?!the|become|equal|reach|total|get|give|have|be)[a-z])"
   r"|for +(?:the|all|these|those|his|her|their|its|working|just|only)"
   r")(?: +(?!\d)[\w']+){0,3} +",
   re.IGNORECASE,
+)
+# 45 in 5 years; 45 of the 60 people came.
+_IN_TIME = re.compile(
+  r" +in +[0-9.]+ +(?:second|minute|hour|day|week|month|year)s?\b"
+  r"|,? +of +(?:the|these|those|his|her|their|its) +[0-9.]+(?: +[a-z]+){2}"
+)
+# Tom, who is twice as old as Ann, is 42.
+_WHO = re.compile(
+  r"(?<=[A-Za-z]), (?:who|which|whose)\b[^,0-9]{1,60},(?=\D*[0-9])"
 )
 _AND = re.compile(r"\b(?:and|but)\b")
 # Ann has 41, Tom has 42.
@@ -210,8 +220,9 @@ _IF = re.compile(r"\s(?:if|unless)\s", re.IGNORECASE)
 _JUDGED = re.compile(
   r"^\W*(?:\w+\W+){0,2}(?:or|nor|to|versus|vs|through)\W+[0-9]"
   r"|\b(?:is|are|was|were) (?:wrong|incorrect|false|too|only|just)\b"
+  r"|\b(?:seem|look|sound|feel)s? (?:off|wrong|odd|strange|too|unlikely)"
   r"|\b(?:is|are|was|were) not"
-  r"(?:\W*$| (?:the|right|correct|it|true|possible)\b)"
+  r"(?:\W*$| (?:an?|the|right|correct|it|true|possible)\b)"
   r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
   r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
   r"|^\W*(?:or|minus|plus|times|not)\b|, not the\b"
@@ -288,6 +299,8 @@ def last_clause(tail: str) -> str | None:
   stop = min(
     end.start() if end else len(tail), line_end if line_end >= 0 else len(tail)
   )
+  if tail.startswith("...", stop):
+    stop += 3
   window = tail[max(0, first - WINDOW) : first]
   start = 0
   for boundary in SENTENCE_START.finditer(window):
@@ -306,6 +319,7 @@ def last_clause(tail: str) -> str | None:
   correct = _CORRECT.match(sentence)
   sentence = sentence[correct.end() :] if correct else sentence
   sentence = _APPLIED_BEFORE.sub("", sentence)
+  sentence = _WHO.sub("", sentence, count=1)
   where = _WHERE.search(sentence)
   if where and DIGIT.search(sentence, 0, where.start()):
     sentence = sentence[: where.start()]
@@ -426,8 +440,8 @@ def _is_main(text: str, found: list[literals.Quantity], is_money: bool) -> bool:
     gaps[0] = " paid" + gaps[0].replace(" for ", " in ", 1)
   return (
     all(map(_CIRCUMSTANCE.fullmatch, gaps))
-    and _AND.search(text, found[-1].end) is None
-  )
+    or (len(gaps) == 1 and _IN_TIME.match(rest) is not None)
+  ) and _AND.search(text, found[-1].end) is None
 
 
 def _last_of_several(sentence: str) -> str | None:

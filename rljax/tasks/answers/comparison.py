@@ -56,7 +56,16 @@ _PLACED = re.compile(
 _SPLIT_NUMBER = re.compile(r"[0-9][\s~]+[0-9]")
 _LEFT_SIDE = re.compile(r"^[^=<>]*[^=<>!:]=(?!=)")
 _WORDS_ALONE = re.compile(r"[A-Za-z']+(?: [A-Za-z']+){2,}")
-_UNIT = re.compile(r"(?<=[0-9)}\s])\s*[A-Za-z][A-Za-z .]*$")
+# The unit of 18\pi \text{ cm}^2, but not 7 \text{ p.m.}
+_TEXT_UNIT = re.compile(
+  r"(?<=[0-9}i])(?:\s|\\[ ,;:]|~)*\\(?:text|mathrm|mbox|textrm)\s*"
+  r"\{\s*(?![ap]\.?\s?m\b)[A-Za-z][A-Za-z ./]*\}"
+  r"\s*(?:\^\s*\{?\s*[23]\s*\}?)?[\s.$]*$"
+)
+_UNIT = re.compile(
+  r"(?<=[0-9)}\s])\s*[A-Za-z][A-Za-z .]*$"
+  r"|\s*(?:[cdkm]?m|ft|in|yd)\s*\^\s*\{?[23]\}?$"
+)
 
 
 def true_answer(text: str) -> str:
@@ -70,6 +79,7 @@ def true_answer(text: str) -> str:
   | \text{(C)}  \text{June 20}  | C, June 20  |
   | x=5  (1,2)  2516_8  12:00   | as it is, without markup for looks |
   """
+  text = _TEXT_UNIT.sub("", text)
   bare = " ".join(normalisation.normalise(text).split())
   begins = re.match(r"[-+(\s$£€\\]*(?:frac)?[{\s-]*[0-9.]", bare)
   if begins and not re.search("[=!]", bare) and not words.has_number_word(bare):
@@ -129,7 +139,7 @@ def compare(truth: str, text: str | None, rule: str) -> tuple[str | None, str]:
       return None, "too_long"
   if numbers.number(truth) == truth:
     return _compare_number(text, rule)
-  bare = " ".join(normalisation.normalise(text).split())
+  bare = " ".join(normalisation.normalise(_TEXT_UNIT.sub("", text)).split())
   if not bare:
     return None, "none"
   if rule in ("line", "answer_is") and not _PLACED.match(truth)[0]:
@@ -221,13 +231,14 @@ def _compare_word(truth: str, text: str) -> tuple[str, str]:
   if "_" in truth:
     text = _IN_BASE.sub(r"_\1", words.with_digits(text))
   elif ":" in truth:
-    clocks = _CLOCK.findall(text)
-    if len(clocks) == 1 and not (
-      _DIGIT.search(_CLOCK.sub("", text))
+    around = _CLOCK.split(text)
+    if len(around) == 2 and not (
+      _DIGIT.search("".join(around))
       or words.REFUSED.search(text)
-      or words.CHANGES_BEFORE.search(text)
+      or words.CHANGES_BEFORE.search(around[0])
+      or words.CHANGES_BEHIND.search(around[1])
     ):
-      text = clocks[0]  # He arrives at 9:30.
+      text = text[len(around[0]) : len(text) - len(around[1])]  # At 9:30.
     text = re.sub(r"(?<=[0-9]) to (?=[0-9])", ":", text)
   plain, known = (
     "".join(re.sub("[{}()]" if "_" in truth else "[{}]", "", t).split())

@@ -9,6 +9,7 @@ from typing import Any
 
 _OPENING, _CLOSING = "([{", ")]}"
 _PRODUCT = re.compile(r"(?<=[0-9)])(?<![\^_][0-9])\s*(?=\()")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(ln|log|sin|cos|tan)(?![A-Za-z])")
 _RELATION = re.compile(
   r"<=?|>=?|\\(?:leq?|geq?|lt|gt|leqslant|geqslant)(?![A-Za-z])|\\neq?(?![A-Za-z])"
 )
@@ -21,7 +22,7 @@ _MATRIX = re.compile(
   re.DOTALL,
 )
 _LEFT = re.compile(
-  r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:'|\s*\([A-Za-z, ]+\))?|\\[a-z]+"
+  r"\|[a-z]\||\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:'|\s*\([A-Za-z, ]+\))?|\\[a-z]+"
   r"|\(\s*[a-z](?:\s*,\s*\\?[a-z]+)+\s*\)"
 )
 _UNION = re.compile(r"\\cup(?![a-z])|\bor\b")
@@ -368,6 +369,7 @@ def _parsed(text: str) -> Any:
     return None
   # Its reader of plain expressions evaluates them in Python; that of LaTeX has
   # a grammar. Without the dot, 6(7) would be a mixed number.
+  text = _FUNCTION.sub(r"\\\1", text)
   text = _PRODUCT.sub(r"\\cdot ", text).replace("*", "\\cdot ")
   parsed = math_verify.parse(
     rf"\boxed{{{text}}}",

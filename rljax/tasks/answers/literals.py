@@ -30,7 +30,7 @@ QUANTITY = re.compile(
 _REPEATED = re.compile(
   r"([0-9]{0,30})\.([0-9]{0,30})(?:\\[a-z]+\s*\{?|\()([0-9]{1,30})[})]?"
 )
-DOTTED = re.compile(r"([0-9]{0,30})\.([0-9]{0,29}?)([0-9])\3\3+")
+DOTTED = re.compile(r"([0-9]{0,30})\.([0-9]{0,29}?)([0-9]{1,6}?)\3\3+")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,7 +233,7 @@ def _latex(text: str) -> str:
   if "\\begin" not in text:  # The rows of a matrix.
     text = _WIDE.sub("  ", text)
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
-  text = text.replace("\\colon", ":")
+  text = text.replace("\\colon", ":").replace("\\varnothing", "\\emptyset")
   if "\\over" in text:
     text = _OVER.sub(r"\\frac{\1}{\2}", text)
   text = _DEGREES.sub(" ", text)

@@ -20,6 +20,7 @@ _FRACTION = re.compile(
   rf"\\frac\s*(?:\{{\s*(-?)\s*({literals.INTEGER})\s*\}}|([0-9]))\s*"
   rf"(?:\{{\s*({literals.INTEGER})\s*\}}|([0-9]))"
 )
+_BRACKETED = re.compile(r"\(\s*(-?[0-9]{1,30})\s*\)/\(?([0-9]{1,30})\)?")
 _TIMES = re.compile(r"\\(?:times|cdot)(?![A-Za-z])")
 _UNIT_POWER = re.compile(
   r"(?<=[^\W\d_]) ?\^ ?(?:\{ ?-?[123] ?\}|-?[123](?![0-9.]))(?!\s*=)"
@@ -184,6 +185,8 @@ def plain(text: str) -> str:
     text = _ABBREVIATED.sub(r"\1 ", text)
   if "^" in text:
     text = _UNIT_POWER.sub("", text)
+  if ")/" in text:
+    text = _BRACKETED.sub(r"\1/\2", text)
   if "/-" in text or ",-" in text or ".-" in text:  # Rs 50/-, 50,- €.
     text = _NO_CENTS.sub("", text)
   text = words.with_digits(text)

@@ -157,6 +157,8 @@ def with_digits(text: str) -> str:
 # Anywhere in an answer: it is taken back, or one of several.
 REFUSED = re.compile(
   r"\b(?:or|nor|either|neither|not|never|cannot|wrong|incorrect(?:ly)?|false"
+  r"|fails (?:the|this|to)|it (?:varies|depends)"
+  r"|(?:seem|look|sound|feel)s? (?:off|wrong|odd|strange|unlikely)"
   r"|untrue|mistaken|invalid|impossible|unknown|undefined|unclear|unlikely"
   r"|except|excluding|versus|vs|instead|too|insufficient|unsure|uncertain"
   r"|anything|everything|used to be|mod|modulo|dozens?|dutzend|docenas?"
@@ -193,6 +195,7 @@ CHANGES_BEFORE = re.compile(
   r"|barely|hardly|maximum|minimum|max|min|(?<!adds )(?<!add )(?<!sums )up to"
   r"|until|but"
   r"|no(?! ?[.:])|without|minus|negative|plus|times|divided|multiplied|point"
+  r"|(?:as (?:many|few|much|little) as|one in|out of)(?=\W*$)"
   r"|square|cube|root|log|logarithm|ln|lg|sine?|cosine|cos|tan(?:gent)?|exp"
   r"|rul(?:e|es|ed|ing) out|eliminate|discard|reject|avoid"
   r"|sqrt|reciprocal|inverse|opposite|negation|complement|absolute|modulus"
@@ -236,8 +239,9 @@ NAMES = {
 # Behind a number, before another word.
 CHANGES_BEHIND = re.compile(
   r"\b(?:plus|minus|point|(?:and|or) (?:up|above|over|more|under|below|less"
-  r"|fewer|counting|change|a bit|then some|so on)|at (?:the )?(?:least|most"
-  r"|very)|minimum|maximum|max|(?<=\w )min"
+  r"|fewer|counting|change|a bit|then some|so on)"
+  r"|(?:maybe|perhaps|possibly|probably|even) (?:more|less|fewer)"
+  r"|at (?:the )?(?:least|most|very)|minimum|maximum|max|(?<=\w )min"
   r"|upwards?|onwards?|if|unless|else|otherwise|assuming|provided"
   r"|to the|power|raised|root|scores?|and one"
   r"|(?:upper|lower) (?:bound|limit)|short(?= of|\W*$)"
@@ -250,7 +254,8 @@ CHANGES_BEHIND = re.compile(
 )
 # Right behind a number.
 CHANGES_NEXT = re.compile(
-  r"[\s(]*(?:(?:half|quarter|ths|fold|something|pi|mil|mille|mila|milliers?|millones|millón"
+  r"[\s(]*(?:(?:half|quarter|ths|fold|something|pi|mil|mille|mila|milliers?"
+  r"|millones|millón"
   r"|milhões|milhão|millionen|milliarden?|milliards?|mio|mrd|tausend|hundert"
   r"|mln|mlrd|млн|млрд|тыс|тысяч[аи]?|миллион\w*|миллиард\w*|bin|milyon|milyar"
   r"|tisíc|tysięcy|tysiąc|cientos"
