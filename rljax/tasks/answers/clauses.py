@@ -18,6 +18,7 @@ TAKEN_UP = re.compile(
 )
 _JOINED = re.compile(
   r"(?:\b(?:or|and|nor|to|plus|minus|times|than|not|oder|ou|y|between|by)"
+  r"|\b(?:min|max)\."
   r"|或|[-+*/×÷√,^])[\s*_$\"'(\\[]*$",
   re.IGNORECASE,
 )
@@ -92,7 +93,8 @@ _DOUBTS = (
 _MARKER = re.compile(
   r"(?<![<>!=:])=+(?!=)"
   r"|\b(?:is|are|was|were|be|has|have|had|equals?|makes?|made|making|gives?"
-  r"|giving|gave|gets?|got|leaves?|leaving|left with|yields?|totals?|total of"
+  r"|giving|gave|gets?|got|leaves?|leaving|left with|yields?|totals?"
+  r"|(?:total|increase|decrease|difference|change|gain|profit|loss|drop) of"
   r"|total|contain(?:s|ed)|becomes?|so|thus|hence|therefore|altogether|in all"
   r"|overall|she|he|they|we|it|you|sold|need(?:s|ed)?|earns?|earned|pays?|paid"
   r"|costs?|comes to"
@@ -127,10 +129,11 @@ _OPENING = re.compile(
 # He sold 42 over 3 days: what stands between a number and others that say when,
 # where and for what.
 _CIRCUMSTANCE = re.compile(
+  r"(?: *more(?= \w))?"
   r"(?!.*\b(?:per|each|every|apiece|an?|or|and|than|more|less|fewer)\b)"
   r"(?! *(?:over|in|within|during|after|at|on|from|throughout|to)\b)"
   r"[^,;:=?!]{0,60}?,?\s(?:over|in|within|during|after|at|on|from|throughout"
-  r"|to(?= +(?!the|become|equal|reach|total|get|give|have|be)[a-z])"
+  r"|to(?= +(?!the|become|equal|total|get|give|have|be)[a-z])"
   r"|for +(?:the|all|these|those|his|her|their|its|working|just|only)"
   r")(?: +(?!\d)[\w']+){0,3} +",
   re.IGNORECASE,
@@ -219,7 +222,9 @@ _IF = re.compile(r"\s(?:if|unless)\s", re.IGNORECASE)
 # What judges the number before it.
 _JUDGED = re.compile(
   r"^\W*(?:\w+\W+){0,2}(?:or|nor|to|versus|vs|through)\W+[0-9]"
-  r"|\b(?:is|are|was|were) (?:wrong|incorrect|false|too|only|just)\b"
+  r"|\b(?:is|are|was|were|be) (?:wrong|incorrect|false|too|only|just|extraneous"
+  r"|rejected|discarded|invalid|excluded|insufficient|a trap|tempting)\b"
+  r"|\b(?:does|would|can|could)(?: not|n't) (?:work|satisfy|fit|hold|be)\b"
   r"|\b(?:seem|look|sound|feel)s? (?:off|wrong|odd|strange|too|unlikely)"
   r"|\b(?:is|are|was|were) not"
   r"(?:\W*$| (?:an?|the|right|correct|it|true|possible)\b)"
@@ -236,6 +241,10 @@ WITHDRAWN = re.compile(
   r"|not (?:right|correct))"
   r"|i(?:'ve| have)? made an? (?:mistake|error)|correction)\b",
   re.IGNORECASE,
+)
+# We reject x = 42.
+_REJECTED = re.compile(
+  r"\b(?:reject|discard|eliminate|rule out|exclude)s?\s+(?:\\?[a-z]\s*)?$", re.I
 )
 # x = 41 and y = 42.
 _NAMED = re.compile(
@@ -313,7 +322,8 @@ def last_clause(tail: str) -> str | None:
     ):
       return None
     sentence = cells[0]
-  sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
+  if previous or not sentence.startswith(">"):  # More than 42; or a quotation.
+    sentence = re.sub(r"^\s*(?:[-*•]\s+|#{1,6}\s*|>\s+)+", "", sentence)
   turned = _TURNED.match(sentence)
   sentence = sentence[turned.end() :] if turned else sentence
   correct = _CORRECT.match(sentence)
@@ -462,8 +472,10 @@ def _last_of_several(sentence: str) -> str | None:
     number, start = behind[0], signs[-1] + 1
     before = numbers.EQUALITY.split(text[: signs[-1]])[-1]
     is_number = numbers.NUMBER_ALONE.fullmatch(before)
-    if numbers.is_unsolved(before, text[start:]) or (
-      is_number and numbers.single(before)
+    if (
+      _REJECTED.search(before)
+      or numbers.is_unsolved(before, text[start:])
+      or (is_number and numbers.single(before))
     ):
       return sentence  # 2x = 42; 41 = 42.
     concluded = _CONCLUDED.search(text, number.end)

@@ -207,7 +207,7 @@ def normalise(text: str) -> str:
   if "*" in text or "_" in text or "`" in text:
     text = _POWER_OF_CODE.sub("^", text)
     text = _EMPHASIS.sub("", text)
-  text = text.replace("{,}", ",")
+  text = text.replace("{,}", ",").replace("=/=", "\\neq ")
   if "\\" in text or "~" in text:
     text = _latex(text)
   if "°" in text:

@@ -98,6 +98,12 @@ UNSOLVED = re.compile(
   r"(?:^|[\s=])(?:-|-?[0-9]+(?:/[0-9]+)?\s?\*?\s?)[a-z]\s*$"
   r"|(?:^|[\s=])[a-z]\s?\^\s?\{?\s?[0-9]\s?\}?\s*$"
 )
+# The formula at the end of a side, and the unknowns of it.
+_MATHEMATICS = re.compile(
+  r"(?:[-+*/^|(){}\s0-9.]|\\[a-z]+|(?<![A-Za-z])(?:[kn-z]|log|ln)(?![A-Za-z]))*$"
+)
+_CALL = re.compile(r"[A-Za-z]'?\s?\([a-z](?:, ?[a-z])*\)")  # f(x)
+_UNKNOWN = re.compile(r"(?<![A-Za-z\\])[kn-z](?![A-Za-z_]|\s*\(|\s*[0-9])")
 _POWER = re.compile(r"\s*([a-z])\s?\^\s?\{?\s?[0-9]\s?\}?\s*")
 # 36 because 6 is the side.
 REASON = re.compile(
@@ -114,6 +120,7 @@ _IS_THE_ANSWER = re.compile(
 _SEPARATED = re.compile(
   r"[;,&](?!\s*(?:so|thus|hence|then|therefore|which|giving)\b)|\band\b|\bor\b|\n"
 )
+_EXTREME = re.compile(r"\b(?:the|its) (?:minimum|maximum|min|max)\s*$", re.I)
 _SUM = re.compile(r"[-+0-9., ]+")
 NUMBER_ALONE = re.compile(r"[-0-9., ]+")
 # What may be attached to a number, of one or two letters: 5m, but not 5x.
@@ -260,6 +267,7 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
   other = single(before) if NUMBER_ALONE.fullmatch(before) else None
   if other is not None and other != value:
     return None  # 5 = 6.
+  before = _EXTREME.sub("", before)
   if not _DIGITS.search(before) and words.CHANGES_BEFORE.search(
     before.split(",")[-1][-12:]
   ):
@@ -268,10 +276,12 @@ def _of_sides(sides: list[str], text: str) -> fractions.Fraction | None:
 
 
 def is_unsolved(side: str, result: str) -> bool:
-  """Tells whether 2x or x^2 has a value, but not 60 m in "60 m = 60 m"."""
+  """Tells whether a side is 2x, x^2 or x + 1, but not 60 m of "60 m = 60 m"."""
   match = UNSOLVED.search(side)
   if match is None:
-    return False
+    formula = _MATHEMATICS.search(_CALL.sub(" ", side))[0].strip()
+    unknowns = _UNKNOWN.findall(formula)
+    return len(unknowns) == 1 and unknowns[0] != formula
   unit = match[0].rstrip()[-1]
   return not re.match(rf"\s*[0-9][0-9.,]* ?{re.escape(unit)}\b", result)
 

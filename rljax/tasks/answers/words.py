@@ -157,7 +157,8 @@ def with_digits(text: str) -> str:
 # Anywhere in an answer: it is taken back, or one of several.
 REFUSED = re.compile(
   r"\b(?:or|nor|either|neither|not|never|cannot|wrong|incorrect(?:ly)?|false"
-  r"|fails (?:the|this|to)|it (?:varies|depends)"
+  r"|fails (?:the|this|to)|it (?:varies|depends)|naive(?:ly)?|extraneous"
+  r"|at (?:best|worst)"
   r"|(?:seem|look|sound|feel)s? (?:off|wrong|odd|strange|unlikely)"
   r"|untrue|mistaken|invalid|impossible|unknown|undefined|unclear|unlikely"
   r"|except|excluding|versus|vs|instead|too|insufficient|unsure|uncertain"
@@ -178,7 +179,7 @@ REFUSED = re.compile(
   r"|\bnull\b|錯|错|또는|혹은|아니|아닌|아닙|ليس|مش|नहीं|ไม่"
   r"|\\(?:n?[lg]e?q?q?|neq?|leqslant|geqslant|pm|mp|sim|not|in|ll|gg|cup|cap"
   r"|vee|wedge|lor|neg|ldots|dots|cdots|subset|infty)(?![A-Za-z])"
-  r"|[<>≮≯~|‰‱]|!=|[0-9]-?ish\b|\(\s*no\b",
+  r"|[<>≮≯~|‰‱]|!=|[0-9]-?ish\b|\(\s*no\b|\bno\W*$",
   re.IGNORECASE,
 )
 _MONTHS = (
@@ -242,7 +243,7 @@ CHANGES_BEHIND = re.compile(
   r"|fewer|counting|change|a bit|then some|so on)"
   r"|(?:maybe|perhaps|possibly|probably|even) (?:more|less|fewer)"
   r"|at (?:the )?(?:least|most|very)|minimum|maximum|max|(?<=\w )min"
-  r"|upwards?|onwards?|if|unless|else|otherwise|assuming|provided"
+  r"|upwards?|onwards?|tops|if|unless|else|otherwise|assuming|provided"
   r"|to the|power|raised|root|scores?|and one"
   r"|(?:upper|lower) (?:bound|limit)|short(?= of|\W*$)"
   r"|(?:one|a) (?:possible|potential|plausible)"
