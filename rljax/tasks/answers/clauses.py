@@ -75,6 +75,10 @@ DOUBT = re.compile(
   r"|\bimpossible\b|\brandom(?:ly)? guess|\bI (?:strongly )?doubt\b",
   re.IGNORECASE,
 )
+_HEDGES = (
+  *("or ", "or,", "may", "might", "perhaps", "possib", "could be"),
+  *("altern", "oder", "ou ", "guess", "candidate"),
+)  # To be quick.
 _DOUBTS = (
   "not",
   "n't",
@@ -86,9 +90,8 @@ _DOUBTS = (
   "imp",
   "guess",
   "doubt",
-  "lost",
-  "confused",
-  "stuck",
+  "i'm ",
+  "i am ",
 )
 _MARKER = re.compile(
   r"(?<![<>!=:])=+(?!=)"
@@ -394,8 +397,12 @@ def _after_sum(tail: str) -> str | None:
   for part in _SPECIAL:
     if part in line:
       return None
-  if _HEDGE_LOWER.search(lower, len(lower) - len(line)):
-    return None
+  low = lower[len(lower) - len(line) :]
+  for stem in _HEDGES:
+    if stem in low:
+      if _HEDGE_LOWER.search(low):
+        return None
+      break
   number, behind = match.groups()
   behind = _behind_sum(behind, line.rstrip()[-1].isalpha()) if behind else ""
   return None if behind is None else number + behind

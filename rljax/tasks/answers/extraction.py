@@ -1,7 +1,7 @@
 r"""Finds where a response says its final answer."""
 
-import dataclasses
 import re
+from typing import NamedTuple
 
 from rljax.tasks.answers import (
   clauses,
@@ -92,8 +92,7 @@ _BOXED_BARE = re.compile(r"(-?[0-9][0-9.,]{0,40})(?=[\s$.]|$)")
 _BULLET = re.compile(r"\n[ \t]*[-*•+][ \t]+")
 
 
-@dataclasses.dataclass(frozen=True)
-class Extract:
+class Extract(NamedTuple):
   """Holds what a response gives as its answer.
 
   Attributes:
@@ -367,7 +366,7 @@ def _in_tag(text: str, is_number: bool) -> Extract | None:
     found = _in_box(content) or _answer_is(content, is_number)
     if found is None:
       found = Extract(clauses.last_clause(content[-MAX_READ:]), "tag")
-    return dataclasses.replace(found, rule="tag")
+    return found._replace(rule="tag")
   inner = _inner(content, is_number)
   return Extract(content if inner is None else inner.text, "tag")
 

@@ -1,8 +1,8 @@
 """Finds the numbers in a text that are written in digits, and their values."""
 
-import dataclasses
 import fractions
 import re
+from typing import NamedTuple
 
 _MAX_DIGITS = 100
 _MAX_EXPONENT = 100
@@ -33,8 +33,7 @@ _REPEATED = re.compile(
 DOTTED = re.compile(r"([0-9]{0,30})\.([0-9]{0,29}?)([0-9]{1,6}?)\3\3+")
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantity:
+class Quantity(NamedTuple):
   """Holds a number in a text.
 
   Attributes:
