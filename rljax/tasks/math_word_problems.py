@@ -333,16 +333,19 @@ def step_matches(results: Iterable[str], response: str) -> list[bool]:
   matches = [False] * (response.count("\n") + 1)
   line = end = 0
   for match in _RESULT.finditer(response, 0, _MAX_STEPS):
-    result = numbers.number(match[1])
-    if result in left:
-      # Every result of a line is used up, also those that a later line repeats.
-      left.remove(result)
-      start = match.start()
-      line += response.count("\n", end, start)
-      end = start
-      matches[line] = True
-      if not left:
-        break
+    result = match[1]
+    if result not in left:  # As it is written, to be quick.
+      result = numbers.number(result)
+      if result not in left:
+        continue
+    # Every result of a line is used up, also those that a later line repeats.
+    left.remove(result)
+    start = match.start()
+    line += response.count("\n", end, start)
+    end = start
+    matches[line] = True
+    if not left:
+      break
   return matches
 
 
