@@ -49,7 +49,7 @@ def takes_back(behind: str) -> bool:
       r"[\s,(]*(?:or\b|oder\b|ou\b|或|isn't|is (?:not|wrong|incorrect|false)"
       r"|wrong|incorrect|not\b|squared|cubed|dozen|hundred|thousand|million"
       r"|billion|trillion|or more|and a half|plus|minus|times \d|to \d"
-      r"|[-+^*/]\s*[\d(\\{]|\\(?:times|cdot|div|pm)|!)",
+      r"|[-+^*/]\s*[\d(\\{]|\\(?:times|cdot|div|pm)(?![A-Za-z])|!)",
       behind,
       re.IGNORECASE,
     )
