@@ -64,6 +64,10 @@ GROUPS = (
     ("It falls on a Thursday.",),
     ("the day after Thursday",),
   ),
+  # Cents behind a comma, where the currency has one.
+  ("8", ("#### 8,00 €",), ("#### 8,50 €", "8,00")),
+  ("9", ("R$ 9,00",), ("R$ 90,0",)),
+  ("8.5", ("8,50 €",), ("8,5",)),
   # Sentences that say more than their result.
   (
     "34",
@@ -1655,7 +1659,6 @@ GROUPS = (
       "The answer is 8 hours and 30 minutes.",
       "The answer is 8 1/2.",
       "The answer is 8,5",
-      "#### 8,00 €",
       "#### 8 kg 500 g",
       "#### 8 ft 6 in",
       "#### 8' 6\"",
@@ -1955,7 +1958,6 @@ GROUPS = (
       ".9",
       "9e9",
       "9_9",
-      "R$ 9,00",
       "\\boxed{8}\n\nAlternatively, \\boxed{9}",
       "Answer 1: \\boxed{8}\nAnswer 2: \\boxed{9}",
       "#### 8\n#### or 9",

@@ -179,6 +179,7 @@ _TURNED = re.compile(
 _CORRECTED = re.compile(r"\s*\$?-?[0-9][0-9.,]*[.!]\s+")
 # There is an error above: the correct total is 42.
 _CORRECT = re.compile(
+  r".*\b(?:wrong|incorrect|mistaken|not right)\s*[;,—-]\s*(?=it(?:'s| is) )|"
   r".*[;:,—-]\s*(?:but |so |and )?(?:the|my) "
   r"(?:correct(?:ed)?|actual|right|real|true)\s(?=\w+\s(?:is|was|should be)\s)",
   re.IGNORECASE,
@@ -217,6 +218,7 @@ _JUDGED = re.compile(
   r"|\b(?:seem|look|sound|feel)s? (?:off|wrong|odd|strange|too|unlikely)"
   r"|\b(?:is|are|was|were) not"
   r"(?:\W*$| (?:an?|the|right|correct|it|true|possible)\b)"
+  r"|\b(?:is|are) one of"
   r"|(?:upper|lower) (?:bound|limit)|(?:one|a) (?:possible|potential|plausible)"
   r"|n't (?:right|correct|the answer)\b|\b(?:wrong|incorrect|false)\b"
   r"|^\W*(?:or|minus|plus|times|not)\b|, not the\b"
@@ -454,6 +456,7 @@ def _is_main(text: str, found: list[literals.Quantity], is_money: bool) -> bool:
   gaps = [text[a.end : b.start] for a, b in itertools.pairwise(found)]
   if is_money:  # $10 for 50 minutes.
     gaps[0] = " paid" + gaps[0].replace(" for ", " in ", 1)
+    gaps[1:] = [re.sub(" and *$", " at ", gap) for gap in gaps[1:]]
   return (
     all(map(_CIRCUMSTANCE.fullmatch, gaps))
     or (len(gaps) == 1 and _IN_TIME.match(rest) is not None)
@@ -503,7 +506,7 @@ def _last_of_several(sentence: str) -> str | None:
   elif len(found) > 1:
     if HEDGE.search(sentence):
       return None
-    if _is_main(text, found, numbers.PRICE.search(sentence) is not None):
+    if _is_main(text, found, len(numbers.PRICE.findall(sentence)) == 1):
       return text[: found[0].end] + " "
     gap = text[found[-2].end : number.start]
     marker = last_match(_MARKER, gap)

@@ -74,6 +74,9 @@ def _equal(truth: str, text: str, depth: int) -> bool | None:
     if len(mine) > 1 or len(yours) > 1:
       return _any_order(mine, yours, depth)
     return _equal_relations(truth, text, depth)
+  lists = _parts(truth), _parts(text)
+  if all(one and not one[0] and all("=" in i for i in one[1]) for one in lists):
+    return _any_order(lists[0][1], lists[1][1], depth)
   if _EQUALS.search(truth) or _EQUALS.search(text):
     return _equal_equations(truth, text, depth)
   if "\\cup" in truth or "\\cup" in text:

@@ -33,6 +33,14 @@ _ABOUT = re.compile(r"\\(?:approx|simeq|cong|sim)(?![A-Za-z])|^\s*~")
 _MONEY_MILLIONS = re.compile(
   rf"([{normalisation._MONEY}]\s?[0-9][0-9.,]*\s?)m\b"
 )
+# 150,00 and R$ 8,50.
+_DECIMAL_COMMA = re.compile(
+  r"(?<![0-9.,])([0-9]{1,9}),([0-9]{2})(?=\s?(?:[€₽]|EUR|zł|Kč|kr|руб))"
+)
+_DECIMAL_PRICE = re.compile(
+  r"((?:[€₽]|R\$)\s?[0-9]{1,9}),([0-9]{2})(?![0-9.,])"
+)
+PRICE = re.compile(r"((?:[€₽]|R\$)\s?[0-9]{1,9}),([0-9]{2})(?![0-9.,])")
 PRICE = re.compile(rf"[{normalisation._MONEY}]\s?[0-9]")
 _MONEY = re.compile(
   rf"(?:\b(?:US|AU?|CA?|S|HK|NT|NZ|MX)(?=\$))?[{normalisation._MONEY}]"
@@ -58,12 +66,18 @@ _CENTS = re.compile(
   r" *(?:cents?|pence)\b",
   re.IGNORECASE,
 )
-_NO_CENTS = re.compile(r"(?<=[0-9])[.,/]-(?![0-9])")
+_NO_CENTS = re.compile(r"(?<=[0-9]) ?[.,/]-(?![0-9])")
 _PER = re.compile(r"\b(?:per|pro|por|par)\s+[0-9]+\b", re.IGNORECASE)
 # 7, not 8.
 _RATHER = re.compile(
   r"(?<=[\w%)])[\s,;(-]*(?:and |but )?(?:not|rather than|instead of)\s+"
   r"[$€£]?-?[0-9][0-9.,]*%?(?: [a-z]+)?[\s).!]*$",
+  re.IGNORECASE,
+)
+# Not 8 but 7.
+_NOT_BUT = re.compile(
+  r"\bnot \$?-?[0-9][0-9.,]*(?: [a-z]+)?,? (?:but(?: rather)?|it(?:'s| is))\s+"
+  r"(?=\$?-?[0-9])",
   re.IGNORECASE,
 )
 _BELIEVED = re.compile(
@@ -121,6 +135,9 @@ _SEPARATED = re.compile(
   r"[;,&](?!\s*(?:so|thus|hence|then|therefore|which|giving)\b)|\band\b|\bor\b|\n"
 )
 _EXTREME = re.compile(r"\b(?:the|its) (?:minimum|maximum|min|max)\s*$", re.I)
+_NAMED = re.compile(
+  r"(\w+)\s+(of|to)(?:\s+(?:the|these|those))?\s*$", re.IGNORECASE
+)
 _SUM = re.compile(r"[-+0-9., ]+")
 NUMBER_ALONE = re.compile(r"[-0-9., ]+")
 # What may be attached to a number, of one or two letters: 5m, but not 5x.
@@ -178,6 +195,8 @@ def plain(text: str) -> str:
   if "m" in text:
     text = _MONEY_MILLIONS.sub(r"\1M", text)
   text = normalisation.normalise(text)
+  if "," in text:
+    text = _DECIMAL_COMMA.sub(r"\1.\2", _DECIMAL_PRICE.sub(r"\1.\2", text))
   text = _MONEY.sub(" ", text)
   if "\\" in text:
     text = _ABOUT.sub(" ", text)
@@ -219,6 +238,7 @@ def _value(text: str) -> fractions.Fraction | None:
     if not literals.QUANTITY.search(parts[-1]) or not _DIGITS.search(parts[0]):
       return None
     text = parts[-1]
+  text = _NOT_BUT.sub("", text)
   text = _BELIEVED.sub("", _RATHER.sub("", text))
   text, num_below = _BELOW_ZERO.subn(" ", text)
   if words.REFUSED.search(text) or words.DATE.search(text) or _ASKS.match(text):
@@ -406,7 +426,9 @@ def _may_precede(before: str) -> bool:
   last = before[-1]
   if re.search(r"\w\s?[(\[{]$", before) and not before[-2].isspace():
     return False  # f(7).
-  named = re.search(r"(\w+)\s+(of|to)\s*$", before, re.IGNORECASE)
+  named = re.search(
+    r"(\w+)\s+(of|to)(?:\s+(?:the|these|those))?\s*$", before, re.IGNORECASE
+  )
   if named and not words.NAMES[named[2].lower()].fullmatch(named[1]):
     return False
   if last.isspace() or last in "([{\"':,;!?":
@@ -479,7 +501,7 @@ def _may_follow(behind: str) -> bool:
       return False
   body = behind.lstrip(" .,;:!?()[]{}\"'%#")
   if re.match(r"\s*[-+*^_:]", behind) and not re.match(
-    r"\s*[:]\s|\s+-\s+[a-z]", behind
+    r"\s*[:]\s|\s+-\s+[a-z]{2}", behind
   ):
     return False
   if re.match(r"\s*/(?!\s*[^\W\d_])", behind):

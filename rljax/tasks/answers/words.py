@@ -158,7 +158,7 @@ def with_digits(text: str) -> str:
 REFUSED = re.compile(
   r"\b(?:or|nor|either|neither|not|never|cannot|wrong|incorrect(?:ly)?|false"
   r"|fails (?:the|this|to)|it (?:varies|depends)|naive(?:ly)?|extraneous"
-  r"|at (?:best|worst)"
+  r"|at (?:best|worst)|none of"
   r"|(?:seem|look|sound|feel)s? (?:off|wrong|odd|strange|unlikely)"
   r"|untrue|mistaken|invalid|impossible|unknown|undefined|unclear|unlikely"
   r"|except|excluding|versus|vs|instead|too|insufficient|unsure|uncertain"
@@ -170,7 +170,7 @@ REFUSED = re.compile(
   # Other languages.
   r"|oder|ou|oppure|veya|eller|albo|nebo|atau|nicht|kein|keine|nunca|nein"
   r"|falsch|falso|faux|incorrecto|errado|sbagliato"
-  r"|pas|niet|geen|inte|ikke|não|nie|nem|bukan|tidak|không|değil|или|либо|не"
+  r"|pas|niet|geen|inte|ikke|não|non(?!-)|nie|nem|bukan|tidak|không|değil|или|либо|не"
   r"|нет|неверно|неправильно)\b"
   r"|\w(?:n't|n’t)\b"
   r"|(?<=[0-9]) +(?:[oóeyu]|et|und|и) +(?=-?[0-9])"
@@ -196,7 +196,9 @@ CHANGES_BEFORE = re.compile(
   r"|barely|hardly|maximum|minimum|max|min|(?<!adds )(?<!add )(?<!sums )up to"
   r"|until|but"
   r"|no(?! ?[.:])|without|minus|negative|plus|times|divided|multiplied|point"
-  r"|(?:as (?:many|few|much|little) as|one in|out of)(?=\W*$)"
+  r"|(?:as (?:many|few|much|little) as|one in|out of"
+  r"|I (?:\w+ )?(?:said|thought|guessed))(?=\W*$)|approach(?:es|ing)?"
+  r"|tends? to|whether"
   r"|square|cube|root|log|logarithm|ln|lg|sine?|cosine|cos|tan(?:gent)?|exp"
   r"|rul(?:e|es|ed|ing) out|eliminate|discard|reject|avoid"
   r"|sqrt|reciprocal|inverse|opposite|negation|complement|absolute|modulus"
@@ -208,6 +210,7 @@ CHANGES_BEFORE = re.compile(
   r"|(?:step|question|example|problem|exercise)(?=\s*\#?$)"
   r"|(?:if|suppos\w+|assum\w+|imagin\w+)(?=[^,]*$)"
   # Other languages.
+  r"|menor|mayor|maior|minore|maggiore|kleiner|größer|inférieure?|supérieure?"
   r"|almeno|massimo|minimo|minstens|hoogstens|minst|högst|najmniej|en az"
   r"|en fazla"
   r"|paling|ít nhất|nhiều nhất|fast|beinahe|knapp|presque|casi|quase|quasi"
@@ -217,7 +220,7 @@ CHANGES_BEFORE = re.compile(
   r"|doppelte|doble|dobro|doppio|dreifache"
   r"|moitié|minder|meer|более|менее|меньше|больше|минус|около)\b"
   r"|至少|至多|最多|最少|超过|超過|不到|少于|少於|多于|多於|大于|小于|大於|小於"
-  r"|接近|负|負|平方根|之间|최소|최대|마이너스",
+  r"|接近|将近|将近|负|負|平方根|之间|최소|최대|마이너스",
   re.IGNORECASE,
 )
 # What a number may be of, or come to: "a total of 5", but not "a factor of 5".
@@ -240,7 +243,7 @@ NAMES = {
 # Behind a number, before another word.
 CHANGES_BEHIND = re.compile(
   r"\b(?:plus|minus|point|(?:and|or) (?:up|above|over|more|under|below|less"
-  r"|fewer|counting|change|a bit|then some|so on)"
+  r"|fewer|counting|change|a bit|then some|so on)|less (?:the|an?|any|his|her)"
   r"|(?:maybe|perhaps|possibly|probably|even) (?:more|less|fewer)"
   r"|at (?:the )?(?:least|most|very)|minimum|maximum|max|(?<=\w )min"
   r"|upwards?|onwards?|tops|if|unless|else|otherwise|assuming|provided"
