@@ -102,6 +102,7 @@ HOSTILE = (
   *("<|im_end|>", "[", "<", "7/", "7^", "minus ", "or ", "答案", "\\\\", "'"),
   *("~~", "<<1=", "<think>", "\n- ", "| 7 |\n", "\\color{", "{1\\over", "if "),
   *("The answer is 6. ", "That is wrong. ", "Wait, 7 ", "\\text{a}", "٣", "१"),
+  *(", who is ", "not 7 but ", " in 7 days", "8,00 €", "²₃", "x/", "Check: 7 "),
   *(".", ",", "{", "the answer is", "7.x", "has 7, ", "^ ", "\t"),
 )
 

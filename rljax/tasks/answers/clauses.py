@@ -136,7 +136,6 @@ _IN_TIME = re.compile(
 _WHO = re.compile(
   r"(?<=[A-Za-z]), (?:who|which|whose)\b[^,0-9]{1,60},(?=\D*[0-9])"
 )
-_AND = re.compile(r"\b(?:and|but)\b")
 # Ann has 41, Tom has 42.
 _PARALLEL = re.compile(
   r"^(?!\W*(?:If|When|Since|As|Because)\b)[^,]*\b(has|have|had"
@@ -184,17 +183,10 @@ _CORRECT = re.compile(
   r"(?:correct(?:ed)?|actual|right|real|true)\s(?=\w+\s(?:is|was|should be)\s)",
   re.IGNORECASE,
 )
-# 4x = 42, where x is the price.
-_WHERE = re.compile(r"(?<=[\w)]),? (?:where|with|if|when) \\?[a-z] ?=.*$")
 # 33.3, which rounds to 33.
 _ROUNDED = re.compile(r"\bround(?:s|ed)(?: up| down| off)? to *(?:\$ *)?$")
 # So it took three days.
 _IN_WORDS = re.compile(r"\b(?:so|thus|hence|therefore|total|answer)\b", re.I)
-# 6 squared is 36; doubled: 36.
-_APPLIED_BEFORE = re.compile(
-  r"^\W*(?:(?:squared|cubed|doubled|tripled|quadrupled|halved):|no doubt,?)\s+",
-  re.IGNORECASE,
-)
 _APPLIED = re.compile(
   r" (?:squared|cubed|doubled|tripled|quadrupled|halved)"
   r"(?:,? (?:which |that )?(?:is|equals|gives|makes)|:) \$?",
@@ -262,6 +254,10 @@ def last_clause(tail: str) -> str | None:
   |-------------------------------------------|---------------|
   | She had 5, so she has 42 clips. Bye!      | so she has 42 clips |
   | 48 + 24 = 72                              | 72            |
+  | She sold 42 clips over 3 days.            | She sold 42   |
+  | In 3 days, she sold 42.                   | she sold 42   |
+  | She has 42. Check: 42 / 2 = 21            | She has 42    |
+  | 33.3, which rounds to 33                  | 33            |
   | 42, 43; 42 or 43; between 42 and 43       | all of it, to be refused |
   | 4 or<line feed>5; 1. 2. 3.; 6? 7?         | None          |
   | I do not know. 42                         | None          |
@@ -319,11 +315,7 @@ def last_clause(tail: str) -> str | None:
   sentence = sentence[turned.end() :] if turned else sentence
   correct = _CORRECT.match(sentence)
   sentence = sentence[correct.end() :] if correct else sentence
-  sentence = _APPLIED_BEFORE.sub("", sentence)
   sentence = _WHO.sub("", sentence, count=1)
-  where = _WHERE.search(sentence)
-  if where and DIGIT.search(sentence, 0, where.start()):
-    sentence = sentence[: where.start()]
   rest = tail[stop:].lstrip(".!?\"'*_ ")
   if words.has_number_word(rest[:WINDOW]) and _IN_WORDS.search(rest[:WINDOW]):
     return last_clause(rest[:WINDOW])
@@ -457,10 +449,9 @@ def _is_main(text: str, found: list[literals.Quantity], is_money: bool) -> bool:
   if is_money:  # $10 for 50 minutes.
     gaps[0] = " paid" + gaps[0].replace(" for ", " in ", 1)
     gaps[1:] = [re.sub(" and *$", " at ", gap) for gap in gaps[1:]]
-  return (
-    all(map(_CIRCUMSTANCE.fullmatch, gaps))
-    or (len(gaps) == 1 and _IN_TIME.match(rest) is not None)
-  ) and _AND.search(text, found[-1].end) is None
+  return all(map(_CIRCUMSTANCE.fullmatch, gaps)) or (
+    len(gaps) == 1 and _IN_TIME.match(rest) is not None
+  )
 
 
 def _last_of_several(sentence: str) -> str | None:

@@ -113,7 +113,7 @@ def compare(truth: str, text: str | None, rule: str) -> tuple[str | None, str]:
   | a number: 42            | is worked out to it: 6*7 | 48-6, an open sum   |
   | a word: Evelyn, June 20 | has its letters: evelyn  | July 20             |
   | a letter: C             | C, (C), (C) 42           | c                   |
-  | time, ratio, base: 12_5 | has its text: 12_{5}     | 7                   |
+  | time, ratio, base: 12_5 | 12_{5}, 12 in base 5     | 7                   |
   | an expression: \sqrt{8} | is equal by proof        | 2.828               |
   | a pair or matrix: (1,2) | has its parts in order   | (2,1)               |
   | an interval: [0,1)      | 0 \le x < 1              | (0,1)               |

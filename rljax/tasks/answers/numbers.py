@@ -169,10 +169,12 @@ def number(text: str) -> str | None:
   | x = 5  5 = x  2+3 = 5  5 = 2+3  half of 10 is 5 | 5            |
   | 5 dollars and 50 cents                        | 11/2           |
   | five (5)  5 per two  6, no, 5                 | 5              |
+  | 5, not 6  not 6 but 5  5: 2 red and 3 blue    | 5              |
+  | 5,50 €  R$ 5,50  (11)/2                       | 11/2           |
   | 5 or 6  5, 6  5-6  between 5 and 6  x=5, y=6  | none: several  |
   | not 5  5 is wrong  less than 5  twice 5       | none: changed  |
   | 5 dozen  5 squared  5x  a factor of 5         | none: changed  |
-  | 48+24  10 times 5  2x = 5  x^2 = 5            | none: not worked out |
+  | 48+24  10 times 5  2x = 5  x^2 = 5  x/2 = 5   | none: not worked out |
   | 5:30  1,56  1.2.3  v1.5  5-day  1/0  nan  1e999 | none         |
 
   Args:
