@@ -64,6 +64,11 @@ GROUPS = (
     ("It falls on a Thursday.",),
     ("the day after Thursday",),
   ),
+  (
+    "12",
+    ("12 a day", "12 is the total."),
+    ("12 a day for a week", "since 12", "12 is bigger than the answer"),
+  ),
   # Cents behind a comma, where the currency has one.
   ("8", ("#### 8,00 €",), ("#### 8,50 €", "8,00")),
   ("9", ("R$ 9,00",), ("R$ 90,0",)),

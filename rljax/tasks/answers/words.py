@@ -192,7 +192,8 @@ DATE = re.compile(
 # Before a number.
 CHANGES_BEFORE = re.compile(
   r"\b(?:than|least|most|under|over|below|above|beyond|exceed(?:s|ing)?|within"
-  r"|near|nearly|(?:before|after|next to|preceding|following)(?=\W*$)|almost"
+  r"|near|nearly|(?:before|after|since|next to|preceding|following)(?=\W*$)"
+  r"|almost"
   r"|barely|hardly|maximum|minimum|max|min|(?<!adds )(?<!add )(?<!sums )up to"
   r"|until|but"
   r"|no(?! ?[.:])|without|minus|negative|plus|times|divided|multiplied|point"
@@ -244,6 +245,7 @@ NAMES = {
 CHANGES_BEHIND = re.compile(
   r"\b(?:plus|minus|point|(?:and|or) (?:up|above|over|more|under|below|less"
   r"|fewer|counting|change|a bit|then some|so on)|less (?:the|an?|any|his|her)"
+  r"|(?:a|per) [a-z]+ for (?:an?|the|one|[0-9])"
   r"|(?:maybe|perhaps|possibly|probably|even) (?:more|less|fewer)"
   r"|at (?:the )?(?:least|most|very)|minimum|maximum|max|(?<=\w )min"
   r"|upwards?|onwards?|tops|if|unless|else|otherwise|assuming|provided"
