@@ -44,7 +44,7 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import packed, rollouts
 from rljax.losses import supervised
 from rljax.models import hf
-from rljax.text import batches, encoding, keywords, rankings, solutions, tokens
+from rljax.text import feeds, keywords, paired, rankings, solutions, tokens
 from rljax.training import frozen, microbatch, optimizers, runs
 
 # Flags that scripts share; rljax/cli.py has their help and their bounds.
@@ -56,6 +56,7 @@ cli.define_lengths(max_response_length=128, too_long="skip")
 cli.define_models(policy="Model that the reward model starts as.", logits=False)
 cli.define_batches(16, text="Prompts, or for --loss=bce solutions, of a step.")
 cli.define_packing()
+cli.define_stream("packed_length")
 cli.define_pairwise()
 cli.define_optimizer(1e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
@@ -134,33 +135,12 @@ def main():
   split(params)
 
   # What it learns from, as ids.
-  data = read_data(tokenizer)
-  train, held_out = data.train, data.held_out
   unit = "solutions" if is_bce else "comparisons"
-  if len(train.rows) < FLAGS.batch_size:
-    raise ValueError(
-      f"--batch_size={FLAGS.batch_size} is more than the {len(train.rows)} "
-      f"{unit}."
-    )
-  lengths = np.max([encoding.lengths(part) for part in (train, held_out)], 0)
-  tokens.check_positions(lengths.sum(), model.config.max_positions)
-  num_candidates = rankings.most_candidates(train, held_out)
-  if is_bce:
-    batch_of = functools.partial(solutions.batch, lengths=lengths)
-  else:
-    batch_of = functools.partial(
-      rankings.batch,
-      lengths=lengths,
-      num_candidates=num_candidates,
-    )
-
-  draw = lambda step: batches.batch_indices(
-    len(train.rows), FLAGS.batch_size, step, seed=FLAGS.seed
+  feed = (
+    cli.open_rankings(FLAGS, tokenizer) if FLAGS.stream else read(tokenizer)
   )
-  pack = cli.packer(
-    *(FLAGS, run, sizes, train),
-    lambda step: (draw(step)[:, None], np.arange(num_candidates)),
-  )
+  tokens.check_positions(feed.lengths.sum(), model.config.max_positions)
+  pack = cli.pack_feed(FLAGS, run, sizes, feed)
 
   # What is differentiated.
   def score(params, batch):
@@ -222,12 +202,15 @@ def main():
   )
   update = run.compile(update, returns_state=True)
   learnt, others = split(state["params"])
-  first = batch_of(train, np.arange(FLAGS.batch_size))
+  feed.go_to(run.meta.get("feed", {}))
   run.check_learner(
-    gradients, learnt, first, more=lambda batch: (others,), pack=pack.alone
+    *(gradients, learnt, feed.first()),
+    more=lambda batch: (others,),
+    pack=pack.alone,
   )
   score_rows = run.compile(score, out_shardings=run.rows_sharding)
-  questions = batch_of(held_out, np.arange(len(held_out.rows)))
+  held_out = feed.held_out
+  questions = feed.held_out_batch(np.arange(len(held_out.rows)))
 
   def evaluate(step):
     """Metrics on the held-out rows; --keep_best keeps the lowest loss."""
@@ -260,20 +243,20 @@ def main():
     f"{unit}_per_second",
   )
   with run.training(model, tokenizer, {"policy": base.params}, columns):
-    run.has_read(data)
-    for name, count in data.counts.items():
+    run.has_read(feed)
+    for name, count in feed.known.items():
       run.note(f"{name}: {count}.")
     for step in run.steps(freeze=[update, score_rows]):
       # Row `step` of the metrics is about the model after `step` updates.
       metrics = evaluate(step) if step % FLAGS.eval_every == 0 else {}
       started = time.perf_counter()
-      batch = pack(batch_of(train, draw(step)))
+      batch = pack(feed.batch(step))
       state, found = update(state, run.shard(batch))
-      metrics |= jax.device_get(found)
+      metrics |= feed.metrics | jax.device_get(found)
       seconds = time.perf_counter() - started
       metrics[f"{unit}_per_second"] = FLAGS.batch_size / seconds
       run.log(step, metrics)
-      run.save(step + 1, state)
+      run.save(step + 1, state, feed=feed.place)
     if run.is_complete:
       metrics = evaluate(FLAGS.steps)
       run.log(FLAGS.steps, metrics)
@@ -281,10 +264,10 @@ def main():
         run.note(f"WARNING: not fit to be a reward: {'; '.join(doubts)}.")
       run.finish(
         {
-          unit: len(train.rows),
+          unit: feed.size,
           f"held-out {unit}": len(held_out.rows),
-          **data.counts,
-          "rows left out": len(data.skipped),
+          **feed.known,
+          "rows left out": len(feed.skipped),
           **metrics,
           "reward model": FLAGS.workdir,
         }
@@ -294,6 +277,11 @@ def main():
 
 def check_flags():
   """Raises ValueError for flags that do not fit each other."""
+  if FLAGS.stream and FLAGS.loss == "bce":
+    raise ValueError(
+      "--loss=bce labels and balances solutions by the whole log, which a "
+      "stream does not know: leave out --stream."
+    )
   for loss, names in BELONG.items():
     for name in names:
       if loss != FLAGS.loss and FLAGS[name].value != FLAGS[name].default:
@@ -311,8 +299,8 @@ def check_flags():
     raise ValueError("--labels=sorm needs --data with values of steps.")
 
 
-def read_data(tokenizer):
-  """Rows to learn from and held-out ones, as ids; see `encoding.Split`."""
+def read(tokenizer):
+  """Rows to learn from and held-out ones, as ids, in batches."""
   shared = {
     "eval_share": FLAGS.eval_share,
     "num_eval_rows": FLAGS.num_eval_rows,
@@ -323,18 +311,21 @@ def read_data(tokenizer):
     "options": keywords.parse(FLAGS.task_options),
     **cli.length_options(FLAGS),
   }
+  files = tokenizer, FLAGS.data, FLAGS.eval_data
   if FLAGS.loss == "pairwise":
-    return rankings.read(
-      tokenizer, FLAGS.data, FLAGS.eval_data, order=FLAGS.order, **shared
-    )
-  return solutions.read(
-    tokenizer,
-    FLAGS.data,
-    FLAGS.eval_data,
+    data = rankings.read(*files, order=FLAGS.order, **shared)
+    return paired.ranked_table(data, FLAGS.batch_size, FLAGS.seed)
+  data = solutions.read(
+    *files,
     labels=FLAGS.labels,
     targets=FLAGS.targets,
     balance_labels=FLAGS.balance,
     **shared,
+  )
+  return feeds.Table(
+    *(data, FLAGS.batch_size, FLAGS.seed),
+    make=solutions.batch,
+    unit="solutions",
   )
 
 

@@ -49,6 +49,7 @@ cli.define_models()
 cli.define_replies()
 cli.define_batches(16, text="Comparisons of an update, with all their replies.")
 cli.define_packing()
+cli.define_stream("cache", "packed_length")
 cli.define_optimizer(1e-6, schedule="cosine", warmup=0.1, max_grad_norm=1.0)
 
 # Which flags of its own a method reads; the others are refused.
@@ -138,55 +139,41 @@ def main():
   run = runs.start(FLAGS, total_steps=FLAGS.steps)
   sizes = cli.batch_sizes(FLAGS, run.mesh)
   check_flags()
-  # The policy, the log, and the prompts whose replies select parameters.
+  # The policy, what is compared, and the prompts whose replies select: K
+  # replies of every row, the best one first. PRO wants logits, and a cache
+  # holds rewards that are not negative.
   loaded = cli.load_policy(FLAGS)
   policy, tokenizer = loaded.model, loaded.tokenizer
-  log = cli.read_log(FLAGS, tokenizer, join=True)
-  tokens.check_positions(sum(log.lengths), policy.config.max_positions)
-  selection = cli.load_selection(FLAGS, loaded, run)
-
-  # Which replies are compared: M comparisons of K, the best one first. PRO
-  # wants logits, and a cache holds rewards that are not negative.
   is_pro, is_kto = (FLAGS.algorithm == name for name in ("pro", "kto"))
-  by_reward, threshold = order() == "reward", FLAGS.kto_threshold
-  if is_kto and all(row.form == "labelled completions" for row in log.rows):
-    threshold = threshold or 0.5  # Their labels are 1 and 0.
-  needed = ["rewards"] if by_reward or threshold is not None else []
-  known = cli.load_known(
-    *(FLAGS, log, loaded, needed, run.mesh),
-    reader="--order=reward" if by_reward else "--kto_threshold",
-    own_rewards=is_pro,
+  needs_reference = FLAGS.algorithm in ("dpo", "ipo", "kto")
+  needs_reference &= not FLAGS.reference_free
+  feed = cli.open_comparisons(
+    *(FLAGS, loaded, run.mesh),
+    by_reward=order() == "reward",
+    all_replies=is_pro,
+    threshold=FLAGS.kto_threshold,
+    labelled=is_kto,
+    needs_reference=needs_reference,
   )
-  rows, rewards = log.rows, known.get("rewards")
-  if threshold is None:
-    compared = comparisons.ranked(rows, rewards, all_replies=is_pro)
-  else:
-    compared = comparisons.singles(rows, rewards, threshold)
-  compared, held_out = compared.split(log.is_held_out)
-  compared.check_batch(FLAGS.batch_size)
-  if FLAGS.algorithm in ("dpo", "ipo", "kto") and not FLAGS.reference_free:
-    known |= cli.load_known(FLAGS, log, loaded, ["ref_log_probs"], run.mesh)
+  tokens.check_positions(sum(feed.lengths), policy.config.max_positions)
+  selection = cli.load_selection(FLAGS, loaded, run)
+  pack = cli.pack_feed(FLAGS, run, sizes, feed)
 
-  draw = lambda step: compared.draw(FLAGS.batch_size, step, FLAGS.seed)
-  places = lambda step: compared.at(draw(step))
-  pack = cli.packer(FLAGS, run, sizes, log.encoded, places)
-
-  def batch_of(part, drawn):
-    """Arrays `[B, K, ...]`; prompts stand before each of their replies."""
-    rows, candidates = at = part.at(drawn)
-    batch = log.batch(*at) | {name: x[at] for name, x in known.items()}
+  def labelled(batch):
+    """A batch `[B, K, ...]`; of KTO, also what is good, and mismatched."""
     if is_kto:
+      shape = batch["response_mask"].shape[:2]
       batch["is_desirable"] = (
-        np.broadcast_to([True, False], candidates.shape)
-        if threshold is None
-        else batch["rewards"] >= threshold
+        np.broadcast_to([True, False], shape)
+        if feed.threshold is None
+        else batch["rewards"] >= feed.threshold
       )
-      batch |= comparisons.others(log.rows, rows[:, 0], batch)
+      batch |= comparisons.others(batch)
     return batch
 
   # What is differentiated.
   chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    sizes.micro_batch * compared.ranks.shape[1], policy.config.vocab_size
+    sizes.micro_batch * feed.num_replies, policy.config.vocab_size
   )
   beta = FLAGS.beta or (2.0 if FLAGS.algorithm == "simpo" else 0.1)
 
@@ -200,9 +187,11 @@ def main():
     )
     return statistics.log_probs.reshape(batch["response_mask"].shape)
 
-  def loss_fn(params, batch, reference_point):
+  def loss_fn(params, batch, reference_point, ref_params):
     mask = batch["response_mask"]
     log_probs = log_probs_of(params, batch)  # [B, K, T]
+    if FLAGS.stream and needs_reference:  # Of a log it is known, once for all.
+      batch = batch | {"ref_log_probs": log_probs_of(ref_params, batch)}
     if FLAGS.algorithm in ("dpo", "ipo"):
       return preference.dpo_loss(
         log_probs,
@@ -261,7 +250,7 @@ def main():
   def update(state, ref_params, batch):
     params = state["params"]
     point = reference_point_of(params, ref_params, batch) if is_kto else None
-    grads, metrics = gradients(params, batch, point)
+    grads, metrics = gradients(params, batch, point, ref_params)
     params, optimizer_state, metrics = optimizers.step(
       transform, grads, state["optimizer"], params, metrics
     )
@@ -270,42 +259,44 @@ def main():
   # The state; a run that was stopped goes on from its last checkpoint.
   rules = hf.partition_rules(policy, run.mesh)
   state = run.restore({"policy": loaded.params}, rules, optimizer=transform)
-  # KTO keeps the reference, for its mismatched pairs are new in every step.
-  ref_params = run.place({"policy": loaded.params}, rules) if is_kto else None
+  # KTO keeps the reference, for its mismatched pairs are new in every step, as
+  # is all that a stream has.
+  keeps_reference = is_kto or (FLAGS.stream and needs_reference)
+  ref_params = keeps_reference and run.place({"policy": loaded.params}, rules)
   update = run.compile(update, returns_state=True)
+  feed.go_to(run.meta.get("feed", {}))
   run.check_learner(
-    *(gradients, state["params"], batch_of(compared, draw(0))),
-    more=lambda batch: (np.float32(0) if is_kto else None,),
+    *(gradients, state["params"], labelled(feed.first())),
+    more=lambda batch: (np.float32(0) if is_kto else None, ref_params),
     pack=pack.alone,
     pads_count=FLAGS.pro_mask == "published",
   )
 
   def held_out_metrics(params, batch, ref_params):
     point = reference_point_of(params, ref_params, batch) if is_kto else None
-    return loss_fn(params, batch, point)[1]
+    return loss_fn(params, batch, point, ref_params)[1]
 
   selection.by_loss(
     held_out_metrics,
-    lambda rows: batch_of(held_out, rows),
-    len(held_out.rows),
+    lambda rows: labelled(feed.held_out_batch(rows)),
+    feed.num_held_out,
     ref_params,
   )
 
   with run.training(policy, tokenizer, {"policy": loaded.params}, COLUMNS):
-    run.note("\n".join(compared.notes))
-    run.has_read(log, *selection.dev)
+    run.has_read(feed, *selection.dev)
     for step in run.steps(freeze=[update, selection.program]):
       # Row `step` of the metrics is about the policy after `step` updates.
       is_due = step % FLAGS.eval_every == 0
       metrics = selection.evaluate(step, state["params"]) if is_due else {}
       started = time.perf_counter()
-      batch = batch_of(compared, draw(step))
+      batch = labelled(feed.batch(step))
       state, learnt = update(state, ref_params, run.shard(pack(batch)))
-      metrics |= jax.device_get(learnt)
+      metrics |= feed.metrics | jax.device_get(learnt)
       seconds = time.perf_counter() - started
       metrics["tokens_per_second"] = batch["response_mask"].sum() / seconds
       run.log(step, metrics)
-      run.save(step + 1, state)
+      run.save(step + 1, state, feed=feed.place)
     if run.is_complete:
       run.log(FLAGS.steps, selection.evaluate(FLAGS.steps, state["params"]))
       selection.summarise()
@@ -334,6 +325,11 @@ def check_flags():
       "--algorithm=pro takes temperatures from rewards, which push the first "
       "reply down where another has more: use --order=reward, or "
       "--pro_rewards=false with --order=logged."
+    )
+  if FLAGS.algorithm == "pro" and FLAGS.stream:
+    raise ValueError(
+      "--algorithm=pro ranks as many replies as the longest row of the log "
+      "has, which a stream does not know: leave out --stream."
     )
   if FLAGS.pro_mask == "published" and FLAGS.packed_length:
     raise ValueError("--pro_mask=published needs --packed_length=0, and pads.")

@@ -172,7 +172,7 @@ def main():
     losses, weights = [], []
     for start in range(0, len(feed.held_out.rows), sizes.micro_batch):
       rows = np.arange(start, start + sizes.micro_batch)
-      batch = run.shard(feeds.batch_of(feed.held_out, rows, feed.lengths))
+      batch = run.shard(feed.held_out_batch(rows))
       loss, of = held_out_loss(state["params"], batch)
       losses.append(float(loss))
       weights.append(float(of))

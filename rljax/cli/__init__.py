@@ -51,7 +51,10 @@ from rljax.cli.entry import (
 )
 from rljax.cli.examples import (
   define_examples,
+  define_stream,
   example_options,
+  open_comparisons,
+  open_rankings,
   open_stream,
   pack_feed,
 )
@@ -160,6 +163,7 @@ __all__ = (
   "define_run",
   "define_sampler",
   "define_stop_strings",
+  "define_stream",
   "define_task",
   "encode_options",
   "example_options",
@@ -179,6 +183,8 @@ __all__ = (
   "may_change",
   "may_grow",
   "model_options",
+  "open_comparisons",
+  "open_rankings",
   "open_stream",
   "optimizer_options",
   "pack_feed",

@@ -6,11 +6,15 @@ from absl import flags
 
 from rljax.cli import data, entry, learning
 from rljax.distributed import meshes
-from rljax.text import encoding, feeds, packing
+from rljax.models import hf
+from rljax.text import comparisons, encoding, feeds, packing, paired
 from rljax.training import microbatch, runs
 
 # Flags that are defined below belong to the script that calls the group.
 flags.disclaim_key_flags()
+
+# Prompts of a stream of comparisons that are held out, where no flag says so.
+_MOST_HELD_OUT = 256
 
 
 def define_examples() -> None:
@@ -22,6 +26,18 @@ def define_examples() -> None:
     "dialogue; false learns whole texts, with what the user and the system "
     "say, but for the first token.",
   )
+  define_stream()
+
+
+def define_stream(
+  *without: str, why: str = "needs the whole log, and a stream has none"
+) -> None:
+  """Defines how a file is read that is larger than memory.
+
+  Args:
+    *without: flags that must be left out then.
+    why: that is so, for their message.
+  """
   flags.DEFINE_bool(
     "stream",
     False,
@@ -41,6 +57,12 @@ def define_examples() -> None:
     lambda v: v["data"] or not v["stream"],
     "--stream reads a file while it is learnt from: give --data.",
   )
+  for name in without:
+    entry.require(
+      ["stream", name],
+      lambda v, name=name: not (v["stream"] and v[name]),
+      f"--{name} {why}: leave out one of the two, --stream and --{name}.",
+    )
 
 
 def example_options(values: flags.FlagValues) -> dict[str, Any]:
@@ -58,15 +80,104 @@ def open_stream(values: flags.FlagValues, tokenizer: Any) -> feeds.Stream:
   return feeds.stream(
     tokenizer,
     values.data,
-    eval_data=values.eval_data,
-    share=values.eval_share,
-    most=values.num_eval_prompts,
-    seed=values.seed,
-    batch_size=values.batch_size,
-    buffer=values.stream_buffer,
-    first_row=values.first_row,
-    num_rows=values.num_rows,
     settings=example_options(values),
+    **_stream_options(values, most=values.num_eval_prompts),
+  )
+
+
+def _stream_options(values, *, most):
+  """Keyword arguments of `feeds.Stream`."""
+  return {
+    "eval_data": values.eval_data,
+    "share": values.eval_share,
+    "most": most,
+    "seed": values.seed,
+    "batch_size": values.batch_size,
+    "buffer": values.stream_buffer,
+    "first_row": values.first_row,
+    "num_rows": values.num_rows,
+  }
+
+
+def open_comparisons(
+  values: flags.FlagValues,
+  loaded: hf.LanguageModel,
+  mesh: Any,
+  *,
+  by_reward: bool,
+  all_replies: bool = False,
+  threshold: float | None = None,
+  labelled: bool = False,
+  needs_reference: bool = False,
+) -> paired.Table | paired.Stream:
+  """Opens the replies that are compared: --data, or the log of --task.
+
+  Args:
+    values: parsed flags.
+    loaded: the policy as it starts, which is the reference.
+    mesh: from `meshes.make`.
+    by_reward: whether rewards rank replies, rather than the order of a row.
+    all_replies: whether all replies of a row are compared, not the best with
+      the worst; they then have their own rewards, whatever a cache holds.
+    threshold: least reward of a good reply, where every reply is taken by
+      itself; None: they are compared.
+    labelled: whether labels of true and false are such rewards.
+    needs_reference: whether batches of a log in memory have `ref_log_probs`;
+      those of a stream never do.
+
+  Raises:
+    ValueError: as `read_log`, `load_known` and `paired.stream`.
+  """
+  if values.stream:
+    if labelled:
+      threshold = paired.of_first_labels(threshold, values.data)
+    options = _stream_options(values, most=_MOST_HELD_OUT)
+    if data.has_scorer(values):  # New replies select parameters.
+      options |= {"share": None, "eval_data": ""}
+    return paired.stream(
+      *(loaded.tokenizer, values.data),
+      by_reward=by_reward,
+      threshold=threshold,
+      settings=data.length_options(values),
+      **options,
+    )
+  log = data.read_log(values, loaded.tokenizer, join=True)
+  if labelled:
+    threshold = paired.of_labels(threshold, log.rows)
+  needs_rewards = by_reward or threshold is not None
+  known = data.load_known(
+    *(values, log, loaded, ["rewards"] if needs_rewards else [], mesh),
+    reader="--order=reward" if by_reward else "--kto_threshold",
+    own_rewards=all_replies,
+  )
+  rows, rewards = log.rows, known.get("rewards")
+  if threshold is None:
+    found = comparisons.ranked(rows, rewards, all_replies=all_replies)
+  else:
+    found = comparisons.singles(rows, rewards, threshold)
+  found = paired.Table(
+    *(log, found, known),
+    batch_size=values.batch_size,
+    seed=values.seed,
+    threshold=threshold,
+  )
+  if needs_reference:
+    found.add(data.load_known(values, log, loaded, ["ref_log_probs"], mesh))
+  return found
+
+
+def open_rankings(values: flags.FlagValues, tokenizer: Any) -> paired.Stream:
+  """Opens --data as a stream of rows whose replies are ranked.
+
+  Raises:
+    ValueError: as `paired.ranked_stream`.
+  """
+  return paired.ranked_stream(
+    tokenizer,
+    values.data,
+    order=values.order,
+    settings=data.length_options(values),
+    **_stream_options(values, most=values.num_eval_rows),
   )
 
 
@@ -86,7 +197,7 @@ def pack_feed(
     ValueError: if a text may be longer than a row.
   """
   length = values.packed_length
-  if isinstance(feed, feeds.Table) or not length:
+  if not isinstance(feed, feeds.Stream) or not length:
     return learning.plan_packing(values, run, sizes, feed.counts, feed.lengths)
   if sum(feed.lengths) > length:
     raise ValueError(

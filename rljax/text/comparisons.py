@@ -142,22 +142,19 @@ def singles(
   return Comparisons(compared, candidates[:, None], [note])
 
 
-def others(
-  rows: Sequence[forms.Row], drawn: np.ndarray, batch: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def others(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Puts behind each prompt the replies of the next one, if it is another.
 
   Args:
-    rows: N logged rows.
-    drawn: `[B]` int, those of the batch.
-    batch: with `response_ids` and `response_mask`, `[B, K, T]`.
+    batch: `prompt_ids` and `prompt_mask`, `[B, K, P]`, and `response_ids` and
+      `response_mask`, `[B, K, T]`.
 
   Returns:
     `other_ids` and `other_mask`, `[B, K, T]`.
   """
-  following = np.roll(np.arange(len(drawn)), -1)
-  asked = np.array([rows[i].prompt for i in drawn], object)
-  is_other = (asked != asked[following])[:, None, None]
+  asked = np.where(batch["prompt_mask"], batch["prompt_ids"], -1)[:, 0]
+  following = np.roll(np.arange(len(asked)), -1)
+  is_other = (asked != asked[following]).any(axis=1)[:, None, None]
   return {
     "other_ids": batch["response_ids"][following],
     "other_mask": batch["response_mask"][following] & is_other,

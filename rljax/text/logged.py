@@ -275,6 +275,7 @@ def best_first(row: Row) -> Row:
   changes = {
     "candidates": tuple(row.candidates[i] for i in order),
     "rewards": tuple(row.rewards[i] for i in order),
+    "finished": row.finished and tuple(row.finished[i] for i in order),
   }
   if order[0] != 0:
     changes |= {"advantage": None, "response_ids": None}

@@ -176,7 +176,7 @@ class StreamTest(parameterized.TestCase):
     pathlib.Path(path).write_text(rows * 100)
     with (
       mock.patch.object(files, "load_placed_rows", counted),
-      mock.patch.object(feeds, "_HEAD", 50),
+      mock.patch.object(feeds, "HEAD", 50),
       mock.patch("rljax.text.forms._NUM_DECIDING", 50),
     ):
       stream = feeds.stream(
@@ -243,7 +243,7 @@ class TableTest(absltest.TestCase):
     table = feeds.Table(split, 1, 0)
     np.testing.assert_array_equal(table.lengths, [1, 2])
     self.assertEqual(table.batch(3)["response_ids"].tolist(), [[2, 3]])
-    self.assertEqual(table.counts(5)[1].tolist(), [2])
+    self.assertEqual(table.counts(5)[1].tolist(), [[2]])
 
 
 if __name__ == "__main__":
