@@ -131,7 +131,7 @@ def _free_port():
 
 @unittest.skipUnless(
   all(map(importlib.util.find_spec, ("moto", "flask", "s3fs", "boto3"))),
-  "needs pip install 'moto[server]' s3fs",
+  "needs pip install -e '.[test]'",
 )
 @unittest.skipUnless(STORIES.exists(), f"needs {STORIES}")
 @pytest.mark.slow

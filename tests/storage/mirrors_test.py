@@ -10,23 +10,22 @@ from absl.testing import absltest, parameterized
 from rljax.storage import buckets, checkpoint, leases, locks, mirrors
 from tests.storage import buckets_test
 
-URL = "memory://b/run"
-
-
 def state(number):
   return {"params": {"x": np.full(3, number, np.float32)}}
 
 
 class _Case(parameterized.TestCase):
+  url = "memory://b/run"
+
   def setUp(self):
     super().setUp()
     self.cache = buckets_test.clean_cache(self) / "cache"
     self.enter_context(mock.patch.dict(mirrors._OPEN, clear=True))
-    self.bucket = buckets.Bucket(URL)
+    self.bucket = buckets.Bucket(self.url)
 
   def open(self):
     """Opens the workdir; returns the folder that stands for it."""
-    folder = mirrors.folder_of(URL)
+    folder = mirrors.folder_of(self.url)
     checkpoint.prepare_workdir(folder)
     mirror = mirrors.of(folder)
     self.addCleanup(mirror._ended.set)  # Its threads.
@@ -70,7 +69,7 @@ class MirrorTest(_Case):
     with mirrors.closing():
       folder = self.open()
       self.assertEqual((folder / "metrics.jsonl").read_text(), "1\n")
-      self.assertEqual(mirrors.shown(folder / "best"), f"{URL}/best")
+      self.assertEqual(mirrors.shown(folder / "best"), f"{self.url}/best")
 
   def test_files_are_uploaded_when_the_block_fails(self):
     with self.assertRaisesRegex(KeyError, "boom"), mirrors.closing():
@@ -281,7 +280,7 @@ class LeaseTest(_Case):
   def test_on_this_machine_it_is_known_at_once(self):
     self.open()
     started = time.monotonic()
-    other = mirrors.Mirror(URL, mirrors.folder_of(URL))
+    other = mirrors.Mirror(self.url, mirrors.folder_of(self.url))
     held = ValueError("is being written by process 1 on host")
     with (
       mock.patch.object(locks, "take", side_effect=held),
