@@ -4,6 +4,7 @@
 #   bash launch/gpu.sh doctor          # what is there, and does it work?
 #   bash launch/gpu.sh experiments/sft.py \
 #     --flagfile=experiments/flags/padula/sft_cpu.flags --workdir=runs/sft
+#   bash launch/gpu.sh --env NAME ...  # stops if this variable is not set
 #   DRY_RUN=1 bash launch/gpu.sh ...   # prints the command and touches nothing
 #
 # Needs an environment with rljax and its extra cuda12 or cuda13 ($PYTHON).
@@ -13,6 +14,21 @@ set -euo pipefail
 
 PYTHON="${PYTHON:-python3}"
 
+# The command has this environment as it is: HF_TOKEN, WANDB_API_KEY and all
+# else. --env says what must be there.
+while [[ "${1:-}" == --env || "${1:-}" == --env=* ]]; do
+  if [[ "$1" == --env ]]; then shift; fi
+  name="${1-}" && name="${name#--env=}"
+  if [[ ! "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]]; then
+    echo "--env takes the name of a variable, such as --env HF_TOKEN, got" \
+      "$(printf %q "${name%%=*}")." >&2
+    exit 2
+  elif [[ -z "${!name:-}" ]]; then
+    echo "--env $name: it is not set here; export it first." >&2
+    exit 1
+  fi
+  shift
+done
 if [[ "${1:-}" == -- ]]; then shift; fi
 if (($# == 0)); then
   sed -n '2,/^set/{/^#/p}' "$0" >&2

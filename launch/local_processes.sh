@@ -3,6 +3,7 @@
 #
 #   bash launch/local_processes.sh 2 -- python experiments/sft.py \
 #     --flagfile=experiments/flags/padula/sft_cpu.flags --workdir=runs/sft
+#   bash launch/local_processes.sh 2 --env NAME -- ...   # stops if it is not set
 #   DRY_RUN=1 bash launch/local_processes.sh 2 -- ...   # says what it would do
 #
 # Every process finds in its environment where process 0 listens, how many they
@@ -19,12 +20,28 @@ LOGS="${LOGS:-runs/processes/$(date +%Y%m%d-%H%M%S)-$$}"
 # The transport between CPU processes, gloo, comes with jax.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
-if [[ $# -lt 3 || ! "$1" =~ ^[1-9][0-9]*$ || "$2" != -- ]]; then
-  echo "Usage: bash launch/local_processes.sh N -- COMMAND ..." >&2
+num="${1-}"
+shift || true
+# The command has this environment as it is: HF_TOKEN, WANDB_API_KEY and all
+# else. --env says what must be there.
+while [[ "${1:-}" == --env || "${1:-}" == --env=* ]]; do
+  if [[ "$1" == --env ]]; then shift; fi
+  name="${1-}" && name="${name#--env=}"
+  if [[ ! "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]]; then
+    echo "--env takes the name of a variable, such as --env HF_TOKEN, got" \
+      "$(printf %q "${name%%=*}")." >&2
+    exit 2
+  elif [[ -z "${!name:-}" ]]; then
+    echo "--env $name: it is not set here; export it first." >&2
+    exit 1
+  fi
+  shift
+done
+if [[ $# -lt 2 || ! "$num" =~ ^[1-9][0-9]*$ || "$1" != -- ]]; then
+  echo "Usage: bash launch/local_processes.sh N [--env NAME] -- COMMAND ..." >&2
   exit 2
 fi
-num="$1"
-shift 2
+shift
 
 listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 if [[ -z "${PORT:-}" ]]; then

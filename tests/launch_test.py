@@ -57,7 +57,12 @@ CLUSTER_TOOLS = {
   "scontrol": """echo "$*" >>"$CLUSTER/calls.log"
 if [[ "$1 $2" == "show hostnames" ]]; then printf 'node03\\nnode04\\n'; fi""",
   # Two tasks; the status of the worst.
-  "srun": """shift
+  "srun": """export="${SLURM_EXPORT_ENV:-ALL}"
+while [[ "$1" == --* ]]; do
+  if [[ "$1" == --export=* ]]; then export="${1#*=}"; fi
+  shift
+done
+if [[ "$export" != ALL ]]; then unset RLJAX_COORDINATOR; fi
 echo "srun with ${SRUN_CPUS_PER_TASK:-all} cores" >>"$CLUSTER/calls.log"
 for id in 0 1; do
   SLURM_PROCID=$id "$@" &
@@ -1119,6 +1124,13 @@ class SlurmTest(LaunchTest):
     found = re.findall("srun with (.*) cores", self.calls())
     self.assertEqual(found, ["all", "16"])
 
+  def test_what_sbatch_exports_is_not_all_that_tasks_get(self):
+    export = {"SLURM_EXPORT_ENV": "HF_TOKEN"}
+    status, output = call(*self.job(), **self.variables, **export)
+    self.assertEqual(status, 0, output)
+    coordinator = (self.workdir / "coordinator-0").read_text()
+    self.assertEqual(coordinator, "node03:8476")
+
   def test_time_limit_puts_it_back_and_it_goes_on(self):
     _, finish = self.start(*self.job("--steps=40"), **self.variables)
     self.signal_tasks()
@@ -1172,6 +1184,76 @@ class SlurmTest(LaunchTest):
     self.assertEqual(status, 1)
     self.assertIn("The job failed with status 1", output)
     self.assertNotIn("requeue", self.calls())
+
+
+class VariablesTest(LaunchTest):
+  """--env of the launchers that hand their environment on."""
+
+  SECRETS = {"HF_TOKEN": "hf_zq81 'x\"", "MY_KEY": "my_zq83"}
+
+  def setUp(self):
+    super().setUp()
+    write_tools(
+      self.folder / "bin", CLUSTER_TOOLS | {"nvidia-smi": "echo H, 80 MiB, 550"}
+    )
+    path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    self.variables = {
+      "PATH": path,
+      "PYTHON": sys.executable,
+      "CLUSTER": self.folder,
+      "LOGS": self.folder / "logs",
+      "SLURM_JOB_NODELIST": "node[03-04]",
+      "SLURM_JOB_NUM_NODES": 2,
+    }
+
+  def launch(self, name, *words, **variables):
+    number = ["1"] if name == "local_processes.sh" else []
+    return call(
+      *("bash", LAUNCH / name, *number, *words),
+      cwd=self.folder,
+      **self.variables,
+      **variables,
+    )
+
+  @parameterized.parameters(
+    ("gpu.sh",), ("local_processes.sh",), ("slurm.sbatch",)
+  )
+  def test_they_reach_the_job_and_nothing_else(self, name):
+    program = (
+      "import hashlib, os, pathlib; "
+      f"x = [os.environ.get(n, '') for n in {list(self.SECRETS)}]; "
+      "pathlib.Path('digest').write_text("
+      "hashlib.sha256(repr(x).encode()).hexdigest()); "
+      "print(pathlib.Path('/proc/self/cmdline').read_bytes())"
+    )
+    words = ["--env", "MY_KEY", "--env=HF_TOKEN"]
+    dashes = [] if name == "slurm.sbatch" else ["--"]
+    words += [*dashes, sys.executable, "-c", program]
+    if name == "gpu.sh":
+      words.remove(sys.executable)
+    status, output = self.launch(name, *words, **self.SECRETS)
+    self.assertEqual(status, 0, output)
+    want = hashlib.sha256(repr([*self.SECRETS.values()]).encode()).hexdigest()
+    self.assertEqual((self.folder / "digest").read_text(), want)
+    texts = [output.encode()] + [
+      path.read_bytes() for path in self.folder.rglob("*") if path.is_file()
+    ]
+    self.assertFalse([text for text in texts if b"zq8" in text])
+
+  @parameterized.product(
+    name=("gpu.sh", "local_processes.sh", "slurm.sbatch"),
+    case=(
+      (("--env", "MY_KEY", "--", "true"), 1, "--env MY_KEY: "),
+      (("--env=MY_KEY=zq85", "--", "true"), 2, "takes the name of a variable"),
+      (("--env",), 2, "takes the name of a variable"),
+    ),
+  )
+  def test_those_that_are_not_there(self, name, case):
+    words, expected, message = case
+    status, output = self.launch(name, *words)
+    self.assertEqual(status, expected, output)
+    self.assertIn(message, output)
+    self.assertNotIn("zq85", output)
 
 
 class GpuTest(LaunchTest):
