@@ -12,6 +12,7 @@ from rljax.text import files
 from tests import scripts
 
 SFT = "experiments/sft.py"
+PREFERENCE = "experiments/preference.py"
 SHAPE = (
   *("--batch_size=8", "--steps=4", "--save_every=2", "--eval_every=100"),
   # What is rounding in a gradient of 0 must not become a step.
@@ -127,6 +128,30 @@ def _write(path, num):
   files.write_jsonl(path, [{"prompt": p, "response": r} for p, r in pairs])
 
 
+@functools.cache
+def _pairs():
+  """Files of eight pairs and four, and of six replies with labels."""
+  rows = [
+    {"prompt": row["prompt"], "chosen": good, "rejected": bad}
+    for row in word_lists.logged("train", 1, num=15)
+    for good, bad in [row["candidates"][:2]]
+  ]
+  labels = [
+    {"prompt": row["prompt"], "completion": row[side], "label": is_good}
+    for row in rows[12:]
+    for side, is_good in (("chosen", True), ("rejected", False))
+  ]
+  found = []
+  for name, some in (
+    ("pairs", rows[:8]),
+    ("others", rows[8:12]),
+    ("labels", labels),
+  ):
+    found.append(scripts.scratch() / f"{name}.jsonl")
+    files.write_jsonl(found[-1], some)
+  return found
+
+
 class StreamTest(parameterized.TestCase):
   def test_goes_on_bit_for_bit(self):
     path = scripts.scratch() / "rows.jsonl"
@@ -147,6 +172,65 @@ class StreamTest(parameterized.TestCase):
     one, two = (scripts.rows(folder)[-4:] for folder in (whole, again))
     self.assertEqual(scripts.steady(one), scripts.steady(two))
     self.assertGreaterEqual(one[-2]["data/epoch"], 1)
+
+  def test_comparisons(self):
+    """The pairs of a stream teach what they teach in memory."""
+    pairs, other, labels = _pairs()
+    flags = [
+      *(f"--policy={_policy()}", f"--data={pairs}", f"--eval_data={other}"),
+      *("--max_prompt_length=12", "--max_response_length=20", *SHAPE),
+      *("--eval_every=2", "--steps=4"),
+    ]
+    stream = ["--stream", "--stream_buffer=8"]
+    for script in (PREFERENCE, "experiments/outcome_reward_model.py"):
+      plain, whole, again, kto = (
+        scripts.scratch() / f"{name}-{script[12:16]}"
+        for name in ("plain", "whole", "again", "kto")
+      )
+      # With all eight pairs in a batch their order is rounding.
+      runs = [[plain, *flags], [whole, *flags, *stream, "--preflight=strict"]]
+      if script == PREFERENCE:
+        labelled = ["--algorithm=kto", f"--data={labels}", "--batch_size=4"]
+        runs.append([kto, *flags, *labelled, *stream])
+      self.assertEqual(scripts.drive(script, runs), [None] * len(runs))
+      self.assertLess(scripts.largest_gap(plain, whole), scripts.ROUNDING)
+      one, two = scripts.rows(plain), scripts.rows(whole)
+      for name in ("eval/loss", "eval/accuracy"):
+        found = [[r[name] for r in x if name in r] for x in (one, two)]
+        np.testing.assert_allclose(*found, atol=1e-4)
+        self.assertLen(found[0], 3)
+      self.assertEqual(two[-2]["data/epoch"], 3)
+      shutil.copytree(whole, again)
+      shutil.rmtree(again / "checkpoints" / "4")
+      run = [again, *flags, *stream, "--preflight=strict"]
+      self.assertEqual(scripts.drive(script, [run]), [None])
+      self.assertEqual(scripts.fingerprint(whole), scripts.fingerprint(again))
+      if script == PREFERENCE:
+        rows = scripts.rows(kto)
+        self.assertAlmostEqual(rows[0]["eval/loss"], 0.5, places=4)
+        self.assertNotEqual(rows[-1]["eval/loss"], rows[0]["eval/loss"])
+
+  def test_what_needs_the_whole_log(self):
+    pairs, other, labels = _pairs()
+    reward_model = "experiments/outcome_reward_model.py"
+    for script, flags, words in (
+      (PREFERENCE, ["--algorithm=pro"], "--algorithm=pro ranks as many"),
+      (PREFERENCE, ["--cache=x"], "--cache .*--stream and --cache"),
+      (PREFERENCE, ["--packed_length=40"], "--stream and --packed_length"),
+      (reward_model, ["--loss=bce"], "--loss=bce .* leave out --stream"),
+      (PREFERENCE, [f"--data={labels}"], "rows of .* can be used: .*compare"),
+      (
+        PREFERENCE,
+        ["--algorithm=kto", f"--data={labels}", "--kto_threshold=-1"],
+        "6 replies 6 are good ones",
+      ),
+    ):
+      run = [
+        *(scripts.scratch() / "bad", f"--policy={_policy()}", "--stream"),
+        *(f"--data={pairs}", f"--eval_data={other}", *flags),
+      ]
+      with self.subTest(flags):
+        self.assertRegex(scripts.drive(script, [run])[0], words)
 
   def test_bad_input(self):
     path = scripts.scratch() / "few.jsonl"

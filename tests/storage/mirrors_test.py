@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 from rljax.storage import buckets, checkpoint, leases, locks, mirrors
 from tests.storage import buckets_test
 
+
 def state(number):
   return {"params": {"x": np.full(3, number, np.float32)}}
 
