@@ -43,6 +43,9 @@ _SPEC = re.compile(
 # Seconds that a worker may take to import a function.
 _START_SECONDS = 600.0
 
+# Arguments of TRL's functions that are of its trainer.
+_TRAINERS = ("completion_ids", "trainer_state", "log_extra", "log_metric")
+
 Parts = dict[str, Any]
 # What a function says of a response: a number or None, its parts, and why it
 # failed or None.
@@ -416,6 +419,11 @@ def arguments(
       f"needs the argument {missing[0]!r}, which is neither prompts, responses "
       "nor a column of the data; their columns are "
       f"{', '.join(names) or 'none'}."
+      + (
+        f" TRL's trainer alone has {missing[0]}: functions of texts work here."
+        if missing[0] in _TRAINERS
+        else ""
+      )
     )
   if not any(p.kind is p.VAR_KEYWORD for p in parameters):
     return {name: known[name] for name in named if name in known}

@@ -117,7 +117,8 @@ def _last(value: Any, name: str, *, has_prompt: bool):
     before, marker, reply = value.rpartition(dialogues.ASSISTANT)
     if not before.strip():
       raise ValueError(
-        f'"{name}" has no {json.dumps(dialogues.ASSISTANT)} after a question'
+        f'"prompt" is missing, and "{name}" has no '
+        f"{json.dumps(dialogues.ASSISTANT)} after a question"
       )
     if dialogues.HUMAN in reply:
       raise ValueError(f'"{name}" does not end in a reply')
@@ -167,12 +168,7 @@ def _completed(row: Mapping[str, Any], decisions: Any) -> dict[str, Any]:
   prompt, completion = prompt_of(_field(row, "prompt")), row["completion"]
   rewards = _reward(row)
   if "label" in row:
-    if row["label"] not in (True, False):  # 1 and 0 as well.
-      raise ValueError(
-        f'"label" must be true or false, got {row["label"]!r:.20}; a number is '
-        'called "reward"'
-      )
-    rewards = (float(row["label"]),)
+    rewards = (float(_label(row["label"])),)
   if isinstance(completion, str):
     candidates = (_reply(completion, "completion"),)
     return {"prompt": prompt, "candidates": candidates, "rewards": rewards}
@@ -183,6 +179,19 @@ def _completed(row: Mapping[str, Any], decisions: Any) -> dict[str, Any]:
   return _dialogue((*asked, *messages), "completion", len(asked)) | {
     "rewards": rewards
   }
+
+
+def _label(value: Any) -> bool:
+  """Returns whether a label is true; a text may say so, as in a .csv file."""
+  if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+    return value.strip().lower() == "true"
+  if value in (True, False):  # 1 and 0 as well.
+    return bool(value)
+  what = "the text " if isinstance(value, str) else ""
+  raise ValueError(
+    f'"label" must be true or false, got {what}{value!r:.20}'
+    + ("" if what else '; a number is called "reward"')
+  )
 
 
 def _dialogues(name: str) -> Callable[..., dict[str, Any]]:

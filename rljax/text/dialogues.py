@@ -24,6 +24,12 @@ _SPEAKERS = {
 }
 
 
+# Keys of a message that calls tools, and who does so in ShareGPT.
+_CALLS = ("tool_calls", "function_call")
+# Keys of a message that are read.
+_KEYS = ("role", "content", "from", "value", *_CALLS, "weight")
+
+
 def turns(transcript: str) -> list[dict[str, str]]:
   """Splits a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns.
 
@@ -77,6 +83,13 @@ def checked(value: Any, what: str) -> tuple[Message, ...]:
   for message in value:
     if not isinstance(message, Mapping):
       raise ValueError(f"a message of {what} is not an object")
+    if any(message.get(name) for name in _CALLS):
+      raise ValueError(f"a message of {what} calls a tool, which is not read")
+    if message.get("weight") == 0:
+      raise ValueError(
+        f'a message of {what} has a "weight" of 0, which is not read: all '
+        "turns of the assistant are learnt from"
+      )
     if "from" in message and "role" not in message:
       message = _shared(message, what)
     content = message.get("content")
@@ -93,6 +106,20 @@ def checked(value: Any, what: str) -> tuple[Message, ...]:
   return tuple(messages)
 
 
+def unread(value: Any) -> list[str]:
+  """Returns the keys of messages that are passed over, each once."""
+  messages = value if isinstance(value, (list, tuple)) else ()
+  return list(
+    dict.fromkeys(
+      name
+      for message in messages
+      if isinstance(message, Mapping)
+      for name, x in message.items()
+      if x is not None and name not in _KEYS
+    )
+  )
+
+
 def text(value: Any, what: str) -> str:
   """Returns a text that can be written as UTF-8, or raises ValueError."""
   if not isinstance(value, str):
@@ -107,6 +134,8 @@ def text(value: Any, what: str) -> str:
 def _shared(message: Mapping[str, Any], what: str) -> dict[str, Any]:
   """Returns a message of ShareGPT with role and content."""
   speaker = message["from"]
+  if speaker in _CALLS:
+    raise ValueError(f"a message of {what} calls a tool, which is not read")
   if not isinstance(speaker, str) or speaker.lower() not in _SPEAKERS:
     raise ValueError(
       f'"from" of a message of {what} must be one of '

@@ -4,6 +4,7 @@ Files are read row by row: one that is larger than memory is read as far as its
 rows are asked for. What the rows hold is the business of `forms`.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -248,7 +249,7 @@ def _files_of_split(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     f"{folder}: no file for split {split!r} (looked for "
     f"{', '.join(file.name for file in candidates)} and {split}-*.parquet; "
     f"there are {', '.join(there[:8]) or 'no files'}"
-    f"{', ...' if len(there) > 8 else ''})."
+    f"{', ...' if len(there) > 8 else ''}): name the file itself, or rename it."
   )
 
 
@@ -274,7 +275,14 @@ def _reader(path: pathlib.Path):
 def _opened(path: str | os.PathLike) -> io.BufferedIOBase:
   """Opens a file to read bytes, unpacked if its name ends in `.gz`."""
   path = buckets.here(path, name="The data")
-  return (gzip.open if str(path).endswith(".gz") else open)(path, "rb")
+  is_packed = str(path).endswith(".gz")
+  file = (gzip.open if is_packed else open)(path, "rb")
+  start = file.peek(2)[:2]
+  if start == b"\x1f\x8b" and not is_packed:
+    raise ValueError(f"{path}: it is packed by gzip; name it {path}.gz.")
+  if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    raise ValueError(f"{path}: its text is UTF-16, and must be UTF-8.")
+  return file
 
 
 def _byte_lines(path: str | os.PathLike) -> Iterator[bytes]:
@@ -328,7 +336,10 @@ def _placed_items(
       return
     raise ValueError(f"{path}: not JSON ({error}).") from error
   if not isinstance(rows, list):
-    raise ValueError(f"{path}: expected a list of JSON objects.")
+    inner = rows if isinstance(rows, dict) else {}
+    lists = [shorten(name) for name, x in inner.items() if isinstance(x, list)]
+    hint = f", such as what it has under {lists[0]}" if lists else ""
+    raise ValueError(f"{path}: expected a list of JSON objects{hint}.")
   if not rows:
     raise ValueError(f"{path}: no rows.")
   for i, row in enumerate(rows):

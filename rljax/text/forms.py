@@ -38,6 +38,18 @@ class Form(NamedTuple):
   says: str
 
 
+# What others call the columns that are read.
+_OTHER_NAMES = {
+  "question": "prompt",
+  "query": "prompt",
+  "answer": "response",
+  "output": "response",
+  "responses": "candidates",
+  "completions": "candidates",
+  "scores": "rewards",
+  "conversation": "messages",
+  "dialogue": "messages",
+}
 _COMMON = ("prompt", "value", "advantage")
 FORMS = {
   form.name: form
@@ -255,6 +267,9 @@ class Reader:
     if isinstance(found, Row):
       more = {name: row[name] for name in row if name != "prompt"}
       found = dataclasses.replace(found, columns=more)
+    for name in ("prompt", "messages", "conversations", "completion", "chosen"):
+      for key in dialogues.unread(row.get(name)):
+        self.remarks[f'rows have messages with "{key}", which is not read'] += 1
     form = recognise(row)
     self.forms[form.name if form else "prompts"] += 1
     if form and form.needs[0] in ("messages", "conversations"):
@@ -308,6 +323,22 @@ class Reader:
     )
     if self.columns:
       message += f" Its columns are {', '.join(self.columns)}."
+      known = {
+        name for form in FORMS.values() for name in (*form.needs, *form.takes)
+      }
+      others = {
+        name: _OTHER_NAMES.get(name.strip().lower(), name.strip().lower())
+        for name in self.columns
+        if name not in known
+      }
+      hints = [
+        f'"{name}" to "{meant}"'
+        for name, meant in others.items()
+        if meant in (known if self._answered else ("prompt", "messages"))
+        and meant not in self.columns
+      ]
+      if hints:
+        message += f" Perhaps rename {', '.join(hints)}."
     says = "; ".join(form.says for form in FORMS.values())
     return f"{message} What is read: {says}."
 
@@ -484,6 +515,8 @@ def ask(
     raise ValueError(
       text if text.startswith(place) else f"{place}: {text}."
     ) from error
+  if form is None:
+    raise ValueError(f'{place}: "prompt" is missing.')
   return unanswered(parse(row, place, decisions).prompt, place)
 
 

@@ -64,6 +64,9 @@ def nan(responses):
 def odd_pair(responses):
   return [(1.0, 2.0)] * len(responses)
 
+def of_a_trainer(completions, completion_ids, **kwargs):
+  return [0.0] * len(completions)
+
 def needs(responses, gold):
   return [0.0] * len(responses)
 
@@ -228,6 +231,10 @@ class FunctionsTest(parameterized.TestCase):
   def test_what_no_response_can_help_is_never_skipped(self):
     for functions, message in (
       (self._functions("needs", skip_unscored=True), "needs .* 'gold'.*answer"),
+      (
+        self._functions("of_a_trainer"),
+        "TRL's trainer alone has completion_id",
+      ),
       (self._functions("absent", skip_unscored=True), "no function absent; it"),
       (
         reward_functions.Functions(

@@ -166,6 +166,17 @@ class LoadRowsTest(parameterized.TestCase):
     ("rows.csv.gz", b"plain", "not a gzip file"),
     ("rows.parquet", b"PAR1", "not a .parquet file that pyarrow reads"),
     ("rows.json", b'{"a": 1}', "expected a list of JSON objects"),
+    (
+      "rows.json",
+      b'{"data": []}',
+      "JSON objects, such as what it has under 'd",
+    ),
+    (
+      "rows.jsonl",
+      gzip.compress(b"{}"),
+      "packed by gzip; name it .*rows.jsonl.gz",
+    ),
+    ("rows.csv", "a,b\n1,2".encode("utf-16"), "is UTF-16, and must be UTF-8"),
     ("rows.json", b"[{}, 1]", r"rows.json, row 1: expected a JSON obj.*got 1"),
     ("rows.json", b"[]", "no rows"),
     ("rows.json", b"[", "not JSON"),

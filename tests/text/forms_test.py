@@ -38,6 +38,13 @@ class FormsTest(parameterized.TestCase):
       (1.0,),
     ),
     (
+      "good_in_words",
+      {"prompt": "a", "completion": "b", "label": "True"},
+      "a",
+      ("b",),
+      (1.0,),
+    ),
+    (
       "bad",
       {"prompt": "a", "completion": "b", "label": 0},
       "a",
@@ -139,7 +146,23 @@ class FormsTest(parameterized.TestCase):
     ({"conversations": _shared(("robot", "a"))}, '"from" .* got .robot'),
     ({"conversations": [{"from": 5}]}, '"from" .* got 5'),
     ({"prompt": "a", "completion": "b", "label": 0.7}, '"label" must be true'),
-    ({"prompt": "a", "completion": "b", "label": "x"}, '"label" must be true'),
+    ({"prompt": "a", "completion": "b", "label": "x"}, "got the text 'x'"),
+    (
+      {"messages": [ASKED, _said(None) | {"tool_calls": [{}]}, _said("3")]},
+      'a message of "messages" calls a tool, which is not read',
+    ),
+    (
+      {"conversations": _shared(("human", "a"), ("function_call", "{}"))},
+      'a message of "conversations" calls a tool, which is not read',
+    ),
+    (
+      {"messages": [ASKED, _said("2") | {"weight": 0}, ASKED, _said("3")]},
+      'a message of "messages" has a "weight" of 0, which is not read',
+    ),
+    (
+      {"question": "a", "chosen": "b", "rejected": "c"},
+      '"prompt" is missing, and "chosen" has no .*Assistant',
+    ),
     ({"completion": "b"}, '"prompt" is missing'),
     ({"instruction": " ", "output": "b"}, '"instruction" is empty'),
     ({"instruction": "a", "output": ""}, '"output" is empty'),
@@ -292,10 +315,28 @@ class FilesTest(parameterized.TestCase):
   def test_a_wrong_file(self):
     with self.assertRaisesRegex(
       ValueError,
-      "No row is left: 1 of 1 rows .*Its columns are question, answer. What is "
-      "read: prompt, chosen, .*instruction, input, output",
+      "No row is left: 1 of 1 rows .*Its columns are question, answer. Perhaps "
+      'rename "question" to "prompt", "answer" to "response". What is read: '
+      "prompt, chosen, .*instruction, input, output",
     ):
       self._load([{"question": "a", "answer": "b"}])
+    with self.assertRaisesRegex(
+      ValueError, ':1: "prompt" is missing.*Perhaps rename "question" to "pro'
+    ) as caught:
+      logged.load_prompts(str(self.path))
+    self.assertNotIn('"answer" to', str(caught.exception))
+    with self.assertRaisesRegex(ValueError, 'rename " Prompt" to "prompt"'):
+      self._load([{" Prompt": "a", "response": "b"}])
+
+  def test_keys_of_messages_that_are_passed_over(self):
+    thought = _said("3") | {"reasoning_content": "1 and 2", "name": None}
+    loaded = self._load([{"messages": [ASKED, thought]}] * 2)
+    self.assertEqual(
+      loaded.notes[-1],
+      f'{self.path}: 2 rows have messages with "reasoning_content", which is '
+      "not read.",
+    )
+    self.assertLen(loaded.notes, 2)
 
   def test_rewards_under_another_name_stop(self):
     rows = [{"prompt": "a", "response": "b", "reward": 1}]
