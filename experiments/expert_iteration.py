@@ -54,6 +54,7 @@ cli.define_models(policy="Language model that samples in round 1.")
 cli.define_sampler(max_length=256, num_samples=16, sample_batch_size=16)
 cli.define_reward_model("Classifier for --filter=reward_model and both.")
 cli.define_batches(64, epochs=8)
+cli.define_packing()
 cli.define_optimizer(2e-5, schedule="cosine", warmup=0.03, max_grad_norm=1.0)
 
 # Flags of expert iteration.
@@ -196,32 +197,31 @@ def main():
     """Fits the weights `start` to the data of a round."""
     pairs = encode([(row["prompt"], row["response"]) for row in rows])
     pairs = prompts.within(pairs, shape["response_length"], run.note)
-    num_updates = batches.num_updates(
-      len(pairs), FLAGS.batch_size, FLAGS.epochs
-    )
-    rates = optimizers.schedule(num_updates, **cli.schedule_options(FLAGS))
+    total = batches.num_updates(len(pairs), FLAGS.batch_size, FLAGS.epochs)
+    rates = optimizers.schedule(total, **cli.schedule_options(FLAGS))
     about = {"fit/start": checkpoint.fingerprint(start)}
     with run.part(
-      f"rounds/{number}", base.model, tokenizer, total_steps=num_updates
+      f"rounds/{number}", base.model, tokenizer, total_steps=total
     ) as part:
       state = part.restore({"policy": start}, rules, optimizer=transform)
       losses = part.meta.get("losses", [])
+      # Every round has an order, and a number of packed rows, of its own.
+      draw = lambda step: batches.indices_or_all(
+        len(pairs), FLAGS.batch_size, step, seed=FLAGS.seed * 1000 + number
+      )
+      pack = cli.pack_pairs(FLAGS, part, sizes, pairs, draw)
+      update.thaw(pack.num_rows, pack.num_reads)
       for step in part.steps(freeze=[update]):
-        # Every round has an order of its own.
-        chosen = batches.indices_or_all(
-          len(pairs), FLAGS.batch_size, step, seed=FLAGS.seed * 1000 + number
-        )
         batch = batches.supervised_batch(
-          [pairs[i] for i in chosen], num_rows=FLAGS.batch_size, **shape
+          [pairs[i] for i in draw(step)], num_rows=FLAGS.batch_size, **shape
         )
-        part.check_learner(gradients, state["params"], batch)
-        state, metrics = update(
-          state, run.shard(batch), jnp.float32(rates(step))
-        )
+        part.check_learner(gradients, state["params"], batch, pack=pack.alone)
+        rate = jnp.float32(rates(step))
+        state, metrics = update(state, run.shard(pack(batch)), rate)
         if part.watch(step, metrics):  # Else it was skipped.
           losses = [*losses, float(metrics["nll/loss"])][-50:]
         part.save(step + 1, state, losses=losses)
-    about |= {"fit/steps": num_updates, "fit/loss": np.mean(losses)}
+    about |= {"fit/steps": total, "fit/loss": np.mean(losses)}
     return state["params"]["policy"], about
 
   def evaluate(params):
@@ -306,8 +306,8 @@ def main():
           program.freeze()
 
     best = rounds.best("eval/is_correct")
-    model = base.model if best else policy
-    with run.part("best", model, tokenizer, total_steps=best) as part:
+    of = base.model if best else policy
+    with run.part("best", of, tokenizer, total_steps=best) as part:
       part.save(best, {"params": {"policy": restore(best)}}, round=best)
     shown = ("rollouts", *COLUMNS)
     run.finish(

@@ -62,10 +62,22 @@ class Compiled:
     self._out_shardings = jit_options.get("out_shardings")
     self._executables = {}
     self._frozen = False
+    self._sizes: set[tuple[int, ...]] = set()
 
   def freeze(self) -> None:
     """Makes a new set of shapes raise an error instead of compiling."""
     self._frozen = True
+
+  def thaw(self, *sizes: int) -> None:
+    """Lets a frozen program compile once more, for data of another size.
+
+    Args:
+      *sizes: of the data, such as packed rows; those that it has had before,
+        and zeros, change nothing.
+    """
+    if any(sizes) and sizes not in self._sizes:
+      self._sizes.add(sizes)
+      self._frozen = False
 
   def __call__(self, *args):
     return self.compile(*args)(*args)

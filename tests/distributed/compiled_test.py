@@ -32,6 +32,17 @@ class CompiledTest(absltest.TestCase):
     with self.assertRaisesRegex(RuntimeError, "structure|PyTreeDef"):
       add(jnp.zeros(3), {"b": jnp.ones(3), "c": jnp.ones(3)})
 
+  def test_thaws_once_for_another_size(self):
+    double = compiled.Compiled("double", lambda x: 2 * x)
+    for size in (3, 4, 3):
+      double.thaw(size)
+      double(jnp.zeros(size))
+      double.freeze()
+    double.thaw(0)
+    double.thaw(4)
+    with self.assertRaisesRegex(RuntimeError, "double would compile again"):
+      double(jnp.zeros(5))
+
   def test_recompilation_by_sharding(self):
     double = compiled.Compiled("double", lambda x: 2 * x)
     double(jnp.arange(8))

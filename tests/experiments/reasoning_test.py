@@ -144,6 +144,23 @@ class ExpertIterationTest(absltest.TestCase):
       folder = _iterated() / f"rounds/{number}"
       self.assertNotEqual(_fingerprint_of_policy(folder), base)
 
+  def test_packed_rows_teach_the_same(self):
+    plain, packed = (scripts.scratch() / f"ei_{x}" for x in ("plain", "packed"))
+    # What is rounding in a gradient of 0 must not become a step.
+    flags = [*TINY_EI, *models(), "--adam_epsilon=1e-4"]
+    pack = ["--packed_length=64", "--micro_batch_size=8", "--preflight=strict"]
+    errors = scripts.drive(EI, [[plain, *flags], [packed, *flags, *pack]])
+    self.assertEqual(errors, [None, None])
+    for number in (1, 2):
+      gap = scripts.largest_gap(
+        plain / f"rounds/{number}", packed / f"rounds/{number}"
+      )
+      self.assertLess(gap, scripts.ROUNDING)
+      one, two = _round(plain, number), _round(packed, number)
+      np.testing.assert_allclose(one["fit/loss"], two["fit/loss"], rtol=1e-4)
+    # The rounds have more and more data, and rows that are packed anew.
+    self.assertGreater(two["data/size"], _round(packed, 1)["data/size"])
+
   def test_without_restart_a_fit_starts_from_its_sampler(self):
     workdir = scripts.scratch() / "ei_continued"
     scripts.run(EI, workdir, *TINY_EI, *models(), "--norestart")
