@@ -53,6 +53,16 @@ if [[ "$1" == venv ]]; then
   mkdir -p "${{!#}}/bin" && ln -s {sys.executable} "${{!#}}/bin/python"
 fi""",
 }
+# What `xpk workload create` of xpk 1.16.0 takes, of what we might use.
+XPK_FLAGS = frozenset(
+  (
+    *("base-docker-image", "cluster", "command", "docker-image", "docker-name"),
+    *("dry-run", "env", "env-file", "flex", "max-restarts", "namespace"),
+    *("num-slices", "on-demand", "priority", "project", "reservation"),
+    *("restart-on-exit-codes", "script-dir", "spot", "storage", "tpu-type"),
+    *("termination-grace-period-seconds", "workload", "zone"),
+  )
+)
 CLUSTER_TOOLS = {
   "scontrol": """echo "$*" >>"$CLUSTER/calls.log"
 if [[ "$1 $2" == "show hostnames" ]]; then printf 'node03\\nnode04\\n'; fi""",
@@ -254,6 +264,26 @@ class ShownCommandsTest(parameterized.TestCase):
     self.assertLen(scripts.parse_flags(script, words), 1, words)
     for extra in task["envs"]["EXTRAS"].split(","):
       self.assertIn(f"\n{extra} = ", (ROOT / "setup.cfg").read_text())
+
+  def test_the_line_of_xpk(self):
+    (block,) = re.findall(
+      r"(?s)```sh\n(xpk .*?)```", (LAUNCH / "README.md").read_text()
+    )
+    # As the shell hands it on.
+    block = f"xpk() {{ printf '%s\\0' \"$@\"; }}\n{block}"
+    words = call("bash", "-c", block)[1].split("\0")[:-1]
+    self.assertEqual(words[:2], ["workload", "create"])
+    given = dict(word.removeprefix("--").split("=", 1) for word in words[2:])
+    self.assertContainsSubset(given, XPK_FLAGS)
+    for name in ("cluster", "workload"):
+      self.assertRegex(given[name], r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
+    # It stands in a block of YAML, which a line feed would end.
+    self.assertNotIn("\n", given["command"])
+    match = re.search(
+      r"&& exec python (experiments/[\w/]+\.py) (.*)", given["command"]
+    )
+    script, words = match.groups()
+    self.assertLen(scripts.parse_flags(script, shlex.split(words)), 1, words)
 
   def test_what_a_script_does_not_take_is_found(self):
     ppo = "experiments/ppo.py"
