@@ -197,7 +197,9 @@ def pack_feed(
     ValueError: if a text may be longer than a row.
   """
   length = values.packed_length
-  if not isinstance(feed, feeds.Stream) or not length:
+  if not length:
+    return packing.Packer()
+  if not isinstance(feed, feeds.Stream):
     return learning.plan_packing(values, run, sizes, feed.counts, feed.lengths)
   if sum(feed.lengths) > length:
     raise ValueError(

@@ -13,6 +13,7 @@ from tests import scripts
 
 SFT = "experiments/sft.py"
 PREFERENCE = "experiments/preference.py"
+REWARD_MODEL = "experiments/outcome_reward_model.py"
 SHAPE = (
   *("--batch_size=8", "--steps=4", "--save_every=2", "--eval_every=100"),
   # What is rounding in a gradient of 0 must not become a step.
@@ -130,26 +131,80 @@ def _write(path, num):
 
 @functools.cache
 def _pairs():
-  """Files of eight pairs and four, and of six replies with labels."""
+  """Files of eight pairs and four, and of six replies with labels and eight."""
   rows = [
     {"prompt": row["prompt"], "chosen": good, "rejected": bad}
     for row in word_lists.logged("train", 1, num=15)
     for good, bad in [row["candidates"][:2]]
   ]
-  labels = [
+  labels = lambda some: [
     {"prompt": row["prompt"], "completion": row[side], "label": is_good}
-    for row in rows[12:]
+    for row in some
     for side, is_good in (("chosen", True), ("rejected", False))
   ]
   found = []
   for name, some in (
     ("pairs", rows[:8]),
     ("others", rows[8:12]),
-    ("labels", labels),
+    ("labels", labels(rows[12:])),
+    ("other_labels", labels(rows[8:12])),
   ):
     found.append(scripts.scratch() / f"{name}.jsonl")
     files.write_jsonl(found[-1], some)
   return found
+
+
+def _kto():
+  """Flags of a stream of labelled replies."""
+  _, _, labels, held_out = _pairs()
+  return [
+    *("--algorithm=kto", "--batch_size=4", f"--data={labels}"),
+    f"--eval_data={held_out}",
+  ]
+
+
+def _check_stream(case, script, *others, checks="off"):
+  """The pairs of a stream teach what they teach in memory, to the bit."""
+  pairs, other, *_ = _pairs()
+  flags = [
+    *(f"--policy={_policy()}", f"--data={pairs}", f"--eval_data={other}"),
+    *("--max_prompt_length=12", "--max_response_length=20", *SHAPE),
+    *("--eval_every=2", "--steps=4"),
+  ]
+  stream = ["--stream", "--stream_buffer=8"]
+  plain, whole, again, kto = (
+    scripts.scratch() / f"{name}-{script[12:16]}"
+    for name in ("plain", "whole", "again", "kto")
+  )
+  # With all eight pairs in a batch their order is rounding.
+  runs = [[plain, *flags], [whole, *flags, *stream, f"--preflight={checks}"]]
+  runs += [[kto, *flags, *stream, *more] for more in others]
+  case.assertEqual(scripts.drive(script, runs), [None] * len(runs))
+  case.assertLess(scripts.largest_gap(plain, whole), scripts.ROUNDING)
+  one, two = scripts.rows(plain), scripts.rows(whole)
+  for name in ("eval/loss", "eval/accuracy"):
+    found = [[r[name] for r in x if name in r] for x in (one, two)]
+    np.testing.assert_allclose(*found, atol=1e-4)
+    case.assertLen(found[0], 3)
+  case.assertEqual(two[-2]["data/epoch"], 3)
+  shutil.copytree(whole, again)
+  shutil.rmtree(again / "checkpoints" / "4")
+  run = [again, *flags, *stream, f"--preflight={checks}"]
+  case.assertEqual(scripts.drive(script, [run]), [None])
+  case.assertEqual(scripts.fingerprint(whole), scripts.fingerprint(again))
+  if others:
+    losses = [r["eval/loss"] for r in scripts.rows(kto) if "eval/loss" in r]
+    case.assertAlmostEqual(losses[0], 0.5, places=4)
+    case.assertNotEqual(losses[-1], losses[0])
+
+
+@pytest.mark.slow
+class CheckedStreamTest(absltest.TestCase):
+  def test_dpo(self):
+    _check_stream(self, PREFERENCE, checks="strict")
+
+  def test_reward_model(self):
+    _check_stream(self, REWARD_MODEL, checks="strict")
 
 
 class StreamTest(parameterized.TestCase):
@@ -164,7 +219,9 @@ class StreamTest(parameterized.TestCase):
       *("--steps=10", "--save_every=4"),
     ]
     whole, again = (scripts.scratch() / f"stream-{i}" for i in range(2))
-    self.assertEqual(scripts.drive(SFT, [[whole, *flags]]), [None])
+    apart = [scripts.scratch() / "apart", *flags, "--packed_length=0"]
+    apart += ["--steps=2", "--preflight=off"]
+    self.assertEqual(scripts.drive(SFT, [[whole, *flags], apart]), [None, None])
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "10")
     self.assertEqual(scripts.drive(SFT, [[again, *flags]]), [None])
@@ -174,63 +231,35 @@ class StreamTest(parameterized.TestCase):
     self.assertGreaterEqual(one[-2]["data/epoch"], 1)
 
   def test_comparisons(self):
-    """The pairs of a stream teach what they teach in memory."""
-    pairs, other, labels = _pairs()
-    flags = [
-      *(f"--policy={_policy()}", f"--data={pairs}", f"--eval_data={other}"),
-      *("--max_prompt_length=12", "--max_response_length=20", *SHAPE),
-      *("--eval_every=2", "--steps=4"),
-    ]
-    stream = ["--stream", "--stream_buffer=8"]
-    for script in (PREFERENCE, "experiments/outcome_reward_model.py"):
-      plain, whole, again, kto = (
-        scripts.scratch() / f"{name}-{script[12:16]}"
-        for name in ("plain", "whole", "again", "kto")
-      )
-      # With all eight pairs in a batch their order is rounding.
-      runs = [[plain, *flags], [whole, *flags, *stream, "--preflight=strict"]]
-      if script == PREFERENCE:
-        labelled = ["--algorithm=kto", f"--data={labels}", "--batch_size=4"]
-        runs.append([kto, *flags, *labelled, *stream])
-      self.assertEqual(scripts.drive(script, runs), [None] * len(runs))
-      self.assertLess(scripts.largest_gap(plain, whole), scripts.ROUNDING)
-      one, two = scripts.rows(plain), scripts.rows(whole)
-      for name in ("eval/loss", "eval/accuracy"):
-        found = [[r[name] for r in x if name in r] for x in (one, two)]
-        np.testing.assert_allclose(*found, atol=1e-4)
-        self.assertLen(found[0], 3)
-      self.assertEqual(two[-2]["data/epoch"], 3)
-      shutil.copytree(whole, again)
-      shutil.rmtree(again / "checkpoints" / "4")
-      run = [again, *flags, *stream, "--preflight=strict"]
-      self.assertEqual(scripts.drive(script, [run]), [None])
-      self.assertEqual(scripts.fingerprint(whole), scripts.fingerprint(again))
-      if script == PREFERENCE:
-        rows = scripts.rows(kto)
-        self.assertAlmostEqual(rows[0]["eval/loss"], 0.5, places=4)
-        self.assertNotEqual(rows[-1]["eval/loss"], rows[0]["eval/loss"])
+    _check_stream(self, PREFERENCE, _kto())
 
   def test_what_needs_the_whole_log(self):
-    pairs, other, labels = _pairs()
-    reward_model = "experiments/outcome_reward_model.py"
-    for script, flags, words in (
-      (PREFERENCE, ["--algorithm=pro"], "--algorithm=pro ranks as many"),
-      (PREFERENCE, ["--cache=x"], "--cache .*--stream and --cache"),
-      (PREFERENCE, ["--packed_length=40"], "--stream and --packed_length"),
-      (reward_model, ["--loss=bce"], "--loss=bce .* leave out --stream"),
-      (PREFERENCE, [f"--data={labels}"], "rows of .* can be used: .*compare"),
+    pairs, other, labels, held_out = _pairs()
+    kto = ["--algorithm=kto", f"--data={labels}", f"--eval_data={held_out}"]
+    for script, cases in (
       (
         PREFERENCE,
-        ["--algorithm=kto", f"--data={labels}", "--kto_threshold=-1"],
-        "6 replies 6 are good ones",
+        [
+          (["--algorithm=pro"], "--algorithm=pro ranks as many"),
+          (["--cache=x"], "--cache .*--stream and --cache"),
+          (["--packed_length=40"], "--stream and --packed_length"),
+          ([f"--data={labels}"], "rows of .* can be used: .*compare"),
+          ([*kto, "--kto_threshold=-1"], "6 replies 6 are good ones"),
+        ],
       ),
+      (REWARD_MODEL, [(["--loss=bce"], "--loss=bce .* leave out --stream")]),
     ):
-      run = [
-        *(scripts.scratch() / "bad", f"--policy={_policy()}", "--stream"),
-        *(f"--data={pairs}", f"--eval_data={other}", *flags),
+      runs = [
+        [
+          *(scripts.scratch() / "bad", f"--policy={_policy()}", "--stream"),
+          *(f"--data={pairs}", f"--eval_data={other}", *flags),
+        ]
+        for flags, _ in cases
       ]
-      with self.subTest(flags):
-        self.assertRegex(scripts.drive(script, [run])[0], words)
+      for error, (_, words) in zip(
+        scripts.drive(script, runs), cases, strict=True
+      ):
+        self.assertRegex(str(error), words)
 
   def test_bad_input(self):
     path = scripts.scratch() / "few.jsonl"
