@@ -127,6 +127,7 @@ CASES = {
   "missing_dashes": (["steps=50"], "'steps=50' .*; write --steps=50"),
   "word_behind_flags": (["--steps=5", "x"], "'x' .* is not a flag: flags begi"),
   "unknown": (["--stepps=5"], "Unknown command line flag 'stepps'"),
+  "elsewhere": (["--stream"], "flag 'stream'.*; sft.py, .* rank, filter"),
   "no_workdir": ([], "--workdir must have a value"),
   # Numbers.
   "steps_0": (["--steps=0"], "--steps=0: 0 is not a positive integer"),

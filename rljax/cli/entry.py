@@ -31,6 +31,11 @@ PATHS = frozenset(
 _LOCAL = frozenset(
   ("compilation_cache", "stages", "output", "profile_file", "task", "rewards")
 )
+# Flags of a few scripts, and why others have not got them.
+_ELSEWHERE = {
+  "stream": "; sft.py, preference.py and outcome_reward_model.py read streams; "
+  "others rank, filter or draw from all rows before they begin."
+}
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -79,6 +84,8 @@ def _parse(argv):
     return flags.FLAGS(argv)
   except flags.Error as error:
     text = "; ".join(str(error).splitlines())
+    if isinstance(error, flags.UnrecognizedFlagError):
+      text += _ELSEWHERE.get(error.flagname, "")
     _print_error(argv[0], f"{text.rstrip('.')}. (--help lists the flags.)")
     sys.exit(1)
 
