@@ -261,8 +261,8 @@ def main():
   state = run.restore({"policy": loaded.params}, rules, optimizer=transform)
   # KTO keeps the reference, for its mismatched pairs are new in every step, as
   # is all that a stream has.
-  keeps_reference = is_kto or (FLAGS.stream and needs_reference)
-  ref_params = keeps_reference and run.place({"policy": loaded.params}, rules)
+  keeps = is_kto or (FLAGS.stream and needs_reference)
+  ref_params = run.place({"policy": loaded.params}, rules) if keeps else None
   update = run.compile(update, returns_state=True)
   feed.go_to(run.meta.get("feed", {}))
   run.check_learner(

@@ -29,14 +29,11 @@ def define_examples() -> None:
   define_stream()
 
 
-def define_stream(
-  *without: str, why: str = "needs the whole log, and a stream has none"
-) -> None:
+def define_stream(*without: str) -> None:
   """Defines how a file is read that is larger than memory.
 
   Args:
-    *without: flags that must be left out then.
-    why: that is so, for their message.
+    *without: flags that need all comparisons of a log, and must be left out.
   """
   flags.DEFINE_bool(
     "stream",
@@ -61,7 +58,8 @@ def define_stream(
     entry.require(
       ["stream", name],
       lambda v, name=name: not (v["stream"] and v[name]),
-      f"--{name} {why}: leave out one of the two, --stream and --{name}.",
+      f"--{name} needs all comparisons of the log before the first update: "
+      f"leave out one of the two, --stream and --{name}.",
     )
 
 
