@@ -163,23 +163,28 @@ def _kto():
   ]
 
 
-def _check_stream(case, script, *others, checks="off"):
-  """The pairs of a stream teach what they teach in memory, to the bit."""
+def _stream_flags():
+  """Flags of eight pairs, all of which are in every batch, and of a stream."""
   pairs, other, *_ = _pairs()
   flags = [
     *(f"--policy={_policy()}", f"--data={pairs}", f"--eval_data={other}"),
     *("--max_prompt_length=12", "--max_response_length=20", *SHAPE),
     *("--eval_every=2", "--steps=4"),
   ]
-  stream = ["--stream", "--stream_buffer=8"]
-  plain, whole, again, kto = (
-    scripts.scratch() / f"{name}-{script[12:16]}"
-    for name in ("plain", "whole", "again", "kto")
+  return flags, [*flags, "--stream", "--stream_buffer=8"]
+
+
+def _check_stream(case, script, *others, checks="off"):
+  """The pairs of a stream teach what they teach in memory."""
+  flags, stream = _stream_flags()
+  plain, whole, kto = (
+    scripts.scratch() / f"{name}-{script[12:16]}-{checks}"
+    for name in ("plain", "whole", "kto")
   )
-  # With all eight pairs in a batch their order is rounding.
-  runs = [[plain, *flags], [whole, *flags, *stream, f"--preflight={checks}"]]
-  runs += [[kto, *flags, *stream, *more] for more in others]
+  runs = [[plain, *flags], [whole, *stream, f"--preflight={checks}"]]
+  runs += [[kto, *stream, *more] for more in others]
   case.assertEqual(scripts.drive(script, runs), [None] * len(runs))
+  # The order of rows is rounding.
   case.assertLess(scripts.largest_gap(plain, whole), scripts.ROUNDING)
   one, two = scripts.rows(plain), scripts.rows(whole)
   for name in ("eval/loss", "eval/accuracy"):
@@ -187,24 +192,32 @@ def _check_stream(case, script, *others, checks="off"):
     np.testing.assert_allclose(*found, atol=1e-4)
     case.assertLen(found[0], 3)
   case.assertEqual(two[-2]["data/epoch"], 3)
-  shutil.copytree(whole, again)
-  shutil.rmtree(again / "checkpoints" / "4")
-  run = [again, *flags, *stream, f"--preflight={checks}"]
-  case.assertEqual(scripts.drive(script, [run]), [None])
-  case.assertEqual(scripts.fingerprint(whole), scripts.fingerprint(again))
   if others:
     losses = [r["eval/loss"] for r in scripts.rows(kto) if "eval/loss" in r]
     case.assertAlmostEqual(losses[0], 0.5, places=4)
     case.assertNotEqual(losses[-1], losses[0])
+  return whole
+
+
+def _check_again(case, script, whole):
+  """A run that is stopped goes on to the bit."""
+  again = whole.with_name(f"again-{whole.name}")
+  shutil.copytree(whole, again)
+  shutil.rmtree(again / "checkpoints" / "4")
+  run = [again, *_stream_flags()[1], "--preflight=strict"]
+  case.assertEqual(scripts.drive(script, [run]), [None])
+  case.assertEqual(scripts.fingerprint(whole), scripts.fingerprint(again))
 
 
 @pytest.mark.slow
 class CheckedStreamTest(absltest.TestCase):
-  def test_dpo(self):
-    _check_stream(self, PREFERENCE, checks="strict")
+  def test_dpo_and_kto(self):
+    whole = _check_stream(self, PREFERENCE, _kto(), checks="strict")
+    _check_again(self, PREFERENCE, whole)
 
   def test_reward_model(self):
-    _check_stream(self, REWARD_MODEL, checks="strict")
+    whole = _check_stream(self, REWARD_MODEL, checks="strict")
+    _check_again(self, REWARD_MODEL, whole)
 
 
 class StreamTest(parameterized.TestCase):
@@ -231,7 +244,7 @@ class StreamTest(parameterized.TestCase):
     self.assertGreaterEqual(one[-2]["data/epoch"], 1)
 
   def test_comparisons(self):
-    _check_stream(self, PREFERENCE, _kto())
+    _check_stream(self, PREFERENCE)
 
   def test_what_needs_the_whole_log(self):
     pairs, other, labels, held_out = _pairs()

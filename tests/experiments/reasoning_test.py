@@ -144,6 +144,7 @@ class ExpertIterationTest(absltest.TestCase):
       folder = _iterated() / f"rounds/{number}"
       self.assertNotEqual(_fingerprint_of_policy(folder), base)
 
+  @pytest.mark.slow
   def test_packed_rows_teach_the_same(self):
     plain, packed = (scripts.scratch() / f"ei_{x}" for x in ("plain", "packed"))
     # What is rounding in a gradient of 0 must not become a step.
