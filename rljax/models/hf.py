@@ -535,8 +535,7 @@ def _load_base(
   lazy: bool,
 ) -> tuple[nn.Module, Params, Any | None]:
   """Loads the model that adapters are beside."""
-  if pathlib.Path(adapter.base).resolve() == where.resolve():
-    raise ValueError(f"the adapter in {where} names itself as its base.")
+  _check_chain(adapter, where)
   try:
     return _load(adapter.base, settings, tokenizer, None, "policy", lazy)[:3]
   except ValueError as error:
@@ -544,6 +543,27 @@ def _load_base(
       f"the base of the adapter in {where} cannot be loaded: {error} Its "
       f'"base_model_name_or_path" in {peft.CONFIG} may name another place.'
     ) from error
+
+
+def _check_chain(adapter: lora.Settings, where: pathlib.Path) -> None:
+  """Raises ValueError if bases of adapters lead back to one of them."""
+  seen, place = [where.resolve()], pathlib.Path(adapter.base).expanduser()
+  while place.is_dir():
+    if place.resolve() in seen:
+      way = " -> ".join(map(str, [*seen, place.resolve()]))
+      raise ValueError(
+        f"the adapter in {where} leads back to itself as its base: {way}. Set "
+        f'"base_model_name_or_path" in its {peft.CONFIG} to a whole model.'
+      )
+    seen.append(place.resolve())
+    try:
+      kind, path = sources.find(place, with_weights=False)
+    except ValueError:
+      return  # Loading it says what is wrong with it.
+    folder = sources.model_folder(kind, path)
+    if kind not in ("adapter", "workdir") or not peft.is_adapter(folder):
+      return
+    place = pathlib.Path(peft.read_settings(folder).base).expanduser()
 
 
 def _merged_checkpoint(
