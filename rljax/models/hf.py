@@ -13,9 +13,11 @@ nothing is unpickled.
   hf.save("exported", policy.model, policy.params, policy.tokenizer)
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -228,7 +230,9 @@ def load_module(
   kind, path = sources.find(name, with_weights=False)
   if kind == "adapter":
     base = peft.read_settings(path).base
-    return load_module(base, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    with _base_of(path, base):
+      return load_module(base, **options)
   if kind == "GGUF file":
     config = gguf.config(gguf.open_reader(path))
   else:
@@ -243,7 +247,9 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
   if kind == "adapter" and not _has_tokenizer(path):
-    return load_tokenizer(peft.read_settings(path).base)
+    base = peft.read_settings(path).base
+    with _base_of(path, base):
+      return load_tokenizer(base)
   return tokenizers.read(sources.model_folder(kind, path))
 
 
@@ -535,9 +541,16 @@ def _load_base(
   lazy: bool,
 ) -> tuple[nn.Module, Params, Any | None]:
   """Loads the model that adapters are beside."""
-  _check_chain(adapter, where)
-  try:
+  with _base_of(where, adapter.base):
     return _load(adapter.base, settings, tokenizer, None, "policy", lazy)[:3]
+
+
+@contextlib.contextmanager
+def _base_of(where: pathlib.Path, base: str) -> Iterator[None]:
+  """Says of errors whose base could not be read; refuses a circle of bases."""
+  _check_chain(where, base)
+  try:
+    yield
   except ValueError as error:
     raise ValueError(
       f"the base of the adapter in {where} cannot be loaded: {error} Its "
@@ -545,10 +558,10 @@ def _load_base(
     ) from error
 
 
-def _check_chain(adapter: lora.Settings, where: pathlib.Path) -> None:
+def _check_chain(where: pathlib.Path, base: str) -> None:
   """Raises ValueError if bases of adapters lead back to one of them."""
-  seen, place = [where.resolve()], pathlib.Path(adapter.base).expanduser()
-  while place.is_dir():
+  seen, place = [where.resolve()], pathlib.Path(base).expanduser()
+  while os.path.isdir(place):  # False for what is no path at all.
     if place.resolve() in seen:
       way = " -> ".join(map(str, [*seen, place.resolve()]))
       raise ValueError(

@@ -176,6 +176,14 @@ class RefusedTest(AdapterTestCase):
     self.file.rename(self.folder / "adapter_model.bin")
     self.refused("has no adapter_model.safetensors, only a pickle")
 
+  def test_no_base(self):
+    self.edit(base_model_name_or_path="/not/there")
+    for load in (hf.load, hf.load_module, hf.load_tokenizer):
+      with self.assertRaisesRegex(
+        ValueError, "base of the adapter in .*/adapter cannot.*: /not/there is"
+      ):
+        load(self.folder)
+
   def test_bases_that_lead_back(self):
     self.edit(base_model_name_or_path=str(self.folder))
     self.refused("leads back to itself as its base: .*/adapter -> .*/adapter")
