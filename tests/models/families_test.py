@@ -618,7 +618,10 @@ class StepTest(parameterized.TestCase):
     chex.assert_tree_all_finite(gradients)
     for path, leaf in jax.tree_util.tree_leaves_with_path(learnt):
       old = functools.reduce(lambda tree, key: tree[key.key], path, params)
-      self.assertTrue(np.any(leaf != old), jax.tree_util.keystr(path))
+      place = jax.tree_util.keystr(path)
+      # A softmax does not see what is added to all keys alike.
+      if not place.endswith("['key']['bias']"):
+        self.assertTrue(np.any(leaf != old), place)
       if path[-2].key in ("wte", "embed_tokens", "word_embeddings"):
         # Of a language model, those that another token follows.
         ids, mask = golden["ids"], golden["mask"]
