@@ -564,10 +564,10 @@ STEPS = (
   *("gpt2_classifier", "llama_classifier"),
   *("bert", "roberta", "xlm_roberta", "distilbert", "electra", "modernbert"),
 )
-# Tiny models whose heads two devices do not share: here they have others.
+# Tiny models whose heads two devices do not share: they have others here.
 _UNEVEN = {
   "gemma": {"num_key_value_heads": 2},
-  "gpt_neox": {"num_attention_heads": 4},
+  "gpt_neox": {"num_attention_heads": 4, "hidden_size": 32},
 }
 
 
