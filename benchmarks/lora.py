@@ -43,11 +43,12 @@ VARIANTS = {
 
 
 def main(_):
-  machine.report("lora", {"": "One update with LoRA"}, measure_all)
+  titles = {"updates": "One update with LoRA", "rollouts": "A rollout"}
+  machine.report("lora", titles, measure_all)
 
 
 def measure_all():
-  rows = []
+  rows, drawn = [], []
   for name in FLAGS.models:
     loaded = hf.load(name)
     batch = make_batch(loaded.model.config.vocab_size)
@@ -64,8 +65,8 @@ def measure_all():
       row = {"model": name, "update": label, **numbers, "seconds": seconds}
       print(json.dumps(row), flush=True)
       rows.append(row)
-    rows += sample(loaded)
-  return rows
+    drawn += sample(loaded)
+  return {"updates": rows, "rollouts": drawn}
 
 
 def make_batch(vocab_size):

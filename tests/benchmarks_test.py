@@ -126,6 +126,7 @@ class MeasurementsTest(parameterized.TestCase):
     ("constraint", {"rows": "A step of the sampler"}),
     ("games", {"texts": "Texts alone", "batch": "A batch"}),
     ("generation", {"": "Sampling"}),
+    ("lora", {"updates": "One update with LoRA", "rollouts": "A rollout"}),
     (
       "offline",
       {

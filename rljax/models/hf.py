@@ -13,9 +13,11 @@ nothing is unpickled.
   hf.save("exported", policy.model, policy.params, policy.tokenizer)
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -228,7 +230,9 @@ def load_module(
   kind, path = sources.find(name, with_weights=False)
   if kind == "adapter":
     base = peft.read_settings(path).base
-    return load_module(base, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    with _base_of(path, base):
+      return load_module(base, **options)
   if kind == "GGUF file":
     config = gguf.config(gguf.open_reader(path))
   else:
@@ -243,7 +247,9 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
   if kind == "GGUF file":
     return gguf.tokenizer(gguf.open_reader(path))
   if kind == "adapter" and not _has_tokenizer(path):
-    return load_tokenizer(peft.read_settings(path).base)
+    base = peft.read_settings(path).base
+    with _base_of(path, base):
+      return load_tokenizer(base)
   return tokenizers.read(sources.model_folder(kind, path))
 
 
@@ -535,15 +541,42 @@ def _load_base(
   lazy: bool,
 ) -> tuple[nn.Module, Params, Any | None]:
   """Loads the model that adapters are beside."""
-  if pathlib.Path(adapter.base).resolve() == where.resolve():
-    raise ValueError(f"the adapter in {where} names itself as its base.")
-  try:
+  with _base_of(where, adapter.base):
     return _load(adapter.base, settings, tokenizer, None, "policy", lazy)[:3]
+
+
+@contextlib.contextmanager
+def _base_of(where: pathlib.Path, base: str) -> Iterator[None]:
+  """Says of errors whose base could not be read; refuses a circle of bases."""
+  _check_chain(where, base)
+  try:
+    yield
   except ValueError as error:
     raise ValueError(
       f"the base of the adapter in {where} cannot be loaded: {error} Its "
       f'"base_model_name_or_path" in {peft.CONFIG} may name another place.'
     ) from error
+
+
+def _check_chain(where: pathlib.Path, base: str) -> None:
+  """Raises ValueError if bases of adapters lead back to one of them."""
+  seen, place = [where.resolve()], pathlib.Path(base).expanduser()
+  while os.path.isdir(place):  # False for what is no path at all.
+    if place.resolve() in seen:
+      way = " -> ".join(map(str, [*seen, place.resolve()]))
+      raise ValueError(
+        f"the adapter in {where} leads back to itself as its base: {way}. Set "
+        f'"base_model_name_or_path" in its {peft.CONFIG} to a whole model.'
+      )
+    seen.append(place.resolve())
+    try:
+      kind, path = sources.find(place, with_weights=False)
+    except ValueError:
+      return  # Loading it says what is wrong with it.
+    folder = sources.model_folder(kind, path)
+    if kind not in ("adapter", "workdir") or not peft.is_adapter(folder):
+      return
+    place = pathlib.Path(peft.read_settings(folder).base).expanduser()
 
 
 def _merged_checkpoint(

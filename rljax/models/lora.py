@@ -236,7 +236,8 @@ def layers(
       kinds = sorted({name.rpartition(".")[2] for name in found})
       raise ValueError(
         f"{where} names {target!r}, which is no dense layer of the blocks of "
-        f"this model; it has {', '.join(kinds)}, and {ALL} takes all of them."
+        f"this model ({model.config.to_hf()['model_type']}); it has "
+        f"{', '.join(kinds)}, and {ALL} takes all of them."
       )
   return {
     name: place

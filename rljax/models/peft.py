@@ -5,10 +5,12 @@ adapter_model.safetensors. A workdir of a run with adapters has the first of
 them in its folder `model/`, and the numbers in its checkpoints.
 """
 
+import functools
 import os
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -32,6 +34,11 @@ _KNOWN = frozenset(
     *("peft_version", "bias", "ensure_weight_tying", "runtime_config"),
     *("ephemeral_gpu_offload", "qalora_group_size", "megatron_core", _DIGEST),
   )
+)
+_LARGEST = 10**6  # Of a rank and of alpha.
+_MERGE = (
+  " Merge it into its base once, where peft is installed "
+  "(model.merge_and_unload().save_pretrained(...)), and name that folder."
 )
 # Ways to begin that leave the base as it was.
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -58,30 +65,34 @@ def read_settings(folder: pathlib.Path) -> lora.Settings:
   path = folders.inside(folder, CONFIG)
   config = configs.read_json(path)
 
-  def refuse(name, wanted):
-    raise ValueError(
-      f'{path}: "{name}" is {fields.shown(config.get(name))}, and {wanted}. '
-      "Merge it into its base once, where peft is installed "
-      "(model.merge_and_unload().save_pretrained(...)), and name that folder."
-    )
+  def refuse(name, wanted, hint=""):
+    value = config.get(name)
+    found = "missing" if value is None else fields.shown(value)
+    raise ValueError(f'{path}: "{name}" is {found}, and {wanted}.{hint}')
+
+  other = functools.partial(refuse, hint=_MERGE)
 
   if config.get("peft_type") != "LORA":
-    refuse("peft_type", "only LORA is read")
+    other("peft_type", "only LORA is read")
   if config.get("task_type") not in (None, "CAUSAL_LM"):
-    refuse("task_type", "only adapters of language models, CAUSAL_LM, are read")
+    other("task_type", "only adapters of language models, CAUSAL_LM, are read")
   if config.get("bias", "none") != "none":
-    refuse("bias", "only adapters without trained biases are read")
+    other("bias", "only adapters without trained biases are read")
   start = config.get("init_lora_weights")
   if not any(start is x or start == x for x in _PLAIN_STARTS):
-    refuse("init_lora_weights", "adapters that change their base are not read")
+    other("init_lora_weights", "adapters that change their base are not read")
   for name, value in config.items():
     # 0, "", [] and {} ask for nothing.
     if name not in _KNOWN and value:
-      refuse(name, "that is not implemented")
+      other(name, "that is not implemented")
   for name, kind in (("r", int), ("lora_alpha", (int, float))):
     value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
-      refuse(name, "a positive number is needed")
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_number or not 0 < value < _LARGEST:
+      whole = "whole " if kind is int else ""
+      refuse(name, f"a {whole}number above 0 and below {_LARGEST:,} is needed")
+  if config.get("use_rslora") not in (None, True, False):
+    refuse("use_rslora", "true or false is needed")
   base = config.get("base_model_name_or_path")
   if not isinstance(base, str) or not base:
     refuse("base_model_name_or_path", "it must name the base model")
@@ -90,9 +101,9 @@ def read_settings(folder: pathlib.Path) -> lora.Settings:
     base = f"{base}@{revision}"
   targets = config.get("target_modules")
   if isinstance(targets, str):
-    targets = [targets]
-    if targets != [lora.ALL]:
-      refuse("target_modules", "a list of names is needed")
+    if targets not in ("", lora.ALL):
+      other("target_modules", "a list of names is needed, no pattern")
+    targets = [targets] if targets else None
   is_list = isinstance(targets, list) and targets
   if not is_list or not all(isinstance(x, str) for x in targets):
     refuse("target_modules", "a list of names is needed")
@@ -184,7 +195,8 @@ def read(
     pickle = (folder / "adapter_model.bin").is_file()
     hint = ", only a pickle, which is not read" if pickle else ""
     raise ValueError(f"{folder} has no {WEIGHTS}{hint}.")
-  names = _names(model, settings, folder / CONFIG)
+  config = f"{folder / CONFIG}, whose base is {settings.base},"
+  names = _names(model, settings, config)
   try:
     with safetensors.safe_open(path, "np") as file:
       noted = (file.metadata() or {}).get(_DIGEST, "")
@@ -196,10 +208,31 @@ def read(
     raise ValueError(f"{path} is damaged: {error}.") from error
   return traverse_util.unflatten_dict(
     {
-      names[name][0]: np.ascontiguousarray(tensor.T.astype(np.float32))
+      names[name][0]: np.ascontiguousarray(_float32(tensor, name, path).T)
       for name, tensor in tensors.items()
     }
   ), noted
+
+
+def _float32(tensor, name, path):
+  """A tensor of a file, in float32.
+
+  Raises:
+    ValueError: if it has no floats, or one that is not finite in float32.
+  """
+  if not jnp.issubdtype(tensor.dtype, jnp.floating):
+    raise ValueError(
+      f"{path}: {name} is of dtype {tensor.dtype}; adapters are floats."
+    )
+  with np.errstate(over="ignore"):  # It is infinite then.
+    found = tensor.astype(np.float32)
+  bad = found.size - np.isfinite(found).sum()
+  if bad:
+    raise ValueError(
+      f"{path}: {bad} of the {found.size} numbers of {name} are not finite: "
+      "the training that wrote them diverged; use an earlier checkpoint."
+    )
+  return found
 
 
 def _check(shapes, names, path, settings):

@@ -4,6 +4,7 @@ import collections
 import functools
 import importlib.util
 import json
+import pathlib
 import shutil
 import string
 
@@ -13,7 +14,7 @@ import pytest
 from absl.testing import absltest
 
 from rljax.evaluation import metrics
-from rljax.models import gpt2, hf
+from rljax.models import configs, fresh, gpt2, hf
 from rljax.tasks import tokenizers, word_lists
 from rljax.text import batches, files
 from tests import conftest, scripts, tiny
@@ -82,6 +83,45 @@ def _letters():
   config = tiny.gpt2_config(vocab_size=len(tokenizer))
   folder = scripts.scratch() / "letters"
   hf.save(folder, gpt2.GPT2(config), tiny.params(config), tokenizer)
+  return folder
+
+
+@functools.cache
+def _pythia():
+  """A random model with the config.json of Pythia-410m, but for its sizes.
+
+  A sixteenth of its width and two of its 24 layers; of 128 rows of the
+  vocabulary, as of its 50,304, the last are no tokens. Four tokens are words
+  that VADER knows, the others letters.
+  """
+  characters = [chr(i) for i in range(32, 127)]
+  words = [" good", " great", " bad", " awful"]
+  tokenizer = tokenizers.of_words([*words, *characters], f"{'|'.join(words)}|.")
+  config = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 1024 // 16,
+    "initializer_range": 0.02,
+    "intermediate_size": 4096 // 16,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 16 // 4,
+    "num_hidden_layers": 2,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "use_cache": True,
+    "use_parallel_residual": True,
+    "vocab_size": 128,
+  }
+  settings = configs.settings("float32", "float32", False)
+  model = configs.build(config, "Pythia", settings)
+  folder = scripts.scratch() / "pythia"
+  hf.save(folder, model, fresh.initial_params(model, 0), tokenizer)
   return folder
 
 
@@ -231,6 +271,57 @@ class SentimentTest(absltest.TestCase):
       self.assertEqual(sample["reward"], sample["parts"]["compound"])
     row = scripts.rows(workdir)[0]
     self.assertAlmostEqual(row["reward/mean"], row["task/compound"], places=5)
+
+  def _pythia_learns(self, policy, *flags):
+    workdir = scripts.scratch() / f"pythia_{pathlib.Path(policy).name}"
+    scripts.run(
+      PPO,
+      workdir,
+      "--flagfile=experiments/flags/padula/sentiment.flags",
+      f"--policy={policy}",
+      f"--task_options=data={_reviews()},tokenizer=policy",
+      *("--num_prompts=40", "--num_eval_prompts=8", "--samples_every=1"),
+      *("--batch_size=16", "--minibatch_size=16", "--epochs=2"),
+      *flags,
+    )
+    samples = scripts.rows(workdir, "samples.jsonl")
+    for sample in samples:
+      self.assertBetween(len(sample["response_ids"]), 4, 15)
+      self.assertLess(max(sample["response_ids"]), 99)  # No unused rows.
+    self.assertNotEmpty(samples)
+    losses = [r["loss"] for r in scripts.rows(workdir) if "loss" in r]
+    self.assertNotEmpty(losses)
+    self.assertTrue(np.isfinite(losses).all())
+    learnt = hf.load(workdir)
+    self.assertEqual(learnt.model.config.architecture, "GPTNeoXForCausalLM")
+    self.assertEqual(learnt.model.config.vocab_size, 128)
+    old = hf.load(policy).params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(learnt.params):
+      before = functools.reduce(lambda tree, key: tree[key.key], path, old)
+      self.assertTrue(np.any(leaf != before), jax.tree_util.keystr(path))
+
+  def test_a_model_like_pythia_takes_a_step(self):
+    self._pythia_learns(_pythia(), "--steps=1", "--learning_rate=1e-3")
+
+  @pytest.mark.slow
+  def test_a_model_like_pythia_is_trained_by_both_phases(self):
+    warm = scripts.scratch() / "warm"
+    scripts.run(
+      "experiments/sft.py",
+      warm,
+      f"--policy={_pythia()}",
+      "--task=sentiment",
+      f"--task_options=data={_reviews()}",
+      *("--num_examples=40", "--num_eval_prompts=8", "--batch_size=8"),
+      *("--max_prompt_length=48", "--max_response_length=64", "--steps=10"),
+      *("--learning_rate=1e-3", "--warmup=0"),
+    )
+    losses = [row["nll/loss"] for row in scripts.rows(warm)[:10]]
+    self.assertLess(losses[-1], 0.8 * losses[0])
+    self._pythia_learns(warm, "--steps=4", "--kl=initial", "--kl_coef=0.2")
+    self.assertLen(
+      scripts.steady(scripts.rows(scripts.scratch() / "pythia_warm")), 5
+    )
 
   @pytest.mark.slow
   def test_a_small_model_of_stories_learns_to_praise(self):

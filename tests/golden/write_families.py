@@ -20,7 +20,6 @@ import transformers
 import write_classifiers
 import write_models
 
-NUM_NEW = 10
 _BASE = {
   "vocab_size": write_models.VOCAB,
   "hidden_size": 20,
@@ -220,6 +219,16 @@ CLASSIFIERS = {
     "cls_token_id": 1,
     "sep_token_id": 2,
   },
+  **{
+    f"{name.removesuffix('_window')}_classifier": {
+      **LANGUAGE_MODELS[name],
+      "id2label": {0: "reward"},
+    }
+    for name in (
+      *("mistral_window", "qwen2_window", "gemma", "gemma3", "mixtral"),
+      *("olmo2", "phi3", "smollm3"),
+    )
+  },
 }
 
 
@@ -264,22 +273,7 @@ def language_model(fields, rng):
   found = {"ids": ids, "mask": mask, "logits": output.logits.numpy()}
   if more:
     found["load_balance_loss"] = np.float32(output.aux_loss)
-  # Two prompts, the second padded on the left.
-  prompts, prompt_mask = ids[:2, :11].copy(), np.ones((2, 11), bool)
-  prompt_mask[1, :4] = False
-  model.generation_config.eos_token_id = None
-  text = model.generate(
-    torch.tensor(prompts),
-    attention_mask=torch.tensor(prompt_mask.astype(np.int64)),
-    max_new_tokens=NUM_NEW,
-    do_sample=False,
-  )
-  return model, {
-    **found,
-    "prompts": prompts,
-    "prompt_mask": prompt_mask,
-    "greedy": text[:, 11:].numpy(),
-  }
+  return model, found | write_models.greedy(model, ids)
 
 
 def classifier(fields, rng):

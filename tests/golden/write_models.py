@@ -5,18 +5,19 @@ config, weights and inputs, and what torch makes of them. Biases and the
 scales of norms are random too, and weights large enough that a wrong mask or
 rotation shows. The versions that wrote a file are recorded in it.
 
-  python tests/golden/write_models.py    (needs torch and transformers)
+  python tests/golden/write_models.py [name ...]   (needs torch)
 """
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import torch
 import transformers
 
 FOLDER = pathlib.Path(__file__).parent
-VOCAB, LENGTH = 40, 24
+VOCAB, LENGTH, NUM_NEW = 40, 24, 10
 
 _SIZES = {
   "vocab_size": VOCAB,
@@ -139,9 +140,26 @@ def fill(model, rng):
       tensor.copy_(torch.tensor(value, dtype=torch.float32))
 
 
+def greedy(model, ids):
+  """Greedy texts of two prompts, the second padded on the left."""
+  prompts, mask = ids[:2, :11].copy(), np.ones((2, 11), bool)
+  mask[1, :4] = False
+  model.generation_config.eos_token_id = None
+  text = model.generate(
+    torch.tensor(prompts),
+    attention_mask=torch.tensor(mask.astype(np.int64)),
+    max_new_tokens=NUM_NEW,
+    do_sample=False,
+  )
+  text = text[:, 11:].numpy()
+  return {"prompts": prompts, "prompt_mask": mask, "greedy": text}
+
+
 def main():
   torch.set_num_threads(1)
   for seed, (name, fields) in enumerate(CONFIGS.items()):
+    if sys.argv[1:] and name not in sys.argv[1:]:
+      continue
     rng = np.random.default_rng(seed)
     fields = dict(fields)
     config = transformers.AutoConfig.for_model(
@@ -180,6 +198,8 @@ def main():
       "logits": logits.detach().numpy(),
       "loss": np.float32(loss.item()),
     }
+    for key, array in greedy(model, ids).items():
+      content[key] = array.astype(np.int32) if array.dtype != bool else array
     for key, tensor in parameters.items():
       content[f"weight/{key}"] = tensor.detach().numpy()
     for key in GRADIENTS.get(name, ()):

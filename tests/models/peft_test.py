@@ -133,12 +133,21 @@ class RefusedTest(AdapterTestCase):
     ({"modules_to_save": ["lm_head"]}, '"modules_to_save" .*not implemented'),
     ({"use_dora": True}, '"use_dora" is True, and that is not implemented'),
     ({"rank_pattern": {"q_proj": 4}}, '"rank_pattern" is .*not implemented'),
+    ({"layers_to_transform": [0]}, '"layers_to_transform" is .*not implemente'),
+    ({"alpha_pattern": {"q_proj": 4}}, '"alpha_pattern" is .*not implemented'),
     ({"never_heard_of": 1}, '"never_heard_of" is 1, .*not implemented'),
     ({"init_lora_weights": "pissa"}, "adapters that change their base"),
-    ({"r": 0}, '"r" is 0, and a positive number'),
+    ({"r": 0}, 'json: "r" is 0, and a whole number above 0 .* needed.$'),
+    ({"r": None}, '"r" is missing, and a whole number above 0'),
+    ({"lora_alpha": None}, 'json: "lora_alpha" is missing, and a number above'),
+    ({"lora_alpha": 10**400}, '"lora_alpha" is 10+.*below 1,000,000 is needed'),
+    ({"use_rslora": "no"}, '"use_rslora" is \'no\', and true or false'),
     ({"r": 4}, r"shape \(3, 16\), expected \(4, 16\).*another rank than 4"),
     ({"target_modules": ".*_proj"}, "a list of names is needed"),
-    ({"target_modules": ["c_attn"]}, "'c_attn', which is no dense layer"),
+    (
+      {"target_modules": ["c_attn"]},
+      r"base is .*/base, names 'c_attn', which is no .* \(llama\); it has",
+    ),
     ({"target_modules": ["q_proj"]}, "tensors .*no place for: .*and .* more"),
     ({"base_model_name_or_path": ""}, "it must name the base model"),
     ({"base_model_name_or_path": "no/w/x"}, "the base of the adapter .*no/w"),
@@ -154,10 +163,39 @@ class RefusedTest(AdapterTestCase):
     self.refused("no place for: base_model.model.lm_head.weight.*another base")
     self.save(**{self.name: np.zeros((3, 17), np.float32)})
     self.refused(r"has shape \(3, 17\), expected .*another base than")
+    whole = self.tensors[self.name]
+    self.save(**{self.name: whole.astype(np.int32)})
+    self.refused("lora_A.weight is of dtype int32; adapters are floats")
+    for bad in (np.nan, 1e39):  # The latter is none of float32.
+      numbers = whole.astype(np.float64)
+      numbers[:, 5] = bad
+      self.save(**{self.name: numbers})
+      self.refused("safetensors: 3 of the 72 numbers of .* are not finite")
     self.file.write_bytes(b"no tensors")
     self.refused("adapter_model.safetensors is damaged")
     self.file.rename(self.folder / "adapter_model.bin")
     self.refused("has no adapter_model.safetensors, only a pickle")
+
+  def test_no_base(self):
+    self.edit(base_model_name_or_path="/not/there")
+    for load in (hf.load, hf.load_module, hf.load_tokenizer):
+      with self.assertRaisesRegex(
+        ValueError, "base of the adapter in .*/adapter cannot.*: /not/there is"
+      ):
+        load(self.folder)
+
+  def test_bases_that_lead_back(self):
+    self.edit(base_model_name_or_path=str(self.folder))
+    self.refused("leads back to itself as its base: .*/adapter -> .*/adapter")
+    other = self.place / "other"
+    shutil.copytree(self.folder, other)
+    self.edit(base_model_name_or_path=str(other))
+    self.refused('adapter -> .*/other -> .*/adapter. Set "base_model_name')
+
+  def test_adapters_of_another_family(self):
+    _base(self.place / "gpt2", "gpt2")
+    self.edit(base_model_name_or_path=str(self.place / "gpt2"))
+    self.refused(r"base is .*/gpt2, names 'model.layers.*this model \(gpt2\)")
 
   def test_another_base(self):
     settings = peft.read_settings(self.folder)
