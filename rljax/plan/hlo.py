@@ -120,8 +120,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
       if head := _HEAD.match(line):
         lines = computations.setdefault(head[2], [])
         entry = head[2] if head[1] else entry
-    elif line.startswith("}"):
-      lines = None
+    elif line.startswith("}") and not line.startswith("}}"):
+      lines = None  # "}}" ends an attribute that goes over several lines.
     elif match := _LINE.match(line):
       lines.append(_instruction(line, match))
   return computations, entry

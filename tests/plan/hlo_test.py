@@ -135,6 +135,20 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
 """
     self.assertEqual(hlo.measure(text).outside.traffic, 2 * 256)
 
+  def test_attribute_of_several_lines(self):
+    """As Pallas writes those of a kernel."""
+    text = """HloModule kernel
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} custom-call(%x), frontend_attributes={kernel_metadata={
+"block":"512"
+}}, metadata={op_name="kernel"}
+  ROOT %z = f32[8,8]{1,0} negate(%y)
+}
+"""
+    self.assertEqual(hlo.measure(text).outside.traffic, 4 * 256)
+
   def test_sum_of_which_a_part_is_kept(self):
     """As a TPU scatters a sum, in one fusion."""
     text = """HloModule scatter
