@@ -45,7 +45,7 @@ PROGRAMS = {
   "expert_iteration": ["optimizer", "respond", "update"],
   "return_conditioned": ["optimizer", "respond", "update"],
   "rlmec_reward_model": ["held-out loss", "optimizer", "respond", "update"],
-  "rlmec": ["log-probs", "optimizer", "respond", "update"],
+  "rlmec": ["optimizer", "reference", "respond", "update"],
 }
 QUICK = (
   *("sft", "grpo", "ppo", "evaluate", "preference", "rlmec_reward_model"),
