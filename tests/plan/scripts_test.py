@@ -166,9 +166,9 @@ class MachinesTest(parameterized.TestCase):
     self.assertTrue(summary.fits)
     self.assertBetween(summary.mfu, 0, 1)
     parameters = learn.memory["alias"] / 3
-    # Each pass gathers the parameters, and gradients are summed once; partial
-    # sums of activations would be several times as much.
-    most = 0 if mesh == "data:1" else 4 * 8 * parameters
+    # Each pass gathers the parameters, and gradients are summed once. Partial
+    # sums of activations are twice as much, of these few tokens.
+    most = 0 if mesh == "data:1" else 24 * parameters
     self.assertLessEqual(learn.sent, most)
 
 
