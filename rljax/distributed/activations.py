@@ -11,7 +11,9 @@ The mesh is that of the program that a `compiled.Compiled` is tracing. Without
 one, or with one device, nothing is said.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,6 +23,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rljax.distributed import compiled, meshes
 
 Array = jax.Array
+
+_FREE: list[bool] = []  # Of what is being traced.
+
+
+@contextlib.contextmanager
+def left_to_compiler() -> Iterator[None]:
+  """Says nothing of what is traced inside, such as a sampler's prompts.
+
+  These are read once, outside of any loop, and no gradient bounds how many
+  layers are gathered at a time: all of them would lie beside each other.
+  """
+  _FREE.append(True)
+  try:
+    yield
+  finally:
+    _FREE.pop()
 
 
 def rows(x: Array, tensor: int | None = None) -> Array:
@@ -36,7 +54,9 @@ def rows(x: Array, tensor: int | None = None) -> Array:
     compiler, and so is a dimension.
   """
   mesh = _several()
-  if mesh is None or x.ndim < 3 or x.shape[0] % meshes.num_batch_shards(mesh):
+  if mesh is None or x.ndim < 3 or _FREE:
+    return x
+  if x.shape[0] % meshes.num_batch_shards(mesh):
     return x
   spec = [meshes.BATCH_AXES, *[None] * (x.ndim - 1)]
   if tensor is not None and x.shape[tensor] % mesh.shape["tensor"] == 0:

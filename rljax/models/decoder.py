@@ -621,7 +621,8 @@ class Decoder(nn.Module):
     Returns:
       `[B, P, D]` hidden states and the cache (see `attention`).
     """
-    hidden, keys_values = self._forward(ids, mask)
+    with activations.left_to_compiler():
+      hidden, keys_values = self._forward(ids, mask)
     return hidden, attention.start_cache(
       mask,
       keys_values,

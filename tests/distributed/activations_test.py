@@ -62,12 +62,14 @@ class RowsTest(parameterized.TestCase):
       for y in (odd, flat):
         seen.append(activations.rows(y) is y)
       seen.append(activations.rows(x, tensor=1) is x)
+      with activations.left_to_compiler():
+        seen.append(activations.rows(x) is x)
       seen.append(activations.share(16, 100))
       return x
 
     arrays = x, jnp.ones((3, 3, 4)), jnp.ones((16, 4))
     compiled.Compiled("learn", program)(*meshes.replicate(arrays, mesh))
-    self.assertEqual(seen, [True, True, False, (2, 100)])
+    self.assertEqual(seen, [True, True, False, True, (2, 100)])
     self.assertEqual(activations.share(16, 100), (16, 100))
 
   def test_share_of_the_vocabulary(self):

@@ -29,7 +29,7 @@ GPT2 = gpt2.GPT2Config(**SIZES, num_layers=1, num_heads=4, max_positions=32)
 LLAMA = llama.LlamaConfig(
   **SIZES,
   num_layers=1,
-  num_heads=8,
+  num_heads=4,
   num_kv_heads=2,
   head_dim=24,
   intermediate_size=80,
