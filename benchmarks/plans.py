@@ -2,15 +2,17 @@
 
   python -m benchmarks.plans --data=FOLDER --json=benchmarks/results/plans.json
 
-GRPO on GSM8K with the settings of a flagfile, for language models of six sizes
-and machines that are not there: `python -m rljax.plan` compiles the optimizer's
-start, the sampler and the learner at two depths, and extrapolates. The
-models have the sizes of well-known ones; their prompts are counted with the
-tokenizer of SmolLM2, whatever their own is. Rows that the file has already are
-left alone, so that a run may be stopped. TPUs and GPUs need what
+GRPO on GSM8K with the settings of a flagfile, for language models of five sizes
+that train whole or by adapters, and machines that are not there: `python -m
+rljax.plan` compiles the optimizer's start, the sampler and the learner at two
+depths, and extrapolates. The models have the sizes of well-known ones; their
+prompts are counted with the tokenizer of SmolLM2, whatever their own is. Rows
+that the file has already are left alone, so that a run may be stopped; those
+that a reader may miss most come first. TPUs and GPUs need what
 rljax/plan/targets.py names.
 
-`python -m benchmarks.plans --from_results` prints the table of docs/devices.md.
+`python -m benchmarks.plans --from_results` prints the tables of
+docs/devices.md.
 """
 
 import json
@@ -58,23 +60,33 @@ MODELS = {
   "3B": _model(28, 3072, 24, 8, 8192, 128256),
   "8B": _model(32, 4096, 32, 8, 14336, 128256, tie_word_embeddings=False),
 }
-# Machines, with the mesh of each.
+# How much of a model is trained.
+KINDS = {
+  "full": (),
+  "LoRA": ("--lora_rank=16", "--base_dtype=bfloat16"),
+}
+# Machines, with the mesh of each. A pass reads eight rows on each device.
 MACHINES = {
   "v5e-1": "data:1",
   "v5e-4": "fsdp:4",
   "v5e-8": "fsdp:8",
+  "v5e-16": "fsdp:16",
   "v6e-8": "fsdp:8",
   "v5p-8": "fsdp:4",
   "h100:1": "data:1",
+  "h200:1": "data:1",
   "h100:8": "fsdp:8",
 }
-# Those that are worth a compilation: where it fits, and where it just does not.
-ROWS = (
-  *("0.135B@v5e-1", "0.135B@h100:1"),
-  *("0.5B@v5e-1", "0.5B@v5e-4", "0.5B@h100:1", "0.5B@h100:8"),
-  *("1.5B@v5e-4", "1.5B@v5e-8", "1.5B@v5p-8", "1.5B@h100:1", "1.5B@h100:8"),
-  *("3B@v5e-8", "3B@v6e-8", "3B@v5p-8", "3B@h100:8"),
-  *("8B@v5e-8", "8B@v6e-8", "8B@v5p-8", "8B@h100:8"),
+ROWS_OF_A_DEVICE = 8
+# Large ones first, where it fits or just does not.
+ROWS = tuple(
+  f"{model} {kind}@{machine}"
+  for machine in (
+    *("h100:8", "h100:1", "v5p-8", "v5e-8", "v5e-1"),
+    *("v6e-8", "h200:1", "v5e-4", "v5e-16"),
+  )
+  for kind in KINDS
+  for model in reversed(MODELS)
 )
 
 
@@ -82,20 +94,22 @@ def main(_):
   path = pathlib.Path(FLAGS.json) if FLAGS.json else None
   if FLAGS.from_results:
     found = json.loads((machine.RESULTS / "plans.json").read_text())
-    print("\n".join(table(found)))
-    return
-  found = json.loads(path.read_text()) if path and path.exists() else {}
-  for row in FLAGS.rows or ROWS:
-    if row not in found:
-      found[row] = plan(*row.split("@"))
-      if path:
-        ordered = {name: found[name] for name in ROWS if name in found}
-        path.write_text(json.dumps(ordered, indent=1) + "\n")
-  print("\n".join(table(found)))
+  else:
+    found = json.loads(path.read_text()) if path and path.exists() else {}
+    for row in FLAGS.rows or ROWS:
+      if row not in found:
+        found[row] = plan(*row.split("@"))
+        if path:
+          ordered = {name: found[name] for name in ROWS if name in found}
+          path.write_text(json.dumps(ordered, indent=1) + "\n")
+  print("\n".join([*overview(found), "", *table(found)]))
 
 
 def plan(model, target):
   """One row: what is said of a model on a machine, or why there is nothing."""
+  model, kind = model.split()
+  mesh = MACHINES[target]
+  num_rows = ROWS_OF_A_DEVICE * int(mesh.rpartition(":")[2])
   with tempfile.TemporaryDirectory() as folder:
     config = pathlib.Path(folder, "policy", "config.json")
     config.parent.mkdir()
@@ -107,7 +121,7 @@ def plan(model, target):
       *("--tokenizer=smollm2-135m", f"--json={output}", "--"),
       *("experiments/grpo.py", f"--flagfile={FLAGFILE}"),
       *(f"--policy={config.parent}", f"--task_options=data={FLAGS.data}"),
-      f"--mesh={MACHINES[target]}",
+      *(f"--mesh={mesh}", f"--micro_batch_size={num_rows}", *KINDS[kind]),
     ]
     try:
       done = subprocess.run(
@@ -118,9 +132,11 @@ def plan(model, target):
         check=False,
       )
     except subprocess.TimeoutExpired:
-      raise SystemExit(f"{model}@{target} took too long.") from None
+      return {"failed": f"not compiled within {FLAGS.timeout} s"}
     if not output.exists():
-      raise SystemExit(f"{model}@{target} failed: {done.stderr[-2000:]}")
+      reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+      print(f"{model} {kind}@{target} failed: {done.stderr[-2000:]}")
+      return {"failed": reason[:200]}
     content = json.loads(output.read_text())
   keep = (
     "name",
@@ -139,22 +155,44 @@ def plan(model, target):
   }
 
 
+def overview(found):
+  """Lines of the table of models and machines, in Markdown."""
+  yield f"| model | trained | {' | '.join(f'`{x}`' for x in MACHINES)} |"
+  yield f"|---|---|{'---:|' * len(MACHINES)}"
+  for model in MODELS:
+    for kind in KINDS:
+      rows = [found.get(f"{model} {kind}@{x}") for x in MACHINES]
+      yield f"| {model} | {kind} | {' | '.join(map(_cell, rows))} |"
+
+
+def _cell(row):
+  """Memory, least time of a step and MFU, or that it does not fit."""
+  if row is None or "failed" in row:
+    return "?"
+  summary = row["summary"]
+  peak = f"{summary['peak'] / 1e9:.1f}"
+  if not summary["fits"]:
+    is_known = not any(x["error"] for x in row["programs"])
+    return f"no ({peak})" if is_known else "no"
+  return f"{peak}, {summary['step']:.2g} s, {summary['mfu']:.0%}"
+
+
 def table(found):
-  """Lines of the table, in Markdown."""
+  """Lines of the table of all that was compiled, in Markdown."""
   yield (
-    "| model | machine | mesh | layers | sampler, GB | learner, GB | of | fits "
-    "| decode step, ms | bound by | step, s | MFU at most |"
+    "| model | machine | sampler, GB | learner, GB | of | decode step, ms | "
+    "bound by | update, s | bound by | MFU of it |"
   )
-  yield "|---|---|---|---|---:|---:|---:|---|---:|---|---:|---:|"
+  yield "|---|---|---:|---:|---:|---:|---|---:|---|---:|"
   for name, row in found.items():
+    if "failed" in row:
+      continue
     model, target = name.split("@")
     summary = row["summary"]
     peaks = {x["name"]: _peak(x) for x in row["programs"]}
     cells = [
-      *(model, f"`{target}`", f"`{MACHINES[target]}`"),
-      row["layers"].replace(",", " and "),
-      *(peaks["sample"], peaks["learn"], f"{summary['room'] / 1e9:.1f}"),
-      "yes" if summary["fits"] else "no",
+      *(model, f"`{target}`", peaks["sample"], peaks["learn"]),
+      f"{summary['room'] / 1e9:.1f}",
       *_times(summary),
     ]
     yield f"| {' | '.join(cells)} |"
@@ -167,15 +205,13 @@ def _peak(program):
 
 
 def _times(summary):
-  step = summary["decode_step"]
+  step, update = summary["decode_step"], summary["update"]
   if not summary["fits"] or not step:
-    return ["", "", "", ""]
-  bound = max(step, key=step.get)
+    return [""] * 5
   return [
-    f"{1e3 * max(step.values()):.2f}",
-    bound,
-    f"{summary['step']:.1f}",
-    f"{summary['mfu']:.0%}",
+    *(f"{1e3 * max(step.values()):.2f}", max(step, key=step.get)),
+    *(f"{max(update.values()):.1f}", max(update, key=update.get)),
+    f"{update['products'] / max(update.values()):.0%}",
   ]
 
 

@@ -41,7 +41,6 @@ from rljax.evaluation import answers
 from rljax.generation import responders, rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf, lora
-from rljax.ops import log_probs
 from rljax.storage import checkpoint, stages
 from rljax.text import batches, files, prompts, steps, tokens
 from rljax.training import microbatch, optimizers, runs
@@ -164,14 +163,15 @@ def main():
 
   # A fit: supervised learning on the data of a round. Fits differ in length and
   # share a program, which is told the learning rate of each update.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    sizes.micro_batch, policy.config.vocab_size
-  )
   transform = optimizers.make(None, **cli.optimizer_options(FLAGS))
 
   def loss_fn(params, batch):
     statistics, _ = rollouts.token_statistics(
-      policy, params["policy"], batch, temperature=1.0, chunk_size=chunk_size
+      policy,
+      params["policy"],
+      batch,
+      temperature=1.0,
+      chunk_size=FLAGS.chunk_size,
     )
     return supervised.nll_loss(statistics.log_probs, batch["response_mask"])
 

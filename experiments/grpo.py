@@ -33,7 +33,7 @@ from rljax.evaluation import answers
 from rljax.generation import groups, rollouts, samplers
 from rljax.losses import ppo
 from rljax.models import hf
-from rljax.ops import advantages, log_probs, masking, rewards
+from rljax.ops import advantages, masking, rewards
 from rljax.text import batches, prompts
 from rljax.training import microbatch, optimizers, preflight, runs
 
@@ -157,8 +157,7 @@ def main():
     policy,
     temperature=FLAGS.temperature,
     allowed=sampler.allowed,
-    chunk_size=FLAGS.chunk_size
-    or log_probs.chunk_size(sizes.micro_batch, policy.config.vocab_size),
+    chunk_size=FLAGS.chunk_size,
   )
   clip_high = FLAGS.clip_epsilon_high or FLAGS.clip_epsilon
   clip = {"clip_epsilon": FLAGS.clip_epsilon, "clip_epsilon_high": clip_high}

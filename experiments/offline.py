@@ -35,7 +35,7 @@ from rljax.evaluation import token_pages
 from rljax.generation import rollouts
 from rljax.losses import offline
 from rljax.models import hf
-from rljax.ops import advantages, log_probs
+from rljax.ops import advantages
 from rljax.scoring import cached
 from rljax.text import batches, logged, splits, tokens
 from rljax.training import microbatch, optimizers, runs
@@ -168,14 +168,15 @@ def main():
     return log.batch(*at) | {name: x[at] for name, x in known.items()}
 
   # What is differentiated.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    sizes.micro_batch, policy.config.vocab_size
-  )
   clip_epsilon = FLAGS.clip_epsilon or None
 
   def log_probs_of(params, batch):
     statistics, _ = rollouts.token_statistics(
-      policy, params["policy"], batch, temperature=1.0, chunk_size=chunk_size
+      policy,
+      params["policy"],
+      batch,
+      temperature=1.0,
+      chunk_size=FLAGS.chunk_size,
     )
     return statistics.log_probs  # [B, T]
 

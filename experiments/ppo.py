@@ -29,7 +29,7 @@ from rljax.evaluation import answers
 from rljax.generation import rollouts, samplers
 from rljax.losses import entropy, ppo
 from rljax.models import critics
-from rljax.ops import advantages, log_probs, masking, rewards
+from rljax.ops import advantages, masking, rewards
 from rljax.text import prompts
 from rljax.training import microbatch, optimizers, preflight, runs
 
@@ -151,8 +151,7 @@ def main():
     policy,
     temperature=FLAGS.temperature,
     allowed=sampler.allowed if FLAGS.mask_in_loss else None,
-    chunk_size=FLAGS.chunk_size
-    or log_probs.chunk_size(sizes.micro_batch, policy.config.vocab_size),
+    chunk_size=FLAGS.chunk_size,
   )
 
   def read(params, rollout):
@@ -175,7 +174,7 @@ def main():
       mask,
       # Of all rows at a time, or of those of a micro-batch.
       chunk_size=FLAGS.chunk_size
-      or log_probs.chunk_size(hidden.shape[0], policy.config.vocab_size),
+      or rollouts.num_columns(policy, hidden.shape[0]),
       mode=FLAGS.batch_entropy_mode,
       temperature=FLAGS.temperature,
       allowed=sampler.allowed,

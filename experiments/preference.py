@@ -32,7 +32,6 @@ from rljax import cli
 from rljax.generation import packed, rollouts
 from rljax.losses import preference
 from rljax.models import hf
-from rljax.ops import log_probs
 from rljax.text import comparisons, tokens
 from rljax.training import microbatch, optimizers, runs
 
@@ -172,9 +171,6 @@ def main():
     return batch
 
   # What is differentiated.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    sizes.micro_batch * feed.num_replies, policy.config.vocab_size
-  )
   beta = FLAGS.beta or (2.0 if FLAGS.algorithm == "simpo" else 0.1)
 
   fold = lambda x: x.reshape(-1, x.shape[-1])  # [B, K, T] -> [B * K, T]
@@ -183,7 +179,7 @@ def main():
     statistics, _ = rollouts.token_statistics(
       *(policy, params["policy"], packed.texts(batch)),
       temperature=1.0,
-      chunk_size=chunk_size,
+      chunk_size=FLAGS.chunk_size,
     )
     return statistics.log_probs.reshape(batch["response_mask"].shape)
 

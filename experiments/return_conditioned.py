@@ -40,7 +40,6 @@ from rljax.evaluation import answers
 from rljax.generation import completions, forced, responders, rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import hf
-from rljax.ops import log_probs
 from rljax.text import (
   batches,
   end_tokens,
@@ -261,13 +260,14 @@ def main():
   tokens.check_positions(sum(shape.values()), config.max_positions)
 
   # The fit: tags are read, and not learnt; what follows depends on them.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    sizes.micro_batch, config.vocab_size
-  )
 
   def loss_fn(params, batch):
     statistics, _ = rollouts.token_statistics(
-      policy, params["policy"], batch, temperature=1.0, chunk_size=chunk_size
+      policy,
+      params["policy"],
+      batch,
+      temperature=1.0,
+      chunk_size=FLAGS.chunk_size,
     )
     return supervised.nll_loss(statistics.log_probs, batch["learnt_mask"])
 

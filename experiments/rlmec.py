@@ -47,7 +47,6 @@ from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import rollouts, samplers
 from rljax.losses import token_level
 from rljax.models import hf, products
-from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
 from rljax.text import alignment, batches, files, tokens
@@ -256,9 +255,6 @@ def main():
   )
 
   # What is differentiated.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    2 * sizes.micro_batch, model.config.vocab_size
-  )
   texts = []  # What is read of a row.
   if FLAGS.token_rewards != "none":
     texts.append("response")
@@ -278,7 +274,7 @@ def main():
         "response_mask": joined(*(f"{text}_mask" for text in texts)),
       },
       temperature=1.0,
-      chunk_size=chunk_size,
+      chunk_size=FLAGS.chunk_size,
     )
     parts = jnp.split(statistics.log_probs, len(texts))
     return dict(zip(texts, parts, strict=True))

@@ -35,7 +35,6 @@ from rljax.distributed import meshes
 from rljax.generation import rollouts, samplers
 from rljax.losses import supervised
 from rljax.models import fresh, hf
-from rljax.ops import log_probs
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.rlmec import prompts as rewriting
 from rljax.text import batches, tokens
@@ -217,13 +216,14 @@ def main():
     return batches.supervised_batch(rows, **shape, num_rows=sizes.rows)
 
   # What is differentiated: plain next-token loss, on responses alone.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    sizes.rows, model.config.vocab_size
-  )
 
   def loss_fn(params, batch):
     statistics, _ = rollouts.token_statistics(
-      model, params["policy"], batch, temperature=1.0, chunk_size=chunk_size
+      model,
+      params["policy"],
+      batch,
+      temperature=1.0,
+      chunk_size=FLAGS.chunk_size,
     )
     return supervised.nll_loss(statistics.log_probs, batch["response_mask"])
 

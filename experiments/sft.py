@@ -27,7 +27,6 @@ from rljax.distributed import meshes
 from rljax.generation import rollouts
 from rljax.losses import supervised
 from rljax.models import fresh, hf
-from rljax.ops import log_probs
 from rljax.text import encoding, feeds, keywords, logged, tokens
 from rljax.training import microbatch, optimizers, runs
 
@@ -119,9 +118,6 @@ def main():
   pack = cli.pack_feed(FLAGS, run, sizes, feed)
 
   # What is differentiated.
-  chunk_size = FLAGS.chunk_size or log_probs.chunk_size(
-    sizes.micro_batch, model.config.vocab_size
-  )
 
   def learnt_mask(batch):
     """Which tokens are learnt: of a dialogue, the assistant's."""
@@ -129,7 +125,11 @@ def main():
 
   def loss_fn(params, batch):
     statistics, _ = rollouts.token_statistics(
-      model, params["policy"], batch, temperature=1.0, chunk_size=chunk_size
+      model,
+      params["policy"],
+      batch,
+      temperature=1.0,
+      chunk_size=FLAGS.chunk_size,
     )
     return supervised.nll_loss(
       statistics.log_probs, learnt_mask(batch), normalizer=FLAGS.normalizer

@@ -85,7 +85,7 @@ def define_compute(*, remat: bool = True, logits: bool = True) -> None:
       "chunk_size",
       0,
       "Response positions whose logits exist at the same time; 0 takes as many "
-      "as fit into 256 MB.",
+      "as fit into 256 MB of a device.",
       lower_bound=0,
     )
 

@@ -205,6 +205,8 @@ class Responder:
       num_rows = (end - start) * self.num_samples
       rollout = processes.gather(rollout)
       rollout = jax.tree.map(lambda x, n=num_rows: x[:n], rollout)
+      if planning.current():
+        rollout = _stand_in(rollout, start * self.num_samples)
       if self._forced is not None:
         rollout = self._without_forced(rollout)
       ends = self._ends
@@ -224,6 +226,32 @@ class Responder:
         response_ids=np.where(is_forced, self._forced_as, ids)
       )
     return rollout.replace(response_mask=rollout.response_mask & ~is_forced)
+
+
+def _stand_in(rollout: rollouts.Rollout, first: int) -> rollouts.Rollout:
+  """Puts answers into a plan's rollout, which has drawn none.
+
+  An answer repeats the tokens of its prompt, which any tokenizer can read back,
+  up to a length of its own. The lengths go from 1 to the longest and begin
+  again: the samples of a prompt differ, and whatever limit there is behind
+  them, some just keep it.
+
+  Args:
+    rollout: n rows, on the host.
+    first: number of its first row among all.
+  """
+  ids, mask = np.asarray(rollout.prompt_ids), np.asarray(rollout.prompt_mask)
+  rows, length = rollout.response_mask.shape
+  lengths = 1 + np.arange(first, first + rows) % length
+  return rollout.replace(
+    response_ids=np.stack(
+      [
+        np.resize(row[real], length)
+        for row, real in zip(ids, mask, strict=True)
+      ]
+    ),
+    response_mask=np.arange(length) < lengths[:, None],
+  )
 
 
 class Progress:

@@ -8,7 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rljax.distributed import activations
 from rljax.generation import decode, packed
+from rljax.models import language_models
 from rljax.ops import lengths, log_probs, masking, sampling
 
 Array = chex.Array
@@ -226,6 +228,21 @@ def _whole_text(batch: Batch) -> tuple[Array, Array]:
   return ids, mask
 
 
+def num_columns(model: Any, num_rows: int) -> int:
+  """Returns of how many columns a device should have logits at a time.
+
+  Args:
+    model: language model.
+    num_rows: of all devices of the program.
+
+  Returns:
+    `log_probs.chunk_size` of a device's rows and its part of the vocabulary.
+  """
+  return log_probs.chunk_size(
+    *activations.share(num_rows, model.config.vocab_size)
+  )
+
+
 def token_statistics(
   model: Any,
   params: Any,
@@ -247,13 +264,18 @@ def token_statistics(
     temperature: of the sampler.
     allowed: `[V]` bool, tokens that may be drawn, or None.
     chunk_size: response positions whose logits exist at the same time; None
-      for all of them.
+      for all of them, 0 for `num_columns`.
     hidden: `[N, T, D]` of `response_hidden`, where it is known already.
 
   Returns:
     The `TokenStatistics` `[N, T]` and the hidden states `[N, T, D]`.
   """
-  logits = lambda h: model.apply({"params": params}, h, method="logits")
+  if chunk_size == 0:
+    chunk_size = num_columns(model, len(batch["response_ids"]))
+  output = params
+  if chunk_size is not None:
+    output = language_models.with_whole_output(model, params)
+  logits = lambda h: model.apply({"params": output}, h, method="logits")
   options = {"chunk_size": chunk_size, "temperature": temperature}
   by_position = batch.get("allowed")
   if packed.is_packed(batch) and hidden is None:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from rljax.distributed import activations
 from rljax.models import attention, linear, moe, norms, products
 from rljax.models import rope as rope_lib
 
@@ -364,7 +365,9 @@ class Attention(nn.Module):
     return self.o_proj(mixed.reshape(*mixed.shape[:-2], -1))
 
   def __call__(self, x, angles, mask, segments=None):
-    queries, keys, values = self._project(x, angles)
+    queries, keys, values = (
+      activations.rows(y, tensor=2) for y in self._project(x, angles)
+    )
     mixed = attention.attend(
       queries,
       keys,
@@ -410,14 +413,18 @@ class FeedForward(nn.Module):
     )
 
   def __call__(self, x: Array) -> Array:
+    return self.down_proj(activations.rows(self._inner(x), tensor=-1))
+
+  def _inner(self, x):
+    """`[..., D]` to what goes into the last product, `[..., F]`."""
     c = self.config
     activation = ACTIVATIONS[c.activation]
     if not c.gated:
-      return self.down_proj(activation(self.up_proj(x)))
+      return activation(self.up_proj(x))
     if c.gate_up_joined:
       gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-      return self.down_proj(activation(gate) * up)
-    return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
+      return activation(gate) * up
+    return activation(self.gate_proj(x)) * self.up_proj(x)
 
 
 class Block(nn.Module):
@@ -457,9 +464,10 @@ class Block(nn.Module):
     return c.pre_norm and (c.first_norm or self.index > 0)
 
   def __call__(self, x, angles, mask, segments=None):
-    return self._residuals(
-      x, lambda y: self.self_attn(y, angles, mask, segments)
+    x, kept = self._residuals(
+      activations.rows(x), lambda y: self.self_attn(y, angles, mask, segments)
     )
+    return activations.rows(x), kept
 
   def decode(self, x, angles, layer, prompt_mask, step):
     return self._residuals(
@@ -613,7 +621,8 @@ class Decoder(nn.Module):
     Returns:
       `[B, P, D]` hidden states and the cache (see `attention`).
     """
-    hidden, keys_values = self._forward(ids, mask)
+    with activations.left_to_compiler():
+      hidden, keys_values = self._forward(ids, mask)
     return hidden, attention.start_cache(
       mask,
       keys_values,
@@ -657,6 +666,7 @@ class Decoder(nn.Module):
         hidden.astype(c.dtype),
         self.embed_tokens.embedding.astype(c.dtype),
       )
+    logits = activations.rows(logits, tensor=-1)
     if c.logits_scale != 1:
       logits = logits / c.logits_scale
     if c.logits_softcap is not None:

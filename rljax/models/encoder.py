@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from rljax.distributed import activations
 from rljax.models import attention, classifier, fields, linear, norms
 
 Array = jax.Array
@@ -414,8 +415,9 @@ class Block(nn.Module):
     self.feed_forward_norm = _norm(c)
 
   def __call__(self, x: Array, mask: Array) -> Array:
+    x = activations.rows(x)
     x = self.attention_norm(x + self.attention(x, mask))
-    return self.feed_forward_norm(x + self.feed_forward(x))
+    return activations.rows(self.feed_forward_norm(x + self.feed_forward(x)))
 
 
 class Encoder(nn.Module):

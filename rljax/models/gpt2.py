@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from rljax.distributed import activations
 from rljax.models import (
   attention,
   decoder,
@@ -284,8 +285,9 @@ class Block(nn.Module):
 
   def __call__(self, x, angles, mask, segments=None):
     del angles  # Nothing turns.
+    x = activations.rows(x)
     y, keys_values = self.attn(self.ln_1(x), mask, segments)
-    return self._residuals(x, y), keys_values
+    return activations.rows(self._residuals(x, y)), keys_values
 
   def decode(self, x, angles, layer, prompt_mask, step):
     del angles
@@ -321,8 +323,9 @@ class GPT2(decoder.Decoder):
   def logits(self, hidden: Array) -> Array:
     """Maps `[..., D]` hidden states to `[..., V]` float32 logits."""
     c = self.config
-    return products.einsum(
+    logits = products.einsum(
       "...d,vd->...v",
       hidden.astype(c.dtype),
       self.wte.embedding.astype(c.dtype),
     )
+    return activations.rows(logits, tensor=-1)

@@ -1,7 +1,11 @@
 """The families of language models, by the `model_type` of their config."""
 
+from typing import Any
+
+import jax
 from flax import linen as nn
 
+from rljax.distributed import activations
 from rljax.models import (
   decoder,
   gemma,
@@ -37,6 +41,12 @@ CONFIGS = {
   "phi3": phi3.Phi3Config,
   "smollm3": smollm3.SmolLM3Config,
 }
+# The end of the path of an output layer -> the dimension of its vocabulary.
+_OUTPUTS = {
+  ("embed_tokens", "embedding"): 0,
+  ("wte", "embedding"): 0,
+  ("lm_head", "kernel"): 1,
+}
 PARTITION_RULES = (*gpt2.PARTITION_RULES[:-1], *decoder.PARTITION_RULES)
 
 
@@ -53,3 +63,24 @@ def parameter_names(config: Config) -> dict[str, tuple[tuple, bool]]:
   """Returns the table of `decoder.parameter_names`, of any language model."""
   is_gpt2 = isinstance(config, gpt2.GPT2Config)
   return (gpt2 if is_gpt2 else decoder).parameter_names(config)
+
+
+def with_whole_output(model: Any, params: Any) -> Any:
+  """Gathers what `logits` reads of parameters, ahead of a loop that calls it.
+
+  Args:
+    model: language model.
+    params: its parameters, with adapters or not, as they lie on a mesh.
+
+  Returns:
+    The same tree, for `logits` alone; see `activations.gathered`.
+  """
+
+  def one(path, leaf):
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    vocabulary = _OUTPUTS.get(tuple(names[-2:]))
+    if vocabulary is None:
+      return leaf
+    return activations.gathered(leaf, vocabulary, model.config.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, params)

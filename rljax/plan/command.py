@@ -110,7 +110,7 @@ def _plan(target, script, depths, options):
   if depths:
     print(f"Extrapolated from {depths[0]} and {depths[1]} to {depth} layers.")
   if ended:
-    print(f"The script ended early, on empty responses: {ended}")
+    print(f"The script ended early: {ended}")
   if options.json:
     content = {
       "target": target.name,

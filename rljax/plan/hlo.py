@@ -120,8 +120,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
       if head := _HEAD.match(line):
         lines = computations.setdefault(head[2], [])
         entry = head[2] if head[1] else entry
-    elif line.startswith("}"):
-      lines = None
+    elif line.startswith("}") and not line.startswith("}}"):
+      lines = None  # "}}" ends an attribute that goes over several lines.
     elif match := _LINE.match(line):
       lines.append(_instruction(line, match))
   return computations, entry
@@ -451,11 +451,12 @@ def _sizes(arrays) -> list[int]:
 
 def _results(line) -> Sequence[Any]:
   """Returns the arrays that a collective makes."""
-  opcode = line.opcode.removesuffix("-start")
-  is_pair = line.opcode.endswith("-start") and len(line.arrays) > 1
-  if is_pair and opcode in ("all-gather", "collective-permute"):
-    return line.arrays[1:2]  # What goes in stands first.
-  return line.arrays
+  if not line.opcode.endswith("-start"):
+    return line.arrays
+  # What goes in stands first, but for sums, whose parts have its shapes.
+  number = len(line.operands)
+  is_both = len(line.arrays) >= 2 * number and line.opcode != "all-reduce-start"
+  return line.arrays[number : 2 * number] if is_both else line.arrays
 
 
 def _group_size(attributes: str) -> int:

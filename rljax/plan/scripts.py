@@ -86,7 +86,7 @@ class Script:
           with contextlib.redirect_stdout(io.StringIO()):
             self._main()
         except Exception as error:
-          # The responses are empty, and some scripts cannot learn from that.
+          # A script may not be able to learn from what stands in for samples.
           if not found.programs:
             raise
           ended = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.distributed import processes
+from rljax.distributed import planning, processes
 from rljax.generation import responders
 from rljax.ops import sampling
 from rljax.rlmec import prompts as prompts_lib
@@ -210,7 +210,8 @@ def verified(
     | {
       "error_step": int(step),
       "rewrite": text,
-      "is_verified": bool(part["is_correct"]) and bool(text.strip()),
+      "is_verified": bool(text.strip())
+      and bool(part["is_correct"] or planning.current()),
     }
     for row, text, step, part in zip(rows, rewrites, steps, parts, strict=True)
   ]

@@ -19,7 +19,6 @@ import numpy as np
 from rljax.distributed import compiled, meshes, processes
 from rljax.generation import rollouts
 from rljax.models import hf, lora
-from rljax.ops import log_probs
 from rljax.scoring import scorers
 from rljax.storage import buckets, checkpoint, paths
 from rljax.text import batches, encoding, logged, tokens
@@ -443,8 +442,7 @@ def _log_probs(model, params, arrays, batch_size, mesh, chunk_size):
       params,
       batch,
       temperature=1.0,
-      chunk_size=chunk_size
-      or log_probs.chunk_size(batch_size, model.config.vocab_size),
+      chunk_size=chunk_size or 0,
     )
     return jnp.where(batch["response_mask"], statistics.log_probs, 0.0)
 

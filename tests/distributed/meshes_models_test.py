@@ -317,7 +317,8 @@ class MemoryTest(parameterized.TestCase):
     """What preflight shows of an update: parameters, Adam and gradients."""
     model = gpt2.GPT2(GPT2)
     optimizer = optax.adam(1e-3)
-    ids, mask = tiny.batch(0, (8, 4))
+    # More tokens than a layer is wide: its parameters are gathered for them.
+    ids, mask = tiny.batch(0, (16, 16))
 
     def update(state, ids, mask):
       params, moments = state
@@ -341,7 +342,7 @@ class MemoryTest(parameterized.TestCase):
       found[num_devices] = row
       # The same number from the arrays themselves; ids and mask are small.
       self.assertLess(
-        abs(row["argument_bytes"] - preflight.device_bytes(state)), 1000
+        abs(row["argument_bytes"] - preflight.device_bytes(state)), 2000
       )
       self.assertLess(
         abs(found[1]["output_bytes"] - preflight.tree_bytes(state)), 1000

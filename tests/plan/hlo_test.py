@@ -135,6 +135,20 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
 """
     self.assertEqual(hlo.measure(text).outside.traffic, 2 * 256)
 
+  def test_attribute_of_several_lines(self):
+    """As Pallas writes those of a kernel."""
+    text = """HloModule kernel
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} custom-call(%x), frontend_attributes={kernel_metadata={
+"block":"512"
+}}, metadata={op_name="kernel"}
+  ROOT %z = f32[8,8]{1,0} negate(%y)
+}
+"""
+    self.assertEqual(hlo.measure(text).outside.traffic, 4 * 256)
+
   def test_sum_of_which_a_part_is_kept(self):
     """As a TPU scatters a sum, in one fusion."""
     text = """HloModule scatter
@@ -155,6 +169,31 @@ ENTRY %main (x: f32[1024]) -> f32[256] {
       dict(found.collectives), {("reduce-scatter", 0): [1, 4096]}
     )
     self.assertEqual(found.link_bytes, 0.75 * 4096)
+
+  def test_collectives_that_run_beside_others(self):
+    """Their values have what goes in, too, but for sums."""
+    text = """HloModule starts
+
+ENTRY %main (a: f32[8], b: f32[16]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  %g = ((f32[8]{0}, f32[16]{0}), (f32[32]{0}, f32[64]{0})) all-gather-start(%a, %b), replica_groups=[1,4]<=[4], dimensions={0}
+  %s = ((f32[16]{0}), f32[4]{0}) reduce-scatter-start(%b), replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%add
+  %p = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}
+  %r = (f32[8]{0}, f32[16]{0}) all-reduce-start(%a, %b), replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %z = f32[8]{0} negate(%a)
+}
+"""
+    found = hlo.measure(text).outside.collectives
+    self.assertEqual(
+      {kind: size for (kind, _), (_, size) in found.items()},
+      {
+        "all-gather": 4 * 96,
+        "reduce-scatter": 4 * 16,
+        "collective-permute": 4 * 8,
+        "all-reduce": 4 * 24,
+      },
+    )
 
   def test_groups_of_a_mesh(self):
     line = (
