@@ -85,7 +85,7 @@ def kind_of(flag: flags.Flag) -> str:
   """The type of a flag with its bounds: "int ≥ 1", "float in [0, 1]"."""
   parser = flag.parser
   if getattr(parser, "enum_values", None):
-    return "choice"
+    return "choice or bool" if flag.boolean else "choice"
   kind = {"string": "text"}.get(flag.flag_type(), flag.flag_type())
   if kind.startswith("comma"):
     return "list"

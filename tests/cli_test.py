@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 
+from absl import flags
 from absl.testing import absltest, parameterized
 
 from rljax import cli
-from rljax.cli import entry, terminal
+from rljax.cli import entry, models, terminal
 from tests import conftest
 
 SCRIPTS = sorted(
@@ -310,6 +311,32 @@ NO_PATHS = {
   *("run_name", "run_tags", "solution_column", "stop_tokens", "system_prompt"),
   *("template_options", "title", "wandb_project"),
 }
+
+
+class RematFlagTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((), "none"),
+    (("--remat",), "nothing"),
+    (("--remat=true",), "nothing"),
+    (("--noremat",), "none"),
+    (("--remat=dots",), "dots"),
+  )
+  def test_names_and_what_it_was(self, words, expected):
+    values = flags.FlagValues()
+    flags.DEFINE_flag(models.RematFlag("remat", "none", "Help."), values)
+    values(["script", *words])
+    self.assertEqual(values.remat, expected)
+    # What a flagfile would hold of it is read as the same.
+    again = flags.FlagValues()
+    flags.DEFINE_flag(models.RematFlag("remat", "none", "Help."), again)
+    again(["script", values["remat"].serialize()])
+    self.assertEqual(again.remat, expected)
+
+  def test_others_are_refused(self):
+    values = flags.FlagValues()
+    flags.DEFINE_flag(models.RematFlag("remat", "none", "Help."), values)
+    with self.assertRaisesRegex(flags.IllegalFlagValueError, "nothing|dots"):
+      values(["script", "--remat=dotty"])
 
 
 class PathsTest(parameterized.TestCase):

@@ -7,6 +7,7 @@ from absl import flags
 
 from rljax.cli import adapters
 from rljax.models import fresh, hf, lora
+from rljax.models import remat as remat_lib
 from rljax.training import origins, precision
 
 # Flags that are defined below belong to the script that calls the group.
@@ -73,12 +74,24 @@ def define_compute(*, remat: bool = True, logits: bool = True) -> None:
     "pass on a TPU and TF32 on a GPU; auto is highest on them for "
     "--dtype=float32, and else what JAX does.",
   )
+  flags.DEFINE_bool(
+    "scan_layers",
+    False,
+    "Whether layers of language models that repeat lie in stacks, of which one "
+    "loop runs a layer after the other: a deep model then compiles in the time "
+    "of a few layers. The numbers are the same to rounding.",
+  )
   if remat:
-    flags.DEFINE_bool(
-      "remat",
-      False,
-      "Whether the backward pass recomputes the layers: less memory, more "
-      "time.",
+    flags.DEFINE_flag(
+      RematFlag(
+        "remat",
+        "none",
+        "What the backward pass keeps of each layer, and so need not compute "
+        "again: none leaves that to the compiler, which keeps all; nothing "
+        "keeps the layer's input alone; dots the products with parameters, "
+        "too; offload these in the memory of the host of a GPU or TPU. "
+        "--remat alone is nothing.",
+      )
     )
   if remat and logits:
     flags.DEFINE_integer(
@@ -90,6 +103,21 @@ def define_compute(*, remat: bool = True, logits: bool = True) -> None:
     )
 
 
+class RematFlag(flags.EnumFlag):
+  """A policy by name; as the bool that it was, it takes --remat and =true."""
+
+  def __init__(self, name: str, default: str, text: str):
+    super().__init__(name, default, text, list(remat_lib.POLICIES))
+    self.boolean = True  # For --remat and --noremat.
+
+  def _parse(self, argument):
+    known = {"true": "nothing", "false": "none"}
+    return super()._parse(known.get(str(argument).lower(), argument))
+
+  def _serialize(self, value):
+    return "" if value is None else f"--{self.name}={value}"
+
+
 def model_options(values: flags.FlagValues) -> dict[str, Any]:
   """Returns keyword arguments of `hf.load`; weights are read where they lie."""
   return {**_compute_options(values), "lazy": True}
@@ -99,7 +127,8 @@ def _compute_options(values):
   return {
     "dtype": values.dtype,
     "param_dtype": values.param_dtype,
-    "remat": "remat" in values and values.remat,
+    "remat": values.remat if "remat" in values else "none",
+    "scan_layers": values.scan_layers,
   }
 
 

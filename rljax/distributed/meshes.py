@@ -187,13 +187,16 @@ def cache_splitter(mesh: Mesh) -> Callable[[Tree], Tree]:
 
   Returns:
     A function of a tree, such as the cache of `models.attention`: arrays
-    `[rows, heads, ...]` with three dimensions or more, `[rows]`,
+    `[rows, heads, ...]` with three or four dimensions, `[rows, layers, heads,
+    ...]` with five, `[rows]`,
     `[rows, length]` and numbers. It raises ValueError where rows or heads do
     not divide.
   """
 
   def sharding_of(keys, leaf):
     axes = (BATCH_AXES, "tensor") if leaf.ndim > 2 else (BATCH_AXES,)
+    if leaf.ndim > 4:
+      axes = (BATCH_AXES, None, "tensor")
     spec = PartitionSpec(*axes[: leaf.ndim])
     path = jax.tree_util.keystr(keys, simple=True, separator="/")
     _check_spec(f"cache/{path}", leaf.shape, spec, mesh)

@@ -1,7 +1,7 @@
 """Arrays that stay on disk until they are placed, part by part."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,3 +51,24 @@ class Stored:
   def nbytes(self) -> int:
     """Bytes of the whole array, once read."""
     return self.size * self.dtype.itemsize
+
+
+def joined(parts: Mapping[tuple[int, ...], Stored]) -> Stored:
+  """Puts arrays on disk together, along new axes in front.
+
+  Args:
+    parts: place along each of these axes -> array, all of one shape; the place
+      () is that of an array which is whole.
+  """
+  if () in parts:
+    return parts[()]
+  firsts = sorted({place[0] for place in parts})
+  rows = [
+    joined({place[1:]: x for place, x in parts.items() if place[0] == first})
+    for first in firsts
+  ]
+
+  def read(index):
+    return np.stack([row[index[1:]] for row in rows[index[0]]])
+
+  return Stored((len(rows), *rows[0].shape), rows[0].dtype, read)

@@ -8,6 +8,9 @@ of response slots per sample:
      {"prompt_keys", "prompt_values": [B, K, P, d],
       "keys", "values": [N, K, T, d]}}
 
+Layers of a stack (see `stacked`) are one entry, whose arrays have an axis more
+for them behind the rows: [N, L, K, T, d].
+
 A layer whose queries see a window of W tokens keeps the last W - 1 of the P
 columns and min(T, W) slots, which it fills in turns.
 
@@ -19,7 +22,7 @@ where B = N and each row counts its own, as in `generation.slots`.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -277,7 +280,8 @@ def start_cache(
 
   Args:
     mask: `[B, P]` bool, True at the prompts' tokens.
-    keys_values: per layer, the prompts' keys and values, `[B, P, K, d]` each.
+    keys_values: per layer, the prompts' keys and values, `[B, P, K, d]` each;
+      of a stack of L layers `[L, B, P, K, d]`.
     num_samples: responses per prompt; ≥ 1.
     response_length: slots per response; ≥ 1.
     windows: per layer, how many tokens a query sees; None: all. The prompts
@@ -305,14 +309,16 @@ def start_cache(
     if window is not None:
       slots = min(slots, window)
       # The first response token sees W - 1 tokens of the prompt.
-      kept = min(keys.shape[1], max(window - 1, 1))
-      keys, values = keys[:, -kept:], values[:, -kept:]
-    batch, _, num_kv_heads, width = keys.shape
-    room = (batch * num_samples, num_kv_heads, slots, width)
+      kept = min(keys.shape[-3], max(window - 1, 1))
+      keys, values = keys[..., -kept:, :, :], values[..., -kept:, :, :]
+    if keys.ndim > 4:
+      keys, values = keys.swapaxes(0, 1), values.swapaxes(0, 1)
+    *batch, _, num_kv_heads, width = keys.shape
+    room = (batch[0] * num_samples, *batch[1:], num_kv_heads, slots, width)
     layers.append(
       {
-        "prompt_keys": keys.swapaxes(1, 2),
-        "prompt_values": values.swapaxes(1, 2),
+        "prompt_keys": keys.swapaxes(-3, -2),
+        "prompt_values": values.swapaxes(-3, -2),
         "keys": jnp.zeros(room, keys.dtype),
         "values": jnp.zeros(room, values.dtype),
       }
@@ -340,6 +346,7 @@ def attend_cached(
   step: Array,
   window: int | None = None,
   scores: Scores = Scores(),
+  index: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """Writes one token per row into the cache and attends from it.
 
@@ -357,6 +364,7 @@ def attend_cached(
     step: `()` int32, the slot to write; or `[N]`, if B = N.
     window: of `start_cache` for this layer.
     scores: how products of queries and keys become scores.
+    index: `()` int32, which layer of a stack it is; None: `layer` is no stack.
 
   Returns:
     `[N, H, d]` in the dtype of `value`, and the layer with the slot written.
@@ -367,7 +375,11 @@ def attend_cached(
   if step.ndim:
     chex.assert_equal_shape_prefix([query, prompt_mask, step], 1)
     with_rows = lambda *rows: attend_cached(
-      *jax.tree.map(lambda x: x[None], rows[:-1]), rows[-1], window, scores
+      *jax.tree.map(lambda x: x[None], rows[:-1]),
+      rows[-1],
+      window,
+      scores,
+      index,
     )
     mixed, layer = jax.vmap(with_rows)(
       query, key, value, layer, prompt_mask, step
@@ -378,26 +390,27 @@ def attend_cached(
   groups = num_heads // num_kv_heads
   batch = prompt_mask.shape[0]
 
-  slot = step
+  one = _layer_of_stack(index)
+  slot, prompt_keys = step, one(layer["prompt_keys"])
   if window is not None:
     # Fewer slots than W: the response ends before they are used up.
-    slot = step % window if layer["keys"].shape[2] == window else step
-    kept = layer["prompt_keys"].shape[2]
+    slot = step % window if layer["keys"].shape[-2] == window else step
+    kept = prompt_keys.shape[2]
     age = jnp.arange(kept, 0, -1) + step  # Of the prompt's last tokens.
     prompt_mask = prompt_mask[:, -kept:] & (age < window)[None]
-  keys = jax.lax.dynamic_update_slice_in_dim(
-    layer["keys"], key[:, :, None], slot, axis=2
-  )
-  values = jax.lax.dynamic_update_slice_in_dim(
-    layer["values"], value[:, :, None], slot, axis=2
-  )
+  layer = {
+    **layer,
+    "keys": _written(layer["keys"], key, slot, index),
+    "values": _written(layer["values"], value, slot, index),
+  }
+  keys, values = one(layer["keys"]), one(layer["values"])
 
   # One softmax over both segments, without joining them: each is a product
   # of its own shape, and they share the maximum and the normaliser.
   by_row = query.reshape(rows, num_kv_heads, groups, width)
   by_prompt = _by_prompt(by_row, batch)
   prompt_scores = _masked(
-    scores("bkngd,bkpd->bkngp", by_prompt, layer["prompt_keys"]),
+    scores("bkngd,bkpd->bkngp", by_prompt, prompt_keys),
     prompt_mask[:, None, None, None],
   )
   written = jnp.arange(keys.shape[2]) <= step
@@ -413,10 +426,34 @@ def attend_cached(
   total = _by_row(jnp.sum(of_prompt, axis=-1, keepdims=True))
   total += jnp.sum(of_response, axis=-1, keepdims=True)
 
-  mixed = _by_row(_mix("bkngp,bkpd->bkngd", of_prompt, layer["prompt_values"]))
+  prompt_values = one(layer["prompt_values"])
+  mixed = _by_row(_mix("bkngp,bkpd->bkngd", of_prompt, prompt_values))
   mixed += _mix("nkgt,nktd->nkgd", of_response, values)
   mixed = (mixed / total).astype(value.dtype).reshape(query.shape)
-  return mixed, {**layer, "keys": keys, "values": values}
+  return mixed, layer
+
+
+def _layer_of_stack(index: Array | None) -> Callable[[Array], Array]:
+  """Returns what takes a layer out of its stack, if it lies in one."""
+  if index is None:
+    return lambda x: x
+  return lambda x: jax.lax.dynamic_index_in_dim(x, index, 1, keepdims=False)
+
+
+def _written(
+  buffer: Array, token: Array, slot: Array, index: Array | None
+) -> Array:
+  """Writes `[N, K, d]` into a slot of `[N, K, T, d]`, or of a stack of them."""
+  if index is None:
+    return jax.lax.dynamic_update_slice_in_dim(
+      buffer, token[:, :, None], slot, axis=2
+    )
+  zero = jnp.zeros((), slot.dtype)
+  return jax.lax.dynamic_update_slice(
+    buffer,
+    token[:, None, :, None],
+    (zero, index.astype(slot.dtype), zero, slot, zero),
+  )
 
 
 def _by_prompt(x: Array, batch: int) -> Array:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rljax.distributed import planning
-from rljax.models import classifier, families, fields, language_models
+from rljax.models import (
+  classifier,
+  families,
+  fields,
+  language_models,
+  stacked,
+)
+from rljax.models import remat as remat_lib
 from rljax.storage import folders
 
 # How transformers names the architectures that `load_classifier` reads.
@@ -18,14 +25,20 @@ CLASSIFICATION = "ForSequenceClassification"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def settings(dtype: str, param_dtype: str, remat: bool) -> dict[str, Any]:
+def settings(
+  dtype: str,
+  param_dtype: str,
+  remat: str | bool = "none",
+  scan_layers: bool = False,
+) -> dict[str, Any]:
   """Returns the fields of a config that no config.json decides."""
   check_dtype("dtype", dtype)
   check_dtype("param_dtype", param_dtype)
   return {
     "dtype": DTYPES[dtype],
     "param_dtype": DTYPES[param_dtype],
-    "remat": remat,
+    "remat": remat_lib.check(remat),
+    "scan_layers": scan_layers,
   }
 
 
@@ -79,7 +92,10 @@ def build(
     raise ValueError(f"{path}: {error}") from error
   if isinstance(sizes, classifier.CausalClassifierConfig):
     settings = {"backbone": dataclasses.replace(sizes.backbone, **settings)}
+  elif known is families.CLASSIFIERS:  # An encoder, which has no stacks.
+    settings = {k: x for k, x in settings.items() if k != "scan_layers"}
   sizes = dataclasses.replace(sizes, **settings)
+  stacked.check(getattr(sizes, "backbone", sizes))
   if (
     model_type in language_models.CONFIGS and known is not families.CLASSIFIERS
   ):

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from rljax.distributed import activations
-from rljax.models import attention, linear, moe, norms, products
+from rljax.models import (
+  attention,
+  linear,
+  moe,
+  norms,
+  products,
+  remat,
+  stacked,
+)
 from rljax.models import rope as rope_lib
 
 Array = jax.Array
@@ -107,7 +115,9 @@ class DecoderConfig:
     pad_token_id: kept for `to_hf`.
     dtype: of activations. Norms, softmax and logits are float32 regardless.
     param_dtype: of new parameters.
-    remat: whether the gradient recomputes each block's activations.
+    remat: what the gradient recomputes of each block, one of
+      `remat.POLICIES`; True is "nothing", False "none".
+    scan_layers: whether blocks that repeat lie in stacks; see `stacked`.
   """
 
   vocab_size: int
@@ -157,7 +167,8 @@ class DecoderConfig:
   pad_token_id: int | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str | bool = "none"
+  scan_layers: bool = False
 
   # Whether a token sees those before it alone.
   causal: ClassVar[bool] = True
@@ -227,6 +238,15 @@ class DecoderConfig:
     if self.local_rope is not None and self.window(layer) is not None:
       return self.local_rope
     return self.rope
+
+  def layer_kind(self, layer: int) -> tuple[Any, ...]:
+    """Returns all in which layers differ but their weights."""
+    return (
+      self.window(layer),
+      self.layer_rope(layer),
+      self.is_sparse(layer),
+      bool(layer) or self.first_norm,
+    )
 
   def is_sparse(self, layer: int) -> bool:
     sparse = self.sparse_layers[layer % len(self.sparse_layers)]
@@ -380,7 +400,7 @@ class Attention(nn.Module):
     )
     return self._output(mixed), (keys, values)
 
-  def decode(self, x, angles, layer, prompt_mask, step):
+  def decode(self, x, angles, layer, prompt_mask, step, index=None):
     query, key, value = self._project(x, angles)
     mixed, layer = attention.attend_cached(
       query,
@@ -391,6 +411,7 @@ class Attention(nn.Module):
       step,
       self.window,
       self.config.scores,
+      index,
     )
     return self._output(mixed), layer
 
@@ -469,10 +490,9 @@ class Block(nn.Module):
     )
     return activations.rows(x), kept
 
-  def decode(self, x, angles, layer, prompt_mask, step):
+  def decode(self, x, angles, *cache):
     return self._residuals(
-      x,
-      lambda y: self.self_attn.decode(y, angles, layer, prompt_mask, step),
+      x, lambda y: self.self_attn.decode(y, angles, *cache)
     )
 
   def _residuals(self, x, attend):
@@ -530,7 +550,7 @@ class OutputLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Decodes text; `params` is a plain nested dict, one entry per layer."""
+  """Decodes text; `params` is a plain nested dict, see `stacked`."""
 
   config: DecoderConfig
 
@@ -540,8 +560,10 @@ class Decoder(nn.Module):
     if c.learned_positions is not None:
       rows = c.max_positions + c.learned_positions
       self.embed_positions = linear.embed(c, rows, c.hidden_size)
-    block = nn.remat(Block) if c.remat else Block
-    self.layers = [block(c, i) for i in range(c.num_layers)]
+    stacked.add_blocks(
+      self,
+      lambda i, in_scan: remat.block(Block, c.remat, in_scan=in_scan)(c, i),
+    )
     self.norm = make_norm(c)
     if not c.tie_word_embeddings:
       self.lm_head = OutputLayer(c)
@@ -557,19 +579,15 @@ class Decoder(nn.Module):
   def _last_norm(self, x):
     return self.norm(x)
 
-  def _layers(self, x, mask, positions, segments=None):
-    c = self.config
-    angles = layer_angles(c, positions)
-    keys_values = []
-    for i, layer in enumerate(self.layers):
-      x, pair = layer(x, angles[i], mask, segments)
-      keys_values.append(pair)
-    return self._last_norm(x), keys_values
+  def _layers(self, x, mask, positions, segments=None, keep=False):
+    angles = layer_angles(self.config, positions)
+    x, kept = stacked.forward(self, x, angles, mask, segments, keep=keep)
+    return self._last_norm(x), kept
 
-  def _forward(self, ids, mask, segments=None):
+  def _forward(self, ids, mask, segments=None, keep=False):
     positions = attention.positions(mask, segments)
     x = self._embed(ids, positions)
-    return self._layers(x, mask, positions, segments)
+    return self._layers(x, mask, positions, segments, keep)
 
   def __call__(
     self, ids: Array, mask: Array, segments: Array | None = None
@@ -622,13 +640,13 @@ class Decoder(nn.Module):
       `[B, P, D]` hidden states and the cache (see `attention`).
     """
     with activations.left_to_compiler():
-      hidden, keys_values = self._forward(ids, mask)
+      hidden, keys_values = self._forward(ids, mask, keep=True)
     return hidden, attention.start_cache(
       mask,
       keys_values,
       num_samples=num_samples,
       response_length=response_length,
-      windows=[self.config.window(i) for i in range(self.config.num_layers)],
+      windows=stacked.cached_windows(self.config),
     )
 
   def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -644,15 +662,8 @@ class Decoder(nn.Module):
     positions = attention.decode_positions(cache, ids.shape[0])
     x = self._embed(ids, positions)
     angles = layer_angles(self.config, positions)
-    layers = []
-    for i, (block, layer) in enumerate(
-      zip(self.layers, cache["layers"], strict=True)
-    ):
-      x, layer = block.decode(
-        x, angles[i], layer, cache["prompt_mask"], cache["step"]
-      )
-      layers.append(layer)
-    cache = {**cache, "step": cache["step"] + 1, "layers": tuple(layers)}
+    x, layers = stacked.decode(self, x, angles, cache)
+    cache = {**cache, "step": cache["step"] + 1, "layers": layers}
     return self._last_norm(x), cache
 
   def logits(self, hidden: Array) -> Array:

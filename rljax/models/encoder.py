@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from rljax.distributed import activations
-from rljax.models import attention, classifier, fields, linear, norms
+from rljax.models import attention, classifier, fields, linear, norms, remat
 
 Array = jax.Array
 
@@ -80,7 +80,7 @@ class EncoderConfig:
       `pad_token_id + 1` rows stay unused.
     dtype: of activations. Norms, softmax and the head are float32 regardless.
     param_dtype: of new parameters.
-    remat: whether the gradient recomputes each block's activations.
+    remat: what the gradient recomputes of each block, see `DecoderConfig`.
   """
 
   vocab_size: int
@@ -102,7 +102,7 @@ class EncoderConfig:
   pad_token_id: int | None = 0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str | bool = "none"
 
   def __post_init__(self):
     if self.model_type not in _ARCHITECTURES:
@@ -437,7 +437,7 @@ class Encoder(nn.Module):
     self.embedding_norm = _norm(c)
     if c.embedding_size != c.hidden_size:
       self.embeddings_project = linear.dense(c, c.hidden_size)
-    block = nn.remat(Block) if c.remat else Block
+    block = remat.block(Block, c.remat)
     self.layers = [block(c) for _ in range(c.num_layers)]
     in_float32 = dataclasses.replace(c, dtype=jnp.float32)
     self.pooler = linear.dense(in_float32, c.hidden_size)

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rljax.distributed import planning
-from rljax.models import configs, gpt2, language_models, llama, tokenizers
+from rljax.models import (
+  configs,
+  gpt2,
+  language_models,
+  llama,
+  stacked,
+  tokenizers,
+)
 
 Params = dict[str, Any]
 FAMILIES = tuple(language_models.CONFIGS)
@@ -27,7 +34,8 @@ def make(
   max_positions: int,
   dtype: str = "float32",
   param_dtype: str = "float32",
-  remat: bool = False,
+  remat: str | bool = "none",
+  scan_layers: bool = False,
 ) -> nn.Module:
   """Makes a small model of a family.
 
@@ -45,7 +53,8 @@ def make(
     max_positions: longest text in tokens.
     dtype: of the computation, "float32" or "bfloat16".
     param_dtype: of its parameters, "float32" or "bfloat16".
-    remat: whether the backward pass recomputes each layer.
+    remat: what the backward pass recomputes of each layer, see `hf.load`.
+    scan_layers: whether layers that repeat lie in stacks, likewise.
 
   Returns:
     The module; see `initial_params` for its parameters.
@@ -64,7 +73,7 @@ def make(
       f"vocab_size must be {rows}, the size of the tokenizer, or "
       f"more, got {vocab_size}."
     )
-  precision = configs.settings(dtype, param_dtype, remat)
+  precision = configs.settings(dtype, param_dtype, remat, scan_layers)
   sizes = {
     "vocab_size": vocab_size or rows,
     "hidden_size": hidden_size,
@@ -73,17 +82,20 @@ def make(
     "max_positions": max_positions,
     **precision,
   }
-  if family == "gpt2":
-    return gpt2.GPT2(gpt2.GPT2Config(**sizes))
-  if family == "llama":
-    return llama.Llama(llama.LlamaConfig(**sizes))
+  known = {"gpt2": gpt2.GPT2Config, "llama": llama.LlamaConfig}
+  if family in known:
+    config = known[family](**sizes)
+    stacked.check(config)
+    return language_models.module(config)
   if hidden_size % num_heads:
     raise ValueError(
       f"hidden_size must be divisible by the {num_heads} heads, got "
       f"{hidden_size}."
     )
   config = language_models.CONFIGS[family].from_hf(_fields(family, sizes))
-  return language_models.module(dataclasses.replace(config, **precision))
+  config = dataclasses.replace(config, **precision)
+  stacked.check(config)
+  return language_models.module(config)
 
 
 def _fields(family: str, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +138,8 @@ def shapes(model: nn.Module) -> Params:
 def initial_params(model: nn.Module, seed: int) -> Params:
   """Draws the parameters that a model begins with, in one compiled program.
 
+  Whether its layers lie in stacks does not change the numbers.
+
   Args:
     model: from `make`.
     seed: of the draw.
@@ -134,9 +148,11 @@ def initial_params(model: nn.Module, seed: int) -> Params:
 
 
 def _initialise(model: nn.Module, seed: int) -> Callable[[], Any]:
-  return functools.partial(
-    model.init,
+  config = dataclasses.replace(model.config, scan_layers=False)
+  init = functools.partial(
+    language_models.module(config).init,
     jax.random.key(seed),
     jnp.zeros((1, 1), jnp.int32),
     jnp.ones((1, 1), bool),
   )
+  return lambda: stacked.stack(init(), model.config)

@@ -21,6 +21,8 @@ from rljax.models import (
   linear,
   norms,
   products,
+  remat,
+  stacked,
 )
 
 Array = jax.Array
@@ -62,7 +64,8 @@ class GPT2Config:
     pad_token_id: kept for `to_hf`.
     dtype: of activations. Norms, softmax and logits are float32 regardless.
     param_dtype: of new parameters.
-    remat: whether the gradient recomputes each block's activations.
+    remat: what the gradient recomputes of each block, see `DecoderConfig`.
+    scan_layers: whether blocks lie in stacks; see `stacked`.
   """
 
   vocab_size: int
@@ -79,13 +82,17 @@ class GPT2Config:
   pad_token_id: int | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str | bool = "none"
+  scan_layers: bool = False
 
   def window(self, layer: int) -> None:
     """Returns that every layer sees the whole text."""
 
   def layer_rope(self, layer: int) -> None:
     """Returns that nothing turns."""
+
+  def layer_kind(self, layer: int) -> None:
+    """Returns that all layers are of one kind."""
 
   def __post_init__(self):
     if self.intermediate_size is None:
@@ -249,10 +256,10 @@ class Attention(nn.Module):
     mixed = attention.attend(queries, keys, values, mask, segments=segments)
     return self.c_proj(mixed.reshape(x.shape)), (keys, values)
 
-  def decode(self, x, layer, prompt_mask, step):
+  def decode(self, x, layer, prompt_mask, step, index=None):
     query, key, value = self._project(x)
     mixed, layer = attention.attend_cached(
-      query, key, value, layer, prompt_mask, step
+      query, key, value, layer, prompt_mask, step, index=index
     )
     return self.c_proj(mixed.reshape(x.shape)), layer
 
@@ -289,9 +296,9 @@ class Block(nn.Module):
     y, keys_values = self.attn(self.ln_1(x), mask, segments)
     return activations.rows(self._residuals(x, y)), keys_values
 
-  def decode(self, x, angles, layer, prompt_mask, step):
+  def decode(self, x, angles, *cache):
     del angles
-    y, layer = self.attn.decode(self.ln_1(x), layer, prompt_mask, step)
+    y, layer = self.attn.decode(self.ln_1(x), *cache)
     return self._residuals(x, y), layer
 
   def _residuals(self, x, y):
@@ -301,7 +308,7 @@ class Block(nn.Module):
 
 
 class GPT2(decoder.Decoder):
-  """Decodes text; `params` is a plain nested dict, one entry per layer."""
+  """Decodes text; `params` is a plain nested dict, see `stacked`."""
 
   config: GPT2Config
 
@@ -309,8 +316,10 @@ class GPT2(decoder.Decoder):
     c = self.config
     self.wte = linear.embed(c, c.vocab_size, c.hidden_size)
     self.wpe = linear.embed(c, c.max_positions, c.hidden_size)
-    block = nn.remat(Block) if c.remat else Block
-    self.layers = [block(c) for _ in range(c.num_layers)]
+    stacked.add_blocks(
+      self,
+      lambda i, in_scan: remat.block(Block, c.remat, in_scan=in_scan)(c),
+    )
     self.ln_f = norms.LayerNorm(c.layer_norm_eps, c.param_dtype)
 
   def _embed(self, ids, positions):

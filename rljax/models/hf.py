@@ -37,6 +37,7 @@ from rljax.models import (
   lora,
   peft,
   sources,
+  stacked,
   tokenizers,
   weights,
 )
@@ -91,7 +92,8 @@ def load(
   *,
   dtype: str = "float32",
   param_dtype: str = "float32",
-  remat: bool = False,
+  remat: str | bool = "none",
+  scan_layers: bool = False,
   tokenizer: bool = True,
   step: int | None = None,
   lazy: bool = False,
@@ -110,7 +112,10 @@ def load(
       - a hub name such as "org/name", or "org/name@revision".
     dtype: of the computation, "float32" or "bfloat16".
     param_dtype: of the returned parameters, "float32" or "bfloat16".
-    remat: whether the backward pass recomputes each layer.
+    remat: what the backward pass recomputes of each layer, one of
+      `remat.POLICIES`; True is "nothing", False "none".
+    scan_layers: whether layers that repeat lie in stacks; see `stacked`. Those
+      of an encoder never do.
     tokenizer: whether to load the tokenizer as well.
     step: which checkpoint of a workdir; None is the latest.
     lazy: whether the weights of a Hugging Face directory stay there until
@@ -123,7 +128,7 @@ def load(
     ValueError: if the name leads nowhere, or what it leads to is not a model
       of a supported type with exactly the expected tensors.
   """
-  settings = configs.settings(dtype, param_dtype, remat)
+  settings = configs.settings(dtype, param_dtype, remat, scan_layers)
   found = _load(name, settings, tokenizer, step, "policy", lazy)
   return LanguageModel(*found)
 
@@ -133,7 +138,8 @@ def load_classifier(
   *,
   dtype: str = "float32",
   param_dtype: str = "float32",
-  remat: bool = False,
+  remat: str | bool = "none",
+  scan_layers: bool = False,
   tokenizer: bool = True,
   step: int | None = None,
 ) -> Classifier:
@@ -147,7 +153,10 @@ def load_classifier(
       "reward_model", or a hub name; see `load`.
     dtype: of the computation, "float32" or "bfloat16".
     param_dtype: of the returned parameters, "float32" or "bfloat16".
-    remat: whether the backward pass recomputes each layer.
+    remat: what the backward pass recomputes of each layer, one of
+      `remat.POLICIES`; True is "nothing", False "none".
+    scan_layers: whether layers that repeat lie in stacks; see `stacked`. Those
+      of an encoder never do.
     tokenizer: whether to load the tokenizer as well.
     step: which checkpoint of a workdir; None is the latest.
 
@@ -158,7 +167,7 @@ def load_classifier(
     ValueError: if the name leads nowhere, or what it leads to is not a
       classifier of a supported type with exactly the expected tensors.
   """
-  settings = configs.settings(dtype, param_dtype, remat)
+  settings = configs.settings(dtype, param_dtype, remat, scan_layers)
   found = _load(name, settings, tokenizer, step, "reward_model")
   return Classifier(*found, labels=found[0].config.labels)
 
@@ -223,14 +232,20 @@ def load_module(
   *,
   dtype: str = "float32",
   param_dtype: str = "float32",
-  remat: bool = False,
+  remat: str | bool = "none",
+  scan_layers: bool = False,
 ) -> nn.Module:
   """Makes the module of the model that a name leads to, without weights."""
-  settings = configs.settings(dtype, param_dtype, remat)
+  settings = configs.settings(dtype, param_dtype, remat, scan_layers)
   kind, path = sources.find(name, with_weights=False)
   if kind == "adapter":
     base = peft.read_settings(path).base
-    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    options = {
+      "dtype": dtype,
+      "param_dtype": param_dtype,
+      "remat": remat,
+      "scan_layers": scan_layers,
+    }
     with _base_of(path, base):
       return load_module(base, **options)
   if kind == "GGUF file":
@@ -291,6 +306,7 @@ def partition_rules(
   rules = families.of(model).partition_rules
   if isinstance(model, lora.Model):
     rules = (*lora.partition_rules(rules), *rules)
+  rules = (*stacked.partition_rules(rules), *rules)
   if config.vocab_size % num_devices == 0:
     return rules
   # An odd vocabulary, such as GPT-2's 50,257: split the width of its rows.
@@ -525,6 +541,7 @@ def _load_adapter(
   if not planning.current():
     factors, noted = peft.read(folder, model, adapter)
     peft.check_base(adapter, noted, params, folder)
+    factors = stacked.stack(factors, model.config)
     dtype = model.config.param_dtype
     params = peft.merged(params, factors, adapter.scaling, dtype)
   if own:
@@ -590,13 +607,15 @@ def _merged_checkpoint(
   """Reads the adapters of a run, and adds them to their base."""
   adapter = peft.read_settings(folder)
   config = getattr(model.config, "backbone", model.config)
-  settings = {x: getattr(config, x) for x in ("dtype", "param_dtype", "remat")}
+  names = ("dtype", "param_dtype", "remat", "scan_layers")
+  settings = {name: getattr(config, name) for name in names}
   base, params, _ = _load_base(adapter, workdir, settings, False, lazy)
   peft.check_base(adapter, adapter.digest, params, workdir)
   saved = weights.entry_of(workdir, step, entry)
   is_reward_model = families.is_classifier(model)
   factors = (saved["backbone"] if is_reward_model else saved)["lora"]
   factors = peft.from_checkpoint(factors, base, adapter, workdir)
+  factors = stacked.stack(factors, base.config)
   dtype = model.config.param_dtype
   params = peft.merged(params, factors, adapter.scaling, dtype)
   if not is_reward_model:

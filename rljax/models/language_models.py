@@ -18,6 +18,7 @@ from rljax.models import (
   opt,
   phi3,
   smollm3,
+  stacked,
 )
 
 Config = gpt2.GPT2Config | decoder.DecoderConfig
@@ -62,7 +63,8 @@ def module(config: Config) -> nn.Module:
 def parameter_names(config: Config) -> dict[str, tuple[tuple, bool]]:
   """Returns the table of `decoder.parameter_names`, of any language model."""
   is_gpt2 = isinstance(config, gpt2.GPT2Config)
-  return (gpt2 if is_gpt2 else decoder).parameter_names(config)
+  names = (gpt2 if is_gpt2 else decoder).parameter_names(config)
+  return stacked.placed(names, config)
 
 
 def with_whole_output(model: Any, params: Any) -> Any:

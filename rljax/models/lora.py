@@ -36,7 +36,7 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec
 
 from rljax.distributed import planning, stored
-from rljax.models import language_models, weights
+from rljax.models import language_models, stacked, weights
 
 Array = jax.Array
 Params = Any
@@ -215,14 +215,16 @@ def layers(
 
   Returns:
     Name in transformers -> (path in the parameters, shape `(D, F)` of the
-    kernel). Experts of a mixture and their router are none of them.
+    kernel), both as in the unrolled model. Experts of a mixture and their
+    router are none of them.
 
   Raises:
     ValueError: if a target is no such layer.
   """
-  found, backbone = {}, getattr(model.config, "backbone", None)
-  if backbone is not None:  # Adapters are those of its language model.
-    model = language_models.module(backbone)
+  # Adapters of a classifier are those of its language model.
+  config = dataclasses.replace(_config(model), scan_layers=False)
+  model = language_models.module(config)
+  found = {}
   for name, slot in weights.slots_of(model).items():
     *path, kind = slot.path
     is_router = path[-1] == "gate"
@@ -283,11 +285,16 @@ def adapt(
       a = draw(-bound, bound, (width, settings.rank)).astype(np.float32)
       lora[*path, _A] = a
       lora[*path, _B] = np.zeros((settings.rank, features), np.float32)
-    lora = traverse_util.unflatten_dict(lora)
+    lora = stacked.stack(traverse_util.unflatten_dict(lora), _config(model))
     if planning.current():
       lora = planning.shapes(lora)
   base, scales = _frozen(model, params, base_dtype)
   return Adapted(lora, base, scales, settings.scaling if settings else 1.0)
+
+
+def _config(model):
+  """The settings of a language model, or of the one in a classifier."""
+  return getattr(model.config, "backbone", model.config)
 
 
 def _frozen(model, params, base_dtype):
@@ -297,11 +304,12 @@ def _frozen(model, params, base_dtype):
   flat, scales = traverse_util.flatten_dict(params), {}
   kernels = set()
   if base_dtype == "int8":
-    kernels = {(*path, "kernel") for path, _ in layers(model).values()}
+    kernels = {f"{'/'.join(path)}/kernel" for path, _ in layers(model).values()}
   for path, leaf in flat.items():
-    if path in kernels:
+    name = "/".join(path)
+    if kernels.intersection(stacked.layer_paths(name, leaf)):
       flat[path], scales[*path[:-1], _SCALE] = _int8(leaf)
-    elif len(leaf.shape) > 1:
+    elif stacked.own_ndim(name, leaf) > 1:
       flat[path] = _converted(leaf, leaf.shape, jnp.bfloat16, lambda x, i: x[i])
   unflatten = traverse_util.unflatten_dict
   return unflatten(flat), unflatten(scales)
@@ -309,13 +317,22 @@ def _frozen(model, params, base_dtype):
 
 def _int8(kernel):
   """A kernel and its scales, wherever it lies."""
-  of = lambda x, columns: quantise(
-    np.asarray(x[slice(None), columns], np.float32)
-  )
-  shape = kernel.shape
+
+  def of(x, layers, columns):
+    return quantise(np.asarray(x[*layers, slice(None), columns], np.float32))
+
+  def numbers(x, index):
+    *layers, rows, columns = index
+    return of(x, layers, columns)[0][..., rows, :]
+
+  def scales(x, index):
+    *layers, columns = index
+    return of(x, layers, columns)[1]
+
+  *layers, _, columns = kernel.shape
   return (
-    _converted(kernel, shape, np.int8, lambda x, i: of(x, i[1])[0][i[0]]),
-    _converted(kernel, shape[1:], np.float32, lambda x, i: of(x, i[0])[1]),
+    _converted(kernel, kernel.shape, np.int8, numbers),
+    _converted(kernel, (*layers, columns), np.float32, scales),
   )
 
 
@@ -327,14 +344,14 @@ def quantise(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   The error is at most s / 2 in each number.
 
   Args:
-    kernel: `[D, F]` float32.
+    kernel: `[D, F]` float32, or a stack of such.
 
   Returns:
-    `[D, F]` int8 and `[F]` float32.
+    `[D, F]` int8 and `[F]` float32, or stacks.
   """
-  scale = np.max(np.abs(kernel), axis=0) / np.float32(127)
+  scale = np.max(np.abs(kernel), axis=-2) / np.float32(127)
   scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
-  return np.rint(kernel / scale).astype(np.int8), scale
+  return np.rint(kernel / scale[..., None, :]).astype(np.int8), scale
 
 
 def _converted(leaf, shape, dtype, part: Callable[[Any, Any], np.ndarray]):
@@ -351,7 +368,8 @@ def _converted(leaf, shape, dtype, part: Callable[[Any, Any], np.ndarray]):
 def digest(params: Params) -> str:
   """Hashes some numbers of every parameter, to tell one base from another.
 
-  Of a matrix it is the first row, rounded to bfloat16.
+  Of a matrix it is the first row, rounded to bfloat16; of a stack, that of each
+  of its layers.
 
   Args:
     params: of the base, arrays or `stored.Stored`.
@@ -361,11 +379,17 @@ def digest(params: Params) -> str:
   """
   if planning.current():
     return ""
+  parts = {}
+  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    shape = tuple(leaf.shape)[stacked.in_stack(path) :]
+    rows = (slice(0, 1),) * (len(shape) - 1) + (slice(None),)
+    for i, name in enumerate(stacked.layer_paths(path, leaf)):
+      layer = (slice(i, i + 1),) * stacked.in_stack(path)
+      parts[name] = shape, leaf[*layer, *rows]
   found = hashlib.sha256()
-  for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-    rows = (slice(0, 1),) * (len(leaf.shape) - 1) + (slice(None),)
-    part = np.asarray(leaf[rows]).astype(jnp.bfloat16)
-    found.update(f"{path} {tuple(leaf.shape)}\n".encode() + part.tobytes())
+  for path, (shape, part) in sorted(parts.items()):
+    part = np.asarray(part).astype(jnp.bfloat16)
+    found.update(f"{path} {shape}\n".encode() + part.tobytes())
   return found.hexdigest()[:32]
 
 
@@ -484,7 +508,7 @@ def merged(tree: Tree, dtype: Any = jnp.float32) -> Tree:
         continue
       kernel = kernel.astype(jnp.float32)
       if scale is not None:
-        kernel = kernel * scale[None]
+        kernel = kernel * scale[..., None, :]
       if a is not None:
         product = jnp.matmul(a, lora[*path, _B], precision="highest")
         kernel = kernel + node.scaling * product

@@ -13,7 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rljax.models import attention, classifier, config_fields, decoder, linear
+from rljax.models import (
+  attention,
+  classifier,
+  config_fields,
+  decoder,
+  linear,
+  remat,
+)
 from rljax.models import rope as rope_lib
 
 Array = jax.Array
@@ -185,7 +192,7 @@ class ModernBert(nn.Module):
     c = self.config
     self.embed_tokens = linear.embed(c, c.vocab_size, c.hidden_size)
     self.embedding_norm = decoder.make_norm(c)
-    block = nn.remat(decoder.Block) if c.remat else decoder.Block
+    block = remat.block(decoder.Block, c.remat)
     self.layers = [block(c, i) for i in range(c.num_layers)]
     self.norm = decoder.make_norm(c)
     in_float32 = dataclasses.replace(c, dtype="float32")

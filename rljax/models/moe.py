@@ -202,7 +202,8 @@ def load_balance_loss(
   probability that the router gives it, over the tokens of all layers.
 
   Args:
-    router: the collection "router", `[B, S, E]` logits per layer.
+    router: the collection "router", `[B, S, E]` logits per layer, or
+      `[L, B, S, E]` per stack.
     mask: `[B, S]` bool, True where a token counts.
     experts_per_token: k.
 
@@ -215,15 +216,19 @@ def load_balance_loss(
     Fedus et al. (2021), "Switch Transformers", equations 4 to 6, summed over
     the k choices of a token as in transformers.
   """
-  layers = [logits for logits in jax.tree.leaves(router)]
+  # Of a stack, those of its layers are one array.
+  layers = [
+    logits.reshape(-1, *mask.shape, logits.shape[-1])
+    for logits in jax.tree.leaves(router)
+  ]
   if not layers:
     raise ValueError("the model has left no logits of a router.")
-  logits = jnp.stack(layers).astype(jnp.float32)  # [L, B, S, E]
+  logits = jnp.concatenate(layers).astype(jnp.float32)  # [L, B, S, E]
   num_experts = logits.shape[-1]
   log_probs = jax.nn.log_softmax(logits)
   _, chosen = jax.lax.top_k(logits, experts_per_token)
   counts = mask[None, :, :, None]
-  rows = jnp.maximum(jnp.sum(mask, dtype=jnp.float32) * len(layers), 1)
+  rows = jnp.maximum(jnp.sum(mask, dtype=jnp.float32) * len(logits), 1)
   mean = lambda x: jnp.sum(jnp.where(counts, x, 0), axis=(0, 1, 2)) / rows
   share = mean(jnp.sum(jax.nn.one_hot(chosen, num_experts), axis=-2))
   probs = jnp.exp(log_probs)

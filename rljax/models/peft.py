@@ -16,7 +16,15 @@ from flax import linen as nn
 from flax import traverse_util
 
 from rljax.distributed import stored
-from rljax.models import configs, export, fields, lora, tokenizers, weights
+from rljax.models import (
+  configs,
+  export,
+  fields,
+  lora,
+  stacked,
+  tokenizers,
+  weights,
+)
 from rljax.storage import folders
 
 Params = dict[str, Any]
@@ -181,8 +189,8 @@ def read(
     settings: of the folder.
 
   Returns:
-    The factors, as `lora.Adapted` holds them, float32; and the digest of their
-    base, "" where the writer has not noted it.
+    The factors, as `lora.Adapted` holds those of the unrolled model, float32;
+    and the digest of their base, "" where the writer has not noted it.
 
   Raises:
     ValueError: if the file is missing or damaged, or its tensors are not those
@@ -262,7 +270,8 @@ def _check(shapes, names, path, settings):
 def from_checkpoint(
   saved: Params, model: nn.Module, settings: lora.Settings, where: Any
 ) -> Params:
-  """Checks the adapters that a checkpoint holds, and returns them."""
+  """Checks the adapters that a checkpoint holds, and returns them unrolled."""
+  saved = stacked.unstack(saved)
   found = {
     path: np.asarray(x, np.float32)
     for path, x in traverse_util.flatten_dict(saved).items()
@@ -300,7 +309,7 @@ def merged(base: Params, factors: Params, scaling: float, dtype: Any) -> Params:
 
   Args:
     base: nested dict of arrays, or of `stored.Stored`.
-    factors: nested dict, as `lora.Adapted` holds it.
+    factors: nested dict, as `lora.Adapted` holds it; in stacks as the base.
     scaling: of their product.
     dtype: of the sums.
 
@@ -320,15 +329,15 @@ def merged(base: Params, factors: Params, scaling: float, dtype: Any) -> Params:
 
 def _sum(kernel, a, b, scaling, dtype):
   def part(index):
-    rows, columns = index
+    *layers, rows, columns = index
     added = np.float32(scaling) * (
-      np.asarray(a)[rows] @ np.asarray(b)[:, columns]
+      np.asarray(a)[*layers, rows] @ np.asarray(b)[*layers, :, columns]
     )
     return (np.asarray(kernel[index], np.float32) + added).astype(dtype)
 
   if isinstance(kernel, stored.Stored):
     return stored.Stored(kernel.shape, dtype, part)
-  return part((slice(None), slice(None)))
+  return part((slice(None),) * len(kernel.shape))
 
 
 def write(
@@ -345,7 +354,7 @@ def write(
   Args:
     directory: is made; files of others in it stay.
     model: the language model that the adapters are in.
-    factors: nested dict, as `lora.Adapted` holds it.
+    factors: nested dict, as `lora.Adapted` holds it, stacked or not.
     settings: of the adapters, whose `base` the folder names.
     tokenizer: its files are written as well.
     dtype: of the tensors, "float32" or "bfloat16".
@@ -357,7 +366,7 @@ def write(
   from safetensors import numpy as safetensors_numpy
 
   configs.check_dtype("dtype", dtype)
-  flat = traverse_util.flatten_dict(factors)
+  flat = traverse_util.flatten_dict(stacked.unstack(factors))
   tensors = {}
   for name, (path, shape) in _names(model, settings, "targets").items():
     if path not in flat or np.shape(flat[path]) != shape[::-1]:

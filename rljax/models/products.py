@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rljax.models import stacked
+
 Array = jax.Array
 
 
@@ -67,7 +69,8 @@ def rounded(x: Array) -> Array:
 def narrowed(params: Any, dtype: Any, wide: tuple[str, ...] = ()) -> Any:
   """Converts the parameters that a model only uses in its compute dtype.
 
-  These are the arrays of two and more dimensions: kernels and embeddings. A
+  These are the arrays of two and more dimensions in a layer: kernels and
+  embeddings. A
   loop that reads them in each round then reads half of the bytes.
 
   Args:
@@ -81,7 +84,8 @@ def narrowed(params: Any, dtype: Any, wide: tuple[str, ...] = ()) -> Any:
 
   def one(path, leaf):
     names = {getattr(key, "key", None) for key in path}
-    if leaf.ndim < 2 or names & set(wide):
+    ndim = stacked.own_ndim(stacked.path_of(path), leaf)
+    if ndim < 2 or names & set(wide):
       return leaf
     return leaf.astype(dtype)
 

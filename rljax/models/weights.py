@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from rljax.distributed import stored
-from rljax.models import configs, families, fields
+from rljax.models import configs, families, fields, stacked
 from rljax.storage import folders
 
 Params = dict[str, Any]
@@ -59,21 +59,21 @@ class _Slot(NamedTuple):
     path: of the parameter.
     transpose: whether it is stored the other way round.
     shape: of the tensor in the file.
-    part: which part of the parameter the tensor is, along its first axis;
-      None: the whole.
+    part: which part of the parameter the tensor is, by a number for each of its
+      first axes; (): the whole.
     whole: the shape of the parameter.
   """
 
   path: tuple[str, ...]
   transpose: bool
   shape: tuple[int, ...]
-  part: int | None
+  part: tuple[int, ...]
   whole: tuple[int, ...]
 
   def of(self, flat: Mapping[tuple[str, ...], Any]) -> Any:
     """Returns what the tensor holds, from parameters by path."""
     found = flat[self.path]
-    return found if self.part is None else found[self.part]
+    return found[self.part] if self.part else found
 
 
 def shapes(model: nn.Module) -> Params:
@@ -95,13 +95,11 @@ def slots_of(model: nn.Module) -> dict[str, _Slot]:
   names = families.of(model).parameter_names(model.config)
   slots = {}
   for name, (path, flip) in names.items():
-    part = None
-    if isinstance(path[-1], int):
-      *path, part = path
-    whole = known[tuple(path)]
-    shape = whole if part is None else whole[1:]
+    keys = tuple(key for key in path if isinstance(key, str))
+    part, whole = tuple(path[len(keys) :]), known[keys]
+    shape = whole[len(part) :]
     shape = shape[::-1] if flip else shape
-    slots[name] = _Slot(tuple(path), flip, shape, part, whole)
+    slots[name] = _Slot(keys, flip, shape, part, whole)
   return slots
 
 
@@ -155,10 +153,11 @@ def _assemble(
       )
 
   dtype = np.dtype(model.config.param_dtype)
-  params = {}
+  params, later = {}, {}
   for name, slot in slots.items():
-    if part is not None and slot.part is None:
-      params[slot.path] = _stored(part(names_of[name]), slot, dtype)
+    if part is not None:
+      found = _stored(part(names_of[name]), slot, dtype)
+      later.setdefault(slot.path, {})[slot.part] = found
       continue
     array = read(names_of[name])
     if array.dtype.name not in _STORED_DTYPES:
@@ -168,12 +167,13 @@ def _assemble(
       )
     array = array.astype(dtype, copy=False)
     array = array.T if slot.transpose else array
-    if slot.part is None:
+    if not slot.part:
       params[slot.path] = array
     else:
       if slot.path not in params:
         params[slot.path] = np.empty(slot.whole, dtype)
       params[slot.path][slot.part] = array
+  params |= {path: stored.joined(parts) for path, parts in later.items()}
   return traverse_util.unflatten_dict(params)
 
 
@@ -398,7 +398,10 @@ def from_checkpoint(
 ) -> Params:
   """Reads the parameters of a model from a checkpoint of a workdir."""
   dtype = np.dtype(model.config.param_dtype)
+  config = getattr(model.config, "backbone", model.config)
   restored = entry_of(workdir, step, entry)
+  if hasattr(config, "scan_layers"):  # Whichever way the run had them.
+    restored = stacked.as_in(restored, config)
   flat = flat_checked(restored, slots_of(model), workdir)
   return traverse_util.unflatten_dict(
     {path: np.asarray(a).astype(dtype, copy=False) for path, a in flat.items()}

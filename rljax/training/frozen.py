@@ -12,6 +12,8 @@ from typing import Any
 
 from flax import traverse_util
 
+from rljax.models import stacked
+
 Params = dict[str, Any]
 
 
@@ -21,15 +23,16 @@ def split(params: Params, pattern: str) -> tuple[Params, Params]:
   Args:
     params: nested dict of arrays, or of what stands for them.
     pattern: regular expression; what it finds anywhere in the path of a
-      parameter ("policy/layers_0/attention/query/kernel") does not learn.
+      parameter ("policy/layers_0/attention/query/kernel") does not learn; of
+      a stack, the paths that its layers have in an unrolled model count.
       Empty: all of them do.
 
   Returns:
     Two flat dicts, from path to array.
 
   Raises:
-    ValueError: if the pattern is no regular expression, fits no parameter, or
-      leaves none.
+    ValueError: if the pattern is no regular expression, fits no parameter,
+      leaves none, or fits some layers of a stack and not others.
   """
   try:
     is_frozen = re.compile(pattern or r"(?!)").search
@@ -38,7 +41,17 @@ def split(params: Params, pattern: str) -> tuple[Params, Params]:
       f"--frozen={pattern} is no regular expression: {error}."
     ) from error
   paths = traverse_util.flatten_dict(params, sep="/")
-  learnt = {path: x for path, x in paths.items() if not is_frozen(path)}
+  learnt = {}
+  for path, x in paths.items():
+    frozen = {bool(is_frozen(name)) for name in stacked.layer_paths(path, x)}
+    if len(frozen) > 1:
+      raise ValueError(
+        f"--frozen={pattern} matches some layers of the stack {path} and not "
+        "others, which learn or not as one: leave out --scan_layers, or match "
+        "all of them."
+      )
+    if frozen == {False}:
+      learnt[path] = x
   others = {path: x for path, x in paths.items() if path not in learnt}
   if not learnt or (pattern and not others):
     raise ValueError(

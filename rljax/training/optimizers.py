@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from rljax.models import lora
+from rljax.models import lora, stacked
 from rljax.training import rounding
 
 Array = chex.Array
@@ -24,7 +24,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 
 # Parameters of the blocks of a model: its embeddings, output layer and heads
-# lie beside them.
+# lie beside them. In a stack, too, one layer has such a name.
 _BLOCK = re.compile(r"(^|/)layers_\d+/")
 
 
@@ -158,11 +158,13 @@ def make(
     rates, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay
   )
   if name == "adafactor":
-    steps = optax.chain(
-      optax.scale_by_factored_rms(),
-      optax.clip_by_block_rms(1.0),
-      optax.add_decayed_weights(weight_decay),
-      optax.scale_by_learning_rate(rates),
+    steps = per_layer(
+      optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(rates),
+      )
     )
   elif name == "muon":
     muon = optax.contrib.muon(
@@ -181,12 +183,60 @@ def make(
   )
 
 
+def per_layer(
+  transform: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Lets an optimizer of whole arrays see each layer of a stack by itself.
+
+  Without stacks nothing changes, the state included.
+
+  Args:
+    transform: an optimizer, which steps an array by itself and its parameters.
+  """
+
+  def parts(tree):
+    """Depth of a stack -> the tree with these stacks; 0 -> the other arrays."""
+    depths = jax.tree_util.tree_map_with_path(
+      lambda keys, x: x.shape[0] * stacked.in_stack(stacked.path_of(keys)), tree
+    )
+    only = lambda depth: jax.tree.map(
+      lambda x, own: x if own == depth else None, tree, depths
+    )
+    return {x: only(x) for x in sorted(set(jax.tree.leaves(depths)))}
+
+  def init(params):
+    found = parts(params)
+    if not any(found):
+      return transform.init(params)
+    return {
+      str(depth): (jax.vmap(transform.init) if depth else transform.init)(part)
+      for depth, part in found.items()
+    }
+
+  def update(grads, state, params=None):
+    found = parts(grads)
+    if not any(found):
+      return transform.update(grads, state, params)
+    of_params = parts(params)
+    updates, new = [], {}
+    for depth, part in found.items():
+      one = jax.vmap(transform.update) if depth else transform.update
+      step, new[str(depth)] = one(part, state[str(depth)], of_params[depth])
+      updates.append(step)
+    first = lambda *xs: next((x for x in xs if x is not None), None)
+    is_none = lambda x: x is None
+    return jax.tree.map(first, *updates, is_leaf=is_none), new
+
+  return optax.GradientTransformation(init, update)
+
+
 def _names(params: Tree) -> Tree:
   """Returns whether Muon or AdamW steps each array: Muon matrices of blocks."""
 
   def name(keys, array):
-    path = jax.tree_util.keystr(keys, simple=True, separator="/")
-    is_matrix = array.ndim in (2, 3) and min(array.shape[-2:]) > 1
+    path = stacked.path_of(keys)
+    ndim = stacked.own_ndim(path, array)
+    is_matrix = ndim in (2, 3) and min(array.shape[-2:]) > 1
     return "muon" if is_matrix and _BLOCK.search(path) else "adamw"
 
   return jax.tree_util.tree_map_with_path(name, params)

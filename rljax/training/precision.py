@@ -31,7 +31,8 @@ _BITS = {
   "tpu": {"default": 7, "high": 16},
   "gpu": {"default": 10, "high": 10},
 }
-_LAYER = re.compile(r"(layers?|blocks?|h)_(\d+)")
+# The last number of a stack is that of its last layer.
+_LAYER = re.compile(r"(layers?|blocks?|h)_(?:\d+_)?(\d+)")
 # As JAX was configured before any run of this process.
 _OWN = jax.config.jax_default_matmul_precision
 

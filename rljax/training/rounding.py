@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rljax.models import stacked
+
 Array = chex.Array
 Tree = Any
 
@@ -114,22 +116,23 @@ def stored(
 
   Args:
     transform: any optimizer.
-    dtype: of the arrays of two dimensions or more in its state. bfloat16 ones
-      are rounded by `stochastically`: a second moment that decays by a
-      thousandth would otherwise never fall.
+    dtype: of the arrays of two dimensions or more in its state, that of layers
+      in a stack left out. bfloat16 ones are rounded by `stochastically`: a
+      second moment that decays by a thousandth would otherwise never fall.
 
   Returns:
     The same for gradients and parameters in float32 or bfloat16; its updates
     are float32.
   """
 
-  def kept(x):
-    is_moment = x.dtype == jnp.float32 and x.ndim > 1
-    return dtype if is_moment else x.dtype
+  def kept(keys, x):
+    ndim = stacked.own_ndim(stacked.path_of(keys), x)
+    is_moment = x.dtype == jnp.float32 and ndim > 1
+    return x.astype(dtype if is_moment else x.dtype)
 
   def init(params):
     state = transform.init(in_float32(params))
-    return jax.tree.map(lambda x: x.astype(kept(x)), state)
+    return jax.tree_util.tree_map_with_path(kept, state)
 
   def update(grads, state, params=None):
     wide = None if params is None else in_float32(params)

@@ -222,7 +222,10 @@ class CacheSplitterTest(absltest.TestCase):
 
   def test_rows_and_heads(self):
     cache = {
-      "layers": ({"keys": np.arange(96.0).reshape(8, 4, 3)},),
+      "layers": (
+        {"keys": np.arange(96.0).reshape(8, 4, 3)},
+        {"keys": np.zeros((8, 3, 4, 5, 2))},  # Three layers of a stack.
+      ),
       "mask": np.ones((8, 3), bool),
       "lengths": np.arange(8),
       "step": np.int32(5),
@@ -231,6 +234,7 @@ class CacheSplitterTest(absltest.TestCase):
     jax.tree.map(np.testing.assert_array_equal, found, cache)
     shapes = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), found)
     self.assertEqual(shapes["layers"][0]["keys"], (2, 2, 3))
+    self.assertEqual(shapes["layers"][1]["keys"], (2, 3, 2, 5, 2))
     self.assertEqual(shapes["mask"], (2, 3))
     self.assertEqual(shapes["lengths"], (2,))
     self.assertEqual(shapes["step"], ())

@@ -171,7 +171,8 @@ def is_value(flag, value):
   if kind == "bool":
     return value in ("true", "false")
   if kind == "choice":
-    return value in flag["values"].split(", ")
+    is_bool = bound == "or bool" and value in ("true", "false")
+    return is_bool or value in flag["values"].split(", ")
   if kind not in ("int", "float"):
     return True
   number = {"int": int, "float": float}[kind](value)

@@ -96,12 +96,16 @@ class SlotsTest(parameterized.TestCase):
     if options.get("stop_ids"):
       self.assertGreater(len(set(lengths.tolist())), 2)
 
-  @parameterized.parameters("gpt2", "llama")
+  @parameterized.parameters("gpt2", "llama", "stacks")
   def test_caches(self, name):
     config = tiny.gpt2_config(vocab_size=32)
     if name == "llama":  # One layer has a window, whose slots are few.
       config = tiny.llama_config(
         vocab_size=32, num_layers=2, windows=(3, None), dtype=jnp.bfloat16
+      )
+    if name == "stacks":  # Every second layer has one.
+      config = tiny.llama_config(
+        vocab_size=32, num_layers=4, windows=(3, None), scan_layers=True
       )
     model = tiny.model(config)
     rng = np.random.default_rng(0)

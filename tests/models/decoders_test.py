@@ -147,7 +147,7 @@ class DecoderTest(parameterized.TestCase):
     for chosen in (rematted, config):
       forward = functools.partial(_apply, tiny.model(chosen))
       text = str(jax.make_jaxpr(forward)(params, ids, mask))
-      self.assertEqual("prevent_cse" in text, chosen.remat)
+      self.assertEqual("prevent_cse" in text, chosen.remat is True)
 
   @parameterized.named_parameters(*_CONFIGS)
   def test_bfloat16_is_close_to_float32(self, config):
