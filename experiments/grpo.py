@@ -164,11 +164,15 @@ def main():
   average = {"normalizer": FLAGS.normalizer}
   kl_estimator = FLAGS.kl_estimator or ("k3" if FLAGS.kl == "loss" else "k1")
 
+  # A rollout's one update reads the policy before it anyway: a pass by itself
+  # is for further updates, and for rewards that depend on it.
+  reads_old = sizes.num_updates(FLAGS.epochs) > 1 or FLAGS.kl == "reward"
+
   def loss_fn(params, batch):
-    mask, old = batch["rollout"].response_mask, batch["old_log_probs"]
-    weights = batch["advantages"]
+    mask, weights = batch["rollout"].response_mask, batch["advantages"]
     statistics, _ = statistics_of(params["policy"], batch["rollout"])
     now = statistics.log_probs
+    old = batch.get("old_log_probs", jax.lax.stop_gradient(now))
     if FLAGS.surrogate == "clipped":
       loss, metrics = ppo.clipped_policy_loss(
         now, old, weights, mask, **clip, **average
@@ -185,36 +189,36 @@ def main():
       )
       loss += FLAGS.kl_coef * drift
       metrics["kl/loss"] = jax.lax.stop_gradient(drift)
+    if not reads_old:
+      metrics[microbatch.ROWS] = statistics
     return loss, {"loss": loss, **metrics}
 
   # A micro-batch weighs by its share of what the normalizer divides by.
+  apart = {"sharding": run.rows_sharding, "buckets": sizes.buckets}
   gradients = functools.partial(
     microbatch.grad,
     loss_fn,
     weigh=lambda part: ppo.num_terms(part["rollout"].response_mask, **average),
-    sharding=run.rows_sharding,
-    buckets=sizes.buckets,
+    **apart,
   )
   transform = optimizers.make(
-    FLAGS.steps * FLAGS.epochs * (sizes.rows // sizes.minibatch),
+    FLAGS.steps * sizes.num_updates(FLAGS.epochs),
     **cli.optimizer_options(FLAGS),
   )
 
   def read(params, rollout):
     """Statistics of all rows, in no more memory than an update takes."""
     one = lambda part: statistics_of(params, part)[0]
-    return microbatch.map_rows(
-      *(one, rollout, sizes.num_passes, run.rows_sharding),
-      buckets=sizes.buckets,
-    )
+    return microbatch.map_rows(one, rollout, sizes.num_passes, **apart)
 
-  def prepare(state, reference, rollout, scores):
+  def describe(batch, old):
+    """Metrics of the policy that drew a rollout."""
+    return rollouts.metrics(batch["rollout"], old, batch.get("ref_log_probs"))
+
+  def prepare(state, reference, rollout, scores, with_old=True):
     """What stays fixed while a rollout is learnt from, and its metrics."""
-    mask = rollout.response_mask
-    old = read(state["params"]["policy"], rollout)
-    batch = {"rollout": rollout, "old_log_probs": old.log_probs}
-    metrics = rollouts.metrics(rollout, old)
-    shaped = scores
+    mask, shaped = rollout.response_mask, scores
+    batch, metrics = {"rollout": rollout}, {}
     if FLAGS.overlong_buffer:
       shaped += rewards.overlong_penalty(
         mask.sum(axis=1),
@@ -224,16 +228,17 @@ def main():
     token_rewards = rewards.place_score(shaped, mask)  # [N, T]
     if FLAGS.kl != "none":
       batch["ref_log_probs"] = read(reference, rollout).log_probs
-      penalty, drift = rewards.kl_penalty_and_metrics(
-        old.log_probs,
-        batch["ref_log_probs"],
-        mask,
+      metrics["kl/coef"] = FLAGS.kl_coef
+    if with_old:
+      old = read(state["params"]["policy"], rollout)
+      batch["old_log_probs"] = old.log_probs
+      metrics |= describe(batch, old)
+    if FLAGS.kl == "reward":
+      token_rewards += rewards.kl_penalty(
+        *(old.log_probs, batch["ref_log_probs"], mask),
         kl_coef=FLAGS.kl_coef,
         kind=kl_estimator,
       )
-      metrics |= drift
-      if FLAGS.kl == "reward":
-        token_rewards += penalty
     # The rows of a group lie next to each other.
     totals = token_rewards.sum(axis=1).reshape(-1, FLAGS.num_samples)  # [B, G]
     counts = mask.any(axis=1).reshape(totals.shape)
@@ -261,12 +266,14 @@ def main():
 
   def learn(state, reference, rollout, scores, key):
     """All epochs of one rollout, without leaving the devices."""
-    batch, metrics = prepare(state, reference, rollout, scores)
+    batch, metrics = prepare(state, reference, rollout, scores, reads_old)
 
     def update(carry, rows):
       params, optimizer_state = carry
       minibatch = microbatch.take(batch, rows, run.rows_sharding)
       grads, metrics = gradients(sizes.num_parts)(params, minibatch)
+      if not reads_old:
+        metrics |= describe(minibatch, metrics.pop(microbatch.ROWS))
       params, optimizer_state, metrics = optimizers.step(
         transform, grads, optimizer_state, params, metrics
       )

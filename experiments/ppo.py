@@ -234,15 +234,15 @@ def main():
     token_rewards, metrics = terms.place(earned, rollout)  # [N, T]
     if not sampler.has_constraint:  # Its masks differ from token to token.
       metrics |= batch_entropy(params, hidden, mask)[1]
+    ref_log_probs = None
     if FLAGS.kl == "initial":
-      penalty, drift = rewards.kl_penalty_and_metrics(
-        old.log_probs,
-        read(reference, rollout).log_probs,
-        mask,
+      ref_log_probs = read(reference, rollout).log_probs
+      metrics["kl/coef"] = state["kl"].coef
+      token_rewards += rewards.kl_penalty(
+        *(old.log_probs, ref_log_probs, mask),
         kl_coef=state["kl"].coef,
         kind=FLAGS.kl_estimator,
       )
-      token_rewards, metrics = token_rewards + penalty, metrics | drift
     metrics["reward/with_kl"] = token_rewards.sum(axis=1).mean()
     if FLAGS.whiten_rewards:  # Their mean stays.
       token_rewards = masking.masked_whiten(
@@ -257,7 +257,7 @@ def main():
     )
     if FLAGS.whiten_advantages:
       token_advantages = masking.masked_whiten(token_advantages, mask)
-    metrics |= rollouts.metrics(rollout, old) | {
+    metrics |= rollouts.metrics(rollout, old, ref_log_probs) | {
       "values/mean": masking.masked_mean(values, mask)
     }
     batch = {

@@ -300,13 +300,16 @@ def token_statistics(
 
 
 def metrics(
-  rollout: Rollout, statistics: log_probs.TokenStatistics
+  rollout: Rollout,
+  statistics: log_probs.TokenStatistics,
+  ref_log_probs: Array | None = None,
 ) -> dict[str, Array]:
   """Describes a rollout, as the policy that drew it reads it.
 
   Args:
     rollout: N rows.
     statistics: `[N, T]`, of `token_statistics` before the first update.
+    ref_log_probs: `[N, T]`, of a reference policy, if there is one.
 
   Returns:
     "entropy/token", nats, over the tokens; "response/length", tokens, over the
@@ -314,9 +317,16 @@ def metrics(
     "sampler/log_prob_gap", the largest difference between sampler and trainer,
     nats, "sampler/log_prob_gap_mean" over the tokens,
     "sampler/log_prob_gap_99", which one token in a hundred exceeds, and
-    "sampler/log_prob_k3", the estimate k3 of the KL divergence between them.
+    "sampler/log_prob_k3", the estimate k3 of the KL divergence between them;
+    with a reference "kl/sequence_k1", the estimate k1 of the KL divergence from
+    it of a response, nats, a mean over responses.
   """
-  mask = rollout.response_mask
+  mask, drift = rollout.response_mask, {}
+  if ref_log_probs is not None:
+    estimate = log_probs.kl_estimate(
+      statistics.log_probs, ref_log_probs, kind="k1"
+    )
+    drift["kl/sequence_k1"] = masking.masked_sum(estimate, mask, axis=1).mean()
   difference = jnp.where(mask, statistics.log_probs - rollout.log_probs, 0.0)
   gap = jnp.abs(difference)
   # As `numpy.quantile` with method="higher", but of 0 without a token.
@@ -336,4 +346,5 @@ def metrics(
     "sampler/log_prob_k3": masking.masked_mean(
       jnp.expm1(difference) - difference, mask
     ),
+    **drift,
   }

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from rljax.ops import log_probs as log_probs_lib
-from rljax.ops import masking
 
 Array = jax.Array
 
@@ -262,37 +261,6 @@ def kl_penalty(
     kind=kind,
   )
   return jax.lax.stop_gradient(jnp.where(mask, -kl_coef * estimate, 0.0))
-
-
-def kl_penalty_and_metrics(
-  log_probs: Array,
-  ref_log_probs: Array,
-  mask: Array,
-  *,
-  kl_coef: Array | float,
-  kind: str = "k1",
-) -> tuple[Array, dict[str, Array]]:
-  """Computes `kl_penalty`, and how far the policy has drifted.
-
-  Args:
-    log_probs: see `kl_penalty`, likewise the others.
-    ref_log_probs: `[B, T]`.
-    mask: `[B, T]` bool.
-    kl_coef: β >= 0.
-    kind: of the estimate in the penalty.
-
-  Returns:
-    `[B, T]` float32, to be added to the rewards; and "kl/sequence_k1", the k1
-    estimate of a response in nats, a mean over responses, and "kl/coef".
-  """
-  penalty = kl_penalty(
-    log_probs, ref_log_probs, mask, kl_coef=kl_coef, kind=kind
-  )
-  drift = log_probs_lib.kl_estimate(log_probs, ref_log_probs, kind="k1")
-  return penalty, {
-    "kl/sequence_k1": masking.masked_sum(drift, mask, axis=1).mean(),
-    "kl/coef": kl_coef,
-  }
 
 
 @chex.dataclass(frozen=True)

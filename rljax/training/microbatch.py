@@ -19,6 +19,9 @@ Array = chex.Array
 Tree = Any
 LossFn = Callable[..., tuple[Array, dict[str, Array]]]
 
+# Entry of a loss's metrics for arrays of rows: a tree of `[N, ...]`.
+ROWS = "rows"
+
 # Metric -> the number of what its mean is over, where that is not the
 # `<loss>/count` of its loss.
 COUNTED_BY = {
@@ -57,6 +60,10 @@ class Sizes(NamedTuple):
   def num_passes(self) -> int:
     """Passes over all rows."""
     return self.rows // self.micro_batch
+
+  def num_updates(self, epochs: int) -> int:
+    """Updates of a step."""
+    return epochs * (self.rows // self.minibatch)
 
 
 def split(batch: Tree, num_parts: int) -> Tree:
@@ -101,10 +108,7 @@ def map_rows(
   def one(part):
     return read(_constrained(part, sharding))
 
-  found = jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]),
-    jax.lax.map(one, split(batch, num_parts)),
-  )
+  found = _joined(jax.lax.map(one, split(batch, num_parts)))
   return take(found, jnp.argsort(order), sharding) if is_sorted else found
 
 
@@ -123,7 +127,8 @@ def grad(
 
   That is the gradient of the whole batch if L is a mean, and `weigh` counts
   what the mean divides by: rows (all parts alike, the default), or tokens.
-  Metrics are combined as those of a batch; see `combine`.
+  Metrics are combined as those of a batch; see `combine`. What the loss says of
+  rows, under the name `ROWS`, is put back into the order of the batch.
 
   Args:
     loss_fn: `(params, batch, *more) -> (loss, metrics)`.
@@ -172,7 +177,8 @@ class Gradient:
     )
     if self.num_parts == 1:
       return gradient(params, batch, *more)
-    if self.buckets > 1:
+    is_sorted = self.buckets > 1
+    if is_sorted:
       order = lengths.by_length(batch, self.num_parts)
       batch = take(batch, order, self.sharding)
     parts = split(batch, self.num_parts)
@@ -193,7 +199,10 @@ class Gradient:
     # Sums of bfloat16 gradients, too, are in float32.
     zeros = rounding.in_float32(jax.tree.map(jnp.zeros_like, params))
     grads, metrics = jax.lax.scan(add, zeros, (scale, parts))
-    return grads, combine(metrics, weights, adds_up=self.adds_up)
+    rows = {name: _joined(metrics.pop(name)) for name in {ROWS} & set(metrics)}
+    if is_sorted:
+      rows = take(rows, jnp.argsort(order), self.sharding)
+    return grads, rows | combine(metrics, weights, adds_up=self.adds_up)
 
 
 def combine(
@@ -322,6 +331,13 @@ def orders(key: Array, sizes: Sizes, *, epochs: int) -> Array:
   shuffle = lambda key: jax.random.permutation(key, sizes.rows)
   shuffled = jax.vmap(shuffle)(jax.random.split(key, epochs))
   return shuffled.reshape(-1, sizes.minibatch)
+
+
+def _joined(parts):
+  """Undoes `split`."""
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts
+  )
 
 
 def _mean(values, counts):

@@ -147,6 +147,38 @@ class RunTest(absltest.TestCase):
         scripts.steady(scripts.rows(_finished(), name)),
       )
 
+  def test_one_update_needs_no_pass_before_it(self):
+    """It reads the policy before it, and teaches and tells the same."""
+    flags = (*TINY, "--steps=2", "--micro_batch_size=4", "--length_buckets=2")
+    line = "reads_old = sizes.num_updates(FLAGS.epochs) > 1 or"
+    with_pass = [line, "reads_old = True or"]
+    folders = [scripts.scratch() / name for name in ("without", "with")]
+    errors = scripts.drive(
+      "-",
+      [
+        {
+          "script": GRPO,
+          "flags": [folder, *flags, "--max_length=10", _policy()],
+          "replace": [with_pass] if folder == folders[1] else [],
+        }
+        for folder in folders
+      ],
+      devices=2,
+    )
+    self.assertEqual(errors, [None, None])
+    rows, others = map(scripts.rows, folders)
+    ours, theirs = scripts.steady(rows), scripts.steady(others)
+    for found, expected in zip(ours, theirs, strict=True):
+      self.assertEqual(found.keys(), expected.keys())
+      for name, value in expected.items():
+        np.testing.assert_allclose(
+          found[name], value, rtol=1e-4, atol=2e-5, err_msg=name
+        )
+    for name in ("sampler/log_prob_gap_99", "kl/sequence_k1", "entropy/token"):
+      self.assertIn(name, ours[0])
+    np.testing.assert_allclose(ours[0]["ppo/ratio_max"], 1.0, rtol=1e-7)
+    self.assertLess(scripts.largest_gap(*folders), scripts.ROUNDING)
+
   def test_presets_give_way_to_explicit_flags(self):
     in_force = json.loads((_finished() / "flags.json").read_text())
     for name, value in (

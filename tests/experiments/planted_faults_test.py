@@ -175,8 +175,8 @@ FAULTS = [
     STALE,
   ),
   (
-    *("grpo", 'mask, old = batch["rollout"].response_mask,'),
-    f'mask, old = batch["rollout"].response_mask & ~({ROLLOUT}),',
+    *("grpo", 'mask, weights = batch["rollout"].response_mask,'),
+    f'mask, weights = batch["rollout"].response_mask & ~({ROLLOUT}),',
     LEARNT,
   ),
   (

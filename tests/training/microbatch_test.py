@@ -55,6 +55,7 @@ def _row_mean(params, batch):
     "error_max": errors.max(),
     "error_min": errors.min(),
     "fit/tokens": batch["mask"].sum(),
+    microbatch.ROWS: {"errors": errors, "sums": errors.sum(axis=1)},
   }
 
 
@@ -401,8 +402,11 @@ class WidthsTest(parameterized.TestCase):
       found, _ = rollouts.token_statistics(
         model, params, batch, temperature=1.0
       )
-      loss = -masking.masked_mean(found.log_probs, batch["response_mask"])
-      return loss, {"loss": loss, "tokens": batch["response_mask"].sum()}
+      mask = batch["response_mask"]
+      loss = -masking.masked_mean(found.log_probs, mask)
+      rows = jnp.where(mask, found.log_probs, 0.0)
+      metrics = {"loss": loss, "tokens": mask.sum(), microbatch.ROWS: rows}
+      return loss, metrics
 
     def both(num_parts, **options):
       sharding = meshes.batch_sharding(mesh)
@@ -428,6 +432,8 @@ class WidthsTest(parameterized.TestCase):
       )(rollout)
 
     expected = both(1)
+    # What the loss says of rows is in their order, as what `map_rows` reads.
+    chex.assert_trees_all_close(expected[0][1][microbatch.ROWS], expected[1])
     self.assertEqual(set(widths), {30})
     chex.assert_trees_all_close(
       both(num_parts, buckets=2), expected, rtol=1e-5, atol=1e-6
