@@ -174,9 +174,11 @@ def identity(loaded: Any) -> dict[str, str]:
   Args:
     loaded: its `model` and `params`, wherever they lie.
   """
+  dtype = jnp.dtype(loaded.model.config.dtype)
   return {
     "fingerprint": cached.fingerprint(loaded.params),
-    "dtype": jnp.dtype(loaded.model.config.dtype).name,
+    "dtype": dtype.name,
+    **cached.precision(dtype),
   }
 
 

@@ -13,12 +13,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rljax.distributed import compiled, meshes, processes
 from rljax.generation import rollouts
-from rljax.models import hf, lora
+from rljax.models import hf, lora, products
 from rljax.scoring import scorers
 from rljax.storage import buckets, checkpoint, paths
 from rljax.text import batches, encoding, logged, tokens
@@ -36,10 +37,13 @@ _PARTS = {
   "too_long": "--too_long",
   "prompt_format": "--prompt_format",
   "dtype": "--dtype",
+  "matmul_precision": "--matmul_precision",
 }
 
 # Where one of these differs, so do the ids: nothing more to say about them.
-_DECIDE_IDS = set(_PARTS) - {"ids", "reference", "dtype"}
+_DECIDE_IDS = set(_PARTS) - {"ids", "reference", "dtype", "matmul_precision"}
+# Of what does not say: as `precision` leaves it out.
+_EXACT = {"matmul_precision": "highest"}
 
 
 def known(
@@ -292,6 +296,25 @@ def fingerprint(params: Any) -> str:
   return checkpoint.fingerprint(lora.start(params))
 
 
+def precision(dtype: Any) -> dict[str, str]:
+  """Says how products round float32 operands, where they do.
+
+  Numbers of a model depend on it as on its dtype. Where all bits are read, as
+  --matmul_precision=auto has it, nothing is said, and what was made before
+  this was noted stays valid.
+
+  Args:
+    dtype: of the model's computation. A narrower one is all there is to say.
+
+  Returns:
+    "matmul_precision", as a part of what a file is made of; or nothing.
+  """
+  if jnp.dtype(dtype) != jnp.float32 or products.is_exact(dtype):
+    return {}
+  asked = jax.config.jax_default_matmul_precision or "default"
+  return {"matmul_precision": f"{asked} on {jax.default_backend()}"}
+
+
 def describe_log(
   log: encoding.Log, loaded: hf.LanguageModel, *, dtype: str
 ) -> dict[str, Any]:
@@ -302,6 +325,7 @@ def describe_log(
     loaded.tokenizer,
     **log.settings,
     dtype=dtype,
+    **precision(dtype),
   )
 
 
@@ -371,7 +395,7 @@ def load(
       f"{directory / ARRAYS} is damaged: its checksum is not that of "
       f"{MANIFEST}. {again}"
     )
-  found = manifest["made_of"]
+  found, made_of = (_EXACT | dict(x) for x in (manifest["made_of"], made_of))
   differing = [
     name
     for name in dict.fromkeys([*_PARTS, *found, *made_of])

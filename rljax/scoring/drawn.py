@@ -56,6 +56,7 @@ def collect(
     asked=logged.fingerprint(rows),
     score=score.description,
     has_tags=responder.has_forced,
+    **cached.precision(policy.model.config.dtype),
     **settings._asdict(),
     **more,
   )

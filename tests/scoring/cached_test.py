@@ -15,6 +15,7 @@ from absl.testing import parameterized
 
 from rljax.distributed import meshes
 from rljax.generation import rollouts
+from rljax.rlmec import rewriters
 from rljax.scoring import cached
 from rljax.tasks import word_lists
 from rljax.text import encoding, logged
@@ -401,6 +402,16 @@ class KnownTest(parameterized.TestCase):
     )
     notes = {"reward": {"task": "word_lists"}}
     cached.save(cache, arrays, made_of, notes)
+    with jax.default_matmul_precision("default"):
+      with self.assertRaisesRegex(
+        ValueError,
+        "--matmul_precision: the cache has highest, this run default on cpu",
+      ):
+        self._known(log, ["advantages"], cache=cache)
+      # Products of bfloat16 are the same.
+      self.assertEmpty(cached.precision("bfloat16"))
+      made_of = rewriters.identity(_Loaded(params=_params()))
+      self.assertEqual(made_of["matmul_precision"], "default on cpu")
     for needed in (tuple(arrays), ("advantages",), ()):
       found = self._known(log, needed, cache=cache)
       self.assertEqual(found.keys(), set(needed))
