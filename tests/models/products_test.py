@@ -2,12 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from flax import linen as nn
 
-from rljax.models import products
+from rljax.models import linear, products
 from rljax.plan import flops
 from tests import tiny
 
@@ -68,6 +70,29 @@ class EinsumTest(parameterized.TestCase):
     found = flops.count(jax.jit(jax.grad(loss)).trace(params).jaxpr)
     self.assertGreater(found.total, 0)
     self.assertEqual(found.wide, 0, found.widest)
+
+
+class MergedTest(absltest.TestCase):
+  def test_a_kernel_is_summed_for_over_one_dimension(self):
+    """Of two, XLA copies what was read, transposed, on a CPU."""
+    layer = linear.dense(tiny.llama_config(), 8)
+    plain = nn.Dense(8)
+    x = jax.random.normal(jax.random.key(0), (3, 5, 16))
+    params = plain.init(jax.random.key(1), x)
+
+    def gradient(layer):
+      loss = lambda params, x: jnp.sum(jnp.square(layer.apply(params, x)))
+      return jax.jit(jax.grad(loss, (0, 1)))
+
+    chex.assert_trees_all_equal(
+      gradient(layer)(params, x), gradient(plain)(params, x)
+    )
+    self.assertEqual(
+      layer.apply(params, x[0, 0]).shape, plain.apply(params, x[0, 0]).shape
+    )
+    for each, expected in ((layer, False), (plain, True)):
+      text = str(jax.make_jaxpr(gradient(each))(params, x))
+      self.assertEqual("([0, 1], [0, 1])" in text, expected)
 
 
 class PrecisionTest(absltest.TestCase):
