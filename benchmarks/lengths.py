@@ -9,11 +9,22 @@ that every length does the same work but for attention. The sides take turns,
 and the ratio is the median over pairs. Memory is that of the compiler's
 temporaries. The model has the layers of SmolLM2, fewer of them and random
 weights.
+
+  python -m benchmarks.lengths --parts=growth --tokens=4096 --repeats=3 \
+    --lengths=256,512,1024,2048,4096
+
+How much more a token costs in longer rows, for the learner and the sampler, in
+the form that the library chooses. All lengths take turns, and ratios are over
+the first: of the time, and of the CPU time of the process, which others move
+less. The last ratio is that of the FLOPs (learner) and of the bytes (sampler)
+that the arithmetic needs, if attention reads no token that it masks.
 """
 
 import functools
 import json
+import os
 import statistics
+import time
 from unittest import mock
 
 import jax
@@ -44,6 +55,7 @@ _TITLES = {
   "attention": "Gradient of attention, microseconds per token",
   "learner": "Gradient of a model, microseconds per token",
   "sampler": "Sampling, microseconds per token",
+  "growth": "Time per token in rows of several lengths",
 }
 _HEADS, _KV_HEADS, _WIDTH = 9, 3, 64
 
@@ -51,7 +63,8 @@ _HEADS, _KV_HEADS, _WIDTH = 9, 3, 64
 def main(_):
   titles = {part: _TITLES[part] for part in FLAGS.parts}
   if FLAGS.from_results:
-    titles = {part: _TITLES[part] for part in ("attention", "learner")}
+    parts = ("attention", "learner", "growth")
+    titles = {part: _TITLES[part] for part in parts}
   machine.report("lengths", titles, measure_all)
 
 
@@ -63,6 +76,9 @@ def measure_all():
   }
   found = {}
   for part in FLAGS.parts:
+    if part == "growth":
+      found[part] = [*growth_rows("learner"), *growth_rows("sampler")]
+      continue
     found[part] = []
     for length in map(int, FLAGS.lengths):
       found[part].append(measures[part](length))
@@ -89,6 +105,12 @@ def attention_row(length):
 
 def learner_row(length):
   """The gradient of a model's log-probabilities."""
+  rows, program, arguments = _learner(length)
+  return _compare(length, rows, program, arguments, ("plain", "chosen"))
+
+
+def _learner(length):
+  """Rows, what compiles the gradient for a form of attention, its input."""
   rows = max(1, FLAGS.tokens // length)
   model, params = _model()
   ids = (
@@ -113,11 +135,24 @@ def learner_row(length):
     with mock.patch.object(attention, "choose", choose):
       return jax.jit(jax.grad(loss)).lower(params, batch).compile()
 
-  return _compare(length, rows, program, (params, batch), ("plain", "chosen"))
+  return rows, program, (params, batch)
 
 
 def sampler_row(length):
   """Prompts of 16 tokens and responses that fill the length."""
+  program, params = _sampler(length)
+  run = lambda: jax.block_until_ready(program(params))
+  times = machine.seconds(run, FLAGS.repeats)
+  return {
+    "length": length,
+    "rows": FLAGS.rows,
+    "us": statistics.median(times) / (length - 16) / FLAGS.rows * 1e6,
+    "MB": program.memory_analysis().temp_size_in_bytes / 1e6,
+  }
+
+
+def _sampler(length):
+  """The compiled sampler, and the parameters that it takes."""
   model, params = _model()
   ids = np.full((FLAGS.rows, 16), 5, np.int32)
 
@@ -132,15 +167,67 @@ def sampler_row(length):
       settings=sampling.Settings(),
     )
 
-  program = jax.jit(draw).lower(params).compile()
-  run = lambda: jax.block_until_ready(program(params))
-  times = machine.seconds(run, FLAGS.repeats)
-  return {
-    "length": length,
-    "rows": FLAGS.rows,
-    "us": statistics.median(times) / (length - 16) / FLAGS.rows * 1e6,
-    "MB": program.memory_analysis().temp_size_in_bytes / 1e6,
-  }
+  return jax.jit(draw).lower(params).compile(), params
+
+
+def growth_rows(part):
+  """A row for each length, of the learner or the sampler."""
+  lengths, runs, sizes = list(map(int, FLAGS.lengths)), {}, {}
+  for length in lengths:
+    if part == "learner":
+      rows, program, arguments = _learner(length)
+      program, sizes[length] = program("chosen"), rows * length
+    else:
+      program, params = _sampler(length)
+      arguments, sizes[length] = (params,), FLAGS.rows * (length - 16)
+    runs[length] = functools.partial(program, *arguments)
+    jax.block_until_ready(runs[length]())
+  times = {length: [] for length in lengths}
+  cpu_times = {length: [] for length in lengths}
+  for _ in range(FLAGS.repeats):
+    for length, run in runs.items():
+      call = lambda run=run: jax.block_until_ready(run())
+      began = time.process_time()
+      (seconds,) = machine.seconds(call, 1, warm=False)
+      spent = time.process_time() - began
+      times[length].append(seconds / sizes[length] * 1e6)
+      cpu_times[length].append(spent / sizes[length] * 1e6)
+  least = {"learner": _flops_of_token, "sampler": _bytes_of_token}[part]
+  found = []
+  for length in lengths:
+    row = {
+      "of": part,
+      "length": length,
+      "us a token": statistics.median(times[length]),
+      f"over {lengths[0]}": machine.median_ratio(
+        times[length], times[lengths[0]]
+      ),
+      "CPU us a token": statistics.median(cpu_times[length]),
+      "CPU over it": machine.median_ratio(
+        cpu_times[length], cpu_times[lengths[0]]
+      ),
+      "by counting": least(length) / least(lengths[0]),
+      "load": os.getloadavg()[0],
+    }
+    found.append(row)
+    print(json.dumps(row), flush=True)
+  return found
+
+
+def _flops_of_token(length):
+  """Of a forward pass, on average; a backward pass takes twice that."""
+  _, params = _model()
+  size = sum(x.size for x in jax.tree.leaves(params))
+  # Queries with keys, and weights with values, of the tokens before.
+  return 2 * size + 4 * FLAGS.layers * _HEADS * _WIDTH * length / 2
+
+
+def _bytes_of_token(length):
+  """That a step reads, on average: the parameters once, and what was cached."""
+  _, params = _model()
+  size = sum(x.size for x in jax.tree.leaves(params))
+  cached = 2 * FLAGS.layers * _KV_HEADS * _WIDTH * length / 2
+  return 4 * (size / FLAGS.rows + cached)
 
 
 def _model():
