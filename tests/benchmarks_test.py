@@ -134,9 +134,18 @@ class MeasurementsTest(parameterized.TestCase):
         "host": "A log on the host, milliseconds",
       },
     ),
+    (
+      "lengths",
+      {
+        "attention": "Gradient of attention",
+        "learner": "Gradient of a model",
+        "growth": "Time per token in rows of several lengths",
+      },
+    ),
     ("overlap", {"": "Slow rewards"}),
     ("packing", {"": "An update, padded and packed"}),
     ("samples", {"": "Samples of one prompt"}),
+    ("step", {"sides": "A GRPO step", "bounds": "What it takes at least"}),
     ("update", {"": "One PPO update"}),
     ("verdicts", {"": "Verdicts a second"}),
   )
