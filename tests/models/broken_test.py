@@ -191,9 +191,9 @@ class FolderTest(FolderTestCase):
 
   def test_adapters(self):
     (self.path / "adapter_config.json").write_text("{}")
-    self.refused('"peft_type" is None, and only LORA')
+    self.refused('"peft_type" is missing, and only LORA')
     (self.path / "config.json").unlink()
-    self.refused('"peft_type" is None, and only LORA')
+    self.refused('"peft_type" is missing, and only LORA')
 
   def test_weights_by_another_name(self):
     (self.path / "consolidated.safetensors").write_bytes(b"")
