@@ -115,7 +115,14 @@ class TakeTest(parameterized.TestCase):
     lock.close()
 
   def test_a_fork_does_not_keep_what_its_parent_held(self):
-    forks = "import os, time\nif not os.fork(): time.sleep(60)\n"
+    forks = """
+import os, time
+reads, writes = os.pipe()
+if not os.fork():
+  os.write(writes, b".")
+  time.sleep(60)
+os.read(reads, 1)  # What runs in a child after a fork has run.
+"""
     holder = _HOLDER.replace("print(", f"{forks}print(")
     with mock.patch.dict(globals(), _HOLDER=holder):
       other = self._other_process()
