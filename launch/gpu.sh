@@ -14,21 +14,8 @@ set -euo pipefail
 
 PYTHON="${PYTHON:-python3}"
 
-# The command has this environment as it is: HF_TOKEN, WANDB_API_KEY and all
-# else. --env says what must be there.
-while [[ "${1:-}" == --env || "${1:-}" == --env=* ]]; do
-  if [[ "$1" == --env ]]; then shift; fi
-  name="${1-}" && name="${name#--env=}"
-  if [[ ! "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]]; then
-    echo "--env takes the name of a variable, such as --env HF_TOKEN, got" \
-      "$(printf %q "${name%%=*}")." >&2
-    exit 2
-  elif [[ -z "${!name:-}" ]]; then
-    echo "--env $name: it is not set here; export it first." >&2
-    exit 1
-  fi
-  shift
-done
+# shellcheck source=launch/variables.sh
+source "$(dirname "$0")/variables.sh"
 if [[ "${1:-}" == -- ]]; then shift; fi
 if (($# == 0)); then
   sed -n '2,/^set/{/^#/p}' "$0" >&2

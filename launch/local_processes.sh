@@ -22,21 +22,8 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 num="${1-}"
 shift || true
-# The command has this environment as it is: HF_TOKEN, WANDB_API_KEY and all
-# else. --env says what must be there.
-while [[ "${1:-}" == --env || "${1:-}" == --env=* ]]; do
-  if [[ "$1" == --env ]]; then shift; fi
-  name="${1-}" && name="${name#--env=}"
-  if [[ ! "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]]; then
-    echo "--env takes the name of a variable, such as --env HF_TOKEN, got" \
-      "$(printf %q "${name%%=*}")." >&2
-    exit 2
-  elif [[ -z "${!name:-}" ]]; then
-    echo "--env $name: it is not set here; export it first." >&2
-    exit 1
-  fi
-  shift
-done
+# shellcheck source=launch/variables.sh
+source "$(dirname "$0")/variables.sh"
 if [[ $# -lt 2 || ! "$num" =~ ^[1-9][0-9]*$ || "$1" != -- ]]; then
   echo "Usage: bash launch/local_processes.sh N [--env NAME] -- COMMAND ..." >&2
   exit 2
