@@ -2,7 +2,6 @@
 # Takes --env NAME off the words of the launcher that sources it, and stops where
 # a variable is not set. A command gets the environment of its launcher as it is,
 # HF_TOKEN, WANDB_API_KEY and all else: --env says what must be there.
-# $missing is what is said of a variable that is not.
 while [[ "${1:-}" == --env || "${1:-}" == --env=* ]]; do
   if [[ "$1" == --env ]]; then shift; fi
   name="${1-}" && name="${name#--env=}"
@@ -11,7 +10,7 @@ while [[ "${1:-}" == --env || "${1:-}" == --env=* ]]; do
       "$(printf %q "${name%%=*}")." >&2
     exit 2
   elif [[ -z "${!name:-}" ]]; then
-    echo "--env $name: ${missing:-it is not set here; export it first.}" >&2
+    echo "--env $name: it is not set here; export it first." >&2
     exit 1
   fi
   shift
