@@ -19,7 +19,7 @@ def check(remat: str | bool) -> str:
   Raises:
     ValueError: if there is no such policy, or not on this machine.
   """
-  name = {True: "nothing", False: "none"}.get(remat, remat)
+  name = _name(remat)
   if name not in POLICIES:
     raise ValueError(
       f"remat must be one of {', '.join(POLICIES)}, got {remat!r}."
@@ -41,7 +41,7 @@ def block(module: Any, remat: str | bool, *, in_scan: bool = False) -> Any:
     in_scan: whether a scan runs it; the two passes are then loops of their own,
       which no compiler joins.
   """
-  name = {True: "nothing", False: "none"}.get(remat, remat)
+  name = _name(remat)
   if name == "none":
     return module
   policies = jax.checkpoint_policies
@@ -51,3 +51,8 @@ def block(module: Any, remat: str | bool, *, in_scan: bool = False) -> Any:
     "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
   }[name]
   return nn.remat(module, policy=policy, prevent_cse=not in_scan)
+
+
+def _name(remat):
+  """The name of a policy, which a bool may stand for."""
+  return {True: "nothing", False: "none"}.get(remat, remat)
