@@ -339,7 +339,7 @@ def by_layer_type(
     ValueError: if anything else stands there, such as settings for all layers,
       which transformers would not use.
   """
-  nested = config.get("rope_parameters") or {}
+  nested = _without_defaults(config.get("rope_parameters") or {})
   for name, value in nested.items():
     if name not in kinds or not isinstance(value, Mapping | None):
       raise ValueError(
@@ -363,6 +363,7 @@ def _one_for_all_layers(
       f'config field "{source}" must be a JSON object, got '
       f"{fields.shown(given)}."
     )
+  given = _without_defaults(given)
   kinds = {name: v for name, v in given.items() if isinstance(v, Mapping)}
   if not kinds:
     return dict(given)
@@ -375,6 +376,22 @@ def _one_for_all_layers(
       f"{', '.join(map(str, kinds))}; only one for all layers is supported."
     )
   return dict(several[0])
+
+
+def _without_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns settings by type of layer without those that set nothing.
+
+  transformers before 5.18 writes `"rope_type": "default", "rope_theta": null`
+  beside the types of a ModernBERT.
+  """
+  if not any(isinstance(value, Mapping) for value in given.values()):
+    return given
+  nothing = {"rope_type": ("default", None), "rope_theta": (None,)}
+  return {
+    name: value
+    for name, value in given.items()
+    if not (name in nothing and value in nothing[name])
+  }
 
 
 def _blend(kept: np.ndarray, lowered: np.ndarray, share: np.ndarray):

@@ -301,7 +301,11 @@ class OfflineTest(parameterized.TestCase):
       OFFLINE, workdir, *TINY, f"--policy={_policy()}", f"--data={path}"
     )
     # The same numbers by another way.
-    self.assertLess(scripts.largest_gap(workdir, _finished()), scripts.ROUNDING)
+    one, two = (scripts.rows(path) for path in (workdir, _finished()))
+    for name in ("offline/loss", "gradient_norm", "offline/weight_mean"):
+      found = [[r[name] for r in x if name in r] for x in (one, two)]
+      self.assertLen(found[0], 6)
+      np.testing.assert_allclose(*found, rtol=1e-4, err_msg=name)
 
   def test_a_cache_that_does_not_fit_is_refused(self):
     other = scripts.scratch() / "other-policy"

@@ -278,6 +278,23 @@ class NestedRopeTest(parameterized.TestCase):
       rope.Rope.from_hf({name: self.ONE}),
     )
 
+  def test_what_sets_nothing_beside_the_layers_is_left_out(self):
+    kinds = {"full_attention": self.ONE, "sliding_attention": self.ONE}
+    nested = {**kinds, "rope_type": "default", "rope_theta": None}
+    self.assertEqual(
+      rope.Rope.from_hf({"rope_parameters": nested}),
+      rope.Rope.from_hf({"rope_parameters": self.ONE}),
+    )
+    self.assertEqual(
+      rope.by_layer_type({"rope_parameters": nested}, tuple(kinds)), kinds
+    )
+    for other in ({"rope_theta": 1e4}, {"rope_type": "linear"}):
+      config = {"rope_parameters": {**nested, **other}}
+      with self.assertRaisesRegex(ValueError, "for each of full_attention"):
+        rope.by_layer_type(config, tuple(kinds))
+      with self.assertRaisesRegex(ValueError, "only one for all layers"):
+        rope.Rope.from_hf(config)
+
   def test_layers_that_differ_are_refused(self):
     nested = {"full_attention": self.ONE, "sliding_attention": {}}
     with self.assertRaisesRegex(

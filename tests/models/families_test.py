@@ -496,6 +496,9 @@ class ClassifiersTest(parameterized.TestCase):
     again = hf.load_classifier(folder, tokenizer=False)
     self.assertEqual(again.model, model)
     chex.assert_trees_all_equal(again.params, params)
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if "modernbert" in name and release < (5, 18):
+      return  # It refuses what it writes itself: types beside those of layers.
     theirs = transformers.AutoConfig.for_model(**model.config.to_hf())
     config = type(model.config)
     fields = theirs.to_dict()
