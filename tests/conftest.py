@@ -1,5 +1,6 @@
 """Settings of every test: eight CPU devices, strict shapes and dtypes."""
 
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -12,9 +13,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
+# Programs of tests are run a few times: fewer passes compile them in a fifth of
+# the time. Newer releases end the process at the flag of the emitters.
+COMPILE_FAST = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+  "--xla_cpu_parallel_codegen_split_count=1"
+)
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
+_OURS = f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}"
+if _OURS not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_OURS}"
 # Two thirds of the time goes to compiling, much of it the same programs again:
 # all tests, workers and scripts share one cache. launch/test.sh keeps it from
 # run to run; without it, it ends with the tests.

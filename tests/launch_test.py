@@ -1085,7 +1085,7 @@ class CloudPpoTest(Cloud):
       PYTHONPATH=os.pathsep.join([".", sysconfig.get_path("purelib")]),
       PORT=free_port(),
       JAX_PLATFORMS="cpu",
-      XLA_FLAGS="--xla_backend_optimization_level=0",
+      XLA_FLAGS=conftest.COMPILE_FAST,
     )
     path = self.workdir / "metrics.jsonl"
     lines = lambda: path.read_text().splitlines() if path.exists() else []

@@ -72,11 +72,7 @@ def environment(devices=1, optimize=False):
   variables = dict(os.environ)
   xla_flags = f"--xla_force_host_platform_device_count={devices}"
   if not optimize:
-    # Most of the time goes to compiling programs that are run a few times.
-    xla_flags += (
-      " --xla_backend_optimization_level=0"
-      " --xla_llvm_disable_expensive_passes=true"
-    )
+    xla_flags += f" {conftest.COMPILE_FAST}"
   variables["XLA_FLAGS"] = xla_flags
   variables["JAX_PLATFORMS"] = "cpu"
   return variables

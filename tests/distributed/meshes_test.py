@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rljax.distributed import meshes
-from tests import conftest
+from tests import conftest, scripts
 
 _RULES = (
   (r"attention/(query|key)/kernel", PartitionSpec("fsdp", "tensor")),
@@ -353,7 +353,7 @@ class ProcessesTest(parameterized.TestCase):
       port = free.getsockname()[1]
     environment = dict(
       os.environ,
-      XLA_FLAGS="--xla_force_host_platform_device_count=2",
+      XLA_FLAGS=scripts.environment(2)["XLA_FLAGS"],
       PYTHONPATH=str(conftest.REPOSITORY),
     )
     workdir = self.enter_context(tempfile.TemporaryDirectory())
