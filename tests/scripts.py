@@ -8,7 +8,6 @@ import pathlib
 import runpy
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import unittest
@@ -82,6 +81,7 @@ def environment(devices=1, optimize=False):
 UNCHECKED = (
   *("sft", "offline", "offline_value", "preference", "expert_iteration"),
   *("return_conditioned", "outcome_reward_model"),
+  *("rlmec", "rlmec_reward_model"),
 )
 
 
@@ -167,12 +167,10 @@ def drive(script, runs, devices=1):
 
 def run_until_killed(script, workdir, *flags, num_rows, name="metrics.jsonl"):
   """Starts a script and ends it with -9 once a file has so many rows."""
-  process = subprocess.Popen(
-    [sys.executable, script] + arguments(workdir, *_as_needed(script, flags)),
+  process = warm.start(
+    [script, *arguments(workdir, *_as_needed(script, flags))],
     cwd=conftest.REPOSITORY,
     env=environment(),
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
   )
   try:
     wait_for_rows(process, workdir, num_rows, name)

@@ -389,7 +389,6 @@ class LearningTest(absltest.TestCase):
       "--save_every=100",
       "--eval_every=100",
       "--learning_rate=1e-3",
-      optimize=True,
     )
     rewards = [row["reward/mean"] for row in scripts.rows(workdir)[:60]]
     self.assertLess(np.mean(rewards[:5]), 0.97)

@@ -651,7 +651,6 @@ class LearningTest(absltest.TestCase):
       "--save_every=100",
       "--eval_every=100",
       "--learning_rate=1e-3",
-      optimize=True,
     )
     rewards = [row["reward/mean"] for row in scripts.rows(workdir)[:100]]
     self.assertLess(rewards[0], 0.98)

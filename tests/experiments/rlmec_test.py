@@ -65,7 +65,6 @@ def policy():
     "--tokenizer=character", "--num_examples=256", "--num_eval_prompts=16",
     "--steps=60", "--batch_size=32", "--hidden_size=32", "--num_layers=1",
     "--learning_rate=5e-3",
-    optimize=True,
   )  # fmt: skip
   return workdir
 
@@ -77,7 +76,6 @@ def trained():
   scripts.run(
     GRM, workdir, *GRM_FLAGS, *TRAINED, f"--policy={policy()}",
     f"--stages={workdir / 'stages'}",
-    optimize=True,
   )  # fmt: skip
   return workdir, workdir / "stages"
 
@@ -97,7 +95,8 @@ def rlmec_flags(*more, stages=None):
 def whole():
   """Workdir of a whole run, with stages of its own."""
   workdir = scripts.scratch() / "whole"
-  scripts.run(RLMEC, workdir, *rlmec_flags(stages=workdir))
+  flags = rlmec_flags("--preflight=strict", stages=workdir)
+  scripts.run(RLMEC, workdir, *flags)
   return workdir
 
 
