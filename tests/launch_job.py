@@ -2,6 +2,7 @@
 
 Appends every step to `<workdir>/steps-<process>.txt`; after SIGTERM it leaves
 at the end of a step, and goes on from the next one when it is started again.
+With `--hold_at` it waits before that step until there is `<workdir>/go`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ parser.add_argument("--steps", type=int, default=1)
 parser.add_argument("--seconds", type=float, default=0.05, help="Of a step.")
 parser.add_argument("--fail", type=int, help="Which process fails.")
 parser.add_argument("--fail_at", type=int, default=0, help="At which step.")
+parser.add_argument("--hold_at", type=int, help="Before which step it waits.")
 parser.add_argument("--stubborn", action="store_true", help="Ignores SIGTERM.")
 args = parser.parse_args()
 
@@ -34,6 +36,10 @@ first = len(path.read_text().splitlines()) if path.exists() else 0
 print(f"{name} starts at step {first}", flush=True)
 for step in range(first, args.steps):
   time.sleep(args.seconds)
+  while step == args.hold_at and not (args.workdir / "go").exists():
+    if any(stopped):
+      break
+    time.sleep(0.02)
   if process == args.fail and step == args.fail_at:
     sys.exit(f"{name} fails at step {step}")
   with open(path, "a") as file:

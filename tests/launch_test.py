@@ -752,14 +752,17 @@ class CloudTest(Cloud):
       self.assertIn(f"{host}: venv --quiet --python 3.12 {home}/venv", uv)
       self.assertIn(f"--editable {home}/rljax[tpu,gcs]", uv)
 
-    # A host may have started once more just before the slice goes.
-    finish = self.start_job("--steps=40", "--seconds=0.2", VERDICT=SECONDS)[1]
+    # A host may have started once more just before the slice goes. However slow
+    # this machine is, the job is not through by then.
+    job = ("--steps=40", "--seconds=0.1", "--hold_at=20")
+    finish = self.start_job(*job, VERDICT=SECONDS)[1]
     wait_for(lambda: len(steps(self.workdir)) > 4, "steps")
     output = self.well("status")
     self.assertIn("demo is ACTIVE", output)
     self.assertIn("host 1 of 2: running", output)
     call(self.gcloud, "preempt", **self.variables)
     before = len(steps(self.workdir))
+    (self.workdir / "go").touch()
     status, output = finish()
     self.assertEqual(status, 0, output)
     self.assertIn("demo is SUSPENDED: it was taken away.", output)
@@ -865,7 +868,7 @@ class CloudTest(Cloud):
   def test_stop_and_the_same_command_goes_on(self):
     for verb in ("create", "setup", "sync"):
       self.well(verb)
-    finish = self.run_job("--steps=60", "--seconds=0.1")
+    finish = self.run_job("--steps=60", "--seconds=0.1", "--hold_at=30")
     wait_for(lambda: len(steps(self.workdir)) > 1, "steps")
     # The same command watches the job that runs; another one is refused.
     status, output = self.tpu("run", "--", "python", "job.py", "--workdir=x")
