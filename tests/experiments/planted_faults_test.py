@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from rljax.tasks import word_lists
 from rljax.text import files
-from tests import scripts
+from tests import conftest, scripts
 
 WORDS = (
   "--task=word_lists",
@@ -80,10 +80,10 @@ OF_CHAT = "learnt_mask(batch)"
 MASK, LEARNT_MASK = 'batch["response_mask"]', 'batch["learnt_mask"]'
 ENDS = 'batch["response_ids"] == tokenizer.eos_token_id'
 ROLL = "jax.numpy.roll({0}, -1, axis=-1)"
-LM = 'params["policy"], batch, temp'
+LM = 'params["policy"],\n      batch,\n      temp'
 PAD_LM = (
   'params["policy"], {**batch, "prompt_mask": '
-  'jax.numpy.ones_like(batch["prompt_mask"])}, temp'
+  'batch["prompt_mask"] | True}, temp'
 )
 ROLLOUT = 'batch["rollout"].response_ids == tokenizer.eos_token_id'
 FIRST = 'jax.tree.map(jax.numpy.copy, state["params"]["policy"])'
@@ -281,6 +281,14 @@ class PlantedFaultsTest(absltest.TestCase):
     for fault, error in zip(cases, _errors(cases), strict=True):
       with self.subTest(f"{fault[0]}: {fault[-1]}"):
         self.assertIn(fault[-1], str(error))
+
+
+class TextsTest(absltest.TestCase):
+  def test_every_fault_can_be_planted(self):
+    for name, old, *_ in FAULTS:
+      with self.subTest(f"{name}: {old}"):
+        source = conftest.REPOSITORY / "experiments" / f"{name}.py"
+        self.assertEqual(source.read_text().count(old), 1)
 
 
 @pytest.mark.slow
