@@ -339,7 +339,7 @@ def by_layer_type(
     ValueError: if anything else stands there, such as settings for all layers,
       which transformers would not use.
   """
-  nested = _without_defaults(config.get("rope_parameters") or {})
+  nested = _settings("rope_parameters", config)
   for name, value in nested.items():
     if name not in kinds or not isinstance(value, Mapping | None):
       raise ValueError(
@@ -357,13 +357,7 @@ def _one_for_all_layers(
   Raises:
     ValueError: if layers differ.
   """
-  given = config.get(source) or {}
-  if not isinstance(given, Mapping):
-    raise ValueError(
-      f'config field "{source}" must be a JSON object, got '
-      f"{fields.shown(given)}."
-    )
-  given = _without_defaults(given)
+  given = _settings(source, config)
   kinds = {name: v for name, v in given.items() if isinstance(v, Mapping)}
   if not kinds:
     return dict(given)
@@ -378,12 +372,21 @@ def _one_for_all_layers(
   return dict(several[0])
 
 
-def _without_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Returns settings by type of layer without those that set nothing.
+def _settings(source: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the object `source`, of one by type of layer what sets something.
 
   transformers before 5.18 writes `"rope_type": "default", "rope_theta": null`
   beside the types of a ModernBERT.
+
+  Raises:
+    ValueError: if it is no object.
   """
+  given = config.get(source) or {}
+  if not isinstance(given, Mapping):
+    raise ValueError(
+      f'config field "{source}" must be a JSON object, got '
+      f"{fields.shown(given)}."
+    )
   if not any(isinstance(value, Mapping) for value in given.values()):
     return given
   nothing = {"rope_type": ("default", None), "rope_theta": (None,)}

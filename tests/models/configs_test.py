@@ -295,6 +295,16 @@ class NestedRopeTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, "only one for all layers"):
         rope.Rope.from_hf(config)
 
+  @parameterized.parameters([[1]], "x", 3)
+  def test_what_is_no_object_is_refused(self, given):
+    config = {"rope_parameters": given}
+    for read in (
+      rope.Rope.from_hf,
+      lambda config: rope.by_layer_type(config, ("full_attention",)),
+    ):
+      with self.assertRaisesRegex(ValueError, "must be a JSON object, got"):
+        read(config)
+
   def test_layers_that_differ_are_refused(self):
     nested = {"full_attention": self.ONE, "sliding_attention": {}}
     with self.assertRaisesRegex(
