@@ -36,10 +36,9 @@ first = len(path.read_text().splitlines()) if path.exists() else 0
 print(f"{name} starts at step {first}", flush=True)
 for step in range(first, args.steps):
   time.sleep(args.seconds)
-  while step == args.hold_at and not (args.workdir / "go").exists():
-    if any(stopped):
-      break
-    time.sleep(0.02)
+  if step == args.hold_at:
+    while not any(stopped) and not (args.workdir / "go").exists():
+      time.sleep(0.02)
   if process == args.fail and step == args.fail_at:
     sys.exit(f"{name} fails at step {step}")
   with open(path, "a") as file:
