@@ -31,6 +31,6 @@ export RLJAX_TEST_CACHE="${RLJAX_TEST_CACHE-${XDG_CACHE_HOME:-$HOME/.cache}/rlja
 unset PYTHON  # Other scripts of launch/, which are tested, read it too.
 slow=(-m "not slow")
 if [[ -n "${SLOW:-}" ]]; then slow=(); fi
-# Compiling is most of the work, and takes one core: two workers use two.
+# Tracing and compiling take one core: two workers use two.
 exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" \
   --dist=loadfile --durations=40 ${slow[@]+"${slow[@]}"} "$@"

@@ -24,9 +24,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 _OURS = f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}"
 if _OURS not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_OURS}"
-# Two thirds of the time goes to compiling, much of it the same programs again:
-# all tests, workers and scripts share one cache. launch/test.sh keeps it from
-# run to run; without it, it ends with the tests.
+# Much is compiled again and again: all tests, workers and scripts share one
+# cache. launch/test.sh keeps it from run to run; without it, it ends with them.
 _CACHE = "RLJAX_TEST_CACHE"
 _OWN_CACHE = None
 if _CACHE not in os.environ:  # Else a worker of a run that has made it.

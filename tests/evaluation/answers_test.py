@@ -4,7 +4,6 @@ import functools
 import pathlib
 import tempfile
 
-import jax
 import numpy as np
 import pytest
 from absl.testing import absltest
@@ -30,15 +29,6 @@ PROMPTS = (
   "metals 6 not iron lead: iron",
 )
 MODEL = tiny.model(tiny.llama_config(vocab_size=120, num_layers=1))
-
-
-def setUpModule():
-  # Most of the time goes to compiling samplers.
-  jax.config.update("jax_disable_most_optimizations", True)
-
-
-def tearDownModule():
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

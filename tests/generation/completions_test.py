@@ -3,7 +3,6 @@
 import pathlib
 import tempfile
 
-import jax
 import numpy as np
 from absl.testing import parameterized
 
@@ -15,15 +14,6 @@ from tests import stand_in
 
 NUMBERS = arithmetic.word_tokenizer()
 LENGTH = 8
-
-
-def setUpModule():
-  # Most of the time goes to compiling samplers.
-  jax.config.update("jax_disable_most_optimizations", True)
-
-
-def tearDownModule():
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _model():

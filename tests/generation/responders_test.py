@@ -25,15 +25,6 @@ from tests.generation import drawing
 pytest.importorskip("tokenizers")
 
 
-def setUpModule():
-  # Most of the time goes to compiling samplers.
-  jax.config.update("jax_disable_most_optimizations", True)
-
-
-def tearDownModule():
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 class ResponderTest(parameterized.TestCase):
   @parameterized.parameters((1, "data:1"), (3, "data:1"), (8, "data:4,fsdp:2"))
   def test_greedy_replies(self, batch_size, spec):

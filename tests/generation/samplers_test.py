@@ -23,15 +23,6 @@ from tests.generation import drawing, grammars_test
 pytest.importorskip("tokenizers")
 
 
-def setUpModule():
-  # Most of the time goes to compiling samplers.
-  jax.config.update("jax_disable_most_optimizations", True)
-
-
-def tearDownModule():
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def _assert_same(found, expected):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),

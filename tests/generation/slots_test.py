@@ -18,15 +18,6 @@ VOCAB = 7
 PIECES = [b"a", b"b", b"c", b"d", b"ab", b"x", b""]
 
 
-def setUpModule():
-  # Most of the time goes to compiling samplers.
-  jax.config.update("jax_disable_most_optimizations", True)
-
-
-def tearDownModule():
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def _prompts(rng, batch, length=4, vocab=VOCAB):
   """Left-padded prompts of 1..length tokens."""
   lengths = rng.integers(1, length + 1, size=batch)

@@ -19,15 +19,6 @@ KINDS = ("shared", "detached", "separate", "branch:2")
 IDS, MASK = tiny.batch(shape=(4, 6))
 
 
-def setUpModule():
-  # Most of the time goes to compiling.
-  jax.config.update("jax_disable_most_optimizations", True)
-
-
-def tearDownModule():
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def _loaded(family="gpt2", **fields):
   make = tiny.gpt2_config if family == "gpt2" else tiny.llama_config
