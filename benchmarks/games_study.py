@@ -46,7 +46,7 @@ COLUMNS = {
   "novelty": "novelty of playable",
   "reward": "reward",
 }
-# Shares of responses, of which counts are known, and who is compared.
+# Shares of responses, which are known one by one, and who is compared.
 COMPARED = ("parses", "is_playable", "is_good", "new")
 PAIRS = (("ppo", "sft"), ("ppo_grammar", "sft"), ("ppo_grammar", "ppo"))
 
@@ -78,20 +78,41 @@ def main(_):
 
 def gather(runs, seeds, constraints):
   """Numbers of all evaluations, by constraint, policy and metric by seed."""
-  evaluations = {
-    constraint: {policy: [] for policy in POLICIES}
-    for constraint in constraints
-  }
+  evaluations, verdicts = (
+    {
+      constraint: {policy: [] for policy in POLICIES}
+      for constraint in constraints
+    }
+    for _ in range(2)
+  )
   for constraint in constraints:
     for seed in seeds:
       path = runs / seed / constraint / "samples.jsonl"
-      rows = files.read_jsonl(path, required=("arm", "reward", "parts"))
-      for policy, found in evaluations[constraint].items():
-        found.append(measure([row for row in rows if row["arm"] == policy]))
-        if not found[-1]["responses"]:
+      rows = files.read_jsonl(
+        path, required=("arm", "prompt", "reward", "parts")
+      )
+      prompts = None
+      for policy in POLICIES:
+        own = [row for row in rows if row["arm"] == policy]
+        if not own:
           raise ValueError(f"{path} has no response of the policy {policy!r}.")
+        if prompts not in (None, [row["prompt"] for row in own]):
+          raise ValueError(
+            f"{path}: {policy!r} has answered other prompts than the policies "
+            "before it, so that their responses cannot be paired."
+          )
+        prompts = [row["prompt"] for row in own]
+        evaluations[constraint][policy].append(measure(own))
+        verdicts[constraint][policy].append(verdicts_of(own))
   return {
     "seeds": list(seeds),
+    "verdicts": {
+      constraint: {
+        policy: {name: [row[name] for row in found] for name in COMPARED}
+        for policy, found in policies.items()
+      }
+      for constraint, policies in verdicts.items()
+    },
     "evaluations": {
       constraint: {
         policy: {name: [row[name] for row in found] for name in found[0]}
@@ -110,11 +131,7 @@ def measure(rows):
   """Shares and means over the responses of one policy."""
   parts = [row["parts"] for row in rows]
   playable = [part for part in parts if part["is_playable"]]
-  new = [
-    part["game"]
-    for part in playable
-    if part["is_good"] and part["novelty"] >= NEW
-  ]
+  new = [part["game"] for part in parts if is_new(part)]
   return {
     "responses": len(rows),
     **{
@@ -128,6 +145,22 @@ def measure(rows):
     # Nothing can be said of the novelty of games that are none.
     "novelty": mean(part["novelty"] for part in playable),
     "reward": mean(row["reward"] for row in rows),
+  }
+
+
+def is_new(part):
+  """Whether a game is good, can be played, and differs from the corpus."""
+  return part["is_playable"] and part["is_good"] and part["novelty"] >= NEW
+
+
+def verdicts_of(rows):
+  """For each share a text with "1" for a prompt whose response has it."""
+  return {
+    name: "".join(
+      str(int(is_new(row["parts"]) if name == "new" else row["parts"][name]))
+      for row in rows
+    )
+    for name in COMPARED
   }
 
 
@@ -169,16 +202,15 @@ def table(found):
 def differences_table(found):
   """What PPO changes, in Markdown: the responses of all seeds, and the seeds.
 
-  The results say how many responses to the prompts are good, not which: the
-  test is the one for independent samples.
+  All policies have answered the same prompts, so that the test pairs their
+  responses: McNemar's, over the prompts of all seeds.
   """
   yield "| constraint | | " + " | ".join(map(COLUMNS.get, COMPARED)) + " |"
   yield "| --- " * (len(COMPARED) + 2) + "|"
-  for constraint, policies in found["evaluations"].items():
+  for constraint, policies in found["verdicts"].items():
     for policy, other in PAIRS:
-      a, b = policies[policy], policies[other]
       cells = [
-        str(comparisons.shares(a[name], b[name], a["responses"]))
+        str(comparisons.paired(policies[policy][name], policies[other][name]))
         for name in COMPARED
       ]
       yield (
