@@ -9,6 +9,7 @@ computed. `start` returns what behaves like a `subprocess.Popen`.
 """
 
 import functools
+import gc
 import io
 import json
 import os
@@ -137,6 +138,8 @@ def _serve():
   """Forks for every line on standard input, and reports who has ended."""
   for name in _IMPORTS:
     __import__(name)
+  gc.set_threshold(100_000, 50, 1_000)  # Tracing makes few circles.
+  gc.freeze()  # Children look through none of this, and so share it.
   children = set()
   # A byte for every child that ends, so that waiting is for both.
   reader, writer = os.pipe()
