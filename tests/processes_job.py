@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rljax.distributed import meshes, processes
 from rljax.scoring import scorers
-from rljax.storage import checkpoint
+from rljax.storage import checkpoint, signals
 from rljax.training import origins
 
 
@@ -133,7 +133,7 @@ def talk(folder):
   # A signal to one process stops all, after the same step.
   found["stopped"] = []
   for sent in (signal.SIGTERM, signal.SIGINT):
-    with checkpoint.Preemption() as preemption:
+    with signals.Preemption() as preemption:
       for step in range(6):
         if (step, number) == (3, 1):
           os.kill(os.getpid(), sent)

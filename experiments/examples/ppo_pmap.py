@@ -38,7 +38,7 @@ from rljax.generation import rollouts
 from rljax.losses import entropy, ppo
 from rljax.models import heads, hf
 from rljax.ops import advantages, masking, rewards, sampling
-from rljax.storage import checkpoint, locks
+from rljax.storage import checkpoint, locks, workdirs
 from rljax.text import (
   batches,
   keywords,
@@ -136,7 +136,7 @@ def main():
       f"--batch_size must be divisible by the {len(devices)} devices, got "
       f"{FLAGS.batch_size}."
     )
-  checkpoint.prepare_workdir(FLAGS.workdir)
+  workdirs.prepare(FLAGS.workdir)
   lock = locks.take(FLAGS.workdir)
   if checkpoint.holds_run(FLAGS.workdir):
     raise ValueError(

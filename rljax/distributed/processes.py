@@ -150,7 +150,7 @@ def connect(
     device_ids: GPUs that it takes; None for all of its host.
     **timeouts: of `jax.distributed.initialize`, in seconds.
   """
-  # It would catch SIGTERM, which `checkpoint.Preemption` handles, and which
+  # It would catch SIGTERM, which `signals.Preemption` handles, and which
   # must end a process that waits for others.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(

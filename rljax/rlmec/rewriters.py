@@ -251,7 +251,7 @@ def by_function(
   Raises:
     ValueError: `calls.CallError` if the teacher fails, takes too long or
       returns something else than a text, naming question and response.
-    Exception: `checkpoint.Stopped`, if a signal asked for the end meanwhile.
+    Exception: `signals.Stopped`, if a signal asked for the end meanwhile.
   """
   wrong = [row for row in rows if not row["is_right"]]
   known = {}

@@ -13,7 +13,7 @@ from rljax.distributed import processes
 from rljax.generation import responders, responses
 from rljax.models import hf
 from rljax.scoring import cached, scorers
-from rljax.storage import calls, checkpoint, stages
+from rljax.storage import calls, signals, stages
 from rljax.text import encoding, forms, logged
 
 
@@ -71,7 +71,7 @@ def collect(
 
   with contextlib.ExitStack() as stack:
     if not calls.CATCHERS and jax.process_count() == 1:
-      stack.enter_context(checkpoint.Preemption())
+      stack.enter_context(signals.Preemption())
     responders.collect(
       path,
       responder,

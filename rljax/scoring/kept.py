@@ -13,7 +13,7 @@ import numpy as np
 
 from rljax.distributed import processes
 from rljax.scoring import scorers
-from rljax.storage import calls, checkpoint, paths, rows, stages
+from rljax.storage import calls, paths, rows, signals, stages
 from rljax.text import asked as asked_lib
 from rljax.text import files
 
@@ -62,7 +62,7 @@ def scorer(
       return ask(prompts, responses)
     with contextlib.ExitStack() as stack:
       if not calls.CATCHERS and jax.process_count() == 1:
-        stack.enter_context(checkpoint.Preemption())
+        stack.enter_context(signals.Preemption())
       return look_up(prompts, responses)
 
   def look_up(prompts, responses):

@@ -43,7 +43,7 @@ class CallError(ValueError):
 
 
 class Ended(Exception):
-  """Ends work for a signal; the base of `checkpoint.Stopped`.
+  """Ends work for a signal; the base of `signals.Stopped`.
 
   Attributes:
     done: answers to the call that was interrupted; `rows`: as of `CallError`.
@@ -72,7 +72,7 @@ def check_stop(done: Sequence[Any] = (), seconds: float = 0.0) -> None:
     seconds: since the signal.
 
   Raises:
-    Exception: `checkpoint.Stopped`, with `done`.
+    Exception: `signals.Stopped`, with `done`.
   """
   if _seconds_since_signal() > seconds:
     stopped = CATCHERS[-1].stopped()
@@ -105,7 +105,7 @@ def guard(
 
   Raises:
     CallError: if it raises, or takes too long.
-    Exception: `checkpoint.Stopped`, if a signal asked for the end and the call
+    Exception: `signals.Stopped`, if a signal asked for the end and the call
       goes on for longer than a scheduler waits.
   """
   watch = _Watch(seconds, done)
@@ -167,7 +167,7 @@ def one_by_one(
 
   Raises:
     CallError: as `guard`, naming the item.
-    Exception: `checkpoint.Stopped`.
+    Exception: `signals.Stopped`.
   """
   done: list[Any] = []
 

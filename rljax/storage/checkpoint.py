@@ -2,7 +2,6 @@
 
 A workdir holds
 
-  flags.json                the flags that the run was started with
   checkpoints/<step>/state  every array: parameters, optimizer, controller, keys
   checkpoints/<step>/meta   a small JSON object: step, place in the data, ...
   checkpoints/<step>/checksums.json
@@ -19,25 +18,21 @@ here. Hosts that share no folder then write and upload their own chunks.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
-import signal
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from rljax.storage import buckets, calls, locks, mirrors, paths, stuck
+from rljax.storage import buckets, locks, mirrors, paths, workdirs
 
 Tree = Any
 Workdir = str | os.PathLike[str]
@@ -108,7 +103,7 @@ class Checkpoints:
     step = int(step)
     if step in self._saved:
       return
-    meta = _plain_json(dict(meta), "meta")
+    meta = workdirs.plain_json(dict(meta), "meta")
     leaves = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
       shape, dtype = _shape_and_dtype(_path(keys), leaf)
@@ -464,36 +459,6 @@ def restore_params(workdir: Workdir, step: int | None = None) -> dict[str, Any]:
   )
 
 
-def prepare_workdir(workdir: Workdir) -> None:
-  """Makes the folder of a run and checks that it can be written to.
-
-  One that stands for a workdir in a bucket gets what the bucket holds, and the
-  bucket's lease. All processes call it.
-
-  Args:
-    workdir: the folder, which may exist.
-
-  Raises:
-    ValueError: if it cannot be made or written to, with the system's reason, is
-      no path of this machine, or another process writes to its bucket.
-  """
-  paths.check_local(workdir, "workdir")
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir) as file:
-      file.write(b"x")
-    folder = os.path.join(workdir, "checkpoints")
-    if os.path.lexists(folder) and not os.path.isdir(folder):
-      raise NotADirectoryError(errno.ENOTDIR, "checkpoints is no folder")
-  except OSError as error:
-    raise ValueError(
-      f"workdir {os.fspath(workdir)} cannot be written to: {error.strerror}; "
-      "choose another --workdir."
-    ) from error
-  if (mirror := mirrors.of(workdir)) is not None:
-    _start_mirror(mirror)
-
-
 def holds_run(workdir: Workdir) -> bool:
   """Tells whether a folder has checkpoints, or a place for them."""
   return os.path.exists(os.path.join(workdir, "checkpoints")) or bool(
@@ -504,101 +469,6 @@ def holds_run(workdir: Workdir) -> bool:
 def steps(workdir: Workdir) -> list[int]:
   """Returns the steps of the checkpoints of a run, the earliest first."""
   return _steps(_folder(workdir), mirrors.of(workdir))
-
-
-def _start_mirror(mirror):
-  """Opens a workdir in a bucket, in all processes; the first writes."""
-  if _is_first():
-    mirror.start()
-  if jax.process_count() == 1:
-    return
-  from jax.experimental import multihost_utils
-
-  multihost_utils.sync_global_devices("rljax mirror")
-  if not _is_first():
-    mirror.start(writes=False)
-  own = multihost_utils.process_allgather(np.int32(mirror.own_disk))[1:]
-  if own.any() != own.all():
-    raise ValueError(
-      f"Some of the processes share {mirror.folder} and others do not: start "
-      "one process on each host, or give each its own RLJAX_BUCKETS."
-    )
-  mirror.own_disk = bool(own.all())
-
-
-def write_flags(
-  workdir: Workdir, flags: Mapping[str, Any], ignore: Collection[str] = ()
-) -> None:
-  """Writes the flags of a run, unless the folder has a run with others.
-
-  Args:
-    workdir: folder of the run.
-    flags: name to value; anything that `json` can write.
-    ignore: names that may change between two starts of one run.
-
-  Raises:
-    ValueError: as `check_flags`.
-  """
-  check_flags(workdir, flags, ignore)
-  if _is_first():
-    text = json.dumps(
-      _plain_json(dict(flags), "flags"), indent=2, sort_keys=True
-    )
-    paths.write_whole(pathlib.Path(workdir, "flags.json"), text + "\n")
-
-
-def check_flags(
-  workdir: Workdir, flags: Mapping[str, Any], ignore: Collection[str] = ()
-) -> None:
-  """Compares flags with those that the run in `workdir` began with.
-
-  Args:
-    workdir: folder of a run; one without flags passes.
-    flags: name to value.
-    ignore: names that may differ.
-
-  Raises:
-    ValueError: if any other flag differs, with a line for each.
-  """
-  path = pathlib.Path(workdir) / "flags.json"
-  if not path.exists():
-    return
-  old = read_object(path)
-  new = _plain_json(dict(flags), "flags")
-  lines = []
-  for name in sorted((old.keys() | new.keys()) - set(ignore)):
-    if name not in new:
-      lines.append(f"  {name}: was {_shown(old[name])}, now absent")
-    elif name not in old:
-      lines.append(f"  {name}: was absent, now {_shown(new[name])}")
-    elif old[name] != new[name]:
-      lines.append(
-        f"  {name}: was {_shown(old[name])}, now {_shown(new[name])}"
-      )
-  if lines:
-    raise ValueError(
-      f"{mirrors.shown(workdir)} belongs to a run with other flags:\n"
-      + "\n".join(lines)
-      + "\nGive the old flags to go on with it, or another --workdir."
-    )
-
-
-def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Reads a file that holds one JSON object of a run.
-
-  Raises:
-    ValueError: if it holds something else.
-  """
-  try:
-    found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-      raise ValueError("it is no JSON object")
-  except (ValueError, OSError, RecursionError) as error:
-    raise ValueError(
-      f"{path} cannot be read ({error}); delete it if the run is yours, or "
-      "choose another --workdir."
-    ) from error
-  return found
 
 
 def fingerprint(tree: Tree) -> str:
@@ -635,93 +505,6 @@ def _on_host(leaf: Any) -> np.ndarray:
 
     leaf = multihost_utils.process_allgather(leaf, tiled=True)
   return np.asarray(leaf)
-
-
-class Stopped(calls.Ended):
-  """Ends work that a signal has stopped; what it wrote so far is on disk."""
-
-
-class Preemption:
-  """Turns the signal that ends a machine into a clean stop.
-
-  Inside the `with` block the first SIGTERM, SIGINT or SIGHUP sets `requested`,
-  for the loop to save and stop at the end of the step; a second one raises
-  KeyboardInterrupt at once. A call of `calls.guard` that goes on for longer is
-  interrupted. Where Python cannot handle them, as in a long compilation, the
-  first one ends the process if it `may_end`, and the second one in any case:
-  see `stuck`. The previous handlers return at the end. Only the main thread may
-  enter. A SIGHUP that is ignored, as behind nohup, stays so.
-
-  Attributes:
-    requested: True once this process was asked to stop.
-    requested_at: by `time.monotonic`; None before.
-    exit_status: what to exit with after saving: 0 after SIGTERM, which a
-      scheduler sent, and SIGHUP, of a terminal that was closed; 130 after
-      SIGINT, so that a shell script stops too.
-  """
-
-  stopped = Stopped
-
-  def __init__(self, may_end: Callable[[], bool] = lambda: False):
-    """Begins unasked.
-
-    Args:
-      may_end: whether the process may end where it is, with nothing to save; a
-        thread asks that.
-    """
-    self.requested = False
-    self.requested_at: float | None = None
-    self.exit_status = 0
-    self._previous = {}
-    self._may_end, self._num_handled = may_end, 0
-    self._watcher: stuck.Watcher | None = None
-
-  def should_stop(self) -> bool:
-    """Returns True, in all processes at once, if any was asked to stop."""
-    if jax.process_count() == 1:
-      return self.requested
-    from jax.experimental import multihost_utils
-
-    asked = multihost_utils.process_allgather(
-      np.int32([self.requested, self.exit_status])
-    )
-    self.exit_status = int(asked[:, 1].max())
-    return bool(asked[:, 0].any())
-
-  def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-      if number == signal.SIGHUP and (
-        signal.getsignal(number) == signal.SIG_IGN
-      ):
-        continue
-      self._previous[number] = signal.signal(number, self._handle)
-    if jax.process_count() == 1:  # Several have to end together.
-      calls.CATCHERS.append(self)
-    self._watcher = stuck.Watcher(
-      self._previous,
-      num_handled=lambda: self._num_handled,
-      may_end=self._may_end,
-    )
-    return self
-
-  def __exit__(self, *error):
-    self._watcher.close()
-    if self in calls.CATCHERS:
-      calls.CATCHERS.remove(self)
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def _handle(self, number, frame):
-    del frame
-    self._num_handled += 1
-    if self.requested:
-      raise KeyboardInterrupt
-    self.requested, self.requested_at = True, time.monotonic()
-    self.exit_status = 130 if number == signal.SIGINT else 0
-    logging.warning(
-      "%s: stopping at the end of this step; once more to stop at once.",
-      signal.Signals(number).name,
-    )
 
 
 def _is_first():
@@ -888,15 +671,3 @@ def _from_disk(data, like):
     weak = jax.numpy.asarray(data.item())
     data = jax.device_put(weak, like.sharding) if _is_bound(like) else weak
   return data
-
-
-def _plain_json(value, what):
-  """Returns the value as it would come back from a JSON file."""
-  try:
-    return json.loads(json.dumps(value))
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{what} must be JSON: {error}.") from error
-
-
-def _shown(value):
-  return json.dumps(value, ensure_ascii=False)

@@ -163,7 +163,7 @@ def score_rows(
   Raises:
     ValueError: as `score_all`; `calls.CallError` if the task fails or takes too
       long, naming the prompt and the response.
-    Exception: `checkpoint.Stopped`, if a signal asked for the end meanwhile.
+    Exception: `signals.Stopped`, if a signal asked for the end meanwhile.
   """
   if len(prompts) != len(responses):
     raise ValueError(

@@ -7,13 +7,13 @@ from typing import Any
 
 from absl import flags
 
-from rljax.storage import checkpoint, mirrors
+from rljax.storage import mirrors, workdirs
 
 
 def filed(workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """Returns the flags that the run in a folder was started with, or nothing."""
   path = pathlib.Path(workdir, "flags.json")
-  return checkpoint.read_object(path) if path.exists() else {}
+  return workdirs.read_object(path) if path.exists() else {}
 
 
 def check(values: flags.FlagValues, growing: Mapping[str, str]) -> None:

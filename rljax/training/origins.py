@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rljax.distributed import processes
-from rljax.storage import checkpoint, mirrors, paths
+from rljax.storage import checkpoint, mirrors, paths, workdirs
 
 
 def check_models(
@@ -40,7 +40,7 @@ def check_models(
 
   def first_start():
     if path.exists():
-      return checkpoint.read_object(path)
+      return workdirs.read_object(path)
     paths.write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
 

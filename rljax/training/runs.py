@@ -38,7 +38,7 @@ from rljax.evaluation import curves, token_pages
 from rljax.evaluation import metrics as metrics_lib
 from rljax.generation import responders, responses
 from rljax.models import hf, lora
-from rljax.storage import calls, checkpoint, locks, mirrors
+from rljax.storage import calls, checkpoint, locks, mirrors, signals, workdirs
 from rljax.storage import rows as rows_lib
 from rljax.training import (
   adapted,
@@ -109,7 +109,7 @@ def start(
   processes.check_same(
     "The flags of the processes", in_force | {"the folder of --workdir": folder}
   )
-  checkpoint.prepare_workdir(values.workdir)
+  workdirs.prepare(values.workdir)
   if mirrors.of(values.workdir) is None:
     processes.check_shared(values.workdir)
   if not trains and checkpoint.holds_run(values.workdir):
@@ -119,7 +119,7 @@ def start(
     )
   lock = locks.take(values.workdir) if processes.is_first() else None
   may_change |= growing.keys()
-  checkpoint.check_flags(values.workdir, in_force, may_change)
+  workdirs.check_flags(values.workdir, in_force, may_change)
   longer.check(values, growing)
   mesh = meshes.make(values.mesh)
   if trains and processes.is_first():
@@ -334,13 +334,13 @@ class Run:
   def signals(self) -> Iterator["Run"]:
     """Catches SIGTERM and SIGINT, in the work before training too.
 
-    Inside, `should_stop` tells of a signal, and `checkpoint.Stopped` ends the
+    Inside, `should_stop` tells of a signal, and `signals.Stopped` ends the
     block: `is_stopped` is then True, and everything that was written stays.
     """
-    with checkpoint.Preemption(self._may_end) as self._signals:
+    with signals.Preemption(self._may_end) as self._signals:
       try:
         yield self
-      except checkpoint.Stopped:
+      except signals.Stopped:
         self._stopped = True
         text = "Stopped by a signal; everything so far is saved."
         if self._log is not None:
@@ -360,7 +360,7 @@ class Run:
   def check_signals(self) -> None:
     """Ends the block of `signals` if a signal asked for the end."""
     if self.should_stop():
-      raise checkpoint.Stopped
+      raise signals.Stopped
 
   def progress(
     self, name: str, num_prompts: int
@@ -438,7 +438,7 @@ class Run:
     with part._checkpoints:
       yield part
     if part.is_stopped:
-      raise checkpoint.Stopped
+      raise signals.Stopped
     hf.save_config(os.path.join(part.workdir, "model"), model, tokenizer)
 
   @contextlib.contextmanager
@@ -452,7 +452,7 @@ class Run:
   ) -> Iterator["Run"]:
     """Files flags and models, and opens logs, checkpoints and signals.
 
-    `checkpoint.Stopped` ends the block, as it does that of `signals`.
+    `signals.Stopped` ends the block, as it does that of `signals`.
 
     Args:
       model: whose config is written to `<workdir>/model`.
@@ -476,7 +476,7 @@ class Run:
       stack.enter_context(self.signals())
       try:
         yield self
-      except (checkpoint.Stopped, calls.CallError) as error:
+      except (signals.Stopped, calls.CallError) as error:
         # The next step asked a function of the user's, for an answer that
         # does not come: those before it are not lost.
         self._save_latest()
@@ -489,7 +489,7 @@ class Run:
     `file` and `reporting` do so. A script that trains nothing calls it where it
     leaves something to go on with before it reports.
     """
-    checkpoint.write_flags(self.workdir, self._in_force, self._may_change)
+    workdirs.write_flags(self.workdir, self._in_force, self._may_change)
 
   @contextlib.contextmanager
   def reporting(self) -> Iterator["Run"]:

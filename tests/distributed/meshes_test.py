@@ -310,7 +310,7 @@ _PROCESS = """
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
     from rljax.distributed import meshes
-    from rljax.storage import checkpoint
+    from rljax.storage import checkpoint, signals
 
     mesh = meshes.make("fsdp:-1")
     assert mesh.devices.size == 4, mesh
@@ -338,7 +338,7 @@ _PROCESS = """
     assert restored["params"]["kernel"].sharding == shardings["kernel"]
     print(checkpoint.fingerprint(restored))
     assert checkpoint.fingerprint(restored) == checkpoint.fingerprint(state)
-    with checkpoint.Preemption() as preemption:
+    with signals.Preemption() as preemption:
       assert not preemption.should_stop()
       preemption.requested = rank == 1
       assert preemption.should_stop()

@@ -17,7 +17,7 @@ from rljax.generation import responses
 from rljax.models import hf
 from rljax.rlmec import pipeline, rewriters, targets
 from rljax.scoring import scorers
-from rljax.storage import checkpoint
+from rljax.storage import signals
 from rljax.tasks import chains, diversity, merge_sums
 from rljax.text import files
 from rljax.text import prompts as text_prompts
@@ -186,8 +186,8 @@ class SampleTest(FolderTest):
 
   def test_a_signal_leaves_whole_batches(self):
     table = {QUESTION: RIGHT, OTHER: OTHER_GOLD, "Q7+2*2": "7+2=9;9*2=18;A18"}
-    stop = mock.Mock(side_effect=checkpoint.Stopped)
-    with self.assertRaises(checkpoint.Stopped):
+    stop = mock.Mock(side_effect=signals.Stopped)
+    with self.assertRaises(signals.Stopped):
       self.sample(table, progress=lambda name, num: stop)
     self.assertLen(self.rows("samples/samples.jsonl"), 2)
     stage = self.sample(table)

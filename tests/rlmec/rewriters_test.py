@@ -18,7 +18,7 @@ from rljax.models import hf
 from rljax.rlmec import prompts as prompts_lib
 from rljax.rlmec import rewriters
 from rljax.scoring import scorers
-from rljax.storage import calls, checkpoint
+from rljax.storage import calls, signals
 from rljax.tasks import chains, sentiment
 from rljax.text import files
 from tests import tiny
@@ -181,9 +181,9 @@ class ByModelTest(parameterized.TestCase):
 
     def stop(done, batch):
       if next(calls) + 1 == num_batches:
-        raise checkpoint.Stopped
+        raise signals.Stopped
 
-    with self.assertRaises(checkpoint.Stopped):
+    with self.assertRaises(signals.Stopped):
       self.rewrite(table, rows, progress=lambda name, num: stop)
     self.assertLen(FakeResponder.asked, done)
     found = self.rewrite(table, rows)
@@ -281,8 +281,8 @@ class OwnTeacherTest(parameterized.TestCase):
   @parameterized.parameters("fails", "hangs", "stops")
   def test_what_it_has_answered_is_on_disk(self, how):
     self.enter_context(mock.patch.object(calls, "SECONDS_TO_GIVE_UP", 0.3))
-    error = checkpoint.Stopped if how == "stops" else calls.CallError
-    with checkpoint.Preemption(), self.assertRaises(error) as caught:
+    error = signals.Stopped if how == "stops" else calls.CallError
+    with signals.Preemption(), self.assertRaises(error) as caught:
       self.rewrite(getattr(self, how), seconds=0.3 if how == "hangs" else 0.0)
     if how != "stops":
       reason = "no credit" if how == "fails" else "more than 0.3 seconds"

@@ -14,7 +14,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from rljax.scoring import kept, scorers
-from rljax.storage import calls, checkpoint
+from rljax.storage import calls, signals
 from rljax.text import files
 
 TASK = """
@@ -73,7 +73,7 @@ class KeptTest(parameterized.TestCase):
 
   def test_a_signal_ends_it_behind_what_is_on_disk(self):
     self.task.fail = "ccc", lambda: os.kill(os.getpid(), signal.SIGTERM)
-    with self.assertRaises(checkpoint.Stopped):
+    with self.assertRaises(signals.Stopped):
       self.scorer()(PROMPTS, RESPONSES)
     self.assertLen(files.read_jsonl(self.path), 7)
     self._check(self.scorer()(PROMPTS, RESPONSES))
@@ -83,7 +83,7 @@ class KeptTest(parameterized.TestCase):
   def test_what_was_answered_is_on_disk(self, how):
     self.enter_context(mock.patch.object(calls, "SECONDS_TO_GIVE_UP", 0.3))
     self.task.fail = "ccc", getattr(self, how)
-    error = checkpoint.Stopped if how == "stops" else calls.CallError
+    error = signals.Stopped if how == "stops" else calls.CallError
     with self.assertRaises(error) as caught:
       self.scorer(seconds=0 if how == "stops" else 0.3)(PROMPTS, RESPONSES)
     if how != "stops":

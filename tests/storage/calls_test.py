@@ -9,7 +9,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from rljax.storage import calls, checkpoint
+from rljax.storage import calls, signals
 
 ABOUT = lambda: "for the prompt 'p'"
 
@@ -27,7 +27,7 @@ class GuardTest(parameterized.TestCase):
 
   def test_value(self):
     before = signal.getsignal(signal.SIGURG)
-    with checkpoint.Preemption():
+    with signals.Preemption():
       self.assertEqual(self.guard(lambda: 3, seconds=1.0), 3)
     self.assertEqual(signal.getsignal(signal.SIGURG), before)
 
@@ -44,7 +44,7 @@ class GuardTest(parameterized.TestCase):
     self.assertIs(caught.exception.__cause__, error)
 
   def test_interrupts_and_ends_pass(self):
-    for error in (KeyboardInterrupt(), SystemExit(2), checkpoint.Stopped()):
+    for error in (KeyboardInterrupt(), SystemExit(2), signals.Stopped()):
       with self.assertRaises(type(error)):
         self.guard(mock.Mock(side_effect=error))
 
@@ -72,8 +72,8 @@ class GuardTest(parameterized.TestCase):
     self.enter_context(mock.patch.object(calls, "SECONDS_TO_GIVE_UP", 0.5))
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     started = time.monotonic()
-    with checkpoint.Preemption() as preemption:
-      with self.assertRaises(checkpoint.Stopped) as caught:
+    with signals.Preemption() as preemption:
+      with self.assertRaises(signals.Stopped) as caught:
         self.guard(_hang, done=[1, 2])
       self.assertTrue(preemption.requested)
     self.assertEqual(caught.exception.done, [1, 2])
@@ -81,7 +81,7 @@ class GuardTest(parameterized.TestCase):
     self.assertLess(time.monotonic() - started, 5)
 
   def test_a_quick_one_ends_by_itself_after_a_signal(self):
-    with checkpoint.Preemption():
+    with signals.Preemption():
       os.kill(os.getpid(), signal.SIGTERM)
       self.assertEqual(self.guard(lambda: time.sleep(0.3) or 3), 3)
 
@@ -140,8 +140,8 @@ class OneByOneTest(parameterized.TestCase):
       return i
 
     with (
-      checkpoint.Preemption(),
-      self.assertRaises(checkpoint.Stopped) as caught,
+      signals.Preemption(),
+      self.assertRaises(signals.Stopped) as caught,
     ):
       self.ask(judge)
     self.assertEqual(caught.exception.done, [0, 1, 2])

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from unittest import mock
 
@@ -422,82 +421,6 @@ class RestoreParamsTest(_WorkdirTest):
       checkpoint.restore_params(self.workdir)
 
 
-class FlagsTest(_WorkdirTest):
-  _FLAGS = {"steps": 100, "rate": 0.1, "task": "sum", "stops": ("a", "b")}
-
-  def test_same_flags_pass(self):
-    checkpoint.write_flags(self.workdir, self._FLAGS)
-    checkpoint.write_flags(self.workdir, self._FLAGS)
-    checkpoint.check_flags(self.workdir, self._FLAGS)
-    written = json.loads((self.workdir / "flags.json").read_text())
-    self.assertEqual(written, self._FLAGS | {"stops": ["a", "b"]})
-    self.assertEqual(os.listdir(self.workdir), ["flags.json"])
-
-  @parameterized.parameters("write_flags", "check_flags")
-  def test_difference_is_shown(self, function):
-    checkpoint.write_flags(self.workdir, self._FLAGS)
-    changed = {"steps": 200, "rate": 0.1, "stops": ("a",), "new": None}
-    with self.assertRaises(ValueError) as raised:
-      getattr(checkpoint, function)(self.workdir, changed)
-    self.assertEqual(
-      str(raised.exception),
-      f"{self.workdir} belongs to a run with other flags:\n"
-      "  new: was absent, now null\n"
-      "  steps: was 100, now 200\n"
-      '  stops: was ["a", "b"], now ["a"]\n'
-      '  task: was "sum", now absent\n'
-      "Give the old flags to go on with it, or another --workdir.",
-    )
-    written = json.loads((self.workdir / "flags.json").read_text())
-    self.assertEqual(written["steps"], 100)
-
-  def test_ignored_flag_may_change(self):
-    checkpoint.write_flags(self.workdir, self._FLAGS)
-    changed = self._FLAGS | {"steps": 200}
-    checkpoint.write_flags(self.workdir, changed, ignore=["steps"])
-    checkpoint.check_flags(self.workdir, changed)
-
-  def test_unreadable_file(self):
-    (self.workdir / "flags.json").write_text('{"steps": 1')
-    with self.assertRaisesRegex(ValueError, "flags.json cannot be read"):
-      checkpoint.write_flags(self.workdir, self._FLAGS)
-
-
-class PrepareWorkdirTest(_WorkdirTest):
-  def test_makes_folders_and_leaves_nothing(self):
-    for _ in range(2):
-      checkpoint.prepare_workdir(self.workdir / "a" / "b")
-    self.assertEqual(os.listdir(self.workdir / "a" / "b"), [])
-
-  def test_a_file_where_checkpoints_go(self):
-    path = pathlib.Path(self.workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "checkpoints").write_text("mine")
-    with self.assertRaisesRegex(ValueError, "checkpoints is no folder"):
-      checkpoint.prepare_workdir(path)
-
-  def test_file_in_the_way(self):
-    path = self.workdir / "file"
-    path.touch()
-    for workdir, reason in (
-      (path, "File exists"),
-      (path / "below", "Not a directory"),
-    ):
-      with self.assertRaisesRegex(
-        ValueError,
-        f"workdir {workdir} cannot be written to: {reason}; choose another "
-        "--workdir",
-      ):
-        checkpoint.prepare_workdir(workdir)
-
-  def test_read_only(self):
-    # Nobody, root included, can write below /proc.
-    if not os.path.isdir("/proc/self"):
-      self.skipTest("needs a /proc, which no user can write to")
-    with self.assertRaisesRegex(ValueError, "/proc cannot be written to"):
-      checkpoint.prepare_workdir("/proc")
-
-
 class FingerprintTest(parameterized.TestCase):
   def test_same_bits_same_name(self):
     name = checkpoint.fingerprint(_state(1))
@@ -527,45 +450,6 @@ class FingerprintTest(parameterized.TestCase):
       checkpoint.fingerprint(jax.random.key(0)),
       checkpoint.fingerprint(jax.random.key(1)),
     )
-
-
-class PreemptionTest(parameterized.TestCase):
-  @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
-  def test_first_signal_asks_second_raises(self, number):
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    with checkpoint.Preemption() as preemption:
-      self.assertFalse(preemption.requested)
-      self.assertFalse(preemption.should_stop())
-      with self.assertLogs(level="WARNING") as logged:
-        os.kill(os.getpid(), number)
-      self.assertTrue(preemption.requested)
-      self.assertTrue(preemption.should_stop())
-      # A shell script must stop at Ctrl-C; a scheduler wants a clean exit.
-      self.assertEqual(
-        preemption.exit_status, 130 if number == signal.SIGINT else 0
-      )
-      self.assertIn(number.name, logged.output[0])
-      with self.assertRaises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-    for n, handler in before.items():
-      self.assertIs(signal.getsignal(n), handler)
-
-  def test_save_survives_it(self):
-    """A signal while a save is under way neither stops nor spoils it."""
-    with tempfile.TemporaryDirectory() as workdir:
-      state = {"x": jnp.arange(2_000_000)}
-      with (
-        checkpoint.Preemption() as preemption,
-        checkpoint.Checkpoints(workdir) as checkpoints,
-      ):
-        timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.start()
-        checkpoints.save(1, state, {})
-        timer.join()
-      self.assertTrue(preemption.requested)
-      with checkpoint.Checkpoints(workdir) as checkpoints:
-        _, restored, _ = checkpoints.restore_latest(state)
-      np.testing.assert_array_equal(restored["x"], state["x"])
 
 
 if __name__ == "__main__":

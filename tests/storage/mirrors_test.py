@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax.storage import buckets, checkpoint, leases, locks, mirrors
+from rljax.storage import buckets, checkpoint, leases, locks, mirrors, workdirs
 from tests.storage import buckets_test
 
 
@@ -27,7 +27,7 @@ class _Case(parameterized.TestCase):
   def open(self):
     """Opens the workdir; returns the folder that stands for it."""
     folder = mirrors.folder_of(self.url)
-    checkpoint.prepare_workdir(folder)
+    workdirs.prepare(folder)
     mirror = mirrors.of(folder)
     self.addCleanup(mirror._ended.set)  # Its threads.
     self.addCleanup(mirror._lease._ended.set)

@@ -16,12 +16,12 @@ from tests import conftest
 # A call of C++ that never comes back to Python, as a long compilation does.
 JOB = """
   import jax, sys, os
-  from rljax.storage import checkpoint
+  from rljax.storage import signals
   may_end = sys.argv[1] == "nothing"
   forever = jax.jit(
     lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: x + 1e-9, x)
   ).lower(1.0).compile()
-  with checkpoint.Preemption(lambda: may_end) as preemption:
+  with signals.Preemption(lambda: may_end) as preemption:
     print("ready", flush=True)
     forever(1.0).block_until_ready()
 """

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from rljax.storage import calls, checkpoint, paths
+from rljax.storage import calls, checkpoint, paths, signals
 from rljax.training import runs
 from tests.training import runs_test
 
@@ -310,7 +310,7 @@ class _Failing(dict):
 class UserTest(_RunTest):
   """Functions of the user's own, in the midst of a step."""
 
-  @parameterized.parameters(calls.CallError("no answer"), checkpoint.Stopped())
+  @parameterized.parameters(calls.CallError("no answer"), signals.Stopped())
   def test_the_steps_before_are_saved(self, error):
     run = self.start("--steps=10", "--save_every=100")
     evaluate = _Failing(error)

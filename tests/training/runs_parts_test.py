@@ -17,7 +17,7 @@ from absl.testing import parameterized
 
 from rljax.distributed import meshes
 from rljax.models import hf
-from rljax.storage import checkpoint
+from rljax.storage import signals
 from rljax.tasks import word_lists
 from rljax.training import runs
 from tests import tiny
@@ -133,7 +133,7 @@ class PartsTest(parameterized.TestCase):
       self.fit(run, "fits/0", 3, kill_at=2)
       self.assertFalse(run.is_stopped)
       # The work behind it looks, and ends.
-      with self.assertRaises(checkpoint.Stopped):
+      with self.assertRaises(signals.Stopped):
         run.check_signals()
     self.assertTrue((self.workdir / "fits/0/model").exists())
 

@@ -17,7 +17,7 @@ from absl import flags, logging
 from absl.testing import parameterized
 
 from rljax.models import hf
-from rljax.storage import checkpoint
+from rljax.storage import checkpoint, signals
 from rljax.tasks import chains
 from rljax.training import runs
 from tests import tiny
@@ -66,7 +66,7 @@ class StoppedTest(parameterized.TestCase):
       self.assertFalse(run.should_stop())
       os.kill(os.getpid(), number)
       self.assertTrue(run.should_stop())
-      raise checkpoint.Stopped
+      raise signals.Stopped
     self.assertIn("Stopped by a signal; everything so far", said.getvalue())
     self.assertTrue(run.is_stopped)
     self.assertEqual(run.exit_status, status)
@@ -96,7 +96,7 @@ class StoppedTest(parameterized.TestCase):
       self.assertTrue(run.is_complete)
       os.kill(os.getpid(), signal.SIGINT)
       if run.should_stop():
-        raise checkpoint.Stopped
+        raise signals.Stopped
       self.fail("It was not stopped.")
     self.assertEqual(run.exit_status, 130)
     # What was trained is there, and so is the log.

@@ -21,7 +21,7 @@ from absl import flags, logging
 from absl.testing import absltest, parameterized
 
 from rljax.distributed import processes
-from rljax.storage import checkpoint
+from rljax.storage import checkpoint, signals
 from rljax.training import runs
 from tests import conftest, tiny
 
@@ -352,7 +352,7 @@ class GoOnTest(_RunTest):
       self.assertFalse(run.should_stop())
       os.kill(os.getpid(), signal.SIGINT)
       self.assertTrue(run.should_stop())
-      raise checkpoint.Stopped
+      raise signals.Stopped
     self.assertTrue(run.is_stopped)
     self.assertEqual(run.exit_status, 130)
 
