@@ -190,6 +190,20 @@ def first_not_finite(tree: Tree) -> str | None:
   return next((name for name in floats if not found[name]), None)
 
 
+def check_finite(tree: Tree, what: str) -> None:
+  """Refuses arrays that are not finite.
+
+  Args:
+    tree: see `first_not_finite`.
+    what: begins the error: what is not done for that.
+
+  Raises:
+    NotFinite: naming the first array that is not.
+  """
+  if (bad := first_not_finite(tree)) is not None:
+    raise NotFinite(f"{what}: {bad} is not finite.")
+
+
 @jax.jit
 def _are_finite(floats):
   return {name: jnp.all(jnp.isfinite(x)) for name, x in floats.items()}

@@ -22,7 +22,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import sys
@@ -43,6 +42,7 @@ from rljax.storage import rows as rows_lib
 from rljax.training import (
   adapted,
   announce,
+  best,
   guards,
   learner_checks,
   logs,
@@ -137,8 +137,6 @@ class Run:
     total_steps: steps of the whole run.
     first_step: where this start begins; known after `restore`.
     meta: what the script has saved beside its arrays, by `save`.
-    best: the best evaluation so far, `{"step", "value", "kept"}`, or None.
-      `kept` is the step of the parameters in `<workdir>/best`.
     is_complete: whether all steps are done, rather than stopped by a signal.
   """
 
@@ -150,7 +148,6 @@ class Run:
     self.total_steps = total_steps
     self.first_step = 0
     self.meta: dict[str, Any] = {}
-    self.best: dict[str, Any] | None = None
     self.is_complete = False
     self._values, self._in_force = values, in_force
     self._keeps_best = self._flag("keep_best", False)
@@ -158,7 +155,8 @@ class Run:
     self._saved_every = longer.filed(values.workdir).get("save_every", 0)
     self._lock = lock  # Held as long as this object lives.
     self._notes: list[str] = []
-    self._log = self._checkpoints = self._signals = self._best = None
+    self._log = self._checkpoints = self._signals = None
+    self._best: best.Best | None = None
     self._state_shardings = None
     self._stopped = self._lacks_page = self._is_overdue = False
     self._latest: tuple[Any, ...] | None = None  # What `save` was last given.
@@ -252,7 +250,6 @@ class Run:
     if restored := self._checkpoints.restore_latest(lora.learnt(state)):
       self.first_step, saved, self.meta = restored
       state = lora.with_learnt(state, saved)
-      self.best = self.meta.get("best")
       self._watch.restore(self.meta)
     longer.check_done(self.first_step, self.total_steps, self.workdir)
     if (bad := guards.first_not_finite(state)) is not None:
@@ -261,9 +258,14 @@ class Run:
         f"finite: {bad}. The model of the flags, or the checkpoint, is damaged."
       )
     if self._keeps_best:
-      self._best = checkpoint.Checkpoints(self._best_folder, keep=1)
-      self._recall_best()
-    for checkpoints in filter(None, (self._checkpoints, self._best)):
+      self._best = best.Best(os.path.join(self.workdir, "best"), self.note)
+      self._best.restore(
+        self.meta.get("best"),
+        self.first_step,
+        self.total_steps or 0,
+        keep=bool(self._checkpoints.unreadable),
+      )
+    for checkpoints in self._all_checkpoints:
       for message in checkpoints.messages:
         self.note(message)
     return state
@@ -429,7 +431,7 @@ class Run:
     part = copy.copy(self)
     part.workdir = os.path.join(self.workdir, folder)
     part.total_steps = total_steps
-    part.first_step, part.meta, part.best = 0, {}, None
+    part.first_step, part.meta = 0, {}
     part._latest = None
     part.is_complete = part._stopped = False
     part._checkpoints = checkpoint.Checkpoints(part.workdir, keep=keep)
@@ -466,12 +468,12 @@ class Run:
       ValueError: if another start has filed other flags or weights.
     """
     self.file(starts_from, digests)
-    folders = [self.workdir] + ([self._best_folder] if self._best else [])
+    folders = [self.workdir] + ([self._best.folder] if self._best else [])
     for folder in folders:
       hf.save_config(os.path.join(folder, "model"), model, tokenizer)
     with contextlib.ExitStack() as stack:
       self.open_log(stack, columns)
-      for kept in filter(None, (self._checkpoints, self._best)):
+      for kept in self._all_checkpoints:
         stack.enter_context(kept)
       stack.enter_context(self.signals())
       try:
@@ -634,7 +636,8 @@ class Run:
       self._watch.check_end(done - 1)
     self._is_overdue = is_due and bool(self._watch.skipping_since)
     if stop or is_last or (is_due and not self._is_overdue):
-      self._check_finite(state, f"The state after step {done} is not saved")
+      what = f"The state after step {done} is not saved"
+      guards.check_finite(state, what)
       self._checkpoints.save(*self._latest)
     self._stopped = stop and done < self.total_steps
 
@@ -656,29 +659,12 @@ class Run:
       answered.write("".join(json.dumps(row) + "\n" for row in strict))
       answered.close()
 
-  def _check_finite(self, tree, what):
-    if (bad := guards.first_not_finite(tree)) is not None:
-      raise guards.NotFinite(f"{what}: {bad} is not finite.")
-
   # The best.
 
   @property
-  def _best_folder(self):
-    return os.path.join(self.workdir, "best")
-
-  def _recall_best(self):
-    """Finds the best of the steps that are not repeated, and forgets others."""
-    if self.first_step < (self.total_steps or 0):
-      # A shorter run has evaluated its end, too, behind its last checkpoint.
-      last = self._best.read_meta(self.first_step)
-      if last and last["step"] == last["kept"] == self.first_step:
-        self.best = last
-    kept = (self.best or {}).get("kept")
-    is_damaged = bool(self._checkpoints.unreadable)
-    self._best.forget_after(kept or 0, keep=is_damaged)
-    if kept is not None and kept not in self._best.all_steps():
-      # A better one of the steps that are repeated had taken its place.
-      self.best = self.best | {"kept": None}
+  def best(self) -> dict[str, Any] | None:
+    """The best evaluation so far, see `best.Best.found`; None of none."""
+    return self._best and self._best.found
 
   def keep_best(self, step: int, value: float, params: Tree) -> None:
     """Keeps the parameters of the best evaluation, with --keep_best.
@@ -695,29 +681,9 @@ class Run:
     Raises:
       guards.NotFinite: if parameters are not finite.
     """
-    if not self._keeps_best or planning.current():
-      return
-    value = float(value)
-    if not math.isfinite(value):
-      self.note(f"step {step}: the evaluation is {value}, and never the best.")
-      # Whatever comes after the start is then better than that.
-      self.best = self.best or {"step": step, "value": None, "kept": None}
-      return
-    if self.best is None:
-      self.best = {"step": step, "value": value, "kept": None}
-    is_better = self.best["value"] is None or value > self.best["value"]
-    if is_better:
-      self.best = {"step": step, "value": value, "kept": step}
-    elif step == self.total_steps and self.best["kept"] is None:
-      self.note("Nothing beat the start: the last parameters are the best.")
-      self.best = self.best | {"kept": step}
-    else:
-      return
-    params = lora.learnt(params)
-    self._check_finite(params, f"The best of step {step} is not kept")
-    self._best.save(step, {"params": params}, self.best)
-    # Before the state that says so: a kill between them repeats these steps.
-    self._best.wait()
+    if self._best is not None and not planning.current():
+      is_last = step == self.total_steps
+      self._best.update(step, value, lora.learnt(params), is_last=is_last)
 
   # What is left for people to look at.
 
@@ -927,7 +893,7 @@ class Run:
     known = dict.fromkeys(name for row in rows for name in row)
     shown = [*names, *(x for x in known if x.startswith(prefix))]
     has_start = self._log.is_complete or 0 in by_step
-    best = by_step.get((self.best or {}).get("kept"), {})
+    best = by_step.get(self._best and self._best.kept, {})
     table = {}
     for name in dict.fromkeys(shown):
       values = [row[name] for row in rows if name in row]
@@ -953,22 +919,15 @@ class Run:
         path.unlink(missing_ok=True)
 
   def _with_best(self, title):
-    """Adds to the title of a summary of the last step which one is best."""
-    if self.best is None:
-      return title
-    step, kept = self.best["step"], self.best["kept"]
-    if kept is None:
-      return f"{title}; the start, step {step}, is the best, and best has none"
-    if kept != step:
-      return (
-        f"{title}, step {self.total_steps}; the start, step {step}, is the "
-        f"best, and best has the last, step {kept}"
-      )
-    return (
-      f"{title}, step {self.total_steps}; the best, step {kept}, is in best"
-    )
+    return self._best.titled(title, self.total_steps) if self._best else title
+
+  @property
+  def _all_checkpoints(self):
+    """Those of the state, and of the best."""
+    own = self._checkpoints, self._best and self._best.checkpoints
+    return [checkpoints for checkpoints in own if checkpoints is not None]
 
   def _wait(self):
     """Waits for what is being saved: where a summary is, everything is."""
-    for kept in filter(None, (self._checkpoints, self._best)):
-      kept.wait()
+    for checkpoints in self._all_checkpoints:
+      checkpoints.wait()
