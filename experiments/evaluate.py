@@ -43,7 +43,7 @@ from rljax.training import origins, runs
 
 METRICS = ("answers", "text", "perplexity", "log", "reasoning")
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(save_every=None, logs=False)
 cli.define_task()
 cli.define_lengths(max_response_length=512, too_long="error")

@@ -56,7 +56,7 @@ PAIRED = {"kl_estimator": "kl", "clip_epsilon_high": "clip_epsilon"}
 # What advantages.group_relative scales by.
 SCALES = {"grpo": "group", "dr_grpo": "none", "reinforce_pp_baseline": "batch"}
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_presets("grpo", PRESETS, paired=PAIRED)
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
 cli.define_task(num_prompts=131_072, num_eval_prompts=512)

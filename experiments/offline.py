@@ -40,7 +40,7 @@ from rljax.scoring import cached
 from rljax.text import batches, logged, splits, tokens
 from rljax.training import microbatch, optimizers, runs
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(
   steps=9000, save_every=500, eval_every=900, keep_best=True, num_page_samples=8
 )

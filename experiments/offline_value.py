@@ -34,7 +34,7 @@ from rljax.scoring import cached
 from rljax.text import batches, logged, splits, tokens
 from rljax.training import optimizers, runs
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(save_every=None)
 cli.define_task()
 cli.define_log()

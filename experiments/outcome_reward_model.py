@@ -47,7 +47,7 @@ from rljax.models import hf
 from rljax.text import feeds, keywords, paired, rankings, solutions, tokens
 from rljax.training import frozen, microbatch, optimizers, runs
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(steps=200, save_every=500, eval_every=100)
 cli.define_task(scores=False)
 cli.define_log()

@@ -33,7 +33,7 @@ from rljax.ops import advantages, masking, rewards
 from rljax.text import prompts
 from rljax.training import microbatch, optimizers, preflight, runs
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(steps=1024, save_every=200, eval_every=100, samples_every=50)
 cli.define_task(num_prompts=131_072, num_eval_prompts=512)
 cli.define_models()

@@ -35,7 +35,7 @@ from rljax.models import hf
 from rljax.text import comparisons, tokens
 from rljax.training import microbatch, optimizers, runs
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(steps=9000, save_every=500, eval_every=900, keep_best=True)
 cli.define_task()
 cli.define_log()

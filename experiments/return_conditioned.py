@@ -51,7 +51,7 @@ from rljax.text import (
 )
 from rljax.training import microbatch, optimizers, runs
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(save_every=500, eval_every=100)
 cli.define_task(num_prompts=300, num_eval_prompts=100, eval_split="validation")
 cli.define_prompts()

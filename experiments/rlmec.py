@@ -52,7 +52,7 @@ from rljax.rlmec import prompts as rewriting
 from rljax.text import alignment, batches, files, tokens
 from rljax.training import microbatch, optimizers, origins, runs
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(
   steps=0, epochs=3.0, save_every=500, eval_every=100, num_page_samples=16
 )

@@ -30,7 +30,7 @@ from rljax.models import fresh, hf
 from rljax.text import encoding, feeds, keywords, logged, tokens
 from rljax.training import microbatch, optimizers, runs
 
-# Flags that scripts share; rljax/cli.py has their help and their bounds.
+# Flags that scripts share; rljax/cli has their help and their bounds.
 cli.define_run(steps=8, save_every=500, eval_every=50)
 cli.define_task(num_eval_prompts=256, eval_split=None, scores=False)
 cli.define_log()

@@ -1,4 +1,4 @@
-"""What each of two processes does for tests/processes_test.py.
+"""What each of two processes does for tests/distributed/processes_test.py.
 
   python -m tests.processes_job WHAT FOLDER
 

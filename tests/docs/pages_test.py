@@ -28,17 +28,46 @@ def each_page(test):
   return parameterized.parameters(*TEXTS)(test)
 
 
+def comments(source):
+  """The comments and docstrings of Python code."""
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+      yield ast.get_docstring(node) or ""
+  for line in source.splitlines():
+    yield line.partition("# ")[2]
+
+
+def named_files(text):
+  """Paths of files of the repository that a text speaks of."""
+  folders = "experiments|benchmarks|launch|tests|rljax|docs"
+  ending = "py|sh|sbatch|flags|png|jsonl?|md"
+  pattern = rf"(?<![\w/.])(?:\.\./)?((?:{folders})/[\w/.]+\.(?:{ending}))\b"
+  return set(re.findall(pattern, text))
+
+
 class PagesTest(parameterized.TestCase):
   @each_page
   def test_named_files_exist(self, page):
-    folders = "experiments|benchmarks|launch|tests|rljax|docs"
-    ending = "py|sh|sbatch|flags|png|json|md"
-    pattern = rf"(?<![\w/.])(?:\.\./)?((?:{folders})/[\w/.]+\.(?:{ending}))\b"
-    for name in set(re.findall(pattern, TEXTS[page])) - NEW:
+    for name in named_files(TEXTS[page]) - NEW:
       self.assertTrue((ROOT / name).exists(), name)
     for name in re.findall(r"-m (benchmarks\.\w+)", TEXTS[page]):
       path = ROOT / f"{name.replace('.', '/')}.py"
       self.assertTrue(path.exists(), name)
+
+  def test_files_that_comments_name_exist(self):
+    paths = [
+      path
+      for folder in ("rljax", "experiments", "launch", "benchmarks", "tests")
+      for path in (ROOT / folder).rglob("*")
+      if path.suffix in (".py", ".sh", ".sbatch", ".flags")
+    ]
+    self.assertGreater(len(paths), 400)
+    for path in paths:
+      text = path.read_text()
+      if path.suffix == ".py":  # Tests run scripts that are none.
+        text = "\n".join(comments(text))
+      for name in named_files(text) - NEW - {"experiments/X.py"}:
+        self.assertTrue((ROOT / name).exists(), f"{path} speaks of {name}")
 
   @each_page
   def test_flagfiles_exist(self, page):
