@@ -285,9 +285,9 @@ def arrays(
     kept_weight: of all other imitated tokens.
 
   Returns:
-    The batch of `data.supervised_batch`; `ref_log_probs`, `rewards` `[N, T]`;
-    `imitated_ids`, `imitated_mask`, `weights` `[N, T]`. Where there is no
-    token, numbers are 0.
+    The batch of `batches.supervised_batch`, with `ref_log_probs` and `rewards`
+    `[N, T]`; `imitated_ids`, `imitated_mask`, `weights` `[N, T]`. Where there
+    is no token, numbers are 0.
 
   Raises:
     ValueError: if a name is unknown or a text is longer than its length.

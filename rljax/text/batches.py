@@ -258,7 +258,7 @@ class PrioritySampler:
 
     Args:
       weights: `[N]` numbers >= 0, not all 0; they need not sum to 1. A matrix
-        of candidates is given as `weights.ravel()`, and `np.unravel_index`
+        of candidates is given as `np.ravel(weights)`, and `np.unravel_index`
         splits the rows drawn.
       seed: of the draws.
       replace: whether a batch may hold a row twice.

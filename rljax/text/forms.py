@@ -435,7 +435,7 @@ def parse(
                                              stands below the instruction
 
   Each may have `value`, `advantage`, and beside `response` its `response_ids`,
-  as `rollouts.records` writes them, and `finished`, which is false of a reply
+  as `responses.records` writes them, and `finished`, which is false of a reply
   that was cut; a pair may have scores (`chosen_score`, `rejected_score` and the
   like). Prompts are texts or lists of messages. A reply is kept as it stands,
   with its paragraphs and the blank in front. A field that is null counts as

@@ -69,6 +69,29 @@ class PagesTest(parameterized.TestCase):
       for name in named_files(text) - NEW - {"experiments/X.py"}:
         self.assertTrue((ROOT / name).exists(), f"{path} speaks of {name}")
 
+  def test_names_in_docstrings_are_defined(self):
+    modules = {}
+    for path in (ROOT / "rljax").rglob("*.py"):
+      modules.setdefault(path.stem, []).append(path)
+    packages = {path.parent for path in (ROOT / "rljax").rglob("*.py")}
+    files = r"\.(jsonl?|png|html|md|txt)$"
+    found, unknown = 0, []
+    for folder in ("rljax", "experiments", "benchmarks"):
+      for path in (ROOT / folder).rglob("*.py"):
+        text = "\n".join(comments(path.read_text()))
+        for name in re.findall(r"`([a-z_]+\.[A-Za-z_][\w.]*)", text):
+          parts = name.rstrip(".").split(".")
+          if parts[0] not in modules or re.search(files, name):
+            continue
+          found += 1
+          if not (
+            any(is_in(file, parts[1]) for file in modules[parts[0]])
+            or any(is_defined(parts, package) for package in packages)
+          ):
+            unknown.append(f"{path.relative_to(ROOT)} speaks of {name}")
+    self.assertEqual(unknown, [])
+    self.assertGreater(found, 300)
+
   @each_page
   def test_flagfiles_exist(self, page):
     folder = ROOT / "experiments" / "flags"
