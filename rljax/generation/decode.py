@@ -6,6 +6,7 @@ logits works as well: nothing here depends on a model family.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ def sample(
   split_logits: Callable[[Array], Array] | None = None,
   pad_id: int = 0,
   slots: int = 0,
+  cache_parts: int | None = None,
 ) -> Samples:
   """Draws `num_samples` responses to each prompt.
 
@@ -159,12 +161,14 @@ def sample(
     pad_id: what stands after the end.
     slots: rows that are decoded at the same time, see `slots.decode_rows`; 0
       for all, until the longest has ended.
+    cache_parts: K; see `cache_rooms`. None: one for each 512 tokens of T, four
+      at most. Numbers of other K differ by rounding.
 
   Returns:
     `Samples` with `N = B * num_samples` rows.
 
   Raises:
-    ValueError: if `max_length` or `num_samples` is not positive.
+    ValueError: if `max_length`, `num_samples` or `cache_parts` is not positive.
   """
   _check_request(prompt_ids, prompt_mask, max_length, num_samples)
   num_prompts = prompt_ids.shape[0]
@@ -207,7 +211,8 @@ def sample(
     return split_logits(apply(hidden, method="logits")), cache  # [N, V]
 
   # The first token comes from the prompts' last column, once per prompt.
-  hidden, cache = prefill(*((1, 1) if slots else (num_samples, max_length)))
+  rooms = cache_rooms(max_length, cache_parts)
+  hidden, cache = prefill(*((1, 1) if slots else (num_samples, rooms[0])))
   cache = split_cache(cache)
   logits = apply(hidden[:, -1], method="logits")  # [B, V]
   logits = split_logits(jnp.repeat(logits, num_samples, axis=0))
@@ -216,11 +221,14 @@ def sample(
   written = _write(written, columns, 0)
   finished = rows["finished"]
   if max_length > 1:
-    decode_all = _decode_together
+    # The shapes of a cache with more room.
+    like = lambda *room: jax.eval_shape(lambda: prefill(*room))[1]
+    grow = lambda cache, room: split_cache(
+      jax.tree.map(_padded, cache, like(num_samples, room))
+    )
+    decode_all = functools.partial(_decode_together, rooms=rooms, grow=grow)
     if slots:
-      # With room for whole responses, whose shapes are all that is needed.
-      _, room = jax.eval_shape(lambda: prefill(1, max_length))
-      cache = slots_lib.Prompts(cache, room, num_samples)
+      cache = slots_lib.Prompts(cache, like(1, max_length), num_samples)
       decode_all = functools.partial(
         slots_lib.decode_rows, num_slots=min(slots, num_rows)
       )
@@ -228,6 +236,34 @@ def sample(
       decode, advance, cache, rows, written, given=given
     )
   return Samples(finished=finished, **written)
+
+
+def cache_rooms(
+  max_length: int, num_parts: int | None = None
+) -> tuple[int, ...]:
+  """Returns how many places the cache of responses has, as it grows.
+
+  A step reads all places, written or not: of K parts it reads (K + 1) / 2K of
+  what it reads of one, on the mean over the longest responses. The loop over
+  tokens is compiled K times.
+
+  Args:
+    max_length: T.
+    num_parts: K at most; None: as `sample`.
+
+  Returns:
+    Numbers that grow up to T, the others multiples of 8.
+
+  Raises:
+    ValueError: if `num_parts` is not positive.
+  """
+  if num_parts is None:
+    num_parts = min(max(max_length // 512, 1), 4)
+  if num_parts < 1:
+    raise ValueError(f"cache_parts must be positive, got {num_parts}.")
+  part = -(-max_length // num_parts)
+  part += -part % 8
+  return (*range(part, max_length, part), max_length)
 
 
 def _decode_together(
@@ -238,25 +274,55 @@ def _decode_together(
   written: State,
   *,
   given: Given,
+  rooms: tuple[int, ...],
+  grow: Callable[[Any, int], Any],
 ) -> tuple[State, Array]:
-  """Decodes all rows, one column after another, until the last has ended."""
-  max_length = written["response_ids"].shape[1]
+  """Decodes all rows, one column after another, until the last has ended.
 
-  def goes_on(carry):
-    step, rows, *_ = carry
-    alive = ~rows["finished"] & (step < given.lengths)
-    return (step < max_length) & jnp.any(alive)
+  Args:
+    decode: reads a token of each row: logits, and the cache with it.
+    advance: draws the next.
+    cache: with the first room.
+    rows: where they stand, with one token drawn.
+    written: the columns of `Samples`.
+    given: what is known of the rows.
+    rooms: see `cache_rooms`.
+    grow: gives the cache a later room.
+  """
 
-  def decode_column(carry):
-    step, rows, written, cache = carry
-    logits, cache = decode(rows["tokens"], cache)
-    rows, columns = advance(step, rows, logits, given)
-    return step + 1, rows, _write(written, columns, step), cache
+  def decode_within(first, room, rows, written, cache, count=0):
+    """Decodes the columns from `first + count` to `room`."""
+    left = given.lengths - first
 
-  _, rows, written, _ = jax.lax.while_loop(
-    goes_on, decode_column, (1, rows, written, cache)
-  )
+    def goes_on(carry):
+      count, rows, *_ = carry
+      alive = ~rows["finished"] & (count < left)
+      # A plan reads the number of rounds here: no other constant is as large.
+      return (count < room - first) & jnp.any(alive)
+
+    def decode_column(carry):
+      count, rows, written, cache = carry
+      step = first + count
+      logits, cache = decode(rows["tokens"], cache)
+      rows, columns = advance(step, rows, logits, given)
+      return count + 1, rows, _write(written, columns, step), cache
+
+    carry = (count, rows, written, cache)
+    return jax.lax.while_loop(goes_on, decode_column, carry)[1:]
+
+  rows, written, cache = decode_within(0, rooms[0], rows, written, cache, 1)
+  for first, room in itertools.pairwise(rooms):
+    cache = grow(cache, room)
+    rows, written, cache = decode_within(first, room, rows, written, cache)
   return written, rows["finished"]
+
+
+def _padded(array: Array, like: jax.ShapeDtypeStruct) -> Array:
+  """Adds zeros behind an array, up to the shape of another."""
+  if array.shape == like.shape:
+    return array
+  sizes = zip(array.shape, like.shape, strict=True)
+  return jnp.pad(array, [(0, there - here) for here, there in sizes])
 
 
 def _narrowed(model: Any, params: Any) -> Any:

@@ -16,16 +16,16 @@ class Products:
   """Floating-point operations of the products of a program.
 
   Attributes:
-    outside: of all but the loop over tokens.
-    tokens: of the loop over tokens, all rounds.
-    rounds: of that loop at most; 0 where there is none.
+    outside: of all but the loops over tokens.
+    tokens: of the loops over tokens, all rounds.
+    loops: rounds at most of each of those, which follow one another.
     wide: of products with a float32 operand, everywhere.
     widest: shapes of the largest such product, as text.
   """
 
   outside: float = 0.0
   tokens: float = 0.0
-  rounds: int = 0
+  loops: list[int] = dataclasses.field(default_factory=list)
   wide: float = 0.0
   widest: str = ""
   _largest: float = 0.0
@@ -34,6 +34,11 @@ class Products:
   def total(self) -> float:
     """Of all products."""
     return self.outside + self.tokens
+
+  @property
+  def rounds(self) -> int:
+    """Of all loops over tokens; 0 where there is none."""
+    return sum(self.loops)
 
 
 def count(jaxpr: Any) -> Products:
@@ -62,7 +67,7 @@ def _add(found, jaxpr, times, rounds):
       within = rounds
       if rounds is None and _ends_early(equation.params["cond_jaxpr"].jaxpr):
         within = trips
-        found.rounds = max(found.rounds, trips)
+        found.loops.append(trips)
       _add(found, inner, times * trips, within)
     else:
       repeats = equation.params.get("length", 1) if name == "scan" else 1

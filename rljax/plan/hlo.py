@@ -91,9 +91,9 @@ class Module:
   """What a compiled module does on each device.
 
   Attributes:
-    outside: all but the loop over tokens.
-    tokens: the loop over tokens, all rounds, if there is one.
-    rounds: of that loop at most; 0 where there is none.
+    outside: all but the loops over tokens.
+    tokens: the loops over tokens, all rounds, if there are any.
+    rounds: of those at most, together; 0 where there is none.
     traffic_by: opcode -> bytes, of all parts.
     warnings: sentences about what costs more than it should.
   """
@@ -130,7 +130,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def measure(
   text: str,
   *,
-  token_rounds: int = 0,
+  token_loops: Sequence[int] = (),
   shapes: Sequence[tuple[int, ...]] = (),
   vocab_size: int = 0,
   rows: int = 0,
@@ -139,15 +139,15 @@ def measure(
 
   Args:
     text: from `as_text` of a compiled program.
-    token_rounds: of the loop over tokens, by which it is known; 0: there is
-      none.
+    token_loops: rounds at most of the loops over tokens, by which they are
+      known.
     shapes: of a device's parts of the parameters.
     vocab_size: V of the policy; 0: logits are not looked at.
     rows: that a device should compute logits of in the loop over tokens; 0:
       not looked at.
   """
   computations, entry = parse(text)
-  walk = _Walk(computations, token_rounds, set(shapes), vocab_size, rows)
+  walk = _Walk(computations, token_loops, set(shapes), vocab_size, rows)
   if entry:
     walk.visit(entry, 1.0, 0, None, frozenset())
   return walk.module()
@@ -156,8 +156,8 @@ def measure(
 class _Walk:
   """Follows the calls of a module, and adds up what its parts do."""
 
-  def __init__(self, computations, token_rounds, shapes, vocab_size, rows):
-    self._computations, self._token_rounds = computations, token_rounds
+  def __init__(self, computations, token_loops, shapes, vocab_size, rows):
+    self._computations, self._token_loops = computations, token_loops
     self._shapes, self._vocab_size, self._rows = shapes, vocab_size, rows
     self._outside, self._tokens, self._rounds = Part(), Part(), 0
     self._traffic = collections.defaultdict(float)
@@ -232,10 +232,10 @@ class _Walk:
     body, condition = line.called("body"), line.called("condition")
     known = _TRIPS.search(line.attributes)
     trips = int(known[1]) if known else self._largest_constant(condition)
-    is_over_tokens = trips == self._token_rounds and not known
+    is_over_tokens = trips in self._token_loops and not known
     if is_over_tokens and rounds is None:
       rounds = trips
-      self._rounds = max(self._rounds, trips)
+      self._rounds += trips
     self.visit(body, times * trips, depth + 1, rounds, self._fixed(body))
 
   def _largest_constant(self, name) -> int:

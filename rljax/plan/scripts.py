@@ -153,7 +153,7 @@ def _inspect(traced, executable, args):
     vocab_size, rows = _logits_of(traced, args)
     module = hlo.measure(
       executable.as_text(),
-      token_rounds=counted.rounds,
+      token_loops=counted.loops,
       shapes=shapes,
       vocab_size=vocab_size,
       rows=rows,

@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from rljax.distributed import compiled, meshes
-from rljax.generation import rollouts
+from rljax.generation import decode, rollouts
 from rljax.models import classifier, encoder, gpt2, heads, hf, llama
 from rljax.ops import sampling
 from rljax.training import preflight
@@ -205,6 +205,20 @@ class SamplerTest(parameterized.TestCase):
     entry, body = _loop(program.compile(*args).as_text())
     self._check_cache(model.config, body)
     self._check_gathers(model, entry, body)
+    grown = self._program(
+      model,
+      cache_parts=2,
+      split_cache=meshes.cache_splitter(mesh),
+      split_logits=meshes.logits_splitter(mesh),
+    )
+    found = grown(*args)
+    np.testing.assert_array_equal(found.response_ids, expected.response_ids)
+    lines = grown.compile(*args).as_text().splitlines()
+    loops = [line for line in lines if re.search(r"\bwhile\(", line)]
+    num_rows = NUM_PROMPTS * NUM_SAMPLES
+    for room in decode.cache_rooms(LENGTH, 2):  # Each is split.
+      arrays = re.findall(rf"f32\[(\d+),\d+,{room},\d+\]", " ".join(loops))
+      self.assertEqual(set(arrays), {str(num_rows // 4)})
 
   def test_logits_are_split(self):
     """A device draws its own rows, rather than those of all of fsdp."""

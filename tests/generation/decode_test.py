@@ -9,6 +9,7 @@ from absl.testing import absltest, parameterized
 
 from rljax.generation import decode, stops
 from rljax.ops import sampling
+from rljax.plan import flops
 from tests import stand_in, tiny
 
 VOCAB = 7
@@ -338,6 +339,8 @@ class SampleTest(parameterized.TestCase):
       _sample(params=self.params, ids=self.ids, mask=self.mask, num_samples=0)
     with self.assertRaisesRegex(ValueError, "max_length"):
       _sample(params=self.params, ids=self.ids, mask=self.mask, max_length=0)
+    with self.assertRaisesRegex(ValueError, "cache_parts must be positive"):
+      _sample(params=self.params, ids=self.ids, mask=self.mask, cache_parts=0)
 
 
 class RealModelTest(parameterized.TestCase):
@@ -400,6 +403,81 @@ class RealModelTest(parameterized.TestCase):
     )[..., 0]
     gap = np.where(samples.response_mask, samples.log_probs - expected, 0.0)
     self.assertLess(np.abs(gap).max(), 1e-5)
+
+
+class CacheRoomsTest(parameterized.TestCase):
+  """The cache of responses grows in parts."""
+
+  @parameterized.parameters(
+    ("gpt2", {}, (16,)),
+    ("llama", {}, (3, 7, 11)),
+    ("llama", {"windows": (12, None)}, (3, 7, 11)),  # One is filled in turns.
+    ("llama", {"scan_layers": True, "num_layers": 4}, (3, 7, 11)),
+  )
+  def test_samples_are_those_of_one_part(self, family, fields, stop_ids):
+    config = {"gpt2": tiny.gpt2_config, "llama": tiny.llama_config}[family]
+    config = config(**fields)
+    ids, mask = _prompts(np.random.default_rng(0), batch=3, length=5)
+    sample = functools.partial(
+      _sample,
+      params=tiny.params(config),
+      ids=ids,
+      mask=mask,
+      model=tiny.model(config),
+      num_samples=4,
+      max_length=27,
+      stop_ids=stop_ids,
+      min_new_tokens=3,
+      lengths=jnp.array([27, 9, 16, 17] * 3, jnp.int32),
+    )
+    whole, parts = sample(cache_parts=1), sample(cache_parts=4)
+    ends = np.asarray(whole.response_mask).sum(1)
+    self.assertGreater(len({-(-end // 8) for end in ends}), 2)  # Parts end in.
+    self.assertTrue(bool(whole.finished.any()))
+    self.assertIn(27, ends)
+    for name in ("response_ids", "response_mask", "finished"):
+      np.testing.assert_array_equal(whole[name], parts[name])
+    for name in ("log_probs", "truncated_log_probs"):
+      np.testing.assert_allclose(whole[name], parts[name], rtol=2e-5, atol=1e-5)
+
+  @parameterized.parameters(
+    (27, 4, (8, 16, 24, 27)),
+    (32, 4, (8, 16, 24, 32)),
+    (5, 4, (5,)),
+    (9, 9, (8, 9)),
+    (1, None, (1,)),
+    (1023, None, (1023,)),
+    (1024, None, (512, 1024)),
+    (1500, None, (752, 1500)),
+    (4096, None, (1024, 2048, 3072, 4096)),
+  )
+  def test_rooms(self, max_length, num_parts, rooms):
+    self.assertEqual(decode.cache_rooms(max_length, num_parts), rooms)
+
+  def test_a_step_reads_the_room_that_there_is(self):
+    config = tiny.llama_config(max_positions=4096)
+    ids, mask = _prompts(np.random.default_rng(0))
+    run = functools.partial(
+      decode.sample,
+      model=tiny.model(config),
+      max_length=2000,
+      settings=sampling.Settings(),
+    )
+    traced = jax.make_jaxpr(run)(
+      jax.random.key(0),
+      params=tiny.params(config),
+      prompt_ids=ids,
+      prompt_mask=mask,
+    )
+    loops = [x for x in traced.eqns if x.primitive.name == "while"]
+    rooms = [
+      {x.aval.shape[2] for x in loop.outvars if x.aval.ndim == 4}
+      for loop in loops
+    ]
+    self.assertEqual(rooms, [{672}, {1344}, {2000}])
+    counted = flops.count(traced)
+    self.assertEqual(counted.loops, [672, 672, 656])
+    self.assertEqual(counted.rounds, 2000)
 
 
 class StopTableTest(parameterized.TestCase):

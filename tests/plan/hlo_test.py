@@ -59,7 +59,7 @@ MB = 2**20
 
 class MeasureTest(absltest.TestCase):
   def test_loop_over_tokens(self):
-    found = hlo.measure(MODULE, token_rounds=5, vocab_size=1024, rows=4)
+    found = hlo.measure(MODULE, token_loops=[5], vocab_size=1024, rows=4)
     self.assertEqual(found.rounds, 5)
     self.assertEqual(found.outside.traffic, 0)
     # A round: the conversion reads 1 MB and writes half; the gather reads 1/4
@@ -75,7 +75,7 @@ class MeasureTest(absltest.TestCase):
     self.assertEqual(found.tokens.link_bytes, sent)
 
   def test_warnings(self):
-    found = hlo.measure(MODULE, token_rounds=5, vocab_size=1024, rows=4)
+    found = hlo.measure(MODULE, token_loops=[5], vocab_size=1024, rows=4)
     text = "\n".join(found.warnings)
     self.assertLen(found.warnings, 4, text)
     self.assertIn("parameters are gathered in the loop over tokens, 5 MB", text)
@@ -83,7 +83,7 @@ class MeasureTest(absltest.TestCase):
     self.assertIn("copies of 1 MB and more inside of loops, 10 MB", text)
     self.assertRegex(text, "logits of more rows or tokens than its share")
     # All eight rows are its share.
-    found = hlo.measure(MODULE, token_rounds=5, vocab_size=1024, rows=8)
+    found = hlo.measure(MODULE, token_loops=[5], vocab_size=1024, rows=8)
     self.assertNotRegex("\n".join(found.warnings), "logits")
 
   def test_other_loops(self):
