@@ -28,7 +28,7 @@ class Difference(NamedTuple):
     low, high: ends of the t interval over seeds, at 95 %.
     p_seeds: two-sided p-value of the t test over seeds.
     p_questions: two-sided p-value over the questions of all seeds; None where
-      the results do not say which ones, or how many, were answered right.
+      the results do not say which ones were answered right.
   """
 
   mean: float
@@ -79,35 +79,6 @@ def over_seeds(a: Sequence[float], b: Sequence[float]) -> Difference:
   half = error * stats.t.ppf((1 + LEVEL) / 2, freedom)
   p_seeds = 2 * stats.t.sf(abs(mean) / error, freedom) if error else math.nan
   return Difference(mean, gaps, mean - half, mean + half, float(p_seeds))
-
-
-def shares(
-  a: Sequence[float], b: Sequence[float], totals: Sequence[int]
-) -> Difference:
-  """Compares two arms by shares of right answers, of which counts are known.
-
-  The test over questions is the one for independent samples, stratified by
-  seed: z = Σ_s n_s (a_s - b_s) / sqrt(Σ_s n_s 2 p_s (1 - p_s)) with p_s the
-  mean of both. Which questions were right is not known, so it cannot pair
-  them. Both arms answer the same ones, and where they agree more often than by
-  chance the paired test finds smaller p-values than this one.
-
-  Args:
-    a: `[S]` share of right answers, of one arm.
-    b: `[S]`, of the other.
-    totals: `[S]`, questions that both have answered.
-
-  Raises:
-    ValueError: if a share is not a whole number of questions.
-  """
-  a, b, totals = (np.asarray(x, float) for x in (a, b, totals))
-  for share in (a, b):
-    if np.abs(share * totals - np.round(share * totals)).max() > 1e-6:
-      raise ValueError(f"{share} are no shares of {totals} questions.")
-  p = (a + b) / 2
-  deviation = math.sqrt(float(np.sum(totals * 2 * p * (1 - p))))
-  z = float(np.sum(totals * (a - b))) / deviation if deviation else 0.0
-  return over_seeds(a, b)._replace(p_questions=float(2 * stats.norm.sf(abs(z))))
 
 
 def paired(a: Sequence[str], b: Sequence[str]) -> Difference:

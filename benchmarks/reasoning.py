@@ -13,9 +13,8 @@ test questions of all seeds; see benchmarks/comparisons.py. A claim fails if the
 contrary is significant at 5 %; it passes if it is seen as the table of claims
 asks for it, with a significant difference where that asks for one; "not
 rejected" is one that asks for no difference, where none was found. The test of
-maj@1 pairs the answers to a question; of older results, which hold counts
-alone, it cannot, and is the weaker one for independent samples. What is no
-share of right answers is judged by the seeds alone.
+maj@1 pairs the greedy answers to a question. What is no share of right answers
+is judged by the seeds alone.
 """
 
 import json
@@ -125,7 +124,9 @@ def gather(runs, seeds):
     for arm, verdicts in greedy_verdicts(folder / "test").items():
       right.setdefault(arm, []).append(verdicts)
     for name in ("orm", "orm_ei", "orm_ppo"):
-      models.setdefault(name, []).append(read(folder / name / "summary.json"))
+      summary = read(folder / name / "summary.json")
+      del summary["reward model"]  # Its place on this machine.
+      models.setdefault(name, []).append(summary)
     # An outcome model has learnt from samples, too: they count.
     for_orm = count(
       folder / "orm_samples" / "samples" / "sft_8-0-sampled.jsonl"
@@ -203,22 +204,19 @@ def table(found):
 
 def claims(found):
   """Name, verdict and numbers of the claims C1 to C8."""
-  metrics, totals = found["metrics"], found["test prompts"]
-  right = found.get("right")  # Older results have counts alone.
+  metrics, right = found["metrics"], found["right"]
 
   def values(arm, metric):
     return np.array(metrics[arm][metric], float)
 
   def differ(a, b, metric):
-    """Difference of two arms, over questions where their counts are known."""
-    if metric == "maj@1" and right:
-      return comparisons.paired(right[a], right[b])
+    """Difference of two arms, over questions where verdicts are known."""
     if metric == "maj@1":
-      return comparisons.shares(values(a, metric), values(b, metric), totals)
+      return comparisons.paired(right[a], right[b])
     return comparisons.over_seeds(values(a, metric), values(b, metric))
 
   def judge(passes, fails, otherwise="inconclusive"):
-    if len(totals) < 3:
+    if len(right[START]) < 3:
       return "inconclusive"
     return "fail" if fails else "pass" if passes else otherwise
 
