@@ -134,7 +134,8 @@ def masked_logits(
     kept = jnp.where(allowed, logits, -jnp.inf)
   top = _largest(kept)
   is_far = jnp.isfinite(top) & (jnp.abs(top) > _FAR * temperature)
-  logits = jnp.where(top == -jnp.inf, 0.0, logits)
+  # Of NaN a maximum may know nothing: it stays what it is.
+  logits = jnp.where((top == -jnp.inf) & (logits == -jnp.inf), 0.0, logits)
   logits = logits - jnp.where(is_far, top, 0.0)
   if temperature != 1:
     logits = logits / temperature

@@ -72,6 +72,20 @@ class MaskedLogitsTest(parameterized.TestCase):
       expected = np.where(np.broadcast_to(mask, (2, 3, 4)), 0.0, -1e9)
       np.testing.assert_array_equal(found, expected)
 
+  # The maximum of a long row of NaN is -inf on a CPU.
+  @parameterized.parameters(13, 5000)
+  def test_nan_stays(self, vocab_size):
+    logits = np.full((2, vocab_size), np.nan, np.float32)
+    allowed = jnp.arange(vocab_size) != 3
+    found = jax.jit(log_probs.masked_logits)(logits, allowed=allowed)
+    np.testing.assert_array_equal(
+      np.isnan(found), np.broadcast_to(allowed, logits.shape)
+    )
+    found = jax.jit(
+      functools.partial(log_probs.masked_logits, temperature=0.5)
+    )(logits)
+    self.assertTrue(np.isnan(found).all())
+
   def test_computes_in_float32(self):
     logits = jnp.array([1.0, 2.0], jnp.bfloat16)
     found = log_probs.masked_logits(logits, temperature=3.0)
