@@ -35,6 +35,12 @@ _FREE = {
   *("async-update", "copy-done", "all-gather-done", "all-reduce-done"),
   *("collective-permute-done", "reshape"),
 }
+# Made of the elements of their operands, one by one, where they are asked for.
+_ELEMENTWISE = {
+  *("bitcast", "reshape", "convert", "broadcast", "pad", "select", "compare"),
+  *("add", "subtract", "multiply", "divide", "maximum", "minimum", "negate"),
+  *("exponential", "log", "tanh", "abs", "and", "or", "not", "is-finite"),
+}
 _KEEPS = ("bitcast", "reshape", "copy", "convert", "transpose", "copy-done")
 
 
@@ -339,8 +345,9 @@ class _Walk:
       used = _through(x.name, users)
       if number >= len(reads) or not used:
         continue
-      if all(u.opcode in ("dynamic-slice", "slice", "gather") for u in used):
-        reads[number] = min(reads[number], sum(u.bytes for u in used))
+      ends = _through(x.name, users, _ELEMENTWISE)
+      if all(u.opcode in ("dynamic-slice", "slice", "gather") for u in ends):
+        reads[number] = min(reads[number], sum(u.bytes for u in ends))
       elif all(
         u.opcode == "dynamic-update-slice"
         and self._source(u.operands[0], inner) == x.name
@@ -490,12 +497,17 @@ def _is_square(shape) -> bool:
   return len(shape) >= 3 and shape[-1] == shape[-2] and shape[-1] >= 128
 
 
-def _through(name, users) -> list[Any]:
-  """Returns what uses a value, behind bitcasts and conversions of it."""
-  found = []
-  for user in users[name]:
-    if user.opcode in ("bitcast", "reshape", "convert"):
-      found += _through(user.name, users)
-    else:
-      found.append(user)
-  return found
+def _through(
+  name, users, opcodes=("bitcast", "reshape", "convert")
+) -> list[Instruction]:
+  """Returns what uses a value, behind instructions of some kinds, once each."""
+  found, waiting = {}, [name]
+  seen = set(waiting)
+  while waiting:
+    for user in users[waiting.pop()]:
+      if user.opcode not in opcodes or user.is_root:
+        found[user.name] = user
+      elif user.name not in seen:
+        seen.add(user.name)
+        waiting.append(user.name)
+  return list(found.values())

@@ -124,6 +124,41 @@ ENTRY %main (x: f32[1024,1024], y: f32[1,1024], k: s32[]) -> f32[1,1024] {
     found = hlo.measure(text)
     self.assertEqual(found.outside.traffic, 4 * 4096 + 2 * 4)
 
+  def test_what_is_computed_for_a_few_elements(self):
+    """Numbers that a fusion makes where a gather asks, and all of others."""
+    text = """HloModule draw
+
+%chosen (p: f32[256,1024], m: f32[256], i: s32[256,1]) -> f32[256,1] {
+  %p = f32[256,1024]{1,0} parameter(0)
+  %m = f32[256]{0} parameter(1)
+  %i = s32[256,1]{1,0} parameter(2)
+  %b = f32[256,1024]{1,0} broadcast(%m), dimensions={0}
+  %s = f32[256,1024]{1,0} subtract(%p, %b)
+  ROOT %g = f32[256,1]{1,0} gather(%s, %i), slice_sizes={1,1}
+}
+
+%both (q: f32[256,1024], j: s32[256,1]) -> (f32[256,1024], f32[256,1]) {
+  %q = f32[256,1024]{1,0} parameter(0)
+  %j = s32[256,1]{1,0} parameter(1)
+  %e = f32[256,1024]{1,0} exponential(%q)
+  %h = f32[256,1]{1,0} gather(%e, %j), slice_sizes={1,1}
+  ROOT %t = (f32[256,1024]{1,0}, f32[256,1]{1,0}) tuple(%e, %h)
+}
+
+ENTRY %main (x: f32[256,1024], y: f32[256], k: s32[256,1]) -> f32[256,1024] {
+  %x = f32[256,1024]{1,0} parameter(0)
+  %y = f32[256]{0} parameter(1)
+  %k = s32[256,1]{1,0} parameter(2)
+  %c = f32[256,1]{1,0} fusion(%x, %y, %k), kind=kLoop, calls=%chosen
+  ROOT %f = (f32[256,1024]{1,0}, f32[256,1]{1,0}) fusion(%x, %k), kind=kLoop, calls=%both
+}
+"""
+    few, whole = 256 * 4, MB
+    # What is read of x and y, the indices, and what is written.
+    self.assertEqual(
+      hlo.measure(text).outside.traffic, 4 * few + 2 * whole + 2 * few
+    )
+
   def test_memory_on_the_chip_is_not_traffic(self):
     text = """HloModule chip
 
