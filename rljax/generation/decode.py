@@ -489,18 +489,21 @@ def _draw(
     candidates = log_probs.masked_logits(
       logits, allowed=~is_stop[None] | may_end
     )
-  truncated = sampling.truncate(candidates, settings)
+  truncated = candidates  # With what is not finite in it.
+  if settings.truncates:
+    truncated = sampling.truncate(candidates, settings)
   if settings.greedy:
     tokens = sampling.greedy(truncated)
+    truncated_log_prob = _log_prob(truncated, tokens)
   else:
     step_keys = jax.vmap(jax.random.fold_in)(
       keys, jnp.broadcast_to(step, keys.shape)
     )
     uniforms = jax.vmap(jax.random.uniform)(step_keys)
-    tokens = sampling.inverse_cdf(truncated, uniforms)
-  log_prob = truncated_log_prob = _log_prob(logits, tokens)
+    tokens, truncated_log_prob = sampling.draw(truncated, uniforms)
+  log_prob = truncated_log_prob
   if settings.truncates or not_yet:
-    truncated_log_prob = _log_prob(truncated, tokens)
+    log_prob = _log_prob(logits, tokens)
   return tokens, log_prob, truncated_log_prob
 
 

@@ -226,7 +226,7 @@ def greedy(logits: Array) -> Array:
   return _most_likely(logits)
 
 
-def inverse_cdf(logits: Array, uniforms: Array) -> Array:
+def draw(logits: Array, uniforms: Array) -> tuple[Array, Array]:
   """Draws one token per row, using up one uniform number.
 
     y = min {k: F(k) > u F(V)},   F(k) = Σ_{j <= k} exp z_j
@@ -243,25 +243,35 @@ def inverse_cdf(logits: Array, uniforms: Array) -> Array:
     uniforms: `[N]` float in [0, 1].
 
   Returns:
-    `[N]` int32 ids.
+    `[N]` int32 ids, and `[N]` float32 log-probabilities of them, log softmax
+    z_y, from the same sums. They are NaN where a row holds NaN.
   """
   chex.assert_rank([logits, uniforms], [2, 1])
   chex.assert_equal_shape_prefix([logits, uniforms], 1)
   chex.assert_type([logits, uniforms], float)
   num_rows, vocab_size = logits.shape
+  is_nan = jnp.any(jnp.isnan(logits), axis=-1)  # A maximum may leave it out.
   logits = _finite(logits)
-  weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+  largest = jnp.max(logits, axis=-1, keepdims=True)
+  weights = jnp.exp(logits - largest)
   if vocab_size <= _SINGLE_LEVEL:
-    ids, _ = _search(weights, uniforms)
-    return ids
+    ids, _, total = _search(weights, uniforms)
+  else:
+    size = min(_BLOCK, 2 ** round(math.log2(vocab_size) / 2))
+    weights = jnp.pad(weights, [(0, 0), (0, -vocab_size % size)])
+    blocks = weights.reshape(num_rows, -1, size)  # [N, V / 128, 128]
+    block, uniforms, total = _search(jnp.sum(blocks, axis=-1), uniforms)
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)
+    offset, *_ = _search(chosen[:, 0], uniforms)
+    ids = block * size + offset
+  drawn = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+  found = (drawn - largest[:, 0]) - jnp.log(total)
+  return ids, jnp.where(is_nan, jnp.nan, found)
 
-  size = min(_BLOCK, 2 ** round(math.log2(vocab_size) / 2))
-  weights = jnp.pad(weights, [(0, 0), (0, -vocab_size % size)])
-  blocks = weights.reshape(num_rows, -1, size)  # [N, V / 128, 128]
-  block, uniforms = _search(jnp.sum(blocks, axis=-1), uniforms)
-  chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)
-  offset, _ = _search(chosen[:, 0], uniforms)
-  return block * size + offset
+
+def inverse_cdf(logits: Array, uniforms: Array) -> Array:
+  """Draws one token per row, `[N, V]`, `[N]` -> `[N]` int32; see `draw`."""
+  return draw(logits, uniforms)[0]
 
 
 def sample(keys: Array, logits: Array, *, greedy: bool = False) -> Array:
@@ -308,7 +318,7 @@ def _finite(logits: Array) -> Array:
   return jnp.nan_to_num(logits.astype(jnp.float32))
 
 
-def _search(weights: Array, uniforms: Array) -> tuple[Array, Array]:
+def _search(weights: Array, uniforms: Array) -> tuple[Array, Array, Array]:
   """Finds where the cumulative sum passes a fraction of the total.
 
   Args:
@@ -316,8 +326,9 @@ def _search(weights: Array, uniforms: Array) -> tuple[Array, Array]:
     uniforms: `[N]` float32, the fractions.
 
   Returns:
-    `[N]` int32 indices of positive weights, and `[N]` float32 in [0, 1]: how
-    far into its weight each fraction lies, a uniform number for the next level.
+    `[N]` int32 indices of positive weights; `[N]` float32 in [0, 1]: how far
+    into its weight each fraction lies, a uniform number for the next level; and
+    `[N]` float32 sums of the weights.
   """
   sums = jnp.cumsum(weights, axis=-1)
   # A parallel cumulative sum adds in varying order, so it may rise where the
@@ -331,4 +342,4 @@ def _search(weights: Array, uniforms: Array) -> tuple[Array, Array]:
   weight = jnp.take_along_axis(weights, index, axis=-1)[:, 0]
   before = jnp.take_along_axis(sums, index, axis=-1)[:, 0] - weight
   within = jnp.clip((targets - before) / weight, 0.0, 1.0)
-  return index[:, 0].astype(jnp.int32), within
+  return index[:, 0].astype(jnp.int32), within, total

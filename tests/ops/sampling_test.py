@@ -382,6 +382,34 @@ class InverseCdfTest(parameterized.TestCase):
       self.assertEqual(alone[0], whole[n])
 
 
+class DrawTest(parameterized.TestCase):
+  # One level; two levels, the last block full, and ragged.
+  @parameterized.parameters(5, 1024, 1409)
+  def test_log_probs_are_those_of_the_softmax(self, vocab_size):
+    logits = 3 * _rows(vocab_size, vocab_size, num_rows=40)
+    logits[:20, 1] = log_probs.FORBIDDEN_LOGIT
+    logits[7] += 1e4  # Far from 0, whose exponentials would overflow.
+    uniforms = np.random.default_rng(1).random(40).astype(np.float32)
+    ids, found = jax.jit(sampling.draw)(logits, uniforms)
+    np.testing.assert_array_equal(ids, _inverse_cdf(logits, uniforms))
+    expected = [
+      np.log(oracles.probabilities(row)[k])
+      for row, k in zip(logits, ids, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+  @parameterized.parameters(5, 1024)
+  def test_nan_is_not_hidden(self, vocab_size):
+    logits = _rows(0, vocab_size, num_rows=4)
+    logits[1, 2] = np.nan
+    logits[3] = np.where(np.arange(vocab_size) == 3, -1e9, np.nan)
+    uniforms = jnp.array([0.2, 0.9, 0.5, 0.0])
+    ids, found = jax.jit(sampling.draw)(logits, uniforms)
+    np.testing.assert_array_equal(np.isnan(found), [False, True, False, True])
+    self.assertTrue(((ids >= 0) & (ids < vocab_size)).all())
+    self.assertNotEqual(ids[3], 3)
+
+
 class SampleTest(parameterized.TestCase):
   # One level and two; 200,000 draws stay within five standard deviations.
   @parameterized.parameters(7, 1500)
