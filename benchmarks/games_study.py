@@ -78,13 +78,10 @@ def main(_):
 
 def gather(runs, seeds, constraints):
   """Numbers of all evaluations, by constraint, policy and metric by seed."""
-  evaluations, verdicts = (
-    {
-      constraint: {policy: [] for policy in POLICIES}
-      for constraint in constraints
-    }
-    for _ in range(2)
-  )
+  evaluations = {
+    constraint: {policy: [] for policy in POLICIES}
+    for constraint in constraints
+  }
   for constraint in constraints:
     for seed in seeds:
       path = runs / seed / constraint / "samples.jsonl"
@@ -92,7 +89,7 @@ def gather(runs, seeds, constraints):
         path, required=("arm", "prompt", "reward", "parts")
       )
       prompts = None
-      for policy in POLICIES:
+      for policy, found in evaluations[constraint].items():
         own = [row for row in rows if row["arm"] == policy]
         if not own:
           raise ValueError(f"{path} has no response of the policy {policy!r}.")
@@ -102,17 +99,9 @@ def gather(runs, seeds, constraints):
             "before it, so that their responses cannot be paired."
           )
         prompts = [row["prompt"] for row in own]
-        evaluations[constraint][policy].append(measure(own))
-        verdicts[constraint][policy].append(verdicts_of(own))
+        found.append(measure(own))
   return {
     "seeds": list(seeds),
-    "verdicts": {
-      constraint: {
-        policy: {name: [row[name] for row in found] for name in COMPARED}
-        for policy, found in policies.items()
-      }
-      for constraint, policies in verdicts.items()
-    },
     "evaluations": {
       constraint: {
         policy: {name: [row[name] for row in found] for name in found[0]}
@@ -145,6 +134,7 @@ def measure(rows):
     # Nothing can be said of the novelty of games that are none.
     "novelty": mean(part["novelty"] for part in playable),
     "reward": mean(row["reward"] for row in rows),
+    "verdicts": verdicts_of(rows),
   }
 
 
@@ -207,10 +197,11 @@ def differences_table(found):
   """
   yield "| constraint | | " + " | ".join(map(COLUMNS.get, COMPARED)) + " |"
   yield "| --- " * (len(COMPARED) + 2) + "|"
-  for constraint, policies in found["verdicts"].items():
+  for constraint, policies in found["evaluations"].items():
     for policy, other in PAIRS:
+      a, b = policies[policy]["verdicts"], policies[other]["verdicts"]
       cells = [
-        str(comparisons.paired(policies[policy][name], policies[other][name]))
+        str(comparisons.paired(*([seed[name] for seed in x] for x in (a, b))))
         for name in COMPARED
       ]
       yield (
